@@ -1,0 +1,393 @@
+"""How alike the features of two encoders are: linear CKA, exact in one pass, with intervals over clusters."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import nan, sqrt
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float, Float64, Int64, Shaped
+from scipy.special import stdtr, stdtrit
+
+from g2l_core.errors import TaskError
+from g2l_core.metrics.results import Estimate
+from g2l_core.metrics.statistics import cluster_codes, require_aligned
+from g2l_core.randomness import keyed_generator
+
+_BLOCK_ROWS = 4096
+_DIGITS_LOST = 1e-11
+"""A sum of squares smaller than this share of the terms it is the difference of has under five digits left."""
+
+MOST_GROUPS = 32
+"""More clusters than this are left out by groups: the t quantile of 31 degrees of freedom is within 4 % of the normal
+one, and each group left out costs a CKA."""
+
+_Side = Literal[0, 1]
+
+
+def row_blocks(rows: int) -> Iterator[slice]:
+    """Slices that cut `rows` rows into blocks small enough to be cast to float64."""
+    for start in range(0, rows, _BLOCK_ROWS):
+        yield slice(start, start + _BLOCK_ROWS)
+
+
+def require_finite(features: Float[np.ndarray, "row dim"], name: str) -> None:
+    """Checks that every feature is a finite number.
+
+    Args:
+        features: Features of any float type.
+        name: What to call them in the message.
+
+    Raises:
+        TaskError: Naming how many rows are not.
+    """
+    bad = sum(int((~np.isfinite(features[rows]).all(axis=1)).sum()) for rows in row_blocks(len(features)))
+    if bad:
+        raise TaskError(
+            f"{bad:,} of {len(features):,} rows of {name} hold NaN or infinity; "
+            "leave out the rows whose patch_status is not 0"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CkaMoments:
+    """Sums over rows z = [x | y] - center from which linear CKA follows exactly.
+
+    Moments with the same center add up (`+`) in any order and can be taken away again (`-`), so they can be
+    gathered batch by batch and slide by slide. 2,560 columns take 52 MB, however many the rows.
+    """
+
+    n: int
+    """Rows."""
+    dim_x: int
+    """How many of the columns are x's."""
+    center: Float64[np.ndarray, " dim"]
+    total: Float64[np.ndarray, " dim"]
+    """Sum of z."""
+    gram: Float64[np.ndarray, "dim dim"]
+    """Sum of z z'; its blocks are X'X, X'Y and Y'Y."""
+    norm_total: Float64[np.ndarray, "2 dim"]
+    """Sum of |x|^2 z, and of |y|^2 z."""
+    norm_gram: Float64[np.ndarray, "2 2"]
+    """Sums of |x|^4, |x|^2 |y|^2, |y|^4."""
+
+    def __add__(self, other: "CkaMoments") -> "CkaMoments":
+        """The moments of both sets of rows."""
+        return self._combined(other, 1)
+
+    def __sub__(self, other: "CkaMoments") -> "CkaMoments":
+        """The moments of the rows that are not among `other`'s."""
+        return self._combined(other, -1)
+
+    def _combined(self, other: "CkaMoments", sign: int) -> "CkaMoments":
+        if self.dim_x != other.dim_x or not np.array_equal(self.center, other.center):
+            raise TaskError(
+                f"moments combine only if taken about the same center, of the same widths; got x of width "
+                f"{self.dim_x} and {other.dim_x} in {len(self.center)} and {len(other.center)} columns"
+            )
+        return replace(
+            self,
+            n=self.n + sign * other.n,
+            total=self.total + sign * other.total,
+            gram=self.gram + sign * other.gram,
+            norm_total=self.norm_total + sign * other.norm_total,
+            norm_gram=self.norm_gram + sign * other.norm_gram,
+        )
+
+    def columns(self, side: _Side) -> slice:
+        """The columns of x (0) or y (1)."""
+        return slice(self.dim_x, None) if side else slice(0, self.dim_x)
+
+
+def cka_center(x: Float[np.ndarray, "row dim_x"], y: Float[np.ndarray, "row_y dim_y"]) -> Float64[np.ndarray, " dim"]:
+    """The mean of [x | y], about which `cka_moments` loses no digits; that of a first batch does as well.
+
+    Raises:
+        TaskError: If the lengths differ.
+    """
+    require_aligned(x=len(x), y=len(y))
+    return np.concatenate([x.mean(axis=0, dtype=np.float64), y.mean(axis=0, dtype=np.float64)])
+
+
+def cka_moments(
+    x: Float[np.ndarray, "row dim_x"],
+    y: Float[np.ndarray, "row_y dim_y"],
+    *,
+    center: Float64[np.ndarray, " dim"] | None = None,
+) -> CkaMoments:
+    """Gathers what linear CKA needs from a batch of rows, in float64 and in blocks of 4,096 rows.
+
+    CKA does not change when x or y is shifted, but every sum does: where the mean is large, the sums are
+    large and their differences, which are the answer, lose their digits. With the mean m standard
+    deviations away from zero, some m^-4 of them is left. So give a center.
+
+    Args:
+        x: Features of one encoder; float16, float32 or float64.
+        y: Features of the other on the same patches.
+        center: About which to take the sums: see `cka_center`. None is the origin.
+
+    Raises:
+        TaskError: If the lengths differ, the center's is not the width of both, or a row holds NaN or
+            infinity.
+    """
+    require_aligned(x=len(x), y=len(y))
+    require_finite(x, "x")
+    require_finite(y, "y")
+    dim, dim_x = x.shape[1] + y.shape[1], x.shape[1]
+    center = np.zeros(dim) if center is None else center
+    require_aligned(columns=dim, center=len(center))
+    total, gram = np.zeros(dim), np.zeros((dim, dim))
+    norm_total, norm_gram = np.zeros((2, dim)), np.zeros((2, 2))
+    for rows in row_blocks(len(x)):
+        z = np.concatenate([x[rows], y[rows]], axis=1, dtype=np.float64)
+        z -= center
+        squares = z * z
+        norms = np.stack([squares[:, :dim_x].sum(axis=1), squares[:, dim_x:].sum(axis=1)])
+        total += z.sum(axis=0)
+        gram += z.T @ z
+        norm_total += norms @ z
+        norm_gram += norms @ norms.T
+    return CkaMoments(
+        n=len(x),
+        dim_x=dim_x,
+        center=center,
+        total=total,
+        gram=gram,
+        norm_total=norm_total,
+        norm_gram=norm_gram,
+    )
+
+
+def _biased_hsic(moments: CkaMoments, left: _Side, right: _Side) -> float:
+    """tr(KHLH) = |X'HY|^2, the biased HSIC but for a factor that cancels in CKA."""
+    p, q = moments.columns(left), moments.columns(right)
+    cross = moments.gram[p, q] - np.outer(moments.total[p], moments.total[q]) / moments.n
+    return float(np.vdot(cross, cross))
+
+
+def _debiased_hsic(moments: CkaMoments, left: _Side, right: _Side) -> float:
+    """HSIC1 of Song et al. (2012, equation 5) but for a factor 1 / (n (n - 3)) that cancels in CKA.
+
+    K and L have their diagonals k_i = |x_i|^2, l_i = |y_i|^2 set to zero, and with s = sum x, t = sum y:
+    tr(KL) = |X'Y|^2 - sum k l;  1'K1 = s's - sum k;
+    1'KL1 = sum_i (x_i's - k_i)(y_i't - l_i) = s'X'Yt - (sum k y)'t - (sum l x)'s + sum k l.
+    """
+    p, q, n = moments.columns(left), moments.columns(right), moments.n
+    cross, s, t = moments.gram[p, q], moments.total[p], moments.total[q]
+    diagonal = moments.norm_gram[left, right]
+    trace = np.vdot(cross, cross) - diagonal
+    ones = (s @ s - np.trace(moments.gram[p, p])) * (t @ t - np.trace(moments.gram[q, q]))
+    mixed = s @ cross @ t - moments.norm_total[left, q] @ t - moments.norm_total[right, p] @ s + diagonal
+    return float(trace + ones / ((n - 1) * (n - 2)) - 2 * mixed / (n - 2))
+
+
+def linear_cka(moments: CkaMoments, *, debiased: bool) -> float:
+    """Linear centred kernel alignment of two encoders' features.
+
+    1 where the features agree up to a rotation, a shift and one scale; 0 where they are independent. The
+    biased estimator does not fall to 0: of independent features, it gives 0.23 with 4,096 rows of 1,024 and
+    1,536 dimensions, and 0.97 with 32 rows. The debiased one scatters about 0, so it can be below: the sign
+    is kept.
+
+    Args:
+        moments: Of at least four rows.
+        debiased: Whether to leave each row's product with itself out.
+
+    Raises:
+        TaskError: If there are fewer than four rows, one encoder's features do not vary, or rounding has
+            left fewer than five digits because the center is far from the mean.
+
+    References:
+        Kornblith et al., Similarity of Neural Network Representations Revisited (2019), section 3;
+        debiased: Song et al., Feature Selection via Dependence Maximization (2012), equation 5, as used by
+        Nguyen et al., Do Wide and Deep Networks Learn the Same Things? (2021).
+    """
+    if moments.n < 4:
+        raise TaskError(f"CKA needs at least 4 rows; got {moments.n}")
+    hsic = _debiased_hsic if debiased else _biased_hsic
+    own = hsic(moments, 0, 0), hsic(moments, 1, 1)
+    for name, value, columns in zip("xy", own, (moments.columns(0), moments.columns(1)), strict=True):
+        scale = float(np.linalg.norm(moments.gram[columns, columns])) ** 2
+        if value <= _DIGITS_LOST * scale:
+            raise TaskError(
+                f"CKA is undefined: the {moments.n:,} rows of {name} are all alike but for rounding; "
+                "if they are not, take the moments about their mean (cka_center)"
+            )
+    return hsic(moments, 0, 1) / (sqrt(own[0]) * sqrt(own[1]))
+
+
+def _leave_out_each(
+    x: Float[np.ndarray, "row dim_x"],
+    y: Float[np.ndarray, "row_y dim_y"],
+    clusters: Shaped[np.ndarray, " cluster_row"],
+    debiased: bool,
+) -> tuple[float, Float64[np.ndarray, " group"]]:
+    """CKA of all rows, and without each group of clusters."""
+    require_aligned(x=len(x), y=len(y), clusters=len(clusters))
+    groups, count = _groups(clusters)
+    by_kernel = len(x) <= x.shape[1] + y.shape[1]  # whichever matrices are the smaller
+    whole, without = (_leave_out_of_kernels if by_kernel else _leave_out_of_moments)(x, y, groups, count, debiased)
+    return whole, np.array(without if count > 1 else [])
+
+
+def _groups(clusters: Shaped[np.ndarray, " row"]) -> tuple[Int64[np.ndarray, " row"], int]:
+    """The clusters themselves, or, where they are many, `MOST_GROUPS` equal random groups of whole clusters."""
+    codes, count = cluster_codes(clusters)
+    if count <= MOST_GROUPS:
+        return codes, count
+    group_of = keyed_generator("jackknife groups", count).permutation(count) % MOST_GROUPS
+    return group_of[codes], MOST_GROUPS
+
+
+def _leave_out_of_moments(
+    x: Float[np.ndarray, "row dim_x"],
+    y: Float[np.ndarray, "row dim_y"],
+    groups: Int64[np.ndarray, " row"],
+    count: int,
+    debiased: bool,
+) -> tuple[float, list[float]]:
+    """By differences of moments; a second pass keeps only one group's in memory."""
+    center = cka_center(x, y)
+    whole = cka_moments(x, y, center=center)
+    parts = (cka_moments(x[groups == g], y[groups == g], center=center) for g in range(count if count > 1 else 0))
+    return linear_cka(whole, debiased=debiased), [linear_cka(whole - part, debiased=debiased) for part in parts]
+
+
+def _leave_out_of_kernels(
+    x: Float[np.ndarray, "row dim_x"],
+    y: Float[np.ndarray, "row dim_y"],
+    groups: Int64[np.ndarray, " row"],
+    count: int,
+    debiased: bool,
+) -> tuple[float, list[float]]:
+    """By parts of the two n x n kernels, which few rows make the smaller matrices."""
+    require_finite(x, "x")
+    require_finite(y, "y")
+    kernels = [_kernel(features) for features in (x, y)]
+    kept = [np.flatnonzero(groups != g) for g in range(count)] if count > 1 else []
+    without = [_kernel_cka(*(k[np.ix_(rows, rows)] for k in kernels), debiased=debiased) for rows in kept]
+    return _kernel_cka(kernels[0], kernels[1], debiased=debiased), without
+
+
+def _kernel(features: Float[np.ndarray, "row dim"]) -> Float64[np.ndarray, "row row"]:
+    centred = features - features.mean(axis=0, dtype=np.float64)  # CKA does not see the shift, rounding does
+    return centred @ centred.T
+
+
+def _kernel_cka(k: Float64[np.ndarray, "row row"], other: Float64[np.ndarray, "row row"], *, debiased: bool) -> float:
+    """The same figure as `linear_cka`, from the kernels K = XX' and L = YY' of the same rows."""
+    n = len(k)
+    if n < 4:
+        raise TaskError(f"CKA needs at least 4 rows; got {n}")
+    prepare, hsic = (_hollow, _hollow_hsic) if debiased else (_double_centred, np.vdot)
+    left, right = prepare(k), prepare(other)
+    own = float(hsic(left, left)), float(hsic(right, right))
+    for name, value, kernel in zip("xy", own, (k, other), strict=True):
+        if value <= _DIGITS_LOST * float(np.vdot(kernel, kernel)):
+            raise TaskError(f"CKA is undefined: the {n:,} rows of {name} are all alike but for rounding")
+    return float(hsic(left, right)) / (sqrt(own[0]) * sqrt(own[1]))
+
+
+def _hollow(kernel: Float64[np.ndarray, "row row"]) -> Float64[np.ndarray, "row row"]:
+    hollow = kernel.copy()
+    np.fill_diagonal(hollow, 0.0)
+    return hollow
+
+
+def _double_centred(kernel: Float64[np.ndarray, "row row"]) -> Float64[np.ndarray, "row row"]:
+    means = kernel.mean(axis=0)
+    return kernel - means - means[:, None] + means.mean()
+
+
+def _hollow_hsic(k: Float64[np.ndarray, "row row"], other: Float64[np.ndarray, "row row"]) -> float:
+    """HSIC1 of Song et al. (2012, equation 5) of kernels with zero diagonals, but for its factor 1 / (n (n - 3))."""
+    n, sums, other_sums = len(k), k.sum(axis=0), other.sum(axis=0)
+    correction = sums.sum() * other_sums.sum() / ((n - 1) * (n - 2)) - 2 * (sums @ other_sums) / (n - 2)
+    return float(np.vdot(k, other) + correction)
+
+
+def _unit(clusters: Shaped[np.ndarray, " row"], unit: str) -> str:
+    """What is left out at a time, in words."""
+    _, count = cluster_codes(clusters)
+    return unit if count <= MOST_GROUPS else f"groups of {count} {unit}"
+
+
+def _jackknife(value: float, without: Float64[np.ndarray, " cluster"], unit: str) -> tuple[Estimate, float]:
+    """The t interval and two-sided p-value (against 0) from the figures without each cluster."""
+    count = len(without)
+    if count < 2:
+        return Estimate(value=value, method=f"none: all rows are of one cluster ({unit})"), nan
+    error = sqrt((count - 1) / count * float(((without - without.mean()) ** 2).sum()))
+    half = float(stdtrit(count - 1, 0.975)) * error
+    p_value = float(2 * stdtr(count - 1, -abs(value) / error)) if error else float(value == 0)
+    method = f"jackknife over {count} {unit}, t with {count - 1} degrees of freedom"
+    return Estimate(value=value, low=value - half, high=value + half, method=method), p_value
+
+
+def cka_interval(
+    x: Float[np.ndarray, "row dim_x"],
+    y: Float[np.ndarray, "row_y dim_y"],
+    clusters: Shaped[np.ndarray, " cluster_row"],
+    *,
+    debiased: bool,
+    unit: str = "clusters",
+) -> Estimate:
+    """Linear CKA with a 95 % interval from leaving out one cluster at a time.
+
+    The bootstrap does not serve here. It draws clusters several times over, and the debiased estimator is
+    an average over pairs of *different* rows: a row and its copy would count as such a pair, which puts
+    back the very products of rows with themselves that debiasing removed, and the draws would lie above
+    the estimate. The jackknife only leaves rows out; of many clusters, random groups of them (Kott 2001).
+
+    Args:
+        x: Features of one encoder; any float type.
+        y: Features of the other on the same patches.
+        clusters: The patient or slide of each row.
+        debiased: See `linear_cka`.
+        unit: What a cluster is, in the plural, for the method's text.
+
+    Returns:
+        The estimate; t quantile with clusters - 1 degrees of freedom, bounds not clamped to [0, 1], and
+        NaN where there is one cluster.
+
+    Raises:
+        TaskError: As `cka_moments` and `linear_cka`, which must hold without any one cluster too.
+
+    References:
+        Efron & Tibshirani, An Introduction to the Bootstrap (1993), equation 11.5; U-statistics: Arvesen,
+        Jackknifing U-Statistics (1969).
+    """
+    return _jackknife(*_leave_out_each(x, y, clusters, debiased), _unit(clusters, unit))[0]
+
+
+def cka_difference(
+    x: Float[np.ndarray, "row dim_x"],
+    reference: Float[np.ndarray, "row_reference dim_reference"],
+    y: Float[np.ndarray, "row_y dim_y"],
+    clusters: Shaped[np.ndarray, " cluster_row"],
+    *,
+    debiased: bool,
+    unit: str = "clusters",
+) -> tuple[Estimate, float]:
+    """How much nearer one encoder is to the teacher than another: CKA(x, y) - CKA(reference, y).
+
+    Both are taken without the same cluster each time, so what they share cancels.
+
+    Args:
+        x: Features of the encoder, e.g. the student after distillation; any float type.
+        reference: Features of the encoder to compare with, e.g. the student before.
+        y: Features of the teacher.
+        clusters: The patient or slide of each row.
+        debiased: See `linear_cka`.
+        unit: What a cluster is, in the plural.
+
+    Returns:
+        The difference with its 95 % interval (see `cka_interval`), and the two-sided p-value of the t test
+        against no difference; NaN where there is one cluster.
+
+    Raises:
+        TaskError: As `cka_interval`.
+    """
+    value, without = _leave_out_each(x, y, clusters, debiased)
+    reference_value, reference_without = _leave_out_each(reference, y, clusters, debiased)
+    return _jackknife(value - reference_value, without - reference_without, _unit(clusters, unit))

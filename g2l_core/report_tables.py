@@ -1,0 +1,219 @@
+"""What the written and the drawn forms of a report share: reading order, human names, figures as text."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import floor, isfinite, isnan, log10
+from typing import Literal
+
+from g2l_core.errors import TaskError
+from g2l_core.metrics.results import Comparison, Estimate, Failure, Report, Result
+
+_MAX_DECIMALS = 5
+_LARGE = 1e7
+
+
+@dataclass(frozen=True, kw_only=True)
+class Meaning:
+    """What a figure is called and says."""
+
+    title: str
+    sentence: str = ""
+    scale: str
+    """Figures of one scale are drawn on one axis."""
+    neutral: float | None = None
+    """The value that parts good from bad, where there is one."""
+
+
+_SHARE, _ALIKENESS = "share", "alikeness"
+
+METRICS: Mapping[str, Meaning] = {
+    "cka_debiased": Meaning(
+        title="CKA, debiased",
+        sentence="Linear centred kernel alignment with the reference encoder's features: 1 where the two agree up to "
+        "rotation and scale, about 0 where they are unrelated.",
+        scale=_ALIKENESS,
+    ),
+    "cka_biased": Meaning(
+        title="CKA, biased",
+        sentence="The common form of CKA; it stays above 0 even for unrelated features, the more so the fewer the "
+        "patches.",
+        scale=_ALIKENESS,
+    ),
+    "knn_accuracy": Meaning(
+        title="kNN accuracy",
+        sentence="Share of patches whose nearest neighbours in the training part vote for the right class; nothing "
+        "is fitted.",
+        scale=_SHARE,
+    ),
+    "knn_balanced_accuracy": Meaning(
+        title="kNN balanced accuracy",
+        sentence="As kNN accuracy, but the mean over classes, so that a common class weighs no more than a rare one.",
+        scale=_SHARE,
+    ),
+    "knn_f1": Meaning(
+        title="kNN macro F1", sentence="Mean over classes of the F1 score of the kNN vote.", scale=_SHARE
+    ),
+    "probe_accuracy": Meaning(
+        title="Probe accuracy",
+        sentence="Share of patches that a logistic regression on the frozen features classifies rightly.",
+        scale=_SHARE,
+    ),
+    "probe_balanced_accuracy": Meaning(
+        title="Probe balanced accuracy",
+        sentence="Mean over classes of the share that a logistic regression on the frozen features gets right.",
+        scale=_SHARE,
+    ),
+    "probe_f1": Meaning(
+        title="Probe macro F1", sentence="Mean over classes of the F1 score of the linear probe.", scale=_SHARE
+    ),
+    "probe_auc": Meaning(
+        title="Probe AUC",
+        sentence="Chance that the linear probe ranks a patch of a class above one of another; mean over classes.",
+        scale=_SHARE,
+    ),
+    "robustness_ratio": Meaning(
+        title="Robustness ratio",
+        sentence="Neighbours of the same tissue class over neighbours of the same medical centre: above 1, biology "
+        "outweighs the centre.",
+        scale="ratio",
+        neutral=1.0,
+    ),
+    "robustness_pathorob": Meaning(
+        title="PathoROB index",
+        sentence="Of the neighbours that share either class or centre but not both, the share with the same class: "
+        "above 0.5, biology outweighs the centre.",
+        scale="index",
+        neutral=0.5,
+    ),
+}
+"""By the first part of a metric's name; what follows it (`_k5`) is added to the title in words."""
+
+
+def meaning_of(metric: str) -> Meaning:
+    """The meaning of a metric by the name in `METRICS` that it begins with, else its own name."""
+    for stem, known in METRICS.items():
+        if metric == stem or metric.startswith(f"{stem}_"):
+            rest = re.sub(r"\bk(\d+)\b", r"k=\1", metric[len(stem) :].replace("_", " ").strip())
+            title = f"{known.title}, {rest}" if rest else known.title
+            return Meaning(title=title, sentence=known.sentence, scale=known.scale, neutral=known.neutral)
+    return Meaning(title=metric, scale=metric)
+
+
+def split_k(metric: str) -> tuple[str, int | None]:
+    """`robustness_ratio_k5` as ("robustness_ratio", 5); (metric, None) where the name does not end so."""
+    match = re.fullmatch(r"(.+)_k([1-9][0-9]{0,8})", metric)
+    return (match[1], int(match[2])) if match else (metric, None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskPart:
+    """What a report says of one task; metrics in order of appearance, encoders in the report's order."""
+
+    name: str
+    encoders: tuple[str, ...]
+    """Those with a figure or a failure here."""
+    figures: Mapping[str, Mapping[str, Result]]
+    """By metric and encoder."""
+    comparisons: tuple[Comparison, ...]
+    failures: tuple[Failure, ...]
+
+    def gap(self, encoder: str) -> Literal["failed", "-"]:
+        """The word for a figure that is not there."""
+        return "failed" if any(failure.encoder == encoder for failure in self.failures) else "-"
+
+
+def encoder_order(report: Report) -> tuple[str, ...]:
+    """The encoders' keys: the described ones first, then any other that has a figure, failure or comparison."""
+    described = [encoder.key for encoder in report.encoders]
+    compared = [key for row in report.comparisons for key in (row.encoder, row.reference)]
+    measured = [row.encoder for row in report.results]
+    failed = [row.encoder for row in report.failures if row.encoder]
+    return tuple(dict.fromkeys(described + measured + failed + compared))
+
+
+def task_parts(report: Report) -> tuple[TaskPart, ...]:
+    """The report cut by task, in order of first appearance.
+
+    Raises:
+        TaskError: If two results have the same task, metric and encoder.
+    """
+    kinds: tuple[Iterable[Result | Comparison | Failure], ...] = (report.results, report.comparisons, report.failures)
+    names = dict.fromkeys(row.task for rows in kinds for row in rows)
+    order = encoder_order(report)
+    return tuple(_task_part(report, name, order) for name in names)
+
+
+def _task_part(report: Report, name: str, order: Sequence[str]) -> TaskPart:
+    results = [row for row in report.results if row.task == name]
+    failures = tuple(row for row in report.failures if row.task == name)
+    here = {row.encoder for row in results} | {row.encoder for row in failures}
+    figures: dict[str, dict[str, Result]] = {}
+    for row in results:
+        if figures.setdefault(row.metric, {}).setdefault(row.encoder, row) is not row:
+            raise TaskError(
+                f"task {name!r} has two figures {row.metric!r} of encoder {row.encoder!r}; "
+                "give what tells them apart in the metric's name"
+            )
+    return TaskPart(
+        name=name,
+        encoders=tuple(key for key in order if key in here),
+        figures=figures,
+        comparisons=tuple(row for row in report.comparisons if row.task == name),
+        failures=failures,
+    )
+
+
+def best(row: Mapping[str, Result]) -> frozenset[str]:
+    """The encoders with the best value of one metric; none where fewer than two have a value."""
+    values = {key: result.estimate.value for key, result in row.items() if not isnan(result.estimate.value)}
+    if len(values) < 2:
+        return frozenset()
+    top = (max if next(iter(row.values())).higher_is_better else min)(values.values())
+    return frozenset(key for key, value in values.items() if value == top)
+
+
+def decimals(estimates: Iterable[Estimate], spare: int = 0) -> int:
+    """How many decimals show the leading digit of the narrowest interval, and `spare` more.
+
+    At least 2 where a value is below 10 in size, and 3 (1 where all are larger) without an interval; at most 5.
+    """
+    known = [estimate for estimate in estimates if isfinite(estimate.value)]
+    small = any(abs(estimate.value) < 10 for estimate in known)
+    widths = [estimate.high - estimate.low for estimate in known]
+    widths = [width for width in widths if isfinite(width) and width > 0]
+    if not widths:
+        return 3 if small else 1
+    wanted = -floor(log10(min(widths))) + spare
+    return min(_MAX_DECIMALS, max(2 if small else 0, wanted))
+
+
+def number(value: float, digits: int, sign: Literal["-", "+"] = "-") -> str:
+    """A value with so many decimals, never "-0.00"; "n/a" for NaN. With sign "+", positive ones carry it."""
+    if isnan(value):
+        return "n/a"
+    return format(value, f"{sign}z.{digits}f" if abs(value) < _LARGE else f"{sign}.3g")
+
+
+def interval(estimate: Estimate, digits: int, sign: Literal["-", "+"] = "-") -> str:
+    """`[0.66, 0.75]`, or nothing where there is none."""
+    if isnan(estimate.low) or isnan(estimate.high):
+        return ""
+    return f"[{number(estimate.low, digits, sign)}, {number(estimate.high, digits, sign)}]"
+
+
+def figure(estimate: Estimate, digits: int, sign: Literal["-", "+"] = "-") -> str:
+    """`0.71 [0.66, 0.75]`, or `0.71` where there is no interval."""
+    return f"{number(estimate.value, digits, sign)} {interval(estimate, digits, sign)}".rstrip()
+
+
+def proper(text: str) -> str:
+    """Figures with a true minus sign, for print."""
+    return text.replace("-", "\u2212")
+
+
+def p_text(p_value: float) -> str:
+    """`p = 0.043`, `p < 0.001`, or nothing for NaN."""
+    if isnan(p_value):
+        return ""
+    return "p < 0.001" if p_value < 0.001 else f"p = {p_value:.3f}"

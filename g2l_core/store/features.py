@@ -1,0 +1,238 @@
+"""Open a store, enter encoders and slides, and find them again."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+
+from g2l_core.errors import (
+    StoreCorruptError,
+    StoreError,
+    StoreMismatchError,
+    StoreMissingError,
+    UnknownNameError,
+)
+from g2l_core.store import schema
+from g2l_core.store.provenance import differences, software
+from g2l_core.store.slide import FeatureWriter, Shard, StoredSlide, members, writing
+from g2l_core.types import Coords, ViewParams
+
+__all__ = ("FeatureStore", "FeatureWriter", "Shard", "StoredSlide")
+
+READ_MODE, WRITE_MODE = "r", "r+"
+
+
+class FeatureStore:
+    """A store of cached features. Open it with `FeatureStore.open` or `FeatureStore.create`."""
+
+    def __init__(self, path: Path, root: zarr.Group) -> None:
+        self.path = path
+        self._root = root
+        self._facts: dict[str, Any] = dict(root.attrs[schema.ATTRIBUTE])
+
+    @classmethod
+    def open(cls, path: Path | str, *, writable: bool = False) -> "FeatureStore":
+        """Open an existing store.
+
+        Raises:
+            StoreMissingError: There is none.
+            StoreError: The folder is something else, of a newer format, or cannot be read.
+        """
+        path = Path(path)
+        try:
+            root = zarr.open_group(path, mode=WRITE_MODE if writable else READ_MODE, zarr_format=3)
+        except FileNotFoundError as error:
+            raise StoreMissingError(f"there is no store at {path}; g2l cache-teacher makes one") from error
+        except OSError as error:
+            raise StoreError(f"cannot read the store {path}: {error.strerror or error}") from error
+        except json.JSONDecodeError as error:
+            raise StoreCorruptError(f"{path / 'zarr.json'} is damaged ({error}); restore it from a copy") from error
+        if schema.ATTRIBUTE not in root.attrs:
+            raise StoreError(f"{path} is a Zarr group but no G2L store: its attributes have no {schema.ATTRIBUTE!r}")
+        store = cls(path, root)
+        if store._facts["format"] > schema.FORMAT:
+            raise StoreError(
+                f"{path} has store format {store._facts['format']}; "
+                f"this version reads up to {schema.FORMAT}. Update G2L"
+            )
+        return store
+
+    @classmethod
+    def create(cls, path: Path | str, *, grid: Mapping[str, object], views: Mapping[str, object]) -> "FeatureStore":
+        """Open the store at `path` for writing, making it if there is none.
+
+        Args:
+            path: Its folder.
+            grid: The grid spec as plain values; with `views` the identity of the store.
+            views: The view spec as plain values.
+
+        Raises:
+            StoreMismatchError: The store there was made with another grid or other views.
+            StoreError: The folder holds something else.
+        """
+        path = Path(path)
+        if (path / "zarr.json").exists():
+            store = cls.open(path, writable=True)
+            if any(store.slides()):
+                store.require_identity(grid=grid, views=views)
+            else:  # nothing was laid yet, so nothing is lost by other settings
+                store._facts |= {"grid": dict(grid), "views": dict(views)}
+                with writing(str(path)):
+                    store._root.attrs[schema.ATTRIBUTE] = store._facts
+            return store
+        if path.is_file() or (path.is_dir() and any(p.suffix != schema.LEFTOVER for p in path.iterdir())):
+            raise StoreError(f"{path} exists and is no store; give --store another folder")
+        facts = {
+            "format": schema.FORMAT,
+            "grid": dict(grid),
+            "views": dict(views),
+            "patch_status": dict(schema.STATUS),
+            "encoders": {},
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "software": software(),
+        }
+        try:
+            root = zarr.create_group(path, zarr_format=3, attributes={schema.ATTRIBUTE: facts})
+        except OSError as error:
+            raise StoreError(f"cannot create a store at {path}: {error.strerror or error}") from error
+        return cls(path, root)
+
+    def require_identity(self, **asked: Mapping[str, object]) -> None:
+        """Refuse to go on with other settings than the store's.
+
+        Raises:
+            StoreMismatchError: Names each field that differs.
+        """
+        stored = {name: self._facts[name] for name in asked}
+        found = [f"{f} is {ours!r} there, {theirs!r} asked" for f, ours, theirs in differences(stored, asked)]
+        if found:
+            raise StoreMismatchError(
+                f"{self.path} was made with other settings: {'; '.join(found)}. Use its settings, or another --store"
+            )
+
+    @property
+    def grid(self) -> dict[str, Any]:
+        """The grid spec's fields."""
+        return dict(self._facts["grid"])
+
+    @property
+    def views(self) -> dict[str, Any]:
+        """The view spec's fields."""
+        return dict(self._facts["views"])
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The root's attributes."""
+        return self._facts
+
+    @property
+    def encoders(self) -> dict[str, dict[str, Any]]:
+        """The spec of every encoder that has features here, by key."""
+        return dict(self._facts["encoders"])
+
+    def add_encoder(self, key: str, spec: Mapping[str, object]) -> None:
+        """Enter an encoder; nothing happens if the same one is there.
+
+        Raises:
+            StoreMismatchError: Another encoder has that key.
+        """
+        known = self._facts["encoders"].get(key)
+        if known is None:
+            self._facts["encoders"][key] = dict(spec)
+            with writing(str(self.path)):
+                self._root.attrs[schema.ATTRIBUTE] = self._facts
+        elif known["digest"] != spec["digest"]:
+            fields = ", ".join(f"{f}: {a!r} there, {b!r} now" for f, a, b in differences(known, spec))
+            raise StoreMismatchError(
+                f"{self.path} holds features of another encoder under {key!r} ({fields}). Use another --store"
+            )
+
+    def slide_ids(self) -> list[str]:
+        """The ids of all slides that stage one has met, sorted, failed ones included."""
+        return sorted(_slide_ids(self._root["slides"], "")) if "slides" in self._root else []
+
+    def slides(self) -> Iterator["StoredSlide"]:
+        """The slides that have patches, sorted by id."""
+        return (s for s in map(self._stored, self.slide_ids()) if s.is_laid)
+
+    def slide(self, slide_id: str) -> "StoredSlide":
+        """One slide.
+
+        Raises:
+            UnknownNameError: It is not in the store.
+        """
+        if not self._has_met(slide_id):
+            raise UnknownNameError("slide", slide_id, self.slide_ids(), f"The store is {self.path}.")
+        return self._stored(slide_id)
+
+    def failed_slides(self) -> dict[str, str]:
+        """Reason by id of every slide that could not be used."""
+        slides = map(self._stored, self.slide_ids())
+        return {s.slide_id: s.facts["reason"] for s in slides if not s.is_laid}
+
+    def _has_met(self, slide_id: str) -> bool:
+        """Whether that group is a slide whose facts are written: neither a folder of slides nor left by a kill."""
+        path = f"slides/{slide_id}"
+        return path in self._root and schema.ATTRIBUTE in self._root[path].attrs
+
+    def _stored(self, slide_id: str) -> "StoredSlide":
+        return StoredSlide(slide_id, self._root[f"slides/{slide_id}"])
+
+    def lay_slide(
+        self,
+        slide_id: str,
+        facts: Mapping[str, object],
+        *,
+        coords: Coords,
+        view_params: ViewParams,
+        columns: Sequence[str],
+        patch_ids: Sequence[str] | None,
+    ) -> "StoredSlide":
+        """Write a slide's patches. Until this returns, the slide counts as never met.
+
+        Args:
+            slide_id: Its id.
+            facts: Its source, scale and labels.
+            coords: Corners, in stored order.
+            view_params: Parameters of the views known now.
+            columns: Names of the parameters.
+            patch_ids: File names of patch images, None for a slide.
+
+        Raises:
+            StoreError: The disk is full, or cannot be written to.
+        """
+        n, n_views = view_params.shape[:2]
+        with writing(f"slide {slide_id}"):
+            group = self._fresh_group(slide_id)
+            schema.create_coords(group, n)[:] = coords
+            schema.create_patch_status(group, n)
+            schema.create_view_params(group, n, n_views, list(columns))[:] = view_params
+            schema.create_pixel_hash(group, n, n_views)
+            if patch_ids is not None:
+                schema.create_patch_id(group, n)[:] = np.array(patch_ids, dtype=object)
+            group.attrs[schema.ATTRIBUTE] = {**facts, "n_patches": n, "n_views": n_views, "status": "ok"}
+        return StoredSlide(slide_id, group)
+
+    def fail_slide(self, slide_id: str, source: str, reason: str) -> None:
+        """Record that a slide could not be used, and why; never over one that has patches."""
+        if self._has_met(slide_id) and self._stored(slide_id).is_laid:
+            return
+        with writing(f"slide {slide_id}"):
+            group = self._fresh_group(slide_id)
+            group.attrs[schema.ATTRIBUTE] = {"source": source, "status": "failed", "reason": reason}
+
+    def _fresh_group(self, slide_id: str) -> zarr.Group:
+        return self._root.create_group(f"slides/{slide_id}", overwrite=True)
+
+
+def _slide_ids(group: zarr.Group, prefix: str) -> Iterator[str]:
+    for name in members(group):
+        member = group[name]
+        if schema.ATTRIBUTE in member.attrs:
+            yield prefix + name
+        elif isinstance(member, zarr.Group):
+            yield from _slide_ids(member, f"{prefix}{name}/")

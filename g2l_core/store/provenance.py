@@ -1,0 +1,44 @@
+"""Specs and software as canonical JSON, their digest, and which field differs between two."""
+
+import hashlib
+import json
+import platform
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+
+import g2l_core
+
+PACKAGES = ("torch", "timm", "zarr", "numcodecs", "numpy", "openslide-python", "opencv-python-headless")
+
+
+def canonical_json(value: object) -> str:
+    """JSON with sorted keys and no white space, so that equal values give equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def digest(value: object) -> str:
+    """sha256, in hexadecimal, of the canonical JSON."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def differences(
+    stored: Mapping[str, object], asked: Mapping[str, object], prefix: str = ""
+) -> Iterator[tuple[str, object, object]]:
+    """Yield (field, stored value, asked value) for every field that differs; nested fields joined by dots."""
+    for key in sorted({*stored, *asked}):
+        ours, theirs = stored.get(key), asked.get(key)
+        if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
+            yield from differences(ours, theirs, f"{prefix}{key}.")
+        elif canonical_json(ours) != canonical_json(theirs):
+            yield f"{prefix}{key}", ours, theirs
+
+
+def software() -> dict[str, str]:
+    """Versions of what can change a result."""
+    versions = {"g2l": g2l_core.__version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions

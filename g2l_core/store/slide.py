@@ -1,0 +1,344 @@
+"""One slide of a store: read it, and write features into it shard by shard.
+
+A shard is `SHARD_ROWS` rows of one view: one file, one writer. It counts only once its completion record (row
+count, checksum, failed patches) stands in the features array's attributes, which are replaced atomically
+after the shard's file is. What is recorded is never recomputed; what is not recorded is.
+"""
+
+import errno
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from jaxtyping import Float16, Float32, UInt8, UInt64
+from numcodecs.checksum32 import CRC32C
+
+from g2l_core.errors import (
+    EncoderError,
+    StoreCorruptError,
+    StoreError,
+    StoreMismatchError,
+    StoreMissingError,
+    UnknownNameError,
+)
+from g2l_core.store import schema
+from g2l_core.types import Coords, Features, PatchStatus, PixelHash, ViewParams
+
+
+@dataclass(frozen=True, order=True)
+class Shard:
+    """One unit of writing: rows [start, stop) of one view."""
+
+    start: int
+    stop: int
+    view: int
+
+    @property
+    def name(self) -> str:
+        """Its key in the completion records: row block and view."""
+        return f"{self.start // schema.SHARD_ROWS}.{self.view}"
+
+
+class StoredSlide:
+    """One slide of a store: what stage one wrote about it."""
+
+    def __init__(self, slide_id: str, group: zarr.Group) -> None:
+        self.slide_id = slide_id
+        self.facts: dict[str, Any] = dict(group.attrs[schema.ATTRIBUTE])
+        self._group = group
+
+    @property
+    def is_laid(self) -> bool:
+        """Whether it has patches."""
+        return self.facts["status"] == "ok"
+
+    def __len__(self) -> int:
+        return int(self.facts.get("n_patches", 0))
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """patient_id, medical_center and whatever else the manifest gave for the whole slide."""
+        return dict(self.facts.get("labels", {}))
+
+    @property
+    def coords(self) -> Coords:
+        """int32 (n, 2): x, y of the top-left corners in level-0 pixels; zeros for patch images."""
+        return self.read_table("coords")
+
+    @property
+    def patch_status(self) -> PatchStatus:
+        """uint8 (n,): 0 where the patch is good, else a reason code."""
+        return self.read_table("patch_status")
+
+    @property
+    def view_params(self) -> ViewParams:
+        """float32 (n, views, parameters)."""
+        return self.read_table("view_params")
+
+    @property
+    def pixel_hash(self) -> PixelHash:
+        """uint64 (n, views): xxh3-64 of each view's pixels, 0 where not rendered yet."""
+        return self.read_table("pixel_hash")
+
+    @property
+    def patch_ids(self) -> list[str] | None:
+        """File names of patch images in stored order; None for a slide."""
+        return [str(name) for name in self.read_table("patch_id")] if "patch_id" in self._group else None
+
+    @property
+    def n_views(self) -> int:
+        """Views whose parameters are stored, the canonical one included."""
+        return int(self.facts["n_views"])
+
+    def read_table(self, name: str) -> Any:
+        """A whole array beside the features, by its name in the store; checksums checked.
+
+        Raises:
+            StoreCorruptError: It is not what was written.
+        """
+        with _reading(f"slide {self.slide_id}: {name}"):
+            return self._array(name)[:]
+
+    def set_labels(self, labels: Mapping[str, str]) -> None:
+        """Replace the slide's labels."""
+        self._set_facts(labels=dict(labels))
+
+    def extend_views(self, view_params: ViewParams) -> None:
+        """Add the parameters of further views behind those stored. They count once `n_views` says so, last."""
+        params, hashes = self._array("view_params"), self._array("pixel_hash")
+        n_views = self.n_views + view_params.shape[1]
+        with writing(f"views of slide {self.slide_id}"):
+            hashes.resize((len(self), n_views))
+            params.resize((len(self), n_views, params.shape[2]))
+            params[:, self.n_views :] = view_params
+        self._set_facts(n_views=n_views)
+
+    def _set_facts(self, **facts: object) -> None:
+        self.facts |= facts
+        with writing(f"slide {self.slide_id}"):
+            self._group.attrs[schema.ATTRIBUTE] = self.facts
+
+    def _array(self, path: str) -> zarr.Array:
+        return self._group[path]
+
+    @property
+    def encoders(self) -> list[str]:
+        """Keys of the encoders that have features of this slide, whole or not."""
+        return sorted(members(self._group["features"])) if "features" in self._group else []
+
+    def features_array(self, encoder: str) -> zarr.Array:
+        """The Zarr array of an encoder, float16 (n, views, dim), as it stands.
+
+        Raises:
+            UnknownNameError: That encoder has none here.
+        """
+        if encoder not in self.encoders:
+            raise UnknownNameError("encoder", encoder, self.encoders, f"Asked of slide {self.slide_id}.")
+        return self._array(f"features/{encoder}")
+
+    def features(self, encoder: str, *, view: int = 0) -> Features:
+        """The features of one view, float16 (n, dim), in stored order; NaN rows where patch_status is not 0.
+
+        Raises:
+            UnknownNameError: The encoder has no features of this slide.
+            StoreMissingError: They are not complete.
+            StoreCorruptError: They are not what was written.
+        """
+        self.require_complete(encoder, view)
+        return self.read_rows(encoder, 0, len(self), view=view)
+
+    def read_rows(self, encoder: str, start: int, stop: int, *, view: int) -> Features:
+        """The features of rows [start, stop) of one view as they stand, float16 (rows, dim), checksums checked.
+
+        Raises:
+            UnknownNameError: The encoder has no features of this slide.
+            StoreCorruptError: They are not what was written.
+        """
+        array = self.features_array(encoder)
+        with _reading(f"slide {self.slide_id}: rows {start} to {stop} of {encoder}, view {view},"):
+            return np.asarray(array[start:stop, view])
+
+    def require_complete(self, encoder: str, view: int) -> None:
+        """Refuse a view whose shards are not all recorded.
+
+        Raises:
+            UnknownNameError: The encoder has no features of this slide.
+            StoreMissingError: Names the slide, the encoder and the view.
+        """
+        self.features_array(encoder)
+        records = self.records(encoder)
+        missing = [s for s in self.shards([view]) if s.name not in records]
+        if missing:
+            raise StoreMissingError(
+                f"slide {self.slide_id}: view {view} of {encoder} is not complete "
+                f"({len(missing)} of {len(self.shards([view]))} shards missing). "
+                "Run the command that caches it again"
+            )
+
+    def shards(self, views: Sequence[int]) -> list[Shard]:
+        """All shards of the given views, rows first."""
+        starts = range(0, len(self), schema.SHARD_ROWS)
+        return [Shard(a, min(a + schema.SHARD_ROWS, len(self)), v) for a in starts for v in views]
+
+    def records(self, encoder: str) -> dict[str, dict[str, Any]]:
+        """The completion records of an encoder's shards whose file is there, by shard name; empty where it has none.
+
+        So a damaged file is repaired by deleting it and running the caching command again.
+        """
+        if encoder not in self.encoders:
+            return {}
+        kept = self.feature_facts(encoder)["shards"]
+        shards = [s for s in self.shards(range(self.features_array(encoder).shape[1])) if s.name in kept]
+        return {s.name: kept[s.name] for s in shards if self.has_file(encoder, s, kept[s.name])}
+
+    def feature_facts(self, encoder: str) -> dict[str, Any]:
+        """Attributes of an encoder's array: its digest, and all completion records, whatever became of the files.
+
+        Raises:
+            UnknownNameError: That encoder has none here.
+        """
+        return dict(self.features_array(encoder).attrs.get(schema.ATTRIBUTE, {"shards": {}}))
+
+    def shard_path(self, encoder: str, shard: Shard) -> Path:
+        """The file of a shard."""
+        block = shard.start // schema.SHARD_ROWS
+        return folder_of(self._group) / "features" / encoder / "c" / str(block) / str(shard.view) / "0"
+
+    def has_file(self, encoder: str, shard: Shard, record: Mapping[str, Any]) -> bool:
+        """Whether a recorded shard's file is there; Zarr writes none where no patch was readable: all is fill value."""
+        path = self.shard_path(encoder, shard)
+        return record["failed"] == record["rows"] or (path.is_file() and path.stat().st_size > 0)
+
+    def writer(self, encoder: str, *, digest: str, dim: int, n_views: int) -> "FeatureWriter":
+        """A writer for an encoder's features of this slide, its array made or widened as needed."""
+        path = f"features/{encoder}"
+        with writing(f"features of slide {self.slide_id}"):
+            if path not in self._group:
+                schema.create_features(self._group, encoder, len(self), n_views, dim)
+            array = self._array(path)
+            facts = array.attrs.get(schema.ATTRIBUTE, {"encoder": encoder, "digest": digest, "shards": {}})
+            if schema.ATTRIBUTE not in array.attrs or array.shape[1] < n_views:
+                array.attrs[schema.ATTRIBUTE] = {**facts, "complete": False}
+            if array.shape[1] < n_views:
+                array.resize((len(self), n_views, dim))
+        return FeatureWriter(self, encoder, array)
+
+
+class FeatureWriter:
+    """Writes one encoder's features of one slide. One writer at a time."""
+
+    def __init__(self, slide: StoredSlide, encoder: str, array: zarr.Array) -> None:
+        self.slide_id = slide.slide_id
+        self._slide = slide
+        self._encoder = encoder
+        self._array = array
+
+    def missing(self, views: Sequence[int]) -> list[Shard]:
+        """The shards of these views that have no completion record, rows first."""
+        records = self._slide.records(self._encoder)
+        return [s for s in self._slide.shards(views) if s.name not in records]
+
+    def write(
+        self,
+        shard: Shard,
+        features: Float32[np.ndarray, "rows dim"] | Float16[np.ndarray, "rows dim"],
+        hashes: UInt64[np.ndarray, " rows"],
+        status: UInt8[np.ndarray, " rows"],
+    ) -> None:
+        """Write a shard, then its completion record.
+
+        Args:
+            shard: Which rows and view.
+            features: Their features; NaN in rows whose status is not 0.
+            hashes: Pixel hash of each row's view.
+            status: Reason code of each row.
+
+        Raises:
+            EncoderError: A good patch has features that float16 cannot hold: NaN, infinite or too large.
+            StoreMismatchError: The pixels are not those that another encoder was given.
+            StoreError: The disk is full, or cannot be written to.
+        """
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # overflow becomes infinity, refused below
+            stored = np.ascontiguousarray(features, dtype=np.float16)
+        self._require_finite(shard, stored, status)
+        with writing(f"features of slide {self.slide_id}"):
+            self._write_hashes(shard, hashes, status)
+            self._slide._array("patch_status")[shard.start : shard.stop] = status
+            self._array[shard.start : shard.stop, shard.view] = stored
+            self._record(shard, failed=int(np.count_nonzero(status)), checksum=int(CRC32C.checksum(stored)))
+
+    def _record(self, shard: Shard, *, failed: int, checksum: int) -> None:
+        facts: dict[str, Any] = dict(self._array.attrs[schema.ATTRIBUTE])
+        record = {"rows": shard.stop - shard.start, "failed": failed, "crc32c": checksum}
+        facts["shards"] = {**facts["shards"], shard.name: record}
+        facts["complete"] = len(facts["shards"]) == len(self._slide.shards(range(self._array.shape[1])))
+        self._array.attrs[schema.ATTRIBUTE] = facts
+
+    def _require_finite(self, shard: Shard, features: Features, status: PatchStatus) -> None:
+        bad = np.flatnonzero(~np.isfinite(features).all(axis=1) & (status == schema.STATUS["ok"]))
+        if len(bad):
+            row = shard.start + int(bad[0])
+            x, y = self._slide._array("coords")[row]
+            raise EncoderError(
+                f"{self._encoder} gave features that are not finite in float16 for {len(bad)} patches, "
+                f"first slide {self._slide.slide_id}, row {row} at ({x}, {y}), view {shard.view}. "
+                "Nothing of this shard is stored. Try --precision fp32; if it stays, the weights are damaged"
+            )
+
+    def _write_hashes(self, shard: Shard, hashes: UInt64[np.ndarray, " rows"], status: PatchStatus) -> None:
+        array = self._slide._array("pixel_hash")
+        stored = np.asarray(array[shard.start : shard.stop, shard.view])
+        other = (stored != hashes) & (stored != schema.UNKNOWN_HASH) & (status == schema.STATUS["ok"])
+        if other.any():
+            row = shard.start + int(np.flatnonzero(other)[0])
+            raise StoreMismatchError(
+                f"slide {self._slide.slide_id}, row {row}, view {shard.view}: the pixels are not those "
+                "cached before. Has the slide, OpenSlide or OpenCV changed? See g2l store info"
+            )
+        array[shard.start : shard.stop, shard.view] = np.where(status == 0, hashes, stored)
+
+
+def members(group: zarr.Group) -> list[str]:
+    """Names of a group's groups and arrays. Zarr's own listing warns about each leftover of a killed writer."""
+    return [path.name for path in folder_of(group).iterdir() if (path / "zarr.json").is_file()]
+
+
+def folder_of(group: zarr.Group) -> Path:
+    """The folder that holds a group; a store is always local."""
+    return Path(group.store.root) / group.path
+
+
+@contextmanager
+def _reading(what: str) -> Iterator[None]:
+    """Translate what Zarr's codecs and the operating system say of damaged files.
+
+    Raises:
+        StoreCorruptError: They said so.
+    """
+    try:
+        yield
+    except (ValueError, RuntimeError, KeyError, OSError) as error:  # the checksum raises ValueError, zstd RuntimeError
+        raise StoreCorruptError(f"{what} cannot be read: {error}. g2l store verify names the damaged files") from error
+
+
+@contextmanager
+def writing(what: str) -> Iterator[None]:
+    """Translate what the operating system says of a full or closed disk.
+
+    Raises:
+        StoreError: It said so.
+    """
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+        raise StoreError(
+            f"cannot write {what}: {error.strerror or error}; {'free space' if full else 'make the store writable'} "
+            "and run the same command again: what is recorded is kept"
+        ) from error

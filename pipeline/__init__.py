@@ -1,0 +1,1 @@
+"""The three stages and the command line: wiring, no arithmetic."""

@@ -1,0 +1,171 @@
+"""Stage one: from slides to stored features. Behind `g2l cache-teacher` and `g2l embed`."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from g2l_core.caching import CacheProgress, cache_features
+from g2l_core.encoder_loading import LoadedEncoder, load_encoder, require_mpp
+from g2l_core.encoders import EncoderSpec
+from g2l_core.errors import G2LError
+from g2l_core.grid import GridSpec
+from g2l_core.laying import lay_sources, refresh_stored, store_laid
+from g2l_core.manifest import Source, read_sources
+from g2l_core.store.features import FeatureStore
+from g2l_core.views import ViewSpec
+from pipeline.progress import ProgressLine
+
+BYTES_PER_FEATURE = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheSettings:
+    """How stage one runs. None of it changes the features, but for the precision."""
+
+    views: int = 2
+    """Augmented views of each patch, beside the canonical one."""
+    device: str = "auto"
+    precision: str = "auto"
+    batch_size: int = 32
+    workers: int = 2
+    mpp_override: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheSummary:
+    """What stage one did."""
+
+    store: Path
+    encoders: tuple[str, ...]
+    slides: int
+    patches: int
+    encoded: int
+    """Patches that this call had to encode; 0 where everything was stored already."""
+    failed_slides: dict[str, str]
+    unreadable: dict[str, list[str]]
+    seconds: dict[str, float]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing was lost."""
+        return not self.failed_slides and not self.unreadable
+
+
+def run_cache(
+    inputs: Sequence[Path],
+    store_path: Path,
+    encoder_specs: Sequence[EncoderSpec],
+    grid: GridSpec,
+    views: ViewSpec,
+    settings: CacheSettings,
+) -> CacheSummary:
+    """Lay the patches of all inputs and cache the features of all encoders.
+
+    Raises:
+        G2LError: Nothing could be started: bad inputs, settings or encoders.
+    """
+    sources = read_sources(inputs)
+    for spec in encoder_specs:
+        require_mpp(spec, grid.mpp)
+    store = FeatureStore.create(store_path, grid=asdict(grid), views=asdict(views))
+    encoders = [load_encoder(spec, device=settings.device, precision=settings.precision) for spec in encoder_specs]
+    for encoder in encoders:
+        store.add_encoder(encoder.key, encoder.facts)
+    failed = lay_cohort(store, sources, grid, views, settings)
+    ready = [source.slide_id for source in sources if source.slide_id not in failed]
+    progress = encode_cohort(store, ready, encoders, settings)
+    return CacheSummary(
+        store=store_path,
+        encoders=tuple(encoder.key for encoder in encoders),
+        slides=len(ready),
+        patches=sum(len(store.slide(slide_id)) for slide_id in ready),
+        encoded=progress.patches_total,
+        failed_slides=failed | progress.failed_slides,
+        unreadable=progress.unreadable,
+        seconds=progress.seconds,
+    )
+
+
+def lay_cohort(
+    store: FeatureStore, sources: Sequence[Source], grid: GridSpec, views: ViewSpec, settings: CacheSettings
+) -> dict[str, str]:
+    """Bring every source's patches into the store; return the reasons of those that failed."""
+    failed: dict[str, str] = {}
+    n_views = 1 + settings.views
+    known = {slide.slide_id: slide for slide in store.slides()}
+    for source in sources:
+        if source.slide_id in known:
+            try:
+                refresh_stored(known[source.slide_id], source, views, n_views)
+            except G2LError as error:
+                failed[source.slide_id] = str(error)
+    new = [source for source in sources if source.slide_id not in known]
+    line = ProgressLine("tissue", "slides")
+    outcomes = lay_sources(new, grid, mpp_override=settings.mpp_override, workers=settings.workers)
+    for done, outcome in enumerate(outcomes, start=1):
+        if outcome.laid is not None:
+            store_laid(store, outcome.source, outcome.laid, views, n_views)
+        else:
+            failed[outcome.source.slide_id] = str(outcome.error)
+            store.fail_slide(outcome.source.slide_id, str(outcome.source.path.resolve()), str(outcome.error))
+        line.update(done, len(new))
+    line.close()
+    return failed
+
+
+def encode_cohort(
+    store: FeatureStore, slide_ids: Sequence[str], encoders: Sequence[LoadedEncoder], settings: CacheSettings
+) -> CacheProgress:
+    """Encode what the slides still miss, with a progress line."""
+    line = ProgressLine(" + ".join(encoder.key for encoder in encoders), "patches")
+
+    def report(progress: CacheProgress) -> None:
+        line.update(progress.patches_done, progress.patches_total, f"bottleneck: {progress.bottleneck}")
+
+    progress = cache_features(
+        store,
+        slide_ids,
+        encoders,
+        n_views=1 + settings.views,
+        batch_size=settings.batch_size,
+        workers=settings.workers,
+        report=report,
+    )
+    line.close()
+    return progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class CachePlan:
+    """What a call of stage one would do, from thumbnails alone."""
+
+    patches: dict[str, int]
+    failed_slides: dict[str, str]
+    views: int
+    dims: dict[str, int | None]
+
+    @property
+    def feature_bytes(self) -> int:
+        """Bytes of all features; encoders whose size is not known before loading count 0."""
+        width = sum(dim or 0 for dim in self.dims.values())
+        return sum(self.patches.values()) * (1 + self.views) * width * BYTES_PER_FEATURE
+
+
+def plan_cache(
+    inputs: Sequence[Path], encoder_specs: Sequence[EncoderSpec], grid: GridSpec, settings: CacheSettings
+) -> CachePlan:
+    """Count the patches of all inputs without loading an encoder or writing anything."""
+    sources = read_sources(inputs)
+    patches: dict[str, int] = {}
+    failed: dict[str, str] = {}
+    for outcome in lay_sources(sources, grid, mpp_override=settings.mpp_override, workers=settings.workers):
+        if outcome.laid is not None:
+            patches[outcome.source.slide_id] = len(outcome.laid.coords)
+        else:
+            failed[outcome.source.slide_id] = str(outcome.error)
+    return CachePlan(
+        patches=patches,
+        failed_slides=failed,
+        views=settings.views,
+        dims={spec.name: spec.dim for spec in encoder_specs},
+    )

@@ -1,0 +1,393 @@
+"""The command line: parse, call a stage, print. Stages are imported inside the commands, so that help is quick."""
+
+import json
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from g2l_core import __version__
+from g2l_core.errors import G2LError, UsageError
+from pipeline import cli_store
+
+if TYPE_CHECKING:
+    from pipeline.cache_teacher import CachePlan, CacheSummary
+
+EXIT_DONE, EXIT_SOME_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED = 0, 1, 2, 130
+SHOWN_REASONS = 20
+
+app = typer.Typer(
+    name="g2l",
+    help="Cache a giga-scale pathology teacher once, distill a cancer-specific student, benchmark both.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+app.add_typer(cli_store.app, name="store")
+
+Inputs = Annotated[
+    list[Path],
+    typer.Argument(help="Slides, folders of slides or of patch images, or a manifest CSV.", show_default=False),
+]
+Store = Annotated[Path, typer.Option(help="The feature store (a Zarr folder); made or completed.", show_default=False)]
+Weights = Annotated[
+    str | None, typer.Option(help="A weights file, or random:SEED for a trial, in place of the encoder's own.")
+]
+Mpp = Annotated[float, typer.Option(help="Micrometres per pixel of a patch; 20x is 0.5, 40x is 0.25.")]
+PatchPx = Annotated[int, typer.Option(help="Side of a patch in pixels at that scale.")]
+CropPx = Annotated[int, typer.Option(help="Side of a view, cut from the patch.")]
+MaxPatches = Annotated[int | None, typer.Option(help="At most this many patches of a slide, at random.")]
+Tissue = Annotated[str, typer.Option(help="Tissue method: otsu, or none to keep everything.")]
+MinTissue = Annotated[float, typer.Option(help="Least share of a patch that must be tissue.")]
+Seed = Annotated[int, typer.Option(help="Names every random draw.")]
+MppOverride = Annotated[
+    float | None, typer.Option(help="um/px of slides whose header and manifest give none.", show_default=False)
+]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Precision = Annotated[str, typer.Option(help="auto (fp32 on CPU, the model card's on GPU), fp32, bf16 or fp16.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Views encoded together.")]
+Workers = Annotated[int, typer.Option(min=1, help="Threads that read and augment.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only count patches and bytes, from thumbnails.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the summary as JSON on stdout.")]
+
+
+@app.callback()
+def settings(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+) -> None:
+    """Options before the command."""
+    sys.excepthook = sys.__excepthook__ if debug else explain
+    if version:
+        typer.echo(f"g2l {__version__}")
+        raise typer.Exit
+
+
+@app.command(name="cache-teacher")
+def cache_teacher(
+    inputs: Inputs,
+    store: Store,
+    teacher: Annotated[str, typer.Option(help="The encoder; g2l models lists them.", show_default=False)],
+    views: Annotated[int, typer.Option(min=0, help="Augmented views beside the canonical one.")] = 2,
+    weights: Weights = None,
+    mpp: Mpp = 0.5,
+    patch_px: PatchPx = 256,
+    crop_px: CropPx = 224,
+    max_patches: MaxPatches = None,
+    tissue: Tissue = "otsu",
+    min_tissue: MinTissue = 0.25,
+    seed: Seed = 0,
+    mpp_override: MppOverride = None,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    batch_size: BatchSize = 32,
+    workers: Workers = 2,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Stage one: tile slides, run the teacher once over every patch and view, store its features.
+
+    Interrupt it at any time: the same command again goes on where it stopped.
+    """
+    from g2l_core.grid import GridSpec
+
+    grid = GridSpec(
+        mpp=mpp, patch_px=patch_px, tissue=tissue, min_tissue=min_tissue, max_patches=max_patches, seed=seed
+    )
+    how = {"views": views, "device": device, "precision": precision, "batch_size": batch_size, "workers": workers}
+    how["mpp_override"] = mpp_override
+    _run_cache(inputs, store, [teacher], weights, grid, {"crop_px": crop_px}, how, dry_run, as_json)
+
+
+@app.command()
+def embed(
+    inputs: Inputs,
+    store: Store,
+    encoder: Annotated[list[str], typer.Option(help="An encoder or run folder; repeatable.", show_default=False)],
+    views: Annotated[int, typer.Option(min=0, help="Augmented views beside the canonical one.")] = 0,
+    weights: Weights = None,
+    mpp_override: MppOverride = None,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    batch_size: BatchSize = 32,
+    workers: Workers = 2,
+    as_json: Json = False,
+) -> None:
+    """Cache any encoder's features beside the teacher's, all of them in one decode of the slides.
+
+    The store's own grid and views are used; make it with g2l cache-teacher first.
+    """
+    from g2l_core.grid import GridSpec
+    from g2l_core.store.features import FeatureStore
+
+    existing = FeatureStore.open(store)
+    how = {"views": views, "device": device, "precision": precision, "batch_size": batch_size, "workers": workers}
+    how["mpp_override"] = mpp_override
+    _run_cache(inputs, store, encoder, weights, GridSpec(**existing.grid), existing.views, how, False, as_json)
+
+
+def _run_cache(
+    inputs: Sequence[Path],
+    store: Path,
+    encoders: Sequence[str],
+    weights: str | None,
+    grid: Any,
+    views: dict[str, Any],
+    how: dict[str, Any],
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    from g2l_core.encoders import resolve_encoder
+    from g2l_core.views import ViewSpec
+    from pipeline.cache_teacher import CacheSettings, plan_cache, run_cache
+
+    specs = [resolve_encoder(name, weights=weights) for name in encoders]
+    if len(specs) > 1 and weights is not None:
+        raise UsageError("--weights speaks of one encoder; embed them one after the other")
+    view_spec = ViewSpec(**{"patch_px": grid.patch_px, "seed": grid.seed, **views})
+    if dry_run:
+        plan = plan_cache(inputs, specs, grid, CacheSettings(**how))
+        typer.echo(json.dumps(_plan_json(plan), indent=2) if as_json else _plan_text(plan))
+        raise typer.Exit(EXIT_SOME_FAILED if plan.failed_slides else EXIT_DONE)
+    summary = run_cache(inputs, store, specs, grid, view_spec, CacheSettings(**how))
+    typer.echo(json.dumps(_cache_json(summary), indent=2) if as_json else _cache_text(summary))
+    _list_losses(summary.failed_slides, {s: f"{len(r)} patches: {r[0]}" for s, r in summary.unreadable.items()})
+    raise typer.Exit(EXIT_DONE if summary.is_complete else EXIT_SOME_FAILED)
+
+
+def _plan_json(plan: "CachePlan") -> dict[str, Any]:
+    return {
+        "patches": plan.patches,
+        "failed_slides": plan.failed_slides,
+        "views": plan.views,
+        "feature_bytes": plan.feature_bytes,
+    }
+
+
+def _plan_text(plan: "CachePlan") -> str:
+    unknown = [name for name, dim in plan.dims.items() if dim is None]
+    size = f"{plan.feature_bytes / 1e9:.2f} GB of features" if not unknown else "size known once the encoder is loaded"
+    lines = [f"{patches:>9,}  {slide_id}" for slide_id, patches in plan.patches.items()]
+    lines += [f"   failed  {slide_id}: {reason}" for slide_id, reason in plan.failed_slides.items()]
+    total = sum(plan.patches.values())
+    lines.append(f"{total:>9,}  patches of {len(plan.patches)} slides, {1 + plan.views} views each, {size}")
+    return "\n".join(lines)
+
+
+def _cache_json(summary: "CacheSummary") -> dict[str, Any]:
+    return {
+        "store": str(summary.store),
+        "encoders": list(summary.encoders),
+        "slides": summary.slides,
+        "patches": summary.patches,
+        "encoded": summary.encoded,
+        "failed_slides": summary.failed_slides,
+        "unreadable": summary.unreadable,
+        "seconds": {part: round(seconds, 3) for part, seconds in summary.seconds.items()},
+    }
+
+
+def _cache_text(summary: "CacheSummary") -> str:
+    done = f"{summary.store}: {summary.patches:,} patches of {summary.slides} slides for {', '.join(summary.encoders)}"
+    if not summary.encoded:
+        return f"{done}; all of them were stored already"
+    parts = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in summary.seconds.items())
+    return f"{done}\n{summary.encoded:,} encoded now: {parts}"
+
+
+def _list_losses(*losses: dict[str, str]) -> None:
+    """Name on stderr everything that was lost, with its reason."""
+    for group in losses:
+        for slide_id, reason in list(group.items())[:SHOWN_REASONS]:
+            typer.echo(f"failed  {slide_id}: {reason}", err=True)
+        if len(group) > SHOWN_REASONS:
+            typer.echo(f"failed  and {len(group) - SHOWN_REASONS} more; g2l store info lists all", err=True)
+
+
+@app.command()
+def distill(
+    store: Annotated[Path, typer.Option(help="The feature store.", show_default=False)],
+    teacher: Annotated[str, typer.Option(help="The teacher, by its name or key in the store.", show_default=False)],
+    student: Annotated[str, typer.Option(help="The encoder to train.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="The run folder.", show_default=False)],
+    weights: Weights = None,
+    loss: Annotated[str, typer.Option(help="logsum, mse, smooth_l1 or cosine.")] = "logsum",
+    alpha: Annotated[float, typer.Option(help="Exponent of the Log-Sum loss.")] = 4.0,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training patches.")] = 10,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps, in place of --epochs.", show_default=False)] = None,
+    batch_size: Annotated[int, typer.Option(min=2, help="Patches a step.")] = 32,
+    lr: Annotated[float, typer.Option(help="Learning rate at the start; cosine-annealed.")] = 1e-4,
+    weight_decay: Annotated[float, typer.Option(help="Weight decay at the start; cosine-annealed.")] = 0.05,
+    early_stop: Annotated[
+        int, typer.Option(min=0, help="Stop after more than this many steps in a row above the mean; 0 never.")
+    ] = 10,
+    early_stop_window: Annotated[int, typer.Option(min=1, help="Steps of that mean.")] = 100,
+    where: Annotated[
+        list[str] | None, typer.Option(help="Use only slides with COLUMN=PATTERN; repeatable.", show_default=False)
+    ] = None,
+    hold_out: Annotated[str, typer.Option(help="Share of the patients to watch on, or COLUMN=PATTERN.")] = "0.1",
+    validate_every: Annotated[int, typer.Option(min=1, help="Steps between validations.")] = 200,
+    checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 200,
+    pool_blocks: Annotated[int, typer.Option(min=1, help="Blocks of 64 patches that batches are drawn from.")] = 256,
+    seed: Seed = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    device: Device = "auto",
+    precision: Annotated[str, typer.Option(help="Of the student's forward pass: auto (fp32), fp32 or bf16.")] = "auto",
+    workers: Workers = 2,
+) -> None:
+    """Stage two: train a student on the stored features, seeing the very pixels that the teacher saw.
+
+    The teacher is not loaded. Interrupt it at any time and go on with --resume.
+    """
+    from g2l_core.encoders import resolve_encoder
+    from g2l_core.training import TrainSettings
+    from pipeline.distill import DistillSettings, run_distill
+
+    training = TrainSettings(
+        steps=steps or 1,
+        loss=loss,
+        alpha=alpha,
+        lr=lr,
+        weight_decay=weight_decay,
+        early_stop_window=early_stop_window,
+        early_stop_patience=early_stop,
+        validate_every=validate_every,
+        checkpoint_every=checkpoint_every,
+        seed=seed,
+    )
+    settings = DistillSettings(
+        train=training,
+        batch_size=batch_size,
+        pool_blocks=pool_blocks,
+        where=tuple(where or ()),
+        hold_out=hold_out,
+        precision=precision,
+    )
+    summary = run_distill(
+        store,
+        teacher,
+        resolve_encoder(student, weights=weights),
+        out,
+        settings,
+        epochs=None if steps else epochs,
+        resume=resume,
+        device=device,
+        workers=workers,
+    )
+    stopped = " (stopped early: the loss rose)" if summary.stopped_early else ""
+    typer.echo(f"{summary.out}: {summary.steps:,} steps{stopped}; held out: {summary.held_out}")
+    typer.echo(f"{'':24}{'before':>9}{'after':>9}")
+    for name in summary.before:
+        if name != "step":
+            typer.echo(f"{name:24}{summary.before[name]:>9.3f}{summary.after[name]:>9.3f}")
+
+
+@app.command()
+def bench(
+    tasks: Annotated[Path, typer.Argument(help="The task file (TOML).", show_default=False)],
+    store: Annotated[list[Path], typer.Option(help="A feature store; repeatable.", show_default=False)],
+    encoders: Annotated[
+        str, typer.Option(help="Names, keys or run folders, by comma; the teacher first.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option(help="The report's folder.", show_default=False)],
+    baseline: Annotated[
+        str, typer.Option(help="An encoder to take further differences from.", show_default=False)
+    ] = "",
+    draws: Annotated[int, typer.Option(min=100, help="Bootstrap resamples.")] = 1000,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Stage three: CKA, kNN, linear probe and robustness from stored features alone, with intervals."""
+    from g2l_core.report import terminal_table
+    from pipeline.bench import refuse_no_results, run_bench
+
+    names = [name.strip() for name in encoders.split(",") if name.strip()]
+    report = run_bench(tasks, store, names, out, baseline=baseline, draws=draws, seed=seed)
+    for failure in report.failures:
+        who = f" ({failure.encoder})" if failure.encoder else ""
+        typer.echo(f"failed  {failure.task}{who}: {failure.reason}", err=True)
+    refuse_no_results(report)
+    typer.echo((out / "results.json").read_text(encoding="utf-8") if as_json else terminal_table(report))
+    if not as_json:
+        typer.echo(f"report: {out / 'report.html'}")
+    raise typer.Exit(EXIT_SOME_FAILED if report.failures else EXIT_DONE)
+
+
+@app.command()
+def models(
+    name: Annotated[str | None, typer.Argument(help="Show all of one encoder.", show_default=False)] = None,
+) -> None:
+    """List the encoders that have names, or show one."""
+    from g2l_core.encoders import TABLE, resolve_encoder, spec_to_json
+
+    if name is not None:
+        for field, value in spec_to_json(
+            resolve_encoder(name, weights="random:0" if name.startswith("timm:") else None)
+        ).items():
+            typer.echo(f"{field:16}{value}")
+        return
+    typer.echo(f"{'encoder':20}{'features':>9}{'px':>5}{'um/px':>7}{'params':>11}  {'licence':12}weights")
+    for spec in TABLE.values():
+        mpp = f"{spec.mpp:g}" if spec.mpp else "any"
+        size = f"{(spec.parameters or 0) / 1e6:,.1f} M"
+        gated = " (gated)" if spec.gated else ""
+        where = spec.weights.partition("/")[0] if spec.weights.startswith("package") else spec.weights
+        typer.echo(f"{spec.name:20}{spec.dim:>9}{spec.input_px:>5}{mpp:>7}{size:>11}  {spec.licence:12}{where}{gated}")
+    typer.echo("timm:NAME is any timm architecture (with --weights), NAME@PX another input size,")
+    typer.echo("and a run folder of g2l distill an encoder like any other.")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where everything is written.")] = Path("g2l-demo"),
+    slides: Annotated[
+        Path | None, typer.Option(help="Your own slides in place of drawn ones.", show_default=False)
+    ] = None,
+    teacher: Annotated[str, typer.Option(help="The teacher.")] = "efficientnet-lite0@128",
+    student: Annotated[str, typer.Option(help="The student, untrained.")] = "timm:mobilenetv3_small_100@128",
+    steps: Annotated[int, typer.Option(min=20, help="Steps of distillation.")] = 400,
+    mpp_override: MppOverride = None,
+    seed: Seed = 0,
+    workers: Workers = 2,
+) -> None:
+    """All three stages on a small drawn cohort, or on your slides: before and after distillation, in minutes."""
+    from pipeline.demo import DemoSettings, run_demo
+
+    found = DemoSettings(
+        teacher=teacher, student=student, steps=steps, mpp_override=mpp_override, seed=seed, workers=workers
+    )
+    typer.echo(run_demo(out, slides, found))
+
+
+def explain(kind: type[BaseException], error: BaseException, _trace: TracebackType | None) -> None:
+    """One clear line in place of a traceback."""
+    if issubclass(kind, G2LError):
+        typer.echo(f"error: {error}", err=True)
+    else:
+        typer.echo(f"internal error: {kind.__name__}: {error}\nrun g2l --debug ... for the traceback", err=True)
+
+
+def main() -> None:
+    """The console script: runs the command line, turns errors into exit codes."""
+    sys.excepthook = explain
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        app()
+    except G2LError as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+        raise SystemExit(EXIT_REFUSED) from None
+
+
+def interrupt(_signal: int, _frame: FrameType | None) -> None:
+    """Leave on Ctrl-C with the exit code that says so; click would turn it into 1."""
+    typer.echo("\ninterrupted; what is recorded is kept, and the same call goes on from there", err=True)
+    raise SystemExit(EXIT_INTERRUPTED)
+
+
+if __name__ == "__main__":
+    main()

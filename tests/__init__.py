@@ -1,0 +1,1 @@
+"""Tests; `conftest` holds what they share."""

@@ -1,0 +1,68 @@
+"""Where the real data lies, the hypothesis profiles, and run-time checks of array shapes."""
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+from jaxtyping import install_import_hook
+
+# An int is a fine float, for type checkers and here.
+install_import_hook("g2l_core", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+
+settings.register_profile("quick", max_examples=50, derandomize=True, deadline=None)
+settings.register_profile("nightly", max_examples=2000, deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def _shared(relative: str) -> Path:
+    path = SHARED_DATA / relative
+    if not path.exists():
+        pytest.skip(f"the real data {relative} is not beside this checkout (../shared/data)")
+    return path
+
+
+@pytest.fixture(scope="session")
+def real_slide() -> Path:
+    """A real Aperio slide: 2220 x 2967 px, 0.499 um/px, one level, 240 px JPEG tiles."""
+    return _shared("slides/CMU-1-Small-Region.svs")
+
+
+@pytest.fixture(scope="session")
+def slide_without_mpp() -> Path:
+    """A real Aperio JPEG2000 slide whose header gives no um/px and no objective power."""
+    return _shared("slides/tcga-cr-7395-01a-01-ts1.svs")
+
+
+@pytest.fixture(scope="session")
+def oscc_patches() -> Path:
+    """1,224 real oral-mucosa patches of 224 px in `train|test/Normal|OSCC`."""
+    return _shared("patches/oscc-rahman")
+
+
+TEACHER = "timm:mobilenetv3_small_050@64"
+"""Stands in for a teacher in tests of wiring: a real architecture with seeded random weights."""
+
+
+@pytest.fixture(scope="session")
+def cohort(tmp_path_factory) -> Path:
+    """The manifest of six small drawn slides, two centres; slides/ and truth/ lie beside it."""
+    from g2l_core.synthetic import CohortSpec, draw_cohort
+
+    return draw_cohort(tmp_path_factory.mktemp("cohort"), CohortSpec(patients=6, size_um=(768.0, 768.0)))
+
+
+@pytest.fixture(scope="session")
+def cached_store(cohort, tmp_path_factory) -> Path:
+    """A store of that cohort with two augmented views of `TEACHER`. Not to be changed: copy it first."""
+    from g2l_core.encoders import resolve_encoder
+    from g2l_core.grid import GridSpec
+    from g2l_core.views import ViewSpec
+    from pipeline.cache_teacher import CacheSettings, run_cache
+
+    path = tmp_path_factory.mktemp("cached") / "store.zarr"
+    teacher = resolve_encoder(TEACHER, weights="random:0")
+    run_cache([cohort], path, [teacher], GridSpec(), ViewSpec(), CacheSettings(batch_size=16))
+    return path

@@ -1,0 +1,52 @@
+"""Stores that are written without slides and networks: what a store keeps does not depend on where it came from."""
+
+from dataclasses import asdict
+
+import numpy as np
+
+from g2l_core.grid import GridSpec
+from g2l_core.store.features import FeatureStore
+from g2l_core.views import COLUMNS, ViewSpec, sample_views
+
+ENCODER, DIM = "toy", 6
+
+
+def create(path, **grid):
+    store = FeatureStore.create(path, grid=asdict(GridSpec(**grid)), views=asdict(ViewSpec()))
+    store.add_encoder(ENCODER, {"digest": "0" * 64, "dim": DIM})
+    return store
+
+
+def facts(**changes):
+    known = {"kind": "slide", "source": "/s.svs", "fingerprint": "f", "mpp": 0.499, "level0_size": [4000, 3000]}
+    return {**known, "patch_px_level0": 257, "labels": {"patient_id": "p1"}, **changes}
+
+
+def lay(store, slide_id, n=20, n_views=2, **changes):
+    coords = np.stack([np.arange(n) % 7, np.arange(n) // 7], axis=1).astype(np.int32) * 257
+    params = sample_views(ViewSpec(), slide_id, coords, range(n_views))
+    return store.lay_slide(
+        slide_id, facts(**changes), coords=coords, view_params=params, columns=COLUMNS, patch_ids=None
+    )
+
+
+def features_of(slide_id, n, n_views, dim=DIM):
+    rng = np.random.default_rng(list(slide_id.encode()))
+    return rng.normal(size=(n, n_views, dim)).astype(np.float16)
+
+
+def hashes_of(n, n_views):
+    return np.arange(1, n * n_views + 1, dtype=np.uint64).reshape(n, n_views)
+
+
+def fill(slide, n_views=2, encoder=ENCODER, status=None):
+    """Write every missing shard of the first views; rows of bad status get NaN. Returns what was to be written."""
+    n = len(slide)
+    status = np.zeros(n, np.uint8) if status is None else status
+    features = features_of(slide.slide_id, n, n_views)
+    features[status != 0] = np.nan
+    writer = slide.writer(encoder, digest="0" * 64, dim=DIM, n_views=n_views)
+    for s in writer.missing(range(n_views)):
+        rows = slice(s.start, s.stop)
+        writer.write(s, features[rows, s.view], hashes_of(n, 9)[rows, s.view], status[rows])
+    return features

@@ -1,0 +1,126 @@
+"""Stage one's stream on drawn slides: unreadable patches, failed slides, encoders beside each other, views added."""
+
+import csv
+import shutil
+
+import numpy as np
+import pytest
+import tifffile
+
+from g2l_core.encoders import resolve_encoder
+from g2l_core.grid import GridSpec
+from g2l_core.store.features import FeatureStore
+from g2l_core.store.integrity import verify
+from g2l_core.views import ViewSpec
+from pipeline.cache_teacher import CacheSettings, run_cache
+from tests.conftest import TEACHER
+
+KEY = "timm-mobilenetv3_small_050-64-random0"
+
+
+def cache(inputs, path, *, seed=0, views=1, **grid):
+    spec = resolve_encoder(TEACHER, weights=f"random:{seed}")
+    settings = CacheSettings(views=views, batch_size=8)
+    return run_cache(inputs, path, [spec], GridSpec(**grid), ViewSpec(), settings)
+
+
+@pytest.fixture
+def slides(cohort, tmp_path):
+    """The cohort's first two slides, in folders of their own; both are called x."""
+    for folder, name in (("a", "p01-1"), ("b", "p03-1")):
+        (tmp_path / "slides" / folder).mkdir(parents=True)
+        shutil.copy(cohort.parent / f"slides/{name}.tiff", tmp_path / f"slides/{folder}/x.tiff")
+    return tmp_path / "slides"
+
+
+def break_tile(path, column, row):
+    """Overwrite one level-0 tile of 256 px with bytes that are no JPEG."""
+    with tifffile.TiffFile(path) as tiff:
+        page = tiff.pages[0]
+        tile = row * -(-page.imagewidth // 256) + column
+        offset, count = page.dataoffsets[tile], page.databytecounts[tile]
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(b"\x00" * count)
+
+
+def test_unreadable_patches_cost_nobody_else_anything(slides, tmp_path):
+    sound = cache([slides], tmp_path / "sound.zarr", tissue="none")
+    break_tile(slides / "a/x.tiff", 1, 2)
+    summary = cache([slides], tmp_path / "s.zarr", tissue="none")
+    assert sound.is_complete
+    assert not summary.is_complete
+    assert list(summary.unreadable) == ["a/x"]
+    stores = FeatureStore.open(tmp_path / "sound.zarr"), FeatureStore.open(tmp_path / "s.zarr")
+    for slide_id in ("a/x", "b/x"):
+        wanted, found = (store.slide(slide_id) for store in stores)
+        bad = (found.coords == (256, 512)).all(axis=1) if slide_id == "a/x" else np.zeros(len(found), bool)
+        assert bad.sum() == (slide_id == "a/x")
+        assert np.array_equal(found.patch_status, bad.astype(np.uint8))
+        assert (found.pixel_hash[bad] == 0).all()
+        assert np.array_equal(found.pixel_hash[~bad], wanted.pixel_hash[~bad])
+        for view in (0, 1):
+            features = found.features(KEY, view=view)
+            assert np.isnan(features[bad]).all()
+            assert np.array_equal(features[~bad], wanted.features(KEY, view=view)[~bad])
+    assert list(verify(stores[1])) == []
+    assert cache([slides], tmp_path / "s.zarr", tissue="none").encoded == 0  # what is recorded stays recorded
+
+
+def test_a_failed_slide_is_recorded_and_tried_again(slides, tmp_path):
+    whole = (slides / "a/x.tiff").read_bytes()
+    (slides / "a/x.tiff").write_bytes(b"no slide")
+    summary = cache([slides], tmp_path / "s.zarr")
+    store = FeatureStore.open(tmp_path / "s.zarr")
+    assert (summary.slides, list(summary.failed_slides)) == (1, ["a/x"])
+    assert store.slide_ids() == ["a/x", "b/x"]
+    assert store.failed_slides() == summary.failed_slides
+    assert "OpenSlide" in store.failed_slides()["a/x"] or "neither a slide" in store.failed_slides()["a/x"]
+    (slides / "a/x.tiff").write_bytes(whole)
+    summary = cache([slides], tmp_path / "s.zarr")
+    store = FeatureStore.open(tmp_path / "s.zarr")
+    assert summary.is_complete
+    assert store.failed_slides() == {}
+    assert summary.encoded == len(store.slide("a/x"))  # the other slide was not encoded again
+
+
+def test_an_encoder_and_views_added_later_equal_those_made_at_once(slides, tmp_path):
+    cache([slides], tmp_path / "s.zarr", views=0, max_patches=5)
+    cache([slides], tmp_path / "s.zarr", seed=1, views=0, max_patches=5)
+    cache([slides], tmp_path / "s.zarr", views=2, max_patches=5)
+    cache([slides], tmp_path / "once.zarr", views=2, max_patches=5)
+    grown, once = FeatureStore.open(tmp_path / "s.zarr"), FeatureStore.open(tmp_path / "once.zarr")
+    for slide in once.slides():
+        other = grown.slide(slide.slide_id)
+        assert other.encoders == [KEY, KEY[:-1] + "1"]
+        assert (other.n_views, other.features_array(KEY[:-1] + "1").shape[1]) == (3, 1)
+        assert np.array_equal(other.view_params, slide.view_params)
+        assert np.array_equal(other.pixel_hash, slide.pixel_hash)
+        for view in range(3):
+            assert np.array_equal(other.features(KEY, view=view), slide.features(KEY, view=view))
+        assert not np.array_equal(other.features(KEY), other.features(KEY[:-1] + "1"))
+    assert {problem.kind for problem in verify(grown)} == set()
+
+
+def test_a_slide_that_changed_is_refused(slides, tmp_path):
+    cache([slides], tmp_path / "s.zarr", max_patches=2)
+    shutil.copy(slides / "b/x.tiff", slides / "a/x.tiff")
+    summary = cache([slides], tmp_path / "s.zarr", max_patches=2)
+    assert list(summary.failed_slides) == ["a/x"]
+    assert "is not the file that was cached" in summary.failed_slides["a/x"]
+    assert FeatureStore.open(tmp_path / "s.zarr").failed_slides() == {}  # what was stored of it stays
+
+
+def test_labels_are_updated_without_encoding(cohort, tmp_path):
+    path = tmp_path / "s.zarr"
+    cache([cohort], path, max_patches=1)
+    rows = list(csv.DictReader(cohort.read_text().splitlines()))
+    manifest = tmp_path / "manifest.csv"
+    with manifest.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["slide_id", "path", "grade"])
+        writer.writerows([row["slide_id"], cohort.parent / row["path"], i] for i, row in enumerate(rows))
+    summary = cache([manifest], path, max_patches=1)
+    assert summary.encoded == 0
+    slide = FeatureStore.open(path).slide("p03-1")
+    assert slide.labels == {"patient_id": "p03", "medical_center": "north", "grade": "2"}

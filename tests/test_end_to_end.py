@@ -1,0 +1,71 @@
+"""The three stages together: the demo, the user's own slides, and a real Aperio slide through the command line."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import zarr
+
+from pipeline.demo import DemoSettings, run_demo
+
+DEMO = DemoSettings(teacher="efficientnet-lite0@64", student="timm:mobilenetv3_small_050@64", steps=150)
+
+
+@pytest.mark.slow
+def test_the_demo_brings_the_student_closer_on_held_out_patients(tmp_path):
+    printed = run_demo(tmp_path / "demo", None, DEMO)
+    assert all(len(line) <= 100 for line in printed.splitlines())
+    report = json.loads((tmp_path / "demo" / "report" / "results.json").read_text())
+    gains = {
+        c["metric"]: c["difference"]
+        for c in report["comparisons"]
+        if c["encoder"].startswith("run-") and c["reference"].endswith("random0")
+    }
+    assert gains["cka_debiased"]["low"] > 0
+    assert gains["knn_accuracy"]["value"] > 0.05
+    assert "CKA to the teacher" in printed
+    assert not report["failures"]
+    page = (tmp_path / "demo" / "report" / "report.html").read_text()
+    assert "untrained" in page
+    assert "ImageNet" in page
+
+
+def test_the_demo_takes_own_slides(cohort, tmp_path):
+    folder = tmp_path / "own"
+    folder.mkdir()
+    for path in sorted((cohort.parent / "slides").glob("*.tiff"))[:3]:
+        shutil.copy(path, folder)
+    settings = DemoSettings(teacher="efficientnet-lite0@64", student="timm:mobilenetv3_small_050@64", steps=20)
+    printed = run_demo(tmp_path / "demo", folder, settings)
+    assert "CKA to the teacher" in printed
+    assert "kNN" not in printed  # there are no classes to vote on
+
+
+@pytest.mark.slow
+def test_a_real_slide_through_the_three_commands(real_slide, tmp_path):
+    def g2l(*arguments):
+        command = [sys.executable, "-m", "pipeline.cli", *map(str, arguments)]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    teacher, student = "efficientnet-lite0@64", "timm:mobilenetv3_small_050@64"
+    g2l("cache-teacher", real_slide, "--store", "s.zarr", "--teacher", teacher, "--views", "2")
+    g2l(
+        *("distill", "--store", "s.zarr", "--teacher", teacher, "--student", student, "--weights", "random:0"),
+        *("--steps", "3", "--out", "run"),
+    )
+    g2l("embed", real_slide, "--store", "s.zarr", "--encoder", "run")
+    (tmp_path / "tasks.toml").write_text('[tasks.similarity]\nmetrics = ["cka"]\n')
+    told = g2l("bench", "tasks.toml", "--store", "s.zarr", "--encoders", f"{teacher},run", "--out", "report")
+    assert "CKA, debiased" in told
+    slide = zarr.open_group(tmp_path / "s.zarr", mode="r")["slides/CMU-1-Small-Region"]
+    coords, features = slide["coords"][:], slide["features/efficientnet-lite0-64"][:]
+    assert slide.attrs["g2l"]["patch_px_level0"] == 257  # 256 px at 0.5 um/px of a slide at 0.499
+    assert coords.shape == (len(features), 2)
+    assert (coords % 257 == 0).all()
+    assert features.shape[1:] == (3, 1280)
+    assert np.isfinite(features).all()

@@ -1,0 +1,108 @@
+"""Plots in proportion, axes that enclose their values, and colours that every eye can tell apart."""
+
+import math
+import re
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from g2l_core.metrics.results import Estimate
+from g2l_core.report_html import _DARK, _LIGHT
+from g2l_core.report_plots import COLORS, SHAPES, Curve, Group, Row, _axis, curves, forest
+
+
+def estimate(value, half=math.nan):
+    return Estimate(value=value, low=value - half, high=value + half)
+
+
+def test_a_forest_places_values_and_bounds_in_proportion():
+    rows = tuple(
+        Row(label=str(i), encoder=i, estimate=estimate(v, 0.25), text="") for i, v in enumerate([1.0, 2.0, 4.0])
+    )
+    svg = ElementTree.fromstring(forest([Group(title="t", rows=rows)], neutral=0.0, label="f"))
+    paths = [(p.get("class"), p.get("d"), p.get("transform")) for p in svg.iter("path")]
+    marks = [float(re.search(r"translate\((\S+)", t)[1]) for style, _, t in paths if style.startswith("mark")][1::2]
+    bars = [tuple(map(float, re.findall(r"[ML](\S+) ", d))) for style, d, _ in paths if style.startswith("bar")]
+    [zero] = {float(re.search(r"M(\S+) ", d)[1]) for style, d, _ in paths if style == "neutral"}
+    unit = marks[1] - marks[0]
+    assert unit > 0
+    assert marks[2] - marks[1] == pytest.approx(2 * unit, abs=0.2)
+    assert marks[0] - zero == pytest.approx(unit, abs=0.2)
+    for mark, (low, high) in zip(marks, bars, strict=True):
+        assert [mark - low, high - mark] == pytest.approx([unit / 4] * 2, abs=0.2)
+
+
+def test_curves_are_logarithmic_in_k_and_label_their_ends_apart():
+    lines = [
+        Curve(label=name, encoder=i, points=tuple((k, estimate(value)) for k in (2, 4, 8)))
+        for i, (name, value) in enumerate({"low": 1.0, "alike": 1.001, "high": 3.0, "top": 3.001}.items())
+    ]
+    svg = ElementTree.fromstring(curves(lines, neutral=None, label="c"))
+    tracks = [p.get("d") for p in svg.iter("path") if p.get("class").startswith("track")]
+    first, second, third = (float(point.split()[0]) for point in tracks[0][1:].split("L"))
+    assert third - second == pytest.approx(second - first, abs=0.2)
+    heights = {t.text: float(t.get("y")) for t in svg.iter("text") if t.get("class") == "label"}
+    assert sorted(heights, key=heights.get) == ["top", "high", "alike", "low"]
+    assert min(np.diff(sorted(heights.values()))) >= 20
+
+
+def test_what_is_not_finite_is_not_drawn():
+    rows = tuple(Row(label="r", encoder=0, estimate=estimate(v), text="") for v in (math.nan, math.inf, 1.0))
+    svg = ElementTree.fromstring(forest([Group(title="t", rows=rows)], neutral=None, label="f"))
+    marks = [p for p in svg.iter("path") if p.get("class").startswith("mark")]
+    assert len(marks) == 3 + 1  # one beside each name, one on the axis
+    assert "nan" not in ElementTree.tostring(svg, encoding="unicode")
+
+
+@given(st.lists(st.floats(-1e11, 1e11), min_size=1, max_size=5))
+def test_ticks_are_few_round_and_enclose_the_values(values):
+    axis = _axis(values, 0, 100)
+    steps = np.diff(axis.ticks)
+    mantissa = steps[0] / 10 ** np.floor(np.log10(steps[0]) + 1e-9)
+    assert 2 <= len(axis.ticks) <= 8
+    assert steps == pytest.approx(np.full(len(steps), steps[0]), rel=1e-3)
+    assert mantissa == pytest.approx(min((1, 2, 5), key=lambda m: abs(m - mantissa)), rel=1e-3)
+    margin = 1e-6 * steps[0]
+    assert axis.ticks[0] <= min(values) + margin
+    assert max(values) <= axis.ticks[-1] + margin
+
+
+# Simulation of the three kinds of colour blindness at full severity: Machado, Oliveira & Fernandes (2009), table 1.
+SEEN = {
+    "protan": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deutan": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    "tritan": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+}
+XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+
+
+def linear(color):
+    channels = np.array([int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    return np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+
+
+def lab(light):
+    scaled = XYZ @ np.clip(light, 0, 1) / [0.9505, 1, 1.089]
+    f = np.where(scaled > 0.008856, np.cbrt(scaled), 7.787 * scaled + 16 / 116)
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+@pytest.mark.parametrize("sight", SEEN)
+@pytest.mark.parametrize("palette", [_LIGHT, _DARK], ids=["light", "dark"])
+def test_colours_differ_to_every_eye(palette, sight):
+    seen = [lab(np.array(SEEN[sight]) @ linear(color)) for color in palette]
+    assert min(np.linalg.norm(a - b) for i, a in enumerate(seen) for b in seen[:i]) > 14
+
+
+@pytest.mark.parametrize(("palette", "paper"), [(_LIGHT, "#ffffff"), (_DARK, "#14171b")], ids=["light", "dark"])
+def test_colours_stand_out_from_the_page(palette, paper):
+    bright = [float(XYZ[1] @ linear(color)) + 0.05 for color in (*palette, paper)]
+    assert min(max(b, bright[-1]) / min(b, bright[-1]) for b in bright[:-1]) > 3
+
+
+def test_colour_and_shape_together_repeat_late():
+    assert math.lcm(COLORS, len(SHAPES)) == 42
+    assert COLORS == len(_LIGHT) == len(_DARK)

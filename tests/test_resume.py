@@ -1,0 +1,143 @@
+"""kill -9 at any moment of stage one and the same command again: the same arrays, and finished shards untouched."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from time import sleep
+
+import numpy as np
+import pytest
+import zarr
+
+from g2l_core.store.features import FeatureStore
+from g2l_core.store.integrity import remove_leftovers, verify
+from tests.conftest import TEACHER
+
+KEY = "timm-mobilenetv3_small_050-64-random0"
+SHARD_ROWS, BATCH_SIZE, N_VIEWS = 16, 8, 3
+SEED = int(os.environ.get("G2L_KILL_SEED", "2"))
+"""Names the moments of the kills."""
+
+SHARD_SET = SHARD_ROWS * N_VIEWS
+"""Views that are in work together: one shard of rows, all of its views."""
+
+ROOT = Path(__file__).resolve().parents[1]
+
+STAGE_ONE = """
+import json, os, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from g2l_core import caching
+from g2l_core.encoders import resolve_encoder
+from g2l_core.grid import GridSpec
+from g2l_core.store import schema
+from g2l_core.views import ViewSpec
+from pipeline.cache_teacher import CacheSettings, run_cache
+
+manifest, store, log, teacher, shard_rows, batch_size, views = sys.argv[1:]
+schema.SHARD_ROWS, schema.CHUNK_ROWS = int(shard_rows), 4
+log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+encode = caching.encode
+
+def logged_encode(encoder, pixels):
+    os.write(log, b"b")  # at once, so that it outlives the process
+    return encode(encoder, pixels)
+
+caching.encode = logged_encode
+settings = CacheSettings(views=int(views), batch_size=int(batch_size))
+encoder = resolve_encoder(teacher, weights="random:0")
+summary = run_cache([Path(manifest)], Path(store), [encoder], GridSpec(), ViewSpec(), settings)
+print(json.dumps({"complete": summary.is_complete, "patches": summary.patches, "encoded": summary.encoded}))
+"""
+
+
+def stage_one(manifest, store, log):
+    settings = TEACHER, SHARD_ROWS, BATCH_SIZE, N_VIEWS - 1
+    command = [sys.executable, "-c", STAGE_ONE, *map(str, (manifest, store, log, *settings))]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+
+def to_the_end(manifest, store, log):
+    process = stage_one(manifest, store, log)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    return json.loads(out)
+
+
+def batches_in(log):
+    return log.stat().st_size if log.exists() else 0
+
+
+def kill_during(process, reached, delay):
+    """SIGKILL once `reached()` holds and `delay` seconds have passed; whether the process was still at work."""
+    while process.poll() is None and not reached():
+        sleep(0.001)
+    sleep(delay)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+    return process.returncode == -signal.SIGKILL
+
+
+def recorded_shards(store):
+    """Inode and time of change of every shard file that has a completion record."""
+    found = {}
+    for path in store.glob(f"slides/*/features/{KEY}"):
+        if (path / "zarr.json").exists():
+            records = json.loads((path / "zarr.json").read_text())["attributes"].get("g2l", {"shards": {}})["shards"]
+            for name in records:
+                file = path / "c" / name.replace(".", "/") / "0"
+                found[file] = (file.stat().st_ino, file.stat().st_mtime_ns)
+    return found
+
+
+def require_equal_arrays(left, right):
+    ours, theirs = (zarr.open_group(path, mode="r") for path in (left, right))
+    slides = FeatureStore.open(left).slide_ids()
+    assert slides == FeatureStore.open(right).slide_ids()
+    for slide in slides:
+        for name in ("coords", "patch_status", "view_params", "pixel_hash", f"features/{KEY}"):
+            a, b = (root[f"slides/{slide}/{name}"] for root in (ours, theirs))
+            assert (a.dtype, a.shape) == (b.dtype, b.shape)
+            assert np.array_equal(a[:].view(np.uint8), b[:].view(np.uint8)), f"{slide} {name}"
+            assert dict(a.attrs) == dict(b.attrs)
+
+
+@pytest.mark.slow
+def test_kill_nine_and_the_same_command_again(cohort, tmp_path, monkeypatch):
+    from g2l_core.store import schema
+
+    whole, killed, log = tmp_path / "whole.zarr", tmp_path / "killed.zarr", tmp_path / "log"
+    reference = to_the_end(cohort, whole, tmp_path / "whole.log")
+    assert reference["complete"]
+    batches = batches_in(tmp_path / "whole.log")
+    rng = random.Random(SEED)
+    moments = [lambda: (killed / "zarr.json").exists(), *([None] * 3)]
+    kills = 0
+    for moment in moments:
+        before = recorded_shards(killed)
+        target = batches_in(log) + rng.randrange(batches // 4, 3 * batches // 10)
+        process = stage_one(cohort, killed, log)
+        kills += kill_during(process, moment or (lambda t=target: batches_in(log) >= t), rng.uniform(0, 0.03))
+        after = recorded_shards(killed)
+        assert before.items() <= after.items()
+    assert kills == len(moments)
+    before = recorded_shards(killed)
+    assert before  # the kills fell into the middle of the work
+    summary = to_the_end(cohort, killed, log)
+    assert summary["complete"]
+    assert 0 < summary["encoded"] < reference["patches"]
+    assert before.items() <= recorded_shards(killed).items()
+    require_equal_arrays(killed, whole)
+
+    monkeypatch.setattr(schema, "SHARD_ROWS", SHARD_ROWS)
+    store = FeatureStore.open(killed)
+    remove_leftovers(store)
+    assert list(verify(store)) == []
+    # A kill costs what was encoded of one unfinished shard set and the batch it fell in; each run pads one batch.
+    encoded_twice = batches_in(log) * BATCH_SIZE - reference["patches"] * N_VIEWS
+    assert encoded_twice <= kills * (SHARD_SET + BATCH_SIZE) + (kills + 1) * BATCH_SIZE

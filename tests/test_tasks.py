@@ -1,0 +1,245 @@
+"""Tasks on stores with planted features: joins, splits, leaks, duplicates, and figures that move the right way."""
+
+import csv
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from sklearn.neighbors import KNeighborsClassifier
+
+from g2l_core.errors import LeakError, ManifestError, TaskError
+from g2l_core.store import schema
+from g2l_core.store.features import FeatureStore
+from g2l_core.task_data import TaskSpec, gather, parts
+from g2l_core.tasks import BenchSpec, evaluate_task
+
+PATIENTS, PATCHES = 8, 40
+
+
+def make_store(path, strength=None, *, duplicates=(), patients=PATIENTS):
+    """A store whose features say the class (and centre) as strongly as asked; `teacher` is given, others derive."""
+    rng = np.random.default_rng(0)
+    store = FeatureStore.create(path, grid={"patch_px": 16}, views={"seed": 0})
+    for key in strength:
+        store.add_encoder(key, {"digest": key, "weights_digest": key, "name": key, "weights": f"file:{key}", "dim": 12})
+    directions = rng.normal(size=(2, 12))
+    for p in range(patients):
+        kinds = np.arange(PATCHES) % 2
+        coords = np.stack([np.arange(PATCHES) * 16, np.zeros(PATCHES)], axis=1).astype(np.int32)
+        facts = {
+            "kind": "slide",
+            "source": "none",
+            "patch_px_level0": 16,
+            "level0_size": [PATCHES * 16, 16],
+            "labels": {
+                "patient_id": f"p{p}",
+                "medical_center": "north" if p % 2 else "south",
+                "split": "test" if p >= patients // 2 else "train",
+            },
+        }
+        params = np.zeros((PATCHES, 1, 2), np.float32)
+        slide = store.lay_slide(f"s{p}", facts, coords=coords, view_params=params, columns=["a", "b"], patch_ids=None)
+        hashes = (1 + p * PATCHES + np.arange(PATCHES)).astype(np.uint64)
+        for mine, theirs in duplicates:
+            if mine[0] == p:
+                hashes[mine[1]] = 1 + theirs[0] * PATCHES + theirs[1]
+        noise = rng.normal(size=(PATCHES, 12))
+        for key, (of_class, of_center) in strength.items():
+            features = noise + of_class * directions[0] * (2 * kinds[:, None] - 1)
+            features = features + of_center * directions[1] * (2 * (p % 2) - 1)
+            writer = slide.writer(key, digest=key, dim=12, n_views=1)
+            (shard,) = writer.missing([0])
+            writer.write(shard, features.astype(np.float32), hashes, np.zeros(PATCHES, np.uint8))
+    return store
+
+
+def write_labels(path, rows):
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def patch_labels(patients=PATIENTS):
+    return [
+        {"slide_id": f"s{p}", "x": str(i * 16), "y": "0", "kind": "ab"[i % 2]}
+        for p in range(patients)
+        for i in range(PATCHES)
+    ]
+
+
+STRENGTH = {"teacher": (0.8, 0.0), "weak": (0.1, 0.8), "strong": (0.6, 0.1)}
+SPEC = TaskSpec(name="t", labels="labels.csv", label="kind", split="split", knn_k=5, robustness_k=(3, 5))
+BENCH = BenchSpec(encoders=("teacher", "weak", "strong"), baseline="weak", draws=300)
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("planted")
+    store = make_store(folder / "s.zarr", STRENGTH)
+    write_labels(folder / "labels.csv", patch_labels())
+    return folder, store
+
+
+@pytest.fixture(scope="module")
+def outcome(planted):
+    folder, store = planted
+    return evaluate_task([store], SPEC, BENCH, folder)
+
+
+def value(outcome, metric, encoder):
+    return next(r.estimate for r in outcome.results if (r.metric, r.encoder) == (metric, encoder))
+
+
+def gain(outcome, metric, encoder, reference):
+    found = [c for c in outcome.comparisons if (c.metric, c.encoder, c.reference) == (metric, encoder, reference)]
+    return found[0].difference
+
+
+def test_planted_strength_moves_every_figure(outcome):
+    assert not outcome.failures
+    for metric in ("knn_balanced_accuracy", "probe_auc", "robustness_ratio_k5", "robustness_pathorob_k3"):
+        assert value(outcome, metric, "weak").value < value(outcome, metric, "strong").value, metric
+        assert value(outcome, metric, "strong").value <= value(outcome, metric, "teacher").value + 0.05, metric
+    assert value(outcome, "cka_debiased", "weak").value < value(outcome, "cka_debiased", "strong").value
+
+
+def test_gains_over_the_baseline_have_intervals_above_zero(outcome):
+    for metric in ("cka_debiased", "knn_accuracy", "probe_accuracy", "robustness_ratio_k3"):
+        difference = gain(outcome, metric, "strong", "weak")
+        assert 0 < difference.low < difference.value < difference.high, metric
+        assert "4 patients" in difference.method
+
+
+def test_the_knn_figure_is_scikit_learn_s(planted, outcome):
+    folder, store = planted
+    rows = gather([store], SPEC, folder)
+    (train, test) = next(parts(rows, SPEC, 0))
+    features = rows.features("weak").astype(np.float64)
+    model = KNeighborsClassifier(5, metric="cosine", algorithm="brute").fit(features[train], rows.label[train])
+    assert value(outcome, "knn_accuracy", "weak").value == pytest.approx(model.score(features[test], rows.label[test]))
+    assert all(r.n == len(test) for r in outcome.results if r.metric.startswith("knn"))
+
+
+def test_rows_belong_to_their_labels(planted):
+    folder, store = planted
+    rows = gather([store], SPEC, folder)
+    for slide_id, row, label in zip(rows.slide_ids, rows.row, rows.label, strict=True):
+        x = store.slide(slide_id).coords[row, 0]
+        assert label == "ab"[(x // 16) % 2]
+
+
+def test_folds_keep_patients_together_and_test_every_row_once(planted):
+    folder, store = planted
+    spec = replace(SPEC, split="", folds=4)
+    rows = gather([store], spec, folder)
+    tested = []
+    for train, test in parts(rows, spec, seed=0):
+        assert not set(rows.cluster[train]) & set(rows.cluster[test])
+        tested += test.tolist()
+    assert sorted(tested) == list(range(len(rows)))
+    assert not evaluate_task([store], spec, BENCH, folder).failures
+
+
+def test_the_same_input_gives_the_same_figures(planted, outcome):
+    folder, store = planted
+    again = evaluate_task([store], SPEC, BENCH, folder)
+    assert again.results == outcome.results
+    assert again.comparisons == outcome.comparisons
+
+
+def test_slide_labels_serve_without_a_label_file(planted):
+    folder, store = planted
+    spec = TaskSpec(name="t", label="medical_center", split="split", metrics=("knn",), knn_k=3)
+    rows = gather([store], spec, folder)
+    assert set(rows.label) == {"north", "south"}
+
+
+def test_a_label_for_whole_slides_reaches_every_patch(planted, tmp_path):
+    _, store = planted
+    write_labels(tmp_path / "labels.csv", [{"slide_id": f"s{p}", "kind": "ab"[p % 2]} for p in range(PATIENTS)])
+    rows = gather([store], SPEC, tmp_path)
+    assert len(rows) == PATIENTS * PATCHES
+
+
+def test_copies_across_the_split_leave_the_training_part(tmp_path):
+    # patch (0, 3) of the training part has the same pixels as patch (7, 5) of the test part: same class
+    store = make_store(tmp_path / "s.zarr", {"teacher": (1, 0)}, duplicates=[((0, 3), (7, 5))])
+    write_labels(tmp_path / "labels.csv", patch_labels())
+    rows = gather([store], SPEC, tmp_path)
+    assert rows.duplicates_dropped == 1
+    assert len(rows) == PATIENTS * PATCHES - 1
+    assert (rows.part == "test").sum() == PATIENTS * PATCHES // 2
+
+
+def test_copies_whose_labels_disagree_all_go(tmp_path):
+    store = make_store(tmp_path / "s.zarr", {"teacher": (1, 0)}, duplicates=[((0, 2), (7, 5))])
+    write_labels(tmp_path / "labels.csv", patch_labels())
+    assert gather([store], SPEC, tmp_path).duplicates_dropped == 2
+
+
+def test_a_shared_patient_is_a_leak(planted, tmp_path):
+    _, store = planted
+    rows = [{**row, "split": ("train", "test")[i % 2]} for i, row in enumerate(patch_labels())]
+    write_labels(tmp_path / "labels.csv", rows)
+    with pytest.raises(LeakError, match="8 patients are in train and test, first 'p0'. Split by patient_id"):
+        gather([store], SPEC, tmp_path)
+
+
+def test_a_label_file_with_absent_slides(planted, tmp_path):
+    _, store = planted
+    write_labels(tmp_path / "labels.csv", [*patch_labels(), {"slide_id": "zz", "x": "0", "y": "0", "kind": "a"}])
+    with pytest.raises(ManifestError, match="names slides that no store has: zz"):
+        gather([store], SPEC, tmp_path)
+
+
+def test_missing_column_names_those_there_are(planted):
+    folder, store = planted
+    with pytest.raises(TaskError, match="no column 'grade'; it has slide_id, x, y, kind"):
+        gather([store], replace(SPEC, label="grade"), folder)
+
+
+def test_a_failing_metric_costs_itself_alone(planted):
+    folder, store = planted
+    found = evaluate_task([store], replace(SPEC, knn_k=5000), BENCH, folder)
+    assert {(f.encoder) for f in found.failures} == {"teacher", "weak", "strong"}
+    assert all("k = 5000" in f.reason for f in found.failures)
+    assert any(r.metric == "probe_auc" for r in found.results)
+
+
+def test_an_encoder_without_features_costs_itself_alone(planted):
+    folder, store = planted
+    bench = replace(BENCH, encoders=("teacher", "strong", "absent"), baseline="")
+    found = evaluate_task([store], SPEC, bench, folder)
+    assert [f.encoder for f in found.failures] == ["absent"]
+    assert {r.encoder for r in found.results} == {"teacher", "strong"}
+
+
+def test_one_class_only(planted, tmp_path):
+    _, store = planted
+    write_labels(tmp_path / "labels.csv", [{**row, "kind": "a"} for row in patch_labels()])
+    found = evaluate_task([store], SPEC, BENCH, tmp_path)
+    assert any("one class" in f.reason or "two" in f.reason for f in found.failures)
+    assert any(r.metric == "cka_debiased" for r in found.results)
+
+
+def test_unreadable_patches_are_left_out(tmp_path):
+    store = make_store(tmp_path / "s.zarr", {"teacher": (1, 0)})
+    store.slide("s0")._array("patch_status")[:5] = schema.STATUS["unreadable"]
+    write_labels(tmp_path / "labels.csv", patch_labels())
+    assert len(gather([store], SPEC, tmp_path)) == PATIENTS * PATCHES - 5
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"metrics": ("knnn",)}, "unknown metric 'knnn'"),
+        ({"split": ""}, "exactly one of"),
+        ({"folds": 3}, "exactly one of"),
+        ({"split": "", "train": "a=b"}, "come together"),
+        ({"label": ""}, "give label"),
+    ],
+)
+def test_specs_that_cannot_be_evaluated(fields, words):
+    with pytest.raises(TaskError, match=words):
+        replace(SPEC, **fields)
