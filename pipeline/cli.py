@@ -1,6 +1,7 @@
 """The command line: parse, call a stage, print. Stages are imported inside the commands, so that help is quick."""
 
 import json
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -384,9 +385,15 @@ def main() -> None:
 
 
 def interrupt(_signal: int, _frame: FrameType | None) -> None:
-    """Leave on Ctrl-C with the exit code that says so; click would turn it into 1."""
+    """Leave on Ctrl-C at once, with the exit code that says so.
+
+    As after `kill -9`, what is recorded is kept; an orderly shutdown would wait for batches under way in other
+    threads, or tear Zarr's event loop from under them.
+    """
     typer.echo("\ninterrupted; what is recorded is kept, and the same call goes on from there", err=True)
-    raise SystemExit(EXIT_INTERRUPTED)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(EXIT_INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 
 from g2l_core.encoders import EncoderSpec, resolve_encoder
 from g2l_core.errors import UsageError
@@ -181,8 +182,8 @@ def demo_table(report: Report, page: Path) -> str:
     teacher, before, after = (encoder.key for encoder in report.encoders)
     lines = [
         "",
-        f"teacher  {teacher}: {report.encoders[0].weights}",
-        f"student  {before}: {report.encoders[1].weights}",
+        _wrapped(f"teacher  {teacher}: {report.encoders[0].weights}"),
+        _wrapped(f"student  {before}: {report.encoders[1].weights}"),
         "",
         f"{'on held-out slides':22}{'teacher':>9}{'before':>9}{'after':>9}   gain [95 % interval]",
     ]
@@ -194,7 +195,11 @@ def demo_table(report: Report, page: Path) -> str:
         gain = next((c for c in report.comparisons if _is_gain(c, metric, before, after)), None)
         lines.append(f"{title:22}{values[0]:>9}{values[1]:>9}{values[2]:>9}   {_interval(gain)}")
     method = _method(report.results, after)
-    return "\n".join([*lines, "", *([method] if method else []), f"report   {page}"])
+    return "\n".join([*lines, "", *([_wrapped(method)] if method else []), f"report   {page}"])
+
+
+def _wrapped(line: str) -> str:
+    return fill(line, width=80, subsequent_indent=" " * 9, break_on_hyphens=False)
 
 
 def _is_gain(comparison: Comparison, metric: str, before: str, after: str) -> bool:
@@ -210,7 +215,7 @@ def _interval(gain: Comparison | None) -> str:
 
 def _method(results: Sequence[Result], after: str) -> str:
     found = [r.estimate.method for r in results if r.encoder == after]
-    return "intervals: " + "; ".join(dict.fromkeys(found)) if found else ""
+    return "95 %     " + "; ".join(dict.fromkeys(found)) if found else ""
 
 
 def _write_csv(path: Path, rows: Sequence[dict[str, str]]) -> None:

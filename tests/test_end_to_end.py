@@ -11,13 +11,13 @@ import zarr
 
 from pipeline.demo import DemoSettings, run_demo
 
-DEMO = DemoSettings(teacher="efficientnet-lite0@64", student="timm:mobilenetv3_small_050@64", steps=150)
+DEMO = DemoSettings(teacher="efficientnet-lite0@128", student="timm:mobilenetv3_small_100@128", steps=200)
 
 
 @pytest.mark.slow
 def test_the_demo_brings_the_student_closer_on_held_out_patients(tmp_path):
     printed = run_demo(tmp_path / "demo", None, DEMO)
-    assert all(len(line) <= 100 for line in printed.splitlines())
+    assert all(len(line) <= 80 for line in printed.splitlines() if not line.startswith("report "))
     report = json.loads((tmp_path / "demo" / "report" / "results.json").read_text())
     gains = {
         c["metric"]: c["difference"]
