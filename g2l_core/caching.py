@@ -2,21 +2,29 @@
 
 A batch always has the same size, so a patch's features do not depend on its neighbours; what is still missing
 at a restart is computed again with the same bits.
+
+Memory does not grow with the cohort nor with a slide. It holds at most 2 workers + 1 blocks of pixels (64 patches
+x views x 147 KiB at 224 px) and, for every encoder, the shard buffers of those blocks and of the batches in flight:
+one or two for large slides, one a slide for small ones, each no larger than its slide.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from time import perf_counter
 
 import numpy as np
 
-from g2l_core.encoder_loading import LoadedEncoder, encode
+from g2l_core.batching import Batcher, ShardBuffer
+from g2l_core.encoder_loading import LoadedEncoder
 from g2l_core.engine import run_ahead
 from g2l_core.errors import EncoderError, SlideError, StoreMismatchError
 from g2l_core.grid import GridSpec, blocks
 from g2l_core.patches import PatchReader, RenderedBlock, open_patches, render_block
-from g2l_core.store.features import FeatureStore, FeatureWriter, Shard, StoredSlide
-from g2l_core.types import Level0Px, ViewParams
+from g2l_core.store import schema
+from g2l_core.store.features import FeatureStore, Shard, StoredSlide
+from g2l_core.store.schema import STATUS
+from g2l_core.types import Level0Px, PatchStatus, ViewParams
 from g2l_core.views import ViewSpec
 
 
@@ -29,10 +37,17 @@ class CacheProgress:
     seconds: dict[str, float] = field(
         default_factory=lambda: {"read": 0.0, "augment": 0.0, "encode": 0.0, "write": 0.0, "wait": 0.0}
     )
-    """read and augment: sums over threads; wait: the encoder idle for want of patches."""
+    """read and augment: sums over threads; encode: the encoder at work; wait: it starves for want of patches."""
+    elapsed: float = 0.0
+    """Seconds since the first patch was asked for."""
     failed_slides: dict[str, str] = field(default_factory=dict)
     unreadable: dict[str, list[str]] = field(default_factory=dict)
     """Reasons of unreadable patches, by slide."""
+
+    @property
+    def utilisation(self) -> float:
+        """Share of the time in which the encoder was at work."""
+        return min(1.0, self.seconds["encode"] / self.elapsed) if self.elapsed else 0.0
 
     @property
     def bottleneck(self) -> str:
@@ -45,28 +60,16 @@ class CacheProgress:
 
 @dataclass(frozen=True)
 class _ShardJob:
-    """The missing views of a run of rows of one slide, and where their features gather."""
+    """Rows [start, stop) of one slide, and the buffers in which their features gather, one an encoder."""
 
     slide: StoredSlide
-    rows: tuple[int, int]
-    buffers: tuple["_ShardBuffer", ...]
+    start: int
+    buffers: tuple[ShardBuffer, ...]
 
-
-class _ShardBuffer:
-    """The features of one encoder for the rows of a shard, over its missing views, until all are there."""
-
-    def __init__(self, writer: FeatureWriter, encoder: LoadedEncoder, shards: Sequence[Shard]) -> None:
-        rows = shards[0].stop - shards[0].start
-        self.encoder, self.writer, self.shards = encoder, writer, list(shards)
-        self.features = np.full((len(shards), rows, encoder.dim), np.nan, np.float32)
-        self.hashes = np.zeros((len(shards), rows), np.uint64)
-        self.status = np.zeros(rows, np.uint8)
-        self.remaining = len(shards) * rows
-
-    def flush(self) -> None:
-        """Write every view's shard."""
-        for shard, features, hashes in zip(self.shards, self.features, self.hashes, strict=True):
-            self.writer.write(shard, features, hashes, self.status)
+    @property
+    def todo(self) -> np.ndarray:
+        """Of which rows some view is to be encoded, bool (rows,)."""
+        return np.any([buffer.todo.any(axis=0) for buffer in self.buffers], axis=0)
 
 
 @dataclass(frozen=True)
@@ -75,54 +78,31 @@ class _BlockJob:
 
     shard_job: _ShardJob
     reader: PatchReader
-    start: int
-    stop: int
+    rows: np.ndarray
     views: tuple[int, ...]
     params: ViewParams
-    status: np.ndarray
-
-
-class _Batcher:
-    """Gathers views into batches of one static size for one encoder, whatever slides they come from."""
-
-    def __init__(self, encoder: LoadedEncoder, batch_size: int, crop_px: int) -> None:
-        self._encoder = encoder
-        self._batch = np.zeros((batch_size, crop_px, crop_px, 3), np.uint8)
-        self._places: list[tuple[_ShardBuffer, int, int]] = []
-
-    def add(self, pixels: np.ndarray, buffer: _ShardBuffer, view: int, row: int) -> bool:
-        """Take one view; True when the batch is full."""
-        self._batch[len(self._places)] = pixels
-        self._places.append((buffer, view, row))
-        return len(self._places) == len(self._batch)
-
-    def run(self) -> list[_ShardBuffer]:
-        """Encode what has gathered; return the buffers that this completed."""
-        if not self._places:
-            return []
-        self._batch[len(self._places) :] = 0
-        features = encode(self._encoder, self._batch)
-        complete = []
-        for i, (buffer, view, row) in enumerate(self._places):
-            buffer.features[view, row] = features[i]
-            buffer.remaining -= 1
-            if not buffer.remaining:
-                complete.append(buffer)
-        self._places.clear()
-        return complete
+    status: PatchStatus
 
 
 def missing_patches(
-    store: FeatureStore, slide_ids: Sequence[str], encoders: Sequence[LoadedEncoder], n_views: int
+    store: FeatureStore,
+    slide_ids: Sequence[str],
+    encoders: Sequence[LoadedEncoder],
+    n_views: int,
+    *,
+    retry_unreadable: bool = False,
 ) -> int:
-    """How many patches have a view that is not recorded for some encoder."""
+    """How many patches have a view that is not recorded for some encoder, or are to be tried again."""
     total = 0
     for slide in map(store.slide, slide_ids):
-        starts: dict[int, int] = {}
+        rows = np.zeros(len(slide), bool)
         for encoder in encoders:
             records = slide.records(encoder.key)
-            starts |= {s.start: s.stop - s.start for s in slide.shards(range(n_views)) if s.name not in records}
-        total += sum(starts.values())
+            for shard in slide.shards(range(n_views)):
+                rows[shard.start : shard.stop] |= shard.name not in records
+        if retry_unreadable:
+            rows |= slide.patch_status == STATUS["unreadable"]
+        total += int(rows.sum())
     return total
 
 
@@ -135,6 +115,7 @@ def cache_features(
     batch_size: int,
     workers: int,
     report: Callable[[CacheProgress], None],
+    retry_unreadable: bool = False,
 ) -> CacheProgress:
     """Encode whatever these slides still miss, each patch read and augmented once for all encoders.
 
@@ -146,27 +127,31 @@ def cache_features(
         batch_size: Static size of every batch.
         workers: Threads that read and augment.
         report: Called after every block with the progress so far.
+        retry_unreadable: Try the patches again that could not be read before.
 
     Returns:
         The final progress, with every slide and patch that failed.
     """
     views = ViewSpec(**store.views)
-    progress = CacheProgress(patches_total=missing_patches(store, slide_ids, encoders, n_views))
-    batchers = {encoder.key: _Batcher(encoder, batch_size, views.crop_px) for encoder in encoders}
-    jobs = _block_jobs(store, slide_ids, encoders, n_views, progress)
+    total = missing_patches(store, slide_ids, encoders, n_views, retry_unreadable=retry_unreadable)
+    progress = CacheProgress(patches_total=total)
+    jobs = _block_jobs(store, slide_ids, encoders, n_views, progress, retry_unreadable)
 
     def render(job: _BlockJob) -> tuple[_BlockJob, RenderedBlock]:
-        return job, render_block(job.reader, range(job.start, job.stop), job.params, job.status, views)
+        return job, render_block(job.reader, job.rows.tolist(), job.params, job.status, views)
 
-    waiting_since = perf_counter()
-    for job, block in run_ahead(render, jobs, workers=workers, lookahead=2 * workers + 1):
-        progress.seconds["wait"] += perf_counter() - waiting_since
-        _take_block(job, block, batchers, progress)
-        progress.patches_done += job.stop - job.start
-        report(progress)
-        waiting_since = perf_counter()
-    for batcher in batchers.values():
-        _run_batch(batcher, progress)
+    with ThreadPoolExecutor(1, thread_name_prefix="g2l-encode") as thread:
+        stream = _Stream(progress, {e.key: Batcher(e, batch_size, views.crop_px, thread) for e in encoders})
+        begin = waiting_since = perf_counter()
+        for job, block in run_ahead(render, jobs, workers=workers, lookahead=2 * workers + 1):
+            progress.seconds["wait"] += perf_counter() - waiting_since
+            stream.take(job, block)
+            progress.patches_done += len(job.rows)
+            progress.elapsed = perf_counter() - begin
+            report(progress)
+            waiting_since = perf_counter()
+        stream.finish()
+    progress.elapsed = perf_counter() - begin
     report(progress)
     return progress
 
@@ -177,38 +162,63 @@ def _block_jobs(
     encoders: Sequence[LoadedEncoder],
     n_views: int,
     progress: CacheProgress,
+    retry_unreadable: bool,
 ) -> Iterator[_BlockJob]:
-    """All blocks that miss something, slide by slide, shard by shard."""
+    """All blocks that miss something, slide by slide, shard by shard; a slide that has failed is left."""
     grid = GridSpec(**store.grid)
     for slide_id in slide_ids:
         slide = store.slide(slide_id)
-        shard_jobs = _shard_jobs(slide, encoders, n_views)
-        if not shard_jobs:
-            continue
-        try:
-            reader = open_patches(slide, grid)
-        except SlideError as error:
-            progress.failed_slides[slide_id] = str(error)
-            continue
-        side = Level0Px(slide.facts["patch_px_level0"])
-        cells = blocks(slide.coords, side, grid)
-        params, status = slide.view_params, slide.patch_status
-        for job in shard_jobs:
+        reader: PatchReader | None = None
+        cells = blocks(slide.coords, Level0Px(slide.facts["patch_px_level0"]), grid)
+        params = slide.view_params
+        for job in _shard_jobs(slide, encoders, n_views, retry_unreadable):
+            try:
+                reader = reader or open_patches(slide, grid)
+            except SlideError as error:
+                progress.failed_slides[slide_id] = str(error)
+                break
             wanted = tuple(sorted({shard.view for buffer in job.buffers for shard in buffer.shards}))
-            for start, stop in _within(cells, *job.rows):
-                yield _BlockJob(job, reader, start, stop, wanted, params[start:stop, list(wanted)], status[start:stop])
+            todo, status = job.todo, job.buffers[0].status
+            for start, stop in _within(cells, job.start, job.start + len(todo)):
+                rows = start + np.flatnonzero(todo[start - job.start : stop - job.start])
+                if len(rows):
+                    chosen = params[rows][:, list(wanted)]
+                    yield _BlockJob(job, reader, rows, wanted, chosen, status[rows - job.start])
+            if slide_id in progress.failed_slides:
+                break
 
 
-def _shard_jobs(slide: StoredSlide, encoders: Sequence[LoadedEncoder], n_views: int) -> list[_ShardJob]:
-    buffers: dict[tuple[int, int], list[_ShardBuffer]] = {}
-    for encoder in encoders:
-        writer = slide.writer(encoder.key, digest=encoder.digest, dim=encoder.dim, n_views=n_views)
-        by_rows: dict[tuple[int, int], list[Shard]] = {}
-        for shard in writer.missing(range(n_views)):
-            by_rows.setdefault((shard.start, shard.stop), []).append(shard)
-        for rows, shards in by_rows.items():
-            buffers.setdefault(rows, []).append(_ShardBuffer(writer, encoder, shards))
-    return [_ShardJob(slide, rows, tuple(found)) for rows, found in sorted(buffers.items())]
+def _shard_jobs(
+    slide: StoredSlide, encoders: Sequence[LoadedEncoder], n_views: int, retry_unreadable: bool
+) -> Iterator[_ShardJob]:
+    """One job for every shard's rows that miss something; buffers are made only when their turn comes."""
+    views = range(n_views)
+    writers = [slide.writer(e.key, digest=e.digest, dim=e.dim, n_views=n_views) for e in encoders]
+    for start in sorted({shard.start for shard in slide.shards(views)}):
+        buffers = []
+        for encoder, writer in zip(encoders, writers, strict=True):
+            missing = [shard for shard in writer.missing(views) if shard.start == start]
+            again = _unreadable_rows(slide, start) if retry_unreadable else np.zeros(0, bool)
+            shards = [s for s in slide.shards(views) if s.start == start] if again.any() else missing
+            if shards:
+                buffers.append(_buffer(ShardBuffer(slide, writer, encoder, shards), missing, again))
+        if buffers:
+            yield _ShardJob(slide, start, tuple(buffers))
+
+
+def _unreadable_rows(slide: StoredSlide, start: int) -> np.ndarray:
+    """Which rows of the shard at `start` could not be read before, bool (rows,)."""
+    return slide.patch_status[start : start + schema.SHARD_ROWS] == STATUS["unreadable"]
+
+
+def _buffer(buffer: ShardBuffer, missing: Sequence[Shard], again: np.ndarray) -> ShardBuffer:
+    """The buffer, where rows are tried again, with everything else that is recorded taken from the store."""
+    if again.any():
+        buffer.status[again] = STATUS["ok"]
+        for view, shard in enumerate(buffer.shards):
+            if shard not in missing:
+                buffer.keep_stored(view, ~again)
+    return buffer
 
 
 def _within(cells: Sequence[tuple[int, int]], start: int, stop: int) -> Iterator[tuple[int, int]]:
@@ -218,47 +228,56 @@ def _within(cells: Sequence[tuple[int, int]], start: int, stop: int) -> Iterator
             yield max(a, start), min(b, stop)
 
 
-def _take_block(
-    job: _BlockJob, block: RenderedBlock, batchers: Mapping[str, _Batcher], progress: CacheProgress
-) -> None:
-    """Hand a block's views to the encoders, and its hashes and reason codes to the shards."""
-    slide_id = job.shard_job.slide.slide_id
-    if block.reasons:
-        progress.unreadable.setdefault(slide_id, []).extend(block.reasons)
-    progress.seconds["read"] += block.seconds_read
-    progress.seconds["augment"] += block.seconds_augment
-    first = job.shard_job.rows[0]
-    for buffer in job.shard_job.buffers:
-        buffer.status[job.start - first : job.stop - first] = block.status
-        batcher = batchers[buffer.encoder.key]
-        for v, shard in enumerate(buffer.shards):
+class _Stream:
+    """Takes rendered blocks to the encoders, and complete shards to the store."""
+
+    def __init__(self, progress: CacheProgress, batchers: Mapping[str, Batcher]) -> None:
+        self._progress, self._batchers = progress, batchers
+        self._open: list[ShardBuffer] = []
+
+    def take(self, job: _BlockJob, block: RenderedBlock) -> None:
+        """Hand a block's views to the encoders, and its hashes and reason codes to the shards."""
+        progress, slide_id = self._progress, job.shard_job.slide.slide_id
+        if block.reasons:
+            progress.unreadable.setdefault(slide_id, []).extend(block.reasons.values())
+            job.shard_job.slide.note_losses(block.reasons)
+        progress.seconds["read"] += block.seconds_read
+        progress.seconds["augment"] += block.seconds_augment
+        for buffer in job.shard_job.buffers:
+            if buffer not in self._open:
+                self._open.append(buffer)
+            self._fill(buffer, job, block)
+        self._write_complete()
+
+    def _fill(self, buffer: ShardBuffer, job: _BlockJob, block: RenderedBlock) -> None:
+        batcher = self._batchers[buffer.encoder.key]
+        rows = job.rows - buffer.start
+        buffer.status[rows] = block.status
+        for view, shard in enumerate(buffer.shards):
             column = job.views.index(shard.view)
-            buffer.hashes[v, job.start - first : job.stop - first] = block.hashes[:, column]
-            for i in range(job.stop - job.start):
+            for i, row in enumerate(rows.tolist()):
+                if not buffer.todo[view, row]:
+                    continue
+                buffer.hashes[view, row] = block.hashes[i, column]
                 if block.status[i]:
-                    buffer.remaining -= 1
-                elif batcher.add(block.pixels[i, column], buffer, v, job.start - first + i):
-                    _run_batch(batcher, progress)
-        if not buffer.remaining:
-            _flush(buffer, progress)
+                    buffer.todo[view, row] = False
+                else:
+                    batcher.add(block.pixels[i, column], buffer, view, row)
 
+    def finish(self) -> None:
+        """Encode what is left, and write it."""
+        for batcher in self._batchers.values():
+            batcher.finish()
+        self._write_complete()
 
-def _run_batch(batcher: _Batcher, progress: CacheProgress) -> None:
-    begin = perf_counter()
-    complete = batcher.run()
-    progress.seconds["encode"] += perf_counter() - begin
-    for buffer in complete:
-        _flush(buffer, progress)
-
-
-def _flush(buffer: _ShardBuffer, progress: CacheProgress) -> None:
-    """Write a complete shard; if its content is refused, that costs the slide, not the run."""
-    if not buffer.shards:
-        return
-    begin = perf_counter()
-    try:
-        buffer.flush()
-    except (EncoderError, StoreMismatchError) as error:
-        progress.failed_slides[buffer.writer.slide_id] = str(error)
-    buffer.shards.clear()
-    progress.seconds["write"] += perf_counter() - begin
+    def _write_complete(self) -> None:
+        """Write complete shards; one whose content is refused costs its slide, not the run."""
+        self._progress.seconds["encode"] = sum(batcher.seconds_busy for batcher in self._batchers.values())
+        begin = perf_counter()
+        for buffer in [b for b in self._open if b.is_complete or b.refused]:
+            try:
+                buffer.flush()
+            except (EncoderError, StoreMismatchError) as error:
+                self._progress.failed_slides.setdefault(buffer.slide.slide_id, str(error))
+            self._open.remove(buffer)
+        self._progress.seconds["write"] += perf_counter() - begin

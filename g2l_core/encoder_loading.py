@@ -224,7 +224,7 @@ def _hub_file(spec: EncoderSpec, where: str) -> Path:
 
     repository, _, revision = where.partition("@")
     # The client lets errors of its transport through (a connection that breaks); its own share their base.
-    transport: tuple[type[Exception], ...] = errors.HfHubHTTPError.__bases__
+    refusals: tuple[type[Exception], ...] = (*errors.HfHubHTTPError.__bases__, OSError)
     for file_name in ("model.safetensors", "pytorch_model.bin"):
         try:
             return Path(hf_hub_download(repository, file_name, revision=revision or None))
@@ -235,7 +235,7 @@ def _hub_file(spec: EncoderSpec, where: str) -> Path:
             ) from error
         except errors.EntryNotFoundError:
             continue
-        except (*transport, OSError) as error:
+        except refusals as error:
             raise EncoderError(f"{spec.name}: {_hub_refusal(error, repository, revision)}") from error
     raise EncoderError(f"{spec.name}: {repository} has neither model.safetensors nor pytorch_model.bin")
 

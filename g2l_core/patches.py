@@ -1,6 +1,6 @@
 """From a stored patch to the pixels of its views: the one path that caching and replaying share."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -97,8 +97,8 @@ class RenderedBlock:
     hashes: UInt64[np.ndarray, "patch view"]
     status: PatchStatus
     """Where it is not 0, pixels and hashes of the patch are zeros that mean nothing."""
-    reasons: tuple[str, ...]
-    """Why patches could not be read, in words."""
+    reasons: Mapping[int, str]
+    """Why patches could not be read, in words, by stored row."""
     seconds_read: float
     seconds_augment: float
 
@@ -118,7 +118,7 @@ def render_block(
     n, n_views = params.shape[:2]
     pixels = np.zeros((n, n_views, spec.crop_px, spec.crop_px, 3), np.uint8)
     hashes = np.zeros((n, n_views), np.uint64)
-    found, reasons = status.copy(), []
+    found, reasons = status.copy(), dict[int, str]()
     seconds_read = seconds_augment = 0.0
     for i, row in enumerate(rows):
         if status[i] != STATUS["ok"]:
@@ -128,7 +128,7 @@ def render_block(
             patch = reader.read(row)
         except ReadError as error:
             found[i] = STATUS["unreadable"]
-            reasons.append(f"row {row}: {error}")
+            reasons[row] = f"row {row}: {error}"
             continue
         read = perf_counter()
         pixels[i] = apply_views(patch, params[i], spec)
@@ -139,7 +139,7 @@ def render_block(
         pixels=pixels,
         hashes=hashes,
         status=found,
-        reasons=tuple(reasons),
+        reasons=reasons,
         seconds_read=seconds_read,
         seconds_augment=seconds_augment,
     )

@@ -32,7 +32,7 @@ import json, os, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from g2l_core import caching
+from g2l_core import batching
 from g2l_core.encoders import resolve_encoder
 from g2l_core.grid import GridSpec
 from g2l_core.store import schema
@@ -42,13 +42,13 @@ from pipeline.cache_teacher import CacheSettings, run_cache
 manifest, store, log, teacher, shard_rows, batch_size, views = sys.argv[1:]
 schema.SHARD_ROWS, schema.CHUNK_ROWS = int(shard_rows), 4
 log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-encode = caching.encode
+encode = batching.encode
 
 def logged_encode(encoder, pixels):
     os.write(log, b"b")  # at once, so that it outlives the process
     return encode(encoder, pixels)
 
-caching.encode = logged_encode
+batching.encode = logged_encode
 settings = CacheSettings(views=int(views), batch_size=int(batch_size))
 encoder = resolve_encoder(teacher, weights="random:0")
 summary = run_cache([Path(manifest)], Path(store), [encoder], GridSpec(), ViewSpec(), settings)

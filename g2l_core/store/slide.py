@@ -44,6 +44,10 @@ class Shard:
         return f"{self.start // schema.SHARD_ROWS}.{self.view}"
 
 
+KEPT_REASONS = 100
+"""Most patches of a slide whose reason is kept in words; the rest have their code."""
+
+
 class StoredSlide:
     """One slide of a store: what stage one wrote about it."""
 
@@ -107,6 +111,30 @@ class StoredSlide:
     def set_labels(self, labels: Mapping[str, str]) -> None:
         """Replace the slide's labels."""
         self._set_facts(labels=dict(labels))
+
+    @property
+    def unreadable(self) -> dict[int, str]:
+        """Why each unreadable patch could not be read, by row; reasons beyond the first `KEPT_REASONS` are not kept."""
+        rows = np.flatnonzero(self.patch_status == schema.STATUS["unreadable"]).tolist()
+        kept = self.facts.get("unreadable", {})
+        return {row: kept.get(str(row), f"row {row}: reason not kept") for row in rows}
+
+    def note_losses(self, reasons: Mapping[int, str]) -> None:
+        """Keep why patches could not be read, by row."""
+        kept = {**self.facts.get("unreadable", {}), **{str(row): reason for row, reason in reasons.items()}}
+        self._set_facts(unreadable=dict(list(kept.items())[-KEPT_REASONS:]))
+
+    def forget(self, start: int) -> None:
+        """Drop the completion records of all encoders and views of the shard that begins at row `start`.
+
+        For patches that could be read at last: whatever holds NaN for them has to be computed again.
+        """
+        block = str(start // schema.SHARD_ROWS)
+        for encoder in self.encoders:
+            array, facts = self.features_array(encoder), self.feature_facts(encoder)
+            kept = {name: record for name, record in facts["shards"].items() if name.partition(".")[0] != block}
+            with writing(f"features of slide {self.slide_id}"):
+                array.attrs[schema.ATTRIBUTE] = {**facts, "shards": kept, "complete": False}
 
     def extend_views(self, view_params: ViewParams) -> None:
         """Add the parameters of further views behind those stored. They count once `n_views` says so, last."""
@@ -283,13 +311,15 @@ class FeatureWriter:
     def _require_finite(self, shard: Shard, features: Features, status: PatchStatus) -> None:
         bad = np.flatnonzero(~np.isfinite(features).all(axis=1) & (status == schema.STATUS["ok"]))
         if len(bad):
-            row = shard.start + int(bad[0])
-            x, y = self._slide._array("coords")[row]
-            raise EncoderError(
-                f"{self._encoder} gave features that are not finite in float16 for {len(bad)} patches, "
-                f"first slide {self._slide.slide_id}, row {row} at ({x}, {y}), view {shard.view}. "
-                "Nothing of this shard is stored. Try --precision fp32; if it stays, the weights are damaged"
-            )
+            raise EncoderError(self.not_finite(shard.start + int(bad[0]), shard.view))
+
+    def not_finite(self, row: int, view: int) -> str:
+        """What to say of a patch whose features are NaN, infinite or too large for float16."""
+        x, y = self._slide._array("coords")[row]
+        return (
+            f"{self._encoder} gave features that are not finite in float16 for row {row} at ({x}, {y}), view {view}. "
+            "Nothing of this shard is stored. Try --precision fp32; if it stays, the weights are damaged"
+        )
 
     def _write_hashes(self, shard: Shard, hashes: UInt64[np.ndarray, " rows"], status: PatchStatus) -> None:
         array = self._slide._array("pixel_hash")
