@@ -74,13 +74,18 @@ def read_image(path: Path, patch_px: int) -> Rgb:
     return image
 
 
-def open_patches(stored: StoredSlide, grid: GridSpec) -> PatchReader:
-    """A reader for a slide's stored patches, from where stage one found the slide.
+def open_patches(stored: StoredSlide, grid: GridSpec, path: Path | None = None) -> PatchReader:
+    """A reader for a slide's stored patches.
+
+    Args:
+        stored: The slide.
+        grid: The store's grid.
+        path: Where the slide lies now; None is where stage one found it.
 
     Raises:
         SlideError: The slide cannot be opened any more.
     """
-    path = Path(stored.facts["source"])
+    path = path or Path(stored.facts["source"])
     names = stored.patch_ids
     if names is not None:
         return ImagePatches(path, names, grid.patch_px)

@@ -11,9 +11,10 @@ from g2l_core.errors import G2LError
 from g2l_core.grid import GridSpec
 from g2l_core.laying import lay_sources, refresh_stored, store_laid
 from g2l_core.manifest import Source, read_sources
+from g2l_core.repair import adopt_repaired
 from g2l_core.store.features import FeatureStore
 from g2l_core.views import ViewSpec
-from pipeline.progress import ProgressLine
+from pipeline.progress import ProgressLine, clock, say
 
 BYTES_PER_FEATURE = 2
 
@@ -29,6 +30,8 @@ class CacheSettings:
     batch_size: int = 32
     workers: int = 2
     mpp_override: float | None = None
+    retry_failed: bool = False
+    """Take up only slides that failed and patches that could not be read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,12 +71,16 @@ def run_cache(
     for spec in encoder_specs:
         require_mpp(spec, grid.mpp)
     store = FeatureStore.create(store_path, grid=asdict(grid), views=asdict(views))
+    if settings.retry_failed:
+        wanted = lost_slides(store)
+        sources = [source for source in sources if source.slide_id in wanted]
     encoders = [load_encoder(spec, device=settings.device, precision=settings.precision) for spec in encoder_specs]
     for encoder in encoders:
         store.add_encoder(encoder.key, encoder.facts)
     failed = lay_cohort(store, sources, grid, views, settings)
     ready = [source.slide_id for source in sources if source.slide_id not in failed]
     progress = encode_cohort(store, ready, encoders, settings)
+    note_run(store, encoders, progress, settings)
     return CacheSummary(
         store=store_path,
         encoders=tuple(encoder.key for encoder in encoders),
@@ -81,8 +88,35 @@ def run_cache(
         patches=sum(len(store.slide(slide_id)) for slide_id in ready),
         encoded=progress.patches_total,
         failed_slides=failed | progress.failed_slides,
-        unreadable=progress.unreadable,
+        unreadable={slide_id: lost for slide_id in ready if (lost := list(store.slide(slide_id).unreadable.values()))},
         seconds=progress.seconds,
+    )
+
+
+def lost_slides(store: FeatureStore) -> set[str]:
+    """The slides that failed, and those with patches that could not be read."""
+    return {*store.failed_slides(), *(slide.slide_id for slide in store.slides() if slide.unreadable)}
+
+
+def note_run(
+    store: FeatureStore, encoders: Sequence[LoadedEncoder], progress: CacheProgress, settings: CacheSettings
+) -> None:
+    """Keep in the store what this call did and where its time went; nothing where there was nothing to do."""
+    if not progress.patches_total:
+        return
+    seconds = {part: round(spent, 3) for part, spent in progress.seconds.items()}
+    store.add_run(
+        {
+            "encoders": [encoder.key for encoder in encoders],
+            "patches": progress.patches_done,
+            "views": 1 + settings.views,
+            "workers": settings.workers,
+            "batch_size": settings.batch_size,
+            "device": str(encoders[0].device),
+            "elapsed": round(progress.elapsed, 3),
+            "seconds": seconds,
+            "utilisation": round(progress.utilisation, 4),
+        }
     )
 
 
@@ -96,6 +130,8 @@ def lay_cohort(
     for source in sources:
         if source.slide_id in known:
             try:
+                if settings.retry_failed:
+                    adopt_repaired(known[source.slide_id], source.path, grid, views)
                 refresh_stored(known[source.slide_id], source, views, n_views)
             except G2LError as error:
                 failed[source.slide_id] = str(error)
@@ -120,7 +156,8 @@ def encode_cohort(
     line = ProgressLine(" + ".join(encoder.key for encoder in encoders), "patches")
 
     def report(progress: CacheProgress) -> None:
-        line.update(progress.patches_done, progress.patches_total, f"bottleneck: {progress.bottleneck}")
+        note = f"encoder {progress.utilisation:.0%} busy  bottleneck: {progress.bottleneck}"
+        line.update(progress.patches_done, progress.patches_total, note)
 
     progress = cache_features(
         store,
@@ -130,9 +167,18 @@ def encode_cohort(
         batch_size=settings.batch_size,
         workers=settings.workers,
         report=report,
+        retry_unreadable=settings.retry_failed,
     )
     line.close()
+    if progress.patches_total:
+        say(time_spent(progress))
     return progress
+
+
+def time_spent(progress: CacheProgress) -> str:
+    """Where the time went, in one line: reading and augmenting are sums over threads."""
+    parts = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in progress.seconds.items())
+    return f"{clock(progress.elapsed)}: {parts}; encoder {progress.utilisation:.0%} busy"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -53,6 +53,7 @@ Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Precision = Annotated[str, typer.Option(help="auto (fp32 on CPU, the model card's on GPU), fp32, bf16 or fp16.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Views encoded together.")]
 Workers = Annotated[int, typer.Option(min=1, help="Threads that read and augment.")]
+RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Take up only failed slides and unreadable patches.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only count patches and bytes, from thumbnails.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the summary as JSON on stdout.")]
 
@@ -88,6 +89,7 @@ def cache_teacher(
     precision: Precision = "auto",
     batch_size: BatchSize = 32,
     workers: Workers = 2,
+    retry_failed: RetryFailed = False,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
@@ -101,7 +103,7 @@ def cache_teacher(
         mpp=mpp, patch_px=patch_px, tissue=tissue, min_tissue=min_tissue, max_patches=max_patches, seed=seed
     )
     how = {"views": views, "device": device, "precision": precision, "batch_size": batch_size, "workers": workers}
-    how["mpp_override"] = mpp_override
+    how |= {"mpp_override": mpp_override, "retry_failed": retry_failed}
     _run_cache(inputs, store, [teacher], weights, grid, {"crop_px": crop_px}, how, dry_run, as_json)
 
 
@@ -117,6 +119,7 @@ def embed(
     precision: Precision = "auto",
     batch_size: BatchSize = 32,
     workers: Workers = 2,
+    retry_failed: RetryFailed = False,
     as_json: Json = False,
 ) -> None:
     """Cache any encoder's features beside the teacher's, all of them in one decode of the slides.
@@ -128,7 +131,7 @@ def embed(
 
     existing = FeatureStore.open(store)
     how = {"views": views, "device": device, "precision": precision, "batch_size": batch_size, "workers": workers}
-    how["mpp_override"] = mpp_override
+    how |= {"mpp_override": mpp_override, "retry_failed": retry_failed}
     _run_cache(inputs, store, encoder, weights, GridSpec(**existing.grid), existing.views, how, False, as_json)
 
 
@@ -195,10 +198,7 @@ def _cache_json(summary: "CacheSummary") -> dict[str, Any]:
 
 def _cache_text(summary: "CacheSummary") -> str:
     done = f"{summary.store}: {summary.patches:,} patches of {summary.slides} slides for {', '.join(summary.encoders)}"
-    if not summary.encoded:
-        return f"{done}; all of them were stored already"
-    parts = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in summary.seconds.items())
-    return f"{done}\n{summary.encoded:,} encoded now: {parts}"
+    return f"{done}; {f'{summary.encoded:,} encoded now' if summary.encoded else 'all of them were stored already'}"
 
 
 def _list_losses(*losses: dict[str, str]) -> None:

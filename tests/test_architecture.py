@@ -15,7 +15,7 @@ RANKS = [
     {"slides", "grid", "views", "engine", "losses", "metrics", "store", "timm_bridge"},
     {"manifest", "encoders", "tissue", "layouts"},
     {"encoder_loading", "patches"},
-    {"laying", "students", "datasets"},
+    {"laying", "students", "datasets", "repair"},
     {"loader", "batching", "task_data"},
     {"caching"},
     {"training", "tasks"},

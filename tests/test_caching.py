@@ -18,9 +18,9 @@ from tests.conftest import TEACHER
 KEY = "timm-mobilenetv3_small_050-64-random0"
 
 
-def cache(inputs, path, *, seed=0, views=1, **grid):
+def cache(inputs, path, *, seed=0, views=1, retry_failed=False, **grid):
     spec = resolve_encoder(TEACHER, weights=f"random:{seed}")
-    settings = CacheSettings(views=views, batch_size=8)
+    settings = CacheSettings(views=views, batch_size=8, retry_failed=retry_failed)
     return run_cache(inputs, path, [spec], GridSpec(**grid), ViewSpec(), settings)
 
 
@@ -65,6 +65,75 @@ def test_unreadable_patches_cost_nobody_else_anything(slides, tmp_path):
             assert np.array_equal(features[~bad], wanted.features(KEY, view=view)[~bad])
     assert list(verify(stores[1])) == []
     assert cache([slides], tmp_path / "s.zarr", tissue="none").encoded == 0  # what is recorded stays recorded
+
+
+def test_patches_that_can_be_read_at_last_are_taken_up_alone(slides, tmp_path):
+    cache([slides], tmp_path / "sound.zarr", tissue="none")
+    other = (TEACHER, "random:1")
+    whole = (slides / "a/x.tiff").read_bytes()
+    break_tile(slides / "a/x.tiff", 1, 2)
+    for seed in (0, 1):
+        cache([slides], tmp_path / "s.zarr", seed=seed, tissue="none")
+    again = cache([slides], tmp_path / "s.zarr", tissue="none")
+    assert (again.encoded, list(again.unreadable)) == (0, ["a/x"])  # a loss is told at every call
+    assert "row" in again.unreadable["a/x"][0]
+    still = cache([slides], tmp_path / "s.zarr", retry_failed=True, tissue="none")
+    assert (still.encoded, still.slides, len(still.unreadable["a/x"])) == (1, 1, 1)
+    store = FeatureStore.open(tmp_path / "s.zarr")
+    shutil.copy(slides / "b/x.tiff", slides / "a/x.tiff")
+    wrong = cache([slides], tmp_path / "s.zarr", retry_failed=True, tissue="none")
+    assert "do not show the same pixels" in wrong.failed_slides["a/x"]
+    (slides / "a/x.tiff").write_bytes(whole)  # copied again, and whole this time
+    mended = cache([slides], tmp_path / "s.zarr", retry_failed=True, tissue="none")
+    assert (mended.encoded, mended.is_complete) == (1, True)
+    kinds = {(problem.kind, problem.encoder) for problem in verify(store)}
+    assert kinds == {("missing", encoder_key_of(store, other))}  # its NaN must not pass for features
+    assert cache([slides], tmp_path / "s.zarr", seed=1, tissue="none").is_complete
+    assert list(verify(FeatureStore.open(tmp_path / "s.zarr"))) == []
+    sound = FeatureStore.open(tmp_path / "sound.zarr").slide("a/x")
+    for view in (0, 1):
+        found = store.slide("a/x").features(KEY, view=view)
+        assert np.array_equal(found, sound.features(KEY, view=view))
+    nothing = cache([slides], tmp_path / "s.zarr", retry_failed=True, tissue="none")
+    assert (nothing.slides, nothing.encoded) == (0, 0)
+
+
+def encoder_key_of(store, encoder):
+    name, weights = encoder
+    return next(k for k, facts in store.encoders.items() if (facts["name"], facts["weights"]) == (name, weights))
+
+
+def test_features_that_are_not_finite_stop_their_slide_and_name_the_patch(slides, tmp_path, monkeypatch):
+    from g2l_core import batching
+
+    encode, batches = batching.encode, []
+
+    def sometimes_nan(encoder, pixels):
+        features = encode(encoder, pixels)
+        batches.append(len(features))
+        if len(batches) == 1:
+            features[3, 5] = np.inf
+        return features
+
+    monkeypatch.setattr(batching, "encode", sometimes_nan)
+    summary = cache([slides], tmp_path / "s.zarr", views=0, tissue="none")
+    store = FeatureStore.open(tmp_path / "s.zarr")
+    x, y = store.slide("a/x").coords[3]
+    assert list(summary.failed_slides) == ["a/x"]
+    assert f"row 3 at ({x}, {y}), view 0" in summary.failed_slides["a/x"]
+    assert store.slide("a/x").records(KEY) == {}
+    assert store.slide("b/x").features(KEY).shape == (len(store.slide("b/x")), 1024)
+    assert cache([slides], tmp_path / "s.zarr", views=0, tissue="none").is_complete
+
+
+def test_the_store_keeps_where_the_time_went(slides, tmp_path):
+    cache([slides], tmp_path / "s.zarr", max_patches=2)
+    cache([slides], tmp_path / "s.zarr", max_patches=2)  # nothing to do, nothing to keep
+    (run,) = FeatureStore.open(tmp_path / "s.zarr").facts["runs"]
+    assert (run["patches"], run["encoders"], run["views"]) == (4, [KEY], 2)
+    assert set(run["seconds"]) == {"read", "augment", "encode", "write", "wait"}
+    assert 0 < run["seconds"]["encode"] <= run["elapsed"]
+    assert 0 < run["utilisation"] <= 1
 
 
 def test_a_failed_slide_is_recorded_and_tried_again(slides, tmp_path):

@@ -23,6 +23,7 @@ from g2l_core.types import Coords, ViewParams
 
 __all__ = ("FeatureStore", "FeatureWriter", "Shard", "StoredSlide")
 
+KEPT_RUNS = 20
 READ_MODE, WRITE_MODE = "r", "r+"
 
 
@@ -150,6 +151,13 @@ class FeatureStore:
             raise StoreMismatchError(
                 f"{self.path} holds features of another encoder under {key!r} ({fields}). Use another --store"
             )
+
+    def add_run(self, facts: Mapping[str, object]) -> None:
+        """Keep what a call of stage one did and how long its parts took; the last `KEPT_RUNS` are kept."""
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        self._facts["runs"] = [*self._facts.get("runs", []), {"ended": now, **facts}][-KEPT_RUNS:]
+        with writing(str(self.path)):
+            self._root.attrs[schema.ATTRIBUTE] = self._facts
 
     def slide_ids(self) -> list[str]:
         """The ids of all slides that stage one has met, sorted, failed ones included."""

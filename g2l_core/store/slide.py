@@ -112,6 +112,10 @@ class StoredSlide:
         """Replace the slide's labels."""
         self._set_facts(labels=dict(labels))
 
+    def set_source(self, path: Path, fingerprint: str) -> None:
+        """Replace the file that the slide is read from."""
+        self._set_facts(source=str(path.resolve()), fingerprint=fingerprint)
+
     @property
     def unreadable(self) -> dict[int, str]:
         """Why each unreadable patch could not be read, by row; reasons beyond the first `KEPT_REASONS` are not kept."""
