@@ -216,7 +216,8 @@ class ReplayLoader:
         rendered = render_block(slide.reader, rows.tolist(), params, np.zeros(len(rows), np.uint8), self._views)
         if rendered.reasons:
             raise ReadError(
-                f"slide {slide.slide_id}: a patch that stage one read cannot be read now, {rendered.reasons[0]}"
+                f"slide {slide.slide_id}: a patch that stage one read cannot be read now, "
+                f"{next(iter(rendered.reasons.values()))}"
             )
         _require_same_pixels(slide, rows, views, rendered.hashes[:, 0])
         return within, rendered.pixels[:, 0], _targets(slide, self.spec.encoder, rows, views)

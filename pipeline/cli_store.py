@@ -8,6 +8,7 @@ import typer
 
 if TYPE_CHECKING:
     from g2l_core.store.features import FeatureStore
+    from g2l_core.store.integrity import Problem
 
 app = typer.Typer(help="Look at a store, check it, export it.", no_args_is_help=True)
 
@@ -78,7 +79,14 @@ def _wrapped(title: str, words: list[str]) -> None:
 
 
 @app.command()
-def verify(store: StorePath) -> None:
+def verify(
+    store: StorePath,
+    recompute: Annotated[
+        int, typer.Option(min=0, help="Also encode this many random rows of every encoder again.")
+    ] = 0,
+    seed: Annotated[int, typer.Option(help="Names the draw of those rows.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
     """Re-read every shard and compare it with its completion record.
 
     Exit code 1 if anything is damaged, missing or failed; leftovers of killed writers are harmless.
@@ -86,12 +94,29 @@ def verify(store: StorePath) -> None:
     from g2l_core.store.features import FeatureStore
     from g2l_core.store.integrity import verify as problems_of
 
-    problems = list(problems_of(FeatureStore.open(store)))
+    opened = FeatureStore.open(store)
+    problems = list(problems_of(opened))
+    if recompute:
+        problems += _recompute(opened, recompute, seed, device)
     for problem in problems:
         typer.echo(str(problem))
     wrong = sum(problem.kind != "leftover" for problem in problems)
     typer.echo(f"{store}: " + (f"{wrong} problems" if wrong else "every recorded shard is as it was written"))
     raise typer.Exit(1 if wrong else 0)
+
+
+def _recompute(store: "FeatureStore", n: int, seed: int, device: str) -> "list[Problem]":
+    from pipeline.recompute import LEAST_COSINE
+    from pipeline.recompute import recompute as encode_again
+
+    problems: list[Problem] = []
+    for found in encode_again(store, n, seed=seed, device=device):
+        typer.echo(
+            f"{found.encoder}: {found.compared} rows encoded again, least cosine {found.least_cosine:.6f} "
+            f"(expected {LEAST_COSINE})"
+        )
+        problems += found.problems
+    return problems
 
 
 @app.command()

@@ -1,0 +1,113 @@
+"""`g2l store verify --recompute N`: encode random rows again, and compare them with what the store holds."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from g2l_core.encoder_loading import LoadedEncoder, encode_all, load_encoder
+from g2l_core.encoders import spec_from_json
+from g2l_core.errors import SlideError
+from g2l_core.grid import GridSpec
+from g2l_core.patches import open_patches, render_block
+from g2l_core.randomness import keyed_generator
+from g2l_core.store.features import FeatureStore, StoredSlide
+from g2l_core.store.integrity import Problem
+from g2l_core.store.schema import STATUS
+from g2l_core.views import ViewSpec
+
+LEAST_COSINE = 0.9999
+"""What another batch size, thread count or device may cost; another network gives less."""
+
+
+Pairs = np.ndarray
+"""int64 (n, 2): stored row and view."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recomputed:
+    """How the recomputed features of one encoder compare with the stored ones."""
+
+    encoder: str
+    compared: int
+    least_cosine: float
+    """NaN where nothing could be compared."""
+    problems: tuple[Problem, ...]
+
+
+def recompute(store: FeatureStore, n: int, *, seed: int, device: str, batch_size: int = 32) -> Iterator[Recomputed]:
+    """Encode `n` random stored (patch, view) pairs of every encoder again, reading the slides anew.
+
+    Args:
+        store: The store.
+        n: Pairs an encoder; fewer where the store has fewer.
+        seed: Names the draw.
+        device: auto, cpu or cuda.
+        batch_size: Views encoded together.
+
+    Raises:
+        EncoderError: The encoder's weights cannot be had any more.
+    """
+    for key, facts in store.encoders.items():
+        encoder = load_encoder(spec_from_json(facts), device=device, precision=facts["precision"])
+        if encoder.digest != facts["digest"]:
+            what = f"its digest is {encoder.digest[:12]} now, {facts['digest'][:12]} in the store: other weights"
+            problem = Problem(kind="damaged", encoder=key, what=what)
+            yield Recomputed(encoder=key, compared=0, least_cosine=np.nan, problems=(problem,))
+            continue
+        cosines: list[float] = []
+        problems: list[Problem] = []
+        for slide_id, pairs in _draw(store, key, n, seed).items():
+            try:
+                found, wrong = _compare(store, store.slide(slide_id), pairs, encoder, batch_size)
+            except SlideError as error:
+                problems.append(Problem(kind="damaged", slide_id=slide_id, encoder=key, what=str(error)))
+                continue
+            cosines += found
+            problems += [Problem(kind="damaged", slide_id=slide_id, encoder=key, what=what) for what in wrong]
+        least = min(cosines, default=np.nan)
+        yield Recomputed(encoder=key, compared=len(cosines), least_cosine=least, problems=tuple(problems))
+
+
+def _draw(store: FeatureStore, key: str, n: int, seed: int) -> dict[str, Pairs]:
+    """Random (row, view) pairs with recorded features of readable patches, by slide."""
+    slides, pairs = [], []
+    for slide in store.slides():
+        if key not in slide.encoders:
+            continue
+        good, records = slide.patch_status == STATUS["ok"], slide.records(key)
+        shards = [s for s in slide.shards(range(slide.features_array(key).shape[1])) if s.name in records]
+        for shard in shards:
+            rows = shard.start + np.flatnonzero(good[shard.start : shard.stop])
+            pairs.append(np.stack([rows, np.full(len(rows), shard.view)], axis=1))
+            slides += [slide.slide_id] * len(rows)
+    order = keyed_generator("recompute", seed, key).permutation(len(slides))[:n]
+    all_pairs, names = np.concatenate(pairs) if pairs else np.zeros((0, 2), np.int64), np.array(slides)
+    chosen = names[order] if len(order) else names
+    return {str(name): all_pairs[order[chosen == name]] for name in np.unique(chosen)}
+
+
+def _compare(
+    store: FeatureStore, slide: StoredSlide, pairs: Pairs, encoder: LoadedEncoder, batch_size: int
+) -> tuple[list[float], list[str]]:
+    """Cosines of stored and recomputed features of one slide's pairs, and what is wrong in words."""
+    grid, views = GridSpec(**store.grid), ViewSpec(**store.views)
+    reader, params, hashes = open_patches(slide, grid), slide.view_params, slide.pixel_hash
+    pixels, wrong = [], []
+    for row, view in pairs.tolist():
+        block = render_block(reader, [row], params[[row]][:, [view]], np.zeros(1, np.uint8), views)
+        if block.status[0] != STATUS["ok"]:
+            wrong.append(f"{next(iter(block.reasons.values()), f'row {row} is filtered')} now")
+        elif block.hashes[0, 0] != hashes[row, view]:
+            wrong.append(f"row {row}, view {view}: the pixels are not those that were encoded")
+        pixels.append(block.pixels[0, 0])
+    stored = np.stack([slide.read_rows(encoder.key, row, row + 1, view=view)[0] for row, view in pairs.tolist()])
+    cosines = _cosines(encode_all(encoder, np.stack(pixels), batch_size), stored.astype(np.float32))
+    for (row, view), cosine in zip(pairs.tolist(), cosines.tolist(), strict=True):
+        if not cosine >= LEAST_COSINE:
+            wrong.append(f"row {row}, view {view}: cosine {cosine:.5f} to the stored features, expected {LEAST_COSINE}")
+    return cosines.tolist(), wrong
+
+
+def _cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return (a * b).sum(axis=1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
