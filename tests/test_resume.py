@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 import zarr
 
+from g2l_core.batching import IN_FLIGHT
 from g2l_core.store.features import FeatureStore
 from g2l_core.store.integrity import remove_leftovers, verify
 from tests.conftest import TEACHER
 
 KEY = "timm-mobilenetv3_small_050-64-random0"
-SHARD_ROWS, BATCH_SIZE, N_VIEWS = 16, 8, 3
+KILLS = 20
+SHARD_ROWS, BATCH_SIZE, N_VIEWS = 2, 8, 9
 SEED = int(os.environ.get("G2L_KILL_SEED", "2"))
 """Names the moments of the kills."""
 
@@ -40,7 +42,7 @@ from g2l_core.views import ViewSpec
 from pipeline.cache_teacher import CacheSettings, run_cache
 
 manifest, store, log, teacher, shard_rows, batch_size, views = sys.argv[1:]
-schema.SHARD_ROWS, schema.CHUNK_ROWS = int(shard_rows), 4
+schema.SHARD_ROWS, schema.CHUNK_ROWS = int(shard_rows), 2
 log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 encode = batching.encode
 
@@ -116,16 +118,16 @@ def test_kill_nine_and_the_same_command_again(cohort, tmp_path, monkeypatch):
     assert reference["complete"]
     batches = batches_in(tmp_path / "whole.log")
     rng = random.Random(SEED)
-    moments = [lambda: (killed / "zarr.json").exists(), *([None] * 3)]
+    moments = [lambda: (killed / "zarr.json").exists(), *([None] * (KILLS - 1))]
     kills = 0
     for moment in moments:
         before = recorded_shards(killed)
-        target = batches_in(log) + rng.randrange(batches // 4, 3 * batches // 10)
+        target = batches_in(log) + rng.randrange(batches // (KILLS + 12), batches // (KILLS + 4))
         process = stage_one(cohort, killed, log)
         kills += kill_during(process, moment or (lambda t=target: batches_in(log) >= t), rng.uniform(0, 0.03))
         after = recorded_shards(killed)
         assert before.items() <= after.items()
-    assert kills == len(moments)
+    assert kills == KILLS
     before = recorded_shards(killed)
     assert before  # the kills fell into the middle of the work
     summary = to_the_end(cohort, killed, log)
@@ -138,6 +140,7 @@ def test_kill_nine_and_the_same_command_again(cohort, tmp_path, monkeypatch):
     store = FeatureStore.open(killed)
     remove_leftovers(store)
     assert list(verify(store)) == []
-    # A kill costs what was encoded of one unfinished shard set and the batch it fell in; each run pads one batch.
+    # A kill costs what was encoded of one unfinished shard set, the batches in flight and the one in work; each
+    # run pads one batch.
     encoded_twice = batches_in(log) * BATCH_SIZE - reference["patches"] * N_VIEWS
-    assert encoded_twice <= kills * (SHARD_SET + BATCH_SIZE) + (kills + 1) * BATCH_SIZE
+    assert encoded_twice <= kills * (SHARD_SET + (IN_FLIGHT + 1) * BATCH_SIZE) + (kills + 1) * BATCH_SIZE
