@@ -70,7 +70,7 @@ def _sources_of(path: Path) -> list[Source]:
 
 
 def _from_folder(folder: Path) -> list[Source]:
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
+    files = sorted(p for p in folder.rglob("*") if not p.is_dir() and not p.name.startswith("."))
     slides = [p for p in files if p.suffix.lower() in SLIDE_SUFFIXES]
     if slides:
         return [Source(slide_id=_id_of(p.relative_to(folder)), path=p) for p in slides]

@@ -7,7 +7,7 @@ from pathlib import Path
 from g2l_core.caching import CacheProgress, cache_features
 from g2l_core.encoder_loading import LoadedEncoder, load_encoder, require_mpp
 from g2l_core.encoders import EncoderSpec
-from g2l_core.errors import G2LError
+from g2l_core.errors import SlideError, StoreMismatchError
 from g2l_core.grid import GridSpec
 from g2l_core.laying import lay_sources, refresh_stored, store_laid
 from g2l_core.manifest import Source, read_sources
@@ -47,6 +47,8 @@ class CacheSummary:
     failed_slides: dict[str, str]
     unreadable: dict[str, list[str]]
     seconds: dict[str, float]
+    elapsed: float
+    """Seconds from the first patch asked for to the last shard written."""
 
     @property
     def is_complete(self) -> bool:
@@ -90,6 +92,7 @@ def run_cache(
         failed_slides=failed | progress.failed_slides,
         unreadable={slide_id: lost for slide_id in ready if (lost := list(store.slide(slide_id).unreadable.values()))},
         seconds=progress.seconds,
+        elapsed=progress.elapsed,
     )
 
 
@@ -133,7 +136,7 @@ def lay_cohort(
                 if settings.retry_failed:
                     adopt_repaired(known[source.slide_id], source.path, grid, views)
                 refresh_stored(known[source.slide_id], source, views, n_views)
-            except G2LError as error:
+            except (SlideError, StoreMismatchError) as error:
                 failed[source.slide_id] = str(error)
     new = [source for source in sources if source.slide_id not in known]
     line = ProgressLine("tissue", "slides")
