@@ -1,6 +1,7 @@
 """One live line on a terminal, a log line every few seconds elsewhere; always on stderr."""
 
 import sys
+from shutil import get_terminal_size
 from time import monotonic
 from typing import TextIO
 
@@ -30,12 +31,12 @@ class ProgressLine:
             return
         self._ended = done >= total
         self._last = now
-        line = f"{self._title}  {done:,}/{total:,} {self._unit}{self._speed(done, total, now)}"
-        line += f"  {note}" if note else ""
+        state = f"  {done:,}/{total:,} {self._unit}{self._speed(done, total, now)}"
+        state += f"  {note}" if note else ""
         if self._live:
-            self._stream.write("\r\x1b[K" + line[:119])
+            self._stream.write("\r\x1b[K" + fitted(self._title, state, get_terminal_size().columns - 1))
         else:
-            self._stream.write(line + "\n")
+            self._stream.write(f"{self._title}{state}\n")
         self._stream.flush()
 
     def _speed(self, done: int, total: int, now: float) -> str:
@@ -51,6 +52,13 @@ class ProgressLine:
         if self._live and self._last > 0:
             self._stream.write("\n")
             self._stream.flush()
+
+
+def fitted(title: str, state: str, columns: int) -> str:
+    """Title and state in one line of a terminal; a long title gives way, since it does not change."""
+    room = columns - len(state)
+    short = title if len(title) <= room else title[: max(room - 1, 0)] + "…"
+    return (short + state)[:columns]
 
 
 def say(line: str) -> None:
