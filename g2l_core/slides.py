@@ -15,6 +15,7 @@ import xxhash
 from PIL import Image, UnidentifiedImageError
 
 from g2l_core.errors import MppError, NotASlideError, ReadError
+from g2l_core.tiles import VENDORS, TilePyramid, open_tiles
 from g2l_core.types import Level0Px, Mpp, Rgb
 
 SLIDE_SUFFIXES = frozenset(".svs .tif .tiff .ndpi .mrxs .scn .bif .vms .vmu .svslide .dcm .qptiff".split())
@@ -49,12 +50,20 @@ class Slide:
         mpp_source: Where that came from: "header", "manifest" or "override".
     """
 
-    def __init__(self, path: Path, handle: openslide.AbstractSlide, mpp: Mpp, mpp_source: str) -> None:
+    def __init__(
+        self,
+        path: Path,
+        handle: openslide.AbstractSlide,
+        mpp: Mpp,
+        mpp_source: str,
+        tiles: TilePyramid | None = None,
+    ) -> None:
         self.path = path
         self.level0_size: tuple[int, int] = handle.dimensions
         self.mpp = mpp
         self.mpp_source = mpp_source
         self._handle = handle
+        self._tiles = tiles
         self._lock = threading.Lock()
         self._downsamples = tuple(float(d) for d in handle.level_downsamples)
         colour = handle.properties.get(openslide.PROPERTY_NAME_BACKGROUND_COLOR, "ffffff")
@@ -69,6 +78,8 @@ class Slide:
     def close(self) -> None:
         """Free the file."""
         self._handle.close()
+        if self._tiles is not None:
+            self._tiles.close()
 
     def read_patch(self, x: int, y: int, side: Level0Px, patch_px: int) -> Rgb:
         """The square at (x, y), resampled once from the nearest finer level.
@@ -138,6 +149,17 @@ class Slide:
 
     def _read(self, origin: tuple[int, int], level: int, size: tuple[int, int]) -> Rgb:
         """Pixels on the slide's background colour; `origin` in level-0 pixels, `size` in the level's."""
+        pixels = self._decoded(origin, level, size)
+        return self._read_region(origin, level, size) if pixels is None else pixels
+
+    def _decoded(self, origin: tuple[int, int], level: int, size: tuple[int, int]) -> Rgb | None:
+        """The region from the tiles' own bytes, where it starts on a whole pixel of its level."""
+        downsample = self._downsamples[level]
+        if self._tiles is None or any(at % downsample for at in origin):
+            return None
+        return self._tiles.read(level, int(origin[0] / downsample), int(origin[1] / downsample), *size)
+
+    def _read_region(self, origin: tuple[int, int], level: int, size: tuple[int, int]) -> Rgb:
         handle = self._handle
         try:
             pixels = np.asarray(handle.read_region(origin, level, size))
@@ -157,13 +179,16 @@ class Slide:
                 self._handle = _open_handle(self.path)
 
 
-def open_slide(path: Path, *, manifest_mpp: float | None = None, mpp_override: float | None = None) -> Slide:
+def open_slide(
+    path: Path, *, manifest_mpp: float | None = None, mpp_override: float | None = None, own_tiles: bool = True
+) -> Slide:
     """Open a slide of any format that OpenSlide or Pillow reads.
 
     Args:
         path: The file.
         manifest_mpp: Micrometres per level-0 pixel, used where the header gives none that is plausible.
         mpp_override: The same, used where neither header nor manifest gives one.
+        own_tiles: Decode tiles of TIFF and SVS files directly; False leaves all to OpenSlide. The pixels are the same.
 
     Raises:
         NotASlideError: No reader opens the file.
@@ -175,7 +200,10 @@ def open_slide(path: Path, *, manifest_mpp: float | None = None, mpp_override: f
     except MppError:
         handle.close()
         raise
-    return Slide(path, handle, mpp, source)
+    tiles = None
+    if own_tiles and handle.properties.get(openslide.PROPERTY_NAME_VENDOR) in VENDORS:
+        tiles = open_tiles(path, handle.level_dimensions)
+    return Slide(path, handle, mpp, source, tiles)
 
 
 def fingerprint(path: Path) -> str:

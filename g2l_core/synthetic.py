@@ -2,7 +2,6 @@
 
 They are for demonstrations and tests, here and in other projects: a whole cohort is drawn in seconds, every patch's
 class is known, and two centres stain and scan differently on purpose. The drawing is in `synthetic_tissue`.
-Writing a slide needs `pip install "g2l[demo]"` (tifffile and imagecodecs).
 """
 
 import csv
@@ -15,6 +14,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+import tifffile
 from jaxtyping import Float, UInt8
 from PIL import Image
 
@@ -135,14 +135,9 @@ def write_pyramid(
         quality: JPEG quality 1 .. 100 (4:2:0 chroma); None is lossless (deflate).
 
     Raises:
-        UsageError: An argument is out of its range, or tifffile or imagecodecs is not installed.
+        UsageError: An argument is out of its range.
     """
     _check_pyramid(image, mpp, downsamples, tile_px, quality)
-    try:
-        import imagecodecs  # noqa: F401  tifffile needs it for JPEG and finds its absence late
-        import tifffile
-    except ImportError as error:
-        raise UsageError(f'writing slides needs {error.name}: pip install "g2l[demo]"') from error
     with tifffile.TiffWriter(path, bigtiff=False) as tiff:
         for factor in downsamples:
             level = _area_mean(image, factor) if factor > 1 else image
@@ -257,9 +252,6 @@ def draw_cohort(folder: Path, spec: CohortSpec) -> Path:
 
     Returns:
         The manifest.
-
-    Raises:
-        UsageError: tifffile or imagecodecs is not installed.
     """
     for name in ("slides", "truth"):
         (folder / name).mkdir(parents=True, exist_ok=True)

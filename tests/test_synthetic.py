@@ -1,8 +1,6 @@
 """The drawn slides: the pyramid against two readers, the drawing's laws, the truth against brute force."""
 
 import csv
-import subprocess
-import sys
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -113,13 +111,6 @@ def test_pyramid_refuses(tmp_path, height, width, arguments, named):
     with pytest.raises(UsageError, match=named):
         synthetic.write_pyramid(tmp_path / "a.tiff", noise_image(height, width), **{"mpp": 0.5, **arguments})
     assert not (tmp_path / "a.tiff").exists()
-
-
-@pytest.mark.parametrize("package", ["tifffile", "imagecodecs"])
-def test_missing_extra_says_what_to_install(tmp_path, monkeypatch, package):
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(UsageError, match=rf'{package}: pip install "g2l\[demo\]"'):
-        synthetic.write_pyramid(tmp_path / "a.tiff", noise_image(16, 16), mpp=0.5)
 
 
 # ---- the drawing ------------------------------------------------------------------------------------------
@@ -332,8 +323,3 @@ def test_labels_refuse_sizes_and_files(tmp_path):
     for path in (text, grey, tmp_path / "absent.png"):
         with pytest.raises(ReadError, match=Path(path).name):
             synthetic.label_patches(path, coords, 40, (200, 100))
-
-
-def test_imports_without_the_optional_extra():
-    code = "import sys; sys.modules['tifffile'] = sys.modules['imagecodecs'] = None; import g2l_core.synthetic"
-    subprocess.run([sys.executable, "-c", code], check=True)
