@@ -16,8 +16,6 @@ from g2l_core.store.features import FeatureStore
 from g2l_core.views import ViewSpec
 from pipeline.progress import ProgressLine, clock, say
 
-BYTES_PER_FEATURE = 2
-
 
 @dataclass(frozen=True, kw_only=True)
 class CacheSettings:
@@ -182,39 +180,3 @@ def time_spent(progress: CacheProgress) -> str:
     """Where the time went, in one line: reading and augmenting are sums over threads."""
     parts = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in progress.seconds.items())
     return f"{clock(progress.elapsed)}: {parts}; encoder {progress.utilisation:.0%} busy"
-
-
-@dataclass(frozen=True, kw_only=True)
-class CachePlan:
-    """What a call of stage one would do, from thumbnails alone."""
-
-    patches: dict[str, int]
-    failed_slides: dict[str, str]
-    views: int
-    dims: dict[str, int | None]
-
-    @property
-    def feature_bytes(self) -> int:
-        """Bytes of all features; encoders whose size is not known before loading count 0."""
-        width = sum(dim or 0 for dim in self.dims.values())
-        return sum(self.patches.values()) * (1 + self.views) * width * BYTES_PER_FEATURE
-
-
-def plan_cache(
-    inputs: Sequence[Path], encoder_specs: Sequence[EncoderSpec], grid: GridSpec, settings: CacheSettings
-) -> CachePlan:
-    """Count the patches of all inputs without loading an encoder or writing anything."""
-    sources = read_sources(inputs)
-    patches: dict[str, int] = {}
-    failed: dict[str, str] = {}
-    for outcome in lay_sources(sources, grid, mpp_override=settings.mpp_override, workers=settings.workers):
-        if outcome.laid is not None:
-            patches[outcome.source.slide_id] = len(outcome.laid.coords)
-        else:
-            failed[outcome.source.slide_id] = str(outcome.error)
-    return CachePlan(
-        patches=patches,
-        failed_slides=failed,
-        views=settings.views,
-        dims={spec.name: spec.dim for spec in encoder_specs},
-    )

@@ -13,10 +13,30 @@ import typer
 
 from g2l_core import __version__
 from g2l_core.errors import G2LError, UsageError
-from pipeline import cli_store
+from pipeline import cli_plan, cli_store
+from pipeline.cli_options import (
+    BatchSize,
+    CropPx,
+    Device,
+    DryRun,
+    Inputs,
+    Json,
+    MaxPatches,
+    MinTissue,
+    Mpp,
+    MppOverride,
+    PatchPx,
+    Precision,
+    RetryFailed,
+    Seed,
+    Store,
+    Tissue,
+    Weights,
+    Workers,
+)  # fmt: skip
 
 if TYPE_CHECKING:
-    from pipeline.cache_teacher import CachePlan, CacheSummary
+    from pipeline.cache_teacher import CacheSummary
 
 EXIT_DONE, EXIT_SOME_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED = 0, 1, 2, 130
 SHOWN_REASONS = 20
@@ -30,32 +50,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 app.add_typer(cli_store.app, name="store")
-
-Inputs = Annotated[
-    list[Path],
-    typer.Argument(help="Slides, folders of slides or of patch images, or a manifest CSV.", show_default=False),
-]
-Store = Annotated[Path, typer.Option(help="The feature store (a Zarr folder); made or completed.", show_default=False)]
-Weights = Annotated[
-    str | None, typer.Option(help="A weights file, or random:SEED for a trial, in place of the encoder's own.")
-]
-Mpp = Annotated[float, typer.Option(help="Micrometres per pixel of a patch; 20x is 0.5, 40x is 0.25.")]
-PatchPx = Annotated[int, typer.Option(help="Side of a patch in pixels at that scale.")]
-CropPx = Annotated[int, typer.Option(help="Side of a view, cut from the patch.")]
-MaxPatches = Annotated[int | None, typer.Option(help="At most this many patches of a slide, at random.")]
-Tissue = Annotated[str, typer.Option(help="Tissue method: otsu, or none to keep everything.")]
-MinTissue = Annotated[float, typer.Option(help="Least share of a patch that must be tissue.")]
-Seed = Annotated[int, typer.Option(help="Names every random draw.")]
-MppOverride = Annotated[
-    float | None, typer.Option(help="um/px of slides whose header and manifest give none.", show_default=False)
-]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-Precision = Annotated[str, typer.Option(help="auto (fp32 on CPU, the model card's on GPU), fp32, bf16 or fp16.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Views encoded together.")]
-Workers = Annotated[int, typer.Option(min=1, help="Threads that read and augment.")]
-RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Take up only failed slides and unreadable patches.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Only count patches and bytes, from thumbnails.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the summary as JSON on stdout.")]
+app.command()(cli_plan.plan)
 
 
 @app.callback()
@@ -148,39 +143,18 @@ def _run_cache(
 ) -> None:
     from g2l_core.encoders import resolve_encoder
     from g2l_core.views import ViewSpec
-    from pipeline.cache_teacher import CacheSettings, plan_cache, run_cache
+    from pipeline.cache_teacher import CacheSettings, run_cache
 
     specs = [resolve_encoder(name, weights=weights) for name in encoders]
     if len(specs) > 1 and weights is not None:
         raise UsageError("--weights speaks of one encoder; embed them one after the other")
     view_spec = ViewSpec(**{"patch_px": grid.patch_px, "seed": grid.seed, **views})
     if dry_run:
-        plan = plan_cache(inputs, specs, grid, CacheSettings(**how))
-        typer.echo(json.dumps(_plan_json(plan), indent=2) if as_json else _plan_text(plan))
-        raise typer.Exit(EXIT_SOME_FAILED if plan.failed_slides else EXIT_DONE)
+        cli_plan.tell(inputs, specs, grid, view_spec, CacheSettings(**how), cli_plan.EPOCHS, as_json)
     summary = run_cache(inputs, store, specs, grid, view_spec, CacheSettings(**how))
     typer.echo(json.dumps(_cache_json(summary), indent=2) if as_json else _cache_text(summary))
     _list_losses(summary.failed_slides, {s: f"{len(r)} patches: {r[0]}" for s, r in summary.unreadable.items()})
     raise typer.Exit(EXIT_DONE if summary.is_complete else EXIT_SOME_FAILED)
-
-
-def _plan_json(plan: "CachePlan") -> dict[str, Any]:
-    return {
-        "patches": plan.patches,
-        "failed_slides": plan.failed_slides,
-        "views": plan.views,
-        "feature_bytes": plan.feature_bytes,
-    }
-
-
-def _plan_text(plan: "CachePlan") -> str:
-    unknown = [name for name, dim in plan.dims.items() if dim is None]
-    size = f"{plan.feature_bytes / 1e9:.2f} GB of features" if not unknown else "size known once the encoder is loaded"
-    lines = [f"{patches:>9,}  {slide_id}" for slide_id, patches in plan.patches.items()]
-    lines += [f"   failed  {slide_id}: {reason}" for slide_id, reason in plan.failed_slides.items()]
-    total = sum(plan.patches.values())
-    lines.append(f"{total:>9,}  patches of {len(plan.patches)} slides, {1 + plan.views} views each, {size}")
-    return "\n".join(lines)
 
 
 def _cache_json(summary: "CacheSummary") -> dict[str, Any]:

@@ -1,0 +1,32 @@
+"""Options that several commands share: one type, one help text."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Inputs = Annotated[
+    list[Path],
+    typer.Argument(help="Slides, folders of slides or of patch images, or a manifest CSV.", show_default=False),
+]
+Store = Annotated[Path, typer.Option(help="The feature store (a Zarr folder); made or completed.", show_default=False)]
+Weights = Annotated[
+    str | None, typer.Option(help="A weights file, or random:SEED for a trial, in place of the encoder's own.")
+]
+Mpp = Annotated[float, typer.Option(help="Micrometres per pixel of a patch; 20x is 0.5, 40x is 0.25.")]
+PatchPx = Annotated[int, typer.Option(help="Side of a patch in pixels at that scale.")]
+CropPx = Annotated[int, typer.Option(help="Side of a view, cut from the patch.")]
+MaxPatches = Annotated[int | None, typer.Option(help="At most this many patches of a slide, at random.")]
+Tissue = Annotated[str, typer.Option(help="Tissue method: otsu, or none to keep everything.")]
+MinTissue = Annotated[float, typer.Option(help="Least share of a patch that must be tissue.")]
+Seed = Annotated[int, typer.Option(help="Names every random draw.")]
+MppOverride = Annotated[
+    float | None, typer.Option(help="um/px of slides whose header and manifest give none.", show_default=False)
+]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Precision = Annotated[str, typer.Option(help="auto (fp32 on CPU, the model card's on GPU), fp32, bf16 or fp16.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Views encoded together.")]
+Workers = Annotated[int, typer.Option(min=1, help="Threads that read and augment.")]
+RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Take up only failed slides and unreadable patches.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only plan: patches, bytes, hours. See g2l plan.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the summary as JSON on stdout.")]

@@ -1,0 +1,97 @@
+"""`g2l plan`, and `--dry-run`: know before you run."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pipeline.cli_options import (
+    BatchSize,
+    CropPx,
+    Device,
+    Inputs,
+    Json,
+    MaxPatches,
+    MinTissue,
+    Mpp,
+    MppOverride,
+    PatchPx,
+    Precision,
+    Seed,
+    Tissue,
+    Weights,
+    Workers,
+)  # fmt: skip
+
+if TYPE_CHECKING:
+    from g2l_core.encoders import EncoderSpec
+    from g2l_core.grid import GridSpec
+    from g2l_core.views import ViewSpec
+    from pipeline.cache_teacher import CacheSettings
+
+EPOCHS = 10
+
+
+def plan(
+    inputs: Inputs,
+    teacher: Annotated[list[str], typer.Option(help="The encoder; repeatable.", show_default=False)],
+    views: Annotated[int, typer.Option(min=0, help="Augmented views beside the canonical one.")] = 2,
+    weights: Weights = None,
+    mpp: Mpp = 0.5,
+    patch_px: PatchPx = 256,
+    crop_px: CropPx = 224,
+    max_patches: MaxPatches = None,
+    tissue: Tissue = "otsu",
+    min_tissue: MinTissue = 0.25,
+    seed: Seed = 0,
+    mpp_override: MppOverride = None,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    batch_size: BatchSize = 32,
+    workers: Workers = 2,
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs of distillation that the views are for.")] = EPOCHS,
+    as_json: Json = False,
+) -> None:
+    """Patches, gigabytes, hours and bottleneck of g2l cache-teacher, before anything is written.
+
+    Thumbnails are read to count patches; a few hundred patches are read and encoded to measure this machine.
+    """
+    from g2l_core.encoders import resolve_encoder
+    from g2l_core.grid import GridSpec
+    from g2l_core.views import ViewSpec
+    from pipeline.cache_teacher import CacheSettings
+
+    grid = GridSpec(
+        mpp=mpp, patch_px=patch_px, tissue=tissue, min_tissue=min_tissue, max_patches=max_patches, seed=seed
+    )
+    settings = CacheSettings(
+        views=views,
+        device=device,
+        precision=precision,
+        batch_size=batch_size,
+        workers=workers,
+        mpp_override=mpp_override,
+    )
+    view_spec = ViewSpec(patch_px=patch_px, crop_px=crop_px, seed=seed)
+    specs = [resolve_encoder(name, weights=weights) for name in teacher]
+    tell(inputs, specs, grid, view_spec, settings, epochs, as_json)
+
+
+def tell(
+    inputs: Sequence[Path],
+    specs: "Sequence[EncoderSpec]",
+    grid: "GridSpec",
+    views: "ViewSpec",
+    settings: "CacheSettings",
+    epochs: int,
+    as_json: bool,
+) -> None:
+    """Make the plan, print it, and leave with the exit code."""
+    from g2l_core.manifest import read_sources
+    from pipeline.plan import make_plan, plan_json, plan_text
+
+    found = make_plan(read_sources(inputs), specs, grid, views, settings, epochs=epochs)
+    typer.echo(json.dumps(plan_json(found), indent=2) if as_json else plan_text(found))
+    raise typer.Exit(1 if found.failed_slides else 0)

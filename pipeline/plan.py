@@ -1,0 +1,262 @@
+"""`g2l plan`: what stage one would do and cost, from thumbnails and a few hundred patches. Writes nothing."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from g2l_core.encoder_loading import LoadedEncoder, encode, encode_all, load_encoder
+from g2l_core.encoders import EncoderSpec
+from g2l_core.errors import EncoderError, SlideError
+from g2l_core.grid import GridSpec, blocks
+from g2l_core.laying import LaidSlide, lay_sources
+from g2l_core.manifest import Source
+from g2l_core.patches import ImagePatches, PatchReader, RenderedBlock, SlidePatches, render_block
+from g2l_core.randomness import keyed_generator
+from g2l_core.slides import open_slide
+from g2l_core.types import Level0Px
+from g2l_core.views import ViewSpec, sample_views
+from pipeline.cache_teacher import CacheSettings
+from pipeline.forecast import RUNS, STEP_RATIO, Forecast, Speeds, forecast, gigabytes, speed_up, view_choices
+from pipeline.progress import ProgressLine
+
+MEASURED_PATCHES = 256
+LISTED_SLIDES = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a call of stage one would do."""
+
+    patches: dict[str, int]
+    failed_slides: dict[str, str]
+    dims: dict[str, int | None]
+    """Feature size by encoder; None where it is not known before its weights are there."""
+    views: int
+    workers: int
+    epochs: int
+    speeds: Speeds | None
+    why_not: str = ""
+    """Why nothing was measured."""
+
+    @property
+    def total(self) -> int:
+        """Patches in all."""
+        return sum(self.patches.values())
+
+    def with_views(self, views: int) -> Forecast | None:
+        """The cost with another number of augmented views; None where nothing was measured."""
+        return forecast(self.speeds, self.total, 1 + views, self.workers) if self.speeds else None
+
+    def gigabytes(self, n_views: int) -> float | None:
+        """Size of the features, None where a feature size is not known."""
+        dims = [dim for dim in self.dims.values() if dim is not None]
+        return gigabytes(self.total, n_views, dims) if len(dims) == len(self.dims) else None
+
+
+def make_plan(
+    sources: Sequence[Source],
+    encoder_specs: Sequence[EncoderSpec],
+    grid: GridSpec,
+    views: ViewSpec,
+    settings: CacheSettings,
+    *,
+    epochs: int,
+) -> Plan:
+    """Lay the patches of all sources on their thumbnails, and measure reading and encoding on some of them."""
+    laid: list[tuple[Source, LaidSlide]] = []
+    failed: dict[str, str] = {}
+    line = ProgressLine("tissue", "slides")
+    outcomes = lay_sources(sources, grid, mpp_override=settings.mpp_override, workers=settings.workers)
+    for done, outcome in enumerate(outcomes, start=1):
+        if outcome.laid is not None:
+            laid.append((outcome.source, outcome.laid))
+        else:
+            failed[outcome.source.slide_id] = str(outcome.error)
+        line.update(done, len(sources))
+    line.close()
+    dims = {spec.name: spec.dim for spec in encoder_specs}
+    speeds, why_not = None, "no patch to measure with"
+    if laid:
+        try:
+            encoders = [load_encoder(s, device=settings.device, precision=settings.precision) for s in encoder_specs]
+            dims = {encoder.spec.name: encoder.dim for encoder in encoders}
+            speeds, why_not = measure(laid, encoders, grid, views, settings), ""
+        except (EncoderError, SlideError) as error:
+            why_not = str(error)
+    return Plan(
+        patches={source.slide_id: len(slide.coords) for source, slide in laid},
+        failed_slides=failed,
+        dims=dims,
+        views=settings.views,
+        workers=settings.workers,
+        epochs=epochs,
+        speeds=speeds,
+        why_not=why_not,
+    )
+
+
+def measure(
+    laid: Sequence[tuple[Source, LaidSlide]],
+    encoders: Sequence[LoadedEncoder],
+    grid: GridSpec,
+    views: ViewSpec,
+    settings: CacheSettings,
+) -> Speeds:
+    """Read, augment and encode about `MEASURED_PATCHES` patches, cells of as many slides as that takes.
+
+    Raises:
+        SlideError: A slide cannot be opened.
+    """
+    line = ProgressLine("measuring", "patches")
+    rendered, wanted = [], min(MEASURED_PATCHES, sum(len(slide.coords) for _, slide in laid))
+    count = 0
+    for block in _sample(laid, grid, views, settings):
+        rendered.append(block)
+        count += len(block.pixels)
+        line.update(min(count, wanted), wanted)
+        if count >= wanted:
+            break
+    line.close()
+    pixels = np.concatenate([block.pixels.reshape(-1, *block.pixels.shape[2:]) for block in rendered])
+    return Speeds(
+        patches=count,
+        read=sum(block.seconds_read for block in rendered) / count,
+        augment=sum(block.seconds_augment for block in rendered) / len(pixels),
+        encode={encoder.key: _seconds_a_view(encoder, pixels, settings.batch_size) for encoder in encoders},
+        shares_cores=encoders[0].device.type == "cpu",
+    )
+
+
+def _seconds_a_view(encoder: LoadedEncoder, pixels: np.ndarray, batch_size: int) -> float:
+    """Whole batches after a first one that warms up; a padded one where there are too few views."""
+    whole = pixels[: len(pixels) // batch_size * batch_size]
+    first = np.zeros((batch_size, *pixels.shape[1:]), np.uint8)
+    encode(encoder, first)
+    begin = perf_counter()
+    encode_all(encoder, whole if len(whole) else first, batch_size)
+    return (perf_counter() - begin) / max(len(whole), batch_size)
+
+
+def _sample(
+    laid: Sequence[tuple[Source, LaidSlide]], grid: GridSpec, views: ViewSpec, settings: CacheSettings
+) -> Iterator[RenderedBlock]:
+    """One cell of each slide after the other, in keyed random order, as stage one would render it."""
+    runs = [(i, cell) for i, (_, slide) in enumerate(laid) for cell in enumerate(_cells(slide, grid))]
+    order = keyed_generator("plan", grid.seed).permutation(len(laid))
+    rank = {int(slide): place for place, slide in enumerate(order)}
+    for i, (_, (start, stop)) in sorted(runs, key=lambda run: (run[1][0], rank[run[0]])):
+        source, slide = laid[i]
+        ids = None if slide.patch_ids is None else slide.patch_ids[start:stop]
+        params = sample_views(views, source.slide_id, slide.coords[start:stop], range(1 + settings.views), ids)
+        reader = _reader(source, slide, grid, settings.mpp_override)
+        yield render_block(reader, range(start, stop), params, np.zeros(stop - start, np.uint8), views)
+
+
+def _cells(slide: LaidSlide, grid: GridSpec) -> list[tuple[int, int]]:
+    return blocks(slide.coords, _side(slide), grid)
+
+
+def _side(slide: LaidSlide) -> Level0Px:
+    return Level0Px(int(str(slide.facts["patch_px_level0"])))
+
+
+def _reader(source: Source, slide: LaidSlide, grid: GridSpec, mpp_override: float | None) -> PatchReader:
+    if slide.patch_ids is not None:
+        return ImagePatches(source.path, slide.patch_ids, grid.patch_px)
+    opened = open_slide(source.path, manifest_mpp=source.mpp, mpp_override=mpp_override)
+    return SlidePatches(opened, slide.coords, _side(slide), grid.patch_px)
+
+
+# -- telling ---------------------------------------------------------------------------------------------
+
+
+def plan_json(plan: Plan) -> dict[str, Any]:
+    """Everything of the plan as plain values."""
+    return {
+        "patches": plan.patches,
+        "failed_slides": plan.failed_slides,
+        "dims": plan.dims,
+        "views": plan.views,
+        "workers": plan.workers,
+        "gigabytes_per_view": plan.gigabytes(1),
+        "gigabytes": plan.gigabytes(1 + plan.views),
+        "measured": None if plan.speeds is None else {**vars(plan.speeds), "encode": dict(plan.speeds.encode)},
+        "not_measured": plan.why_not,
+        "forecast": None if plan.speeds is None else vars(plan.with_views(plan.views)),
+        "views_table": _choices(plan),
+    }
+
+
+def _choices(plan: Plan) -> list[dict[str, Any]]:
+    """What other numbers of augmented views would cost and gain."""
+    rows = []
+    for views in view_choices(plan.epochs):
+        found = plan.with_views(views)
+        gains = {f"speed_up_{runs}_runs": speed_up(views, plan.epochs, runs) for runs in RUNS}
+        hours = None if found is None else found.hours
+        rows.append({"views": views, "gigabytes": plan.gigabytes(1 + views), "hours": hours, **gains})
+    return rows
+
+
+def plan_text(plan: Plan) -> str:
+    """The plan at 80 columns."""
+    lines = [f"{patches:>11,}  {slide_id}" for slide_id, patches in list(plan.patches.items())[:LISTED_SLIDES]]
+    if len(plan.patches) > LISTED_SLIDES:
+        lines.append(f"{'':11}  and {len(plan.patches) - LISTED_SLIDES:,} more slides")
+    lines += [f"{'failed':>11}  {slide_id}: {reason}" for slide_id, reason in plan.failed_slides.items()]
+    failed = f", {len(plan.failed_slides):,} failed" if plan.failed_slides else ""
+    lines += [f"{plan.total:>11,}  patches of {len(plan.patches):,} slides{failed}", ""]
+    lines += [f"{'encoders':11}{name}: {dim or 'unknown number of'} features" for name, dim in plan.dims.items()]
+    lines += [*_cost_lines(plan), "", *_choice_lines(plan)]
+    return "\n".join(lines)
+
+
+def _cost_lines(plan: Plan) -> list[str]:
+    size, view = plan.gigabytes(1 + plan.views), plan.gigabytes(1)
+    lines = []
+    if size is not None and view is not None:
+        lines.append(f"{'store':11}{_size(view)} a view, {_size(size)} with {plan.views} augmented views")
+    if plan.speeds is None:
+        return [*lines, f"{'time':11}not measured: {plan.why_not}"]
+    speeds, cost = plan.speeds, forecast(plan.speeds, plan.total, 1 + plan.views, plan.workers)
+    encode = " + ".join(f"{1e3 * seconds:.1f}" for seconds in speeds.encode.values())
+    lines.append(
+        f"{'measured':11}on {speeds.patches} patches: read {1e3 * speeds.read:.1f} ms a patch, "
+        f"augment {1e3 * speeds.augment:.2f} and"
+    )
+    lines.append(f"{'':11}encode {encode} ms a view")
+    lines.append(f"{'time':11}{_time(cost.hours)}; {cost.bottleneck} sets the pace")
+    lines.append(
+        f"{'readers':11}{cost.patches_needed:,.0f} patches/s keep the encoder busy; {plan.workers} workers read "
+        f"{cost.patches_read:,.0f}/s"
+    )
+    if cost.enough_workers > plan.workers:
+        lines.append(f"{'':11}--workers {cost.enough_workers} would be enough")
+    return lines
+
+
+def _choice_lines(plan: Plan) -> list[str]:
+    lines = [
+        f"A teacher cached with V views, against one run live in {plan.epochs} epochs of distillation",
+        f"(its forward pass costing {STEP_RATIO:g} of a student's step, as H-optimus-0 for Hibou-L):",
+        f"{'V':>5}{'store':>11}{'time':>11}{'one run':>11}{'five runs':>11}",
+    ]
+    for row in _choices(plan):
+        size = "?" if row["gigabytes"] is None else _size(row["gigabytes"])
+        time = "?" if row["hours"] is None else _time(row["hours"])
+        gains = "".join(f"{row[f'speed_up_{runs}_runs']:>9.2f} x" for runs in RUNS)
+        lines.append(f"{row['views']:>5}{size:>11}{time:>11}{gains}")
+    return lines
+
+
+def _size(gb: float) -> str:
+    return f"{gb:,.1f} GB" if gb >= 0.1 else f"{1e3 * gb:,.1f} MB"
+
+
+def _time(hours: float) -> str:
+    if hours < 1 / 60:
+        return f"{3600 * hours:.0f} s"
+    return f"{hours:,.1f} h" if hours >= 1 else f"{60 * hours:.0f} min"

@@ -1,0 +1,111 @@
+"""Know before you run: the arithmetic by hand, and the command on drawn slides."""
+
+import json
+from math import isinf
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.forecast import Speeds, forecast, gigabytes, speed_up, view_choices
+from tests.conftest import TEACHER
+from tests.test_cli import g2l
+
+GPU = Speeds(patches=256, read=0.010, augment=0.001, encode={"teacher": 0.002}, shares_cores=False)
+
+
+def test_a_forecast_by_hand():
+    # three views: 6 ms to encode a patch, 13 ms to read and augment it, in four threads 3.25 ms
+    found = forecast(GPU, 3_600_000, 3, workers=4)
+    assert found.hours == pytest.approx(6.0)
+    assert found.bottleneck == "encode"
+    assert found.patches_needed == pytest.approx(1 / 0.006)
+    assert found.patches_read == pytest.approx(4 / 0.013)
+    assert found.enough_workers == 3
+    slow = forecast(GPU, 3_600_000, 3, workers=1)
+    assert (slow.hours, slow.bottleneck) == (pytest.approx(13.0), "read")
+
+
+def test_on_one_processor_the_times_add_up():
+    cpu = Speeds(patches=1, read=0.010, augment=0.001, encode={"a": 0.002, "b": 0.004}, shares_cores=True)
+    assert forecast(cpu, 3_600_000, 3, workers=2).hours == pytest.approx(18 + 6.5)
+
+
+def test_the_published_table_of_speed_ups():
+    table = {(1, 5): (1.79, 1.49, 1.12, 1.00), (1, 10): (1.99, 1.79, 1.49, 1.00), (5, 5): (2.13, 2.03, 1.86, 1.79)}
+    for (runs, epochs), row in table.items():
+        found = [speed_up(views, epochs, runs, 1.23) for views in (1, 2, 4, epochs)]
+        assert found == pytest.approx(row, abs=0.006)
+
+
+@given(st.integers(1, 50), st.integers(1, 50), st.integers(1, 20), st.floats(0.01, 50))
+def test_laws_of_the_speed_up(views, epochs, runs, ratio):
+    assert speed_up(views, epochs, runs, ratio) < ratio + 1
+    assert speed_up(views + 1, epochs, runs, ratio) < speed_up(views, epochs, runs, ratio)
+    assert speed_up(views, epochs, runs + 1, ratio) > speed_up(views, epochs, runs, ratio)
+    assert speed_up(epochs, epochs, 1, ratio) == pytest.approx(1)
+
+
+def test_gigabytes_and_choices():
+    assert gigabytes(10_000_000, 1, [1536]) == pytest.approx(30.72)  # a thousand slides of ten thousand patches
+    assert gigabytes(100, 3, [1024, 512]) == pytest.approx(100 * 3 * 1536 * 2 / 1e9)
+    assert view_choices(10) == [1, 2, 4, 10]
+    assert view_choices(2) == [1, 2, 4]
+    free = Speeds(patches=1, read=0.0, augment=0.0, encode={}, shares_cores=True)
+    assert isinf(forecast(free, 1, 1, 1).patches_needed)
+
+
+def plan(*arguments):
+    return g2l("plan", *arguments, "--teacher", TEACHER, "--weights", "random:0", "--batch-size", "8")
+
+
+def test_the_plan_of_a_cohort(cohort, tmp_path):
+    done = plan(cohort, "--views", "1", "--epochs", "5")
+    assert done.returncode == 0, done.stderr
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    assert "p06-1" in done.stdout
+    assert "sets the pace" in done.stdout
+    assert "1.79 x" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+    facts = json.loads(plan(cohort, "--views", "1", "--json").stdout)
+    total = sum(facts["patches"].values())
+    assert facts["gigabytes"] == pytest.approx(total * 2 * 1024 * 2 / 1e9)
+    assert facts["measured"]["patches"] == total < 256
+    assert facts["forecast"]["hours"] > 0
+    assert [row["views"] for row in facts["views_table"]] == [1, 2, 4, 10]
+
+
+def test_a_dry_run_is_the_same_plan(cohort, tmp_path):
+    arguments = ["--teacher", TEACHER, "--weights", "random:0", "--views", "1", "--json"]
+    done = g2l("cache-teacher", cohort, "--store", tmp_path / "s.zarr", *arguments, "--dry-run")
+    other = g2l("plan", cohort, *arguments)
+    ours, theirs = json.loads(done.stdout), json.loads(other.stdout)
+    for facts in (ours, theirs):  # what was timed differs from call to call
+        del facts["measured"], facts["forecast"]
+        for row in facts["views_table"]:
+            del row["hours"]
+    assert ours == theirs
+    assert not (tmp_path / "s.zarr").exists()
+
+
+def test_an_encoder_that_cannot_be_had_is_not_measured(cohort, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    done = g2l("plan", cohort, "--teacher", "h-optimus-0")
+    assert done.returncode == 0, done.stderr
+    assert "not measured: h-optimus-0" in done.stdout
+    assert "MB a view" in done.stdout
+
+
+def test_sets_of_images_beside_a_slide(cohort, oscc_patches):
+    done = plan(cohort.parent / "slides/p01-1.tiff", oscc_patches, "--patch-px", "224", "--json")
+    facts = json.loads(done.stdout)
+    assert facts["patches"]["train/OSCC"] + facts["patches"]["train/Normal"] + facts["patches"]["test/OSCC"] > 1000
+    assert len(facts["patches"]) == 5
+    assert facts["measured"]["patches"] >= 256
+
+
+def test_failed_slides_are_named(cohort, tmp_path):
+    (tmp_path / "broken.svs").write_text("no slide")
+    done = plan(cohort, tmp_path)
+    assert done.returncode == 1
+    assert "failed  broken: " in done.stdout
