@@ -11,6 +11,7 @@ one or two for large slides, one a slide for small ones, each no larger than its
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from time import perf_counter
 
 import numpy as np
@@ -21,6 +22,7 @@ from g2l_core.engine import run_ahead
 from g2l_core.errors import EncoderError, SlideError, StoreMismatchError
 from g2l_core.grid import GridSpec, blocks
 from g2l_core.patches import PatchReader, RenderedBlock, open_patches, render_block
+from g2l_core.staging import Stage
 from g2l_core.store import schema
 from g2l_core.store.features import FeatureStore, Shard, StoredSlide
 from g2l_core.store.schema import STATUS
@@ -116,6 +118,7 @@ def cache_features(
     workers: int,
     report: Callable[[CacheProgress], None],
     retry_unreadable: bool = False,
+    stage: Stage | None = None,
 ) -> CacheProgress:
     """Encode whatever these slides still miss, each patch read and augmented once for all encoders.
 
@@ -128,6 +131,7 @@ def cache_features(
         workers: Threads that read and augment.
         report: Called after every block with the progress so far.
         retry_unreadable: Try the patches again that could not be read before.
+        stage: Where slides are copied to before they are read; None reads them where they are.
 
     Returns:
         The final progress, with every slide and patch that failed.
@@ -135,7 +139,7 @@ def cache_features(
     views = ViewSpec(**store.views)
     total = missing_patches(store, slide_ids, encoders, n_views, retry_unreadable=retry_unreadable)
     progress = CacheProgress(patches_total=total)
-    jobs = _block_jobs(store, slide_ids, encoders, n_views, progress, retry_unreadable)
+    jobs = _block_jobs(store, slide_ids, encoders, n_views, progress, retry_unreadable, stage)
 
     def render(job: _BlockJob) -> tuple[_BlockJob, RenderedBlock]:
         return job, render_block(job.reader, job.rows.tolist(), job.params, job.status, views)
@@ -143,9 +147,13 @@ def cache_features(
     with ThreadPoolExecutor(1, thread_name_prefix="g2l-encode") as thread:
         stream = _Stream(progress, {e.key: Batcher(e, batch_size, views.crop_px, thread) for e in encoders})
         begin = waiting_since = perf_counter()
+        last: StoredSlide | None = None
         for job, block in run_ahead(render, jobs, workers=workers, lookahead=2 * workers + 1):
             progress.seconds["wait"] += perf_counter() - waiting_since
             stream.take(job, block)
+            if stage and last and last is not job.shard_job.slide:
+                stage.release(Path(last.facts["source"]))
+            last = job.shard_job.slide
             progress.patches_done += len(job.rows)
             progress.elapsed = perf_counter() - begin
             report(progress)
@@ -163,6 +171,7 @@ def _block_jobs(
     n_views: int,
     progress: CacheProgress,
     retry_unreadable: bool,
+    stage: Stage | None,
 ) -> Iterator[_BlockJob]:
     """All blocks that miss something, slide by slide, shard by shard; a slide that has failed is left."""
     grid = GridSpec(**store.grid)
@@ -173,9 +182,12 @@ def _block_jobs(
         params = slide.view_params
         for job in _shard_jobs(slide, encoders, n_views, retry_unreadable):
             try:
-                reader = reader or open_patches(slide, grid)
+                source = Path(slide.facts["source"])
+                reader = reader or open_patches(slide, grid, stage.path_of(source) if stage else source)
             except SlideError as error:
                 progress.failed_slides[slide_id] = str(error)
+                if stage:
+                    stage.release(source)
                 break
             wanted = tuple(sorted({shard.view for buffer in job.buffers for shard in buffer.shards}))
             todo, status = job.todo, job.buffers[0].status

@@ -1,10 +1,11 @@
 """Stage one: from slides to stored features. Behind `g2l cache-teacher` and `g2l embed`."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from g2l_core.caching import CacheProgress, cache_features
+from g2l_core.caching import CacheProgress, cache_features, missing_patches
 from g2l_core.encoder_loading import LoadedEncoder, load_encoder, require_mpp
 from g2l_core.encoders import EncoderSpec
 from g2l_core.errors import SlideError, StoreMismatchError
@@ -12,6 +13,7 @@ from g2l_core.grid import GridSpec
 from g2l_core.laying import lay_sources, refresh_stored, store_laid
 from g2l_core.manifest import Source, read_sources
 from g2l_core.repair import adopt_repaired
+from g2l_core.staging import Stage
 from g2l_core.store.features import FeatureStore
 from g2l_core.views import ViewSpec
 from pipeline.progress import ProgressLine, clock, say
@@ -28,6 +30,10 @@ class CacheSettings:
     batch_size: int = 32
     workers: int = 2
     mpp_override: float | None = None
+    stage_dir: Path | None = None
+    """A fast local folder that the next slides are copied to."""
+    stage_gb: float = 50.0
+    """Most GB (1e9 bytes) of copies at a time."""
     retry_failed: bool = False
     """Take up only slides that failed and patches that could not be read."""
 
@@ -160,20 +166,36 @@ def encode_cohort(
         note = f"encoder {progress.utilisation:.0%} busy  bottleneck: {progress.bottleneck}"
         line.update(progress.patches_done, progress.patches_total, note)
 
-    progress = cache_features(
-        store,
-        slide_ids,
-        encoders,
-        n_views=1 + settings.views,
-        batch_size=settings.batch_size,
-        workers=settings.workers,
-        report=report,
-        retry_unreadable=settings.retry_failed,
-    )
+    with _stage(store, slide_ids, encoders, settings) as stage:
+        progress = cache_features(
+            store,
+            slide_ids,
+            encoders,
+            n_views=1 + settings.views,
+            batch_size=settings.batch_size,
+            workers=settings.workers,
+            report=report,
+            retry_unreadable=settings.retry_failed,
+            stage=stage,
+        )
     line.close()
     if progress.patches_total:
         say(time_spent(progress))
     return progress
+
+
+def _stage(
+    store: FeatureStore, slide_ids: Sequence[str], encoders: Sequence[LoadedEncoder], settings: CacheSettings
+) -> AbstractContextManager[Stage | None]:
+    """Copies of the slides that still have something to be read, ahead of their turn; None where none are asked for."""
+    if settings.stage_dir is None:
+        return nullcontext()
+    n_views, again = 1 + settings.views, settings.retry_failed
+    slides = [
+        store.slide(i) for i in slide_ids if missing_patches(store, [i], encoders, n_views, retry_unreadable=again)
+    ]
+    paths = [Path(slide.facts["source"]) for slide in slides if slide.patch_ids is None]
+    return Stage(settings.stage_dir, int(settings.stage_gb * 1e9), paths, say)
 
 
 def time_spent(progress: CacheProgress) -> str:

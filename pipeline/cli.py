@@ -29,6 +29,8 @@ from pipeline.cli_options import (
     Precision,
     RetryFailed,
     Seed,
+    StageDir,
+    StageGb,
     Store,
     Tissue,
     Weights,
@@ -84,6 +86,8 @@ def cache_teacher(
     precision: Precision = "auto",
     batch_size: BatchSize = 32,
     workers: Workers = 2,
+    stage_dir: StageDir = None,
+    stage_gb: StageGb = 50.0,
     retry_failed: RetryFailed = False,
     dry_run: DryRun = False,
     as_json: Json = False,
@@ -98,7 +102,7 @@ def cache_teacher(
         mpp=mpp, patch_px=patch_px, tissue=tissue, min_tissue=min_tissue, max_patches=max_patches, seed=seed
     )
     how = {"views": views, "device": device, "precision": precision, "batch_size": batch_size, "workers": workers}
-    how |= {"mpp_override": mpp_override, "retry_failed": retry_failed}
+    how |= {"mpp_override": mpp_override, "retry_failed": retry_failed, "stage_dir": stage_dir, "stage_gb": stage_gb}
     _run_cache(inputs, store, [teacher], weights, grid, {"crop_px": crop_px}, how, dry_run, as_json)
 
 
@@ -114,6 +118,8 @@ def embed(
     precision: Precision = "auto",
     batch_size: BatchSize = 32,
     workers: Workers = 2,
+    stage_dir: StageDir = None,
+    stage_gb: StageGb = 50.0,
     retry_failed: RetryFailed = False,
     as_json: Json = False,
 ) -> None:
@@ -126,7 +132,7 @@ def embed(
 
     existing = FeatureStore.open(store)
     how = {"views": views, "device": device, "precision": precision, "batch_size": batch_size, "workers": workers}
-    how |= {"mpp_override": mpp_override, "retry_failed": retry_failed}
+    how |= {"mpp_override": mpp_override, "retry_failed": retry_failed, "stage_dir": stage_dir, "stage_gb": stage_gb}
     _run_cache(inputs, store, encoder, weights, GridSpec(**existing.grid), existing.views, how, False, as_json)
 
 

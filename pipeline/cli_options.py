@@ -27,6 +27,10 @@ Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Precision = Annotated[str, typer.Option(help="auto (fp32 on CPU, the model card's on GPU), fp32, bf16 or fp16.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Views encoded together.")]
 Workers = Annotated[int, typer.Option(min=1, help="Threads that read and augment.")]
+StageDir = Annotated[
+    Path | None, typer.Option(help="Copy the next slides to this fast local folder ahead.", show_default=False)
+]
+StageGb = Annotated[float, typer.Option(min=0.001, help="Most GB of such copies at a time.")]
 RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Take up only failed slides and unreadable patches.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only plan: patches, bytes, hours. See g2l plan.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the summary as JSON on stdout.")]

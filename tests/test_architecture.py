@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RANKS = [
     {"errors"},
     {"types", "randomness"},
-    {"tiles"},
+    {"tiles", "staging"},
     {"slides", "grid", "views", "engine", "losses", "metrics", "store", "timm_bridge"},
     {"manifest", "encoders", "tissue", "layouts"},
     {"encoder_loading", "patches"},
