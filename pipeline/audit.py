@@ -48,7 +48,7 @@ def require_plausible(findings: Sequence[ScaleFinding], *, accept_mpp: bool) -> 
     """
     if findings and not accept_mpp:
         raise MppError(
-            f"{len(findings)} slides have a doubtful um/px, the first is {findings[0].slide_id}: "
+            f"slides with a doubtful um/px: {len(findings)}, the first is {findings[0].slide_id}: "
             f"{'; '.join(findings[0].reasons)}. Look at the table; pass --accept-mpp to go on with its figures, "
             "or give mpp in the manifest"
         )
