@@ -32,8 +32,9 @@ WIDTH, HEIGHT = 1024, 768
 SPACING = """<Attribute Name="DICOM_PIXEL_SPACING">"0.000226" "0.000227"</Attribute>"""
 PHILIPS = f"""<?xml version="1.0"?><DataObject ObjectType="DPUfsImport"><Attribute Name="PIM_DP_SCANNED_IMAGES"><Array>
 <DataObject ObjectType="DPScannedImage"><Attribute Name="PIM_DP_IMAGE_TYPE">WSI</Attribute>{SPACING}
-<Attribute Name="PIIM_PIXEL_DATA_REPRESENTATION_SEQUENCE"><Array><DataObject ObjectType="PixelDataRepresentation">{SPACING}
-</DataObject></Array></Attribute></DataObject></Array></Attribute></DataObject>"""
+<Attribute Name="PIIM_PIXEL_DATA_REPRESENTATION_SEQUENCE"><Array>
+<DataObject ObjectType="PixelDataRepresentation">{SPACING}</DataObject></Array></Attribute>
+</DataObject></Array></Attribute></DataObject>"""
 ARGOS = "<Argos.Scan.Metadata><ObjectiveMagnification>20</ObjectiveMagnification><MinZ>0</MinZ><MaxZ>0</MaxZ>"
 LEICA = f"""<?xml version="1.0"?><scn xmlns="http://www.leica-microsystems.com/scn/2010/10/01">
 <collection sizeX="9000000" sizeY="9000000"><image><pixels sizeX="{WIDTH}" sizeY="{HEIGHT}">
