@@ -5,6 +5,7 @@ A *source* is one slide, or the patch images that belong together. Its id keeps 
 """
 
 import csv
+import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,8 +15,9 @@ from math import ceil, isfinite
 from pathlib import Path
 
 from g2l_core.errors import ManifestError, UsageError
+from g2l_core.ome_zarr import SUFFIX, is_ome_zarr
 from g2l_core.randomness import keyed_generator
-from g2l_core.slides import IMAGE_SUFFIXES, SLIDE_SUFFIXES
+from g2l_core.readers import IMAGE_SUFFIXES, slide_suffixes
 from g2l_core.types import SlideId
 
 COLUMN_ALIASES: Mapping[str, tuple[str, ...]] = {
@@ -47,8 +49,8 @@ class Source:
 def read_sources(inputs: Sequence[Path]) -> list[Source]:
     """The sources behind the INPUT arguments: slides, folders, and manifests, in sorted order.
 
-    A folder that holds a slide anywhere is a folder of slides; else, one that holds images is a folder of
-    patch images, one source per sub-folder.
+    A .zarr folder with an OME-Zarr image is a slide. Any other folder that holds a slide anywhere is a folder of
+    slides; else, one that holds images is a folder of patch images, one source per sub-folder.
 
     Raises:
         UsageError: An input does not exist.
@@ -64,20 +66,21 @@ def _sources_of(path: Path) -> list[Source]:
         raise UsageError(f"no such file or folder: {path}")
     if path.suffix.lower() in {".csv", ".tsv"}:
         return _from_manifest(path)
-    if path.is_dir():
+    if path.is_dir() and not is_ome_zarr(path):
         return _from_folder(path)
     return [Source(slide_id=SlideId(path.stem), path=path)]
 
 
 def _from_folder(folder: Path) -> list[Source]:
-    files = sorted(p for p in folder.rglob("*") if not p.is_dir() and not p.name.startswith("."))
-    slides = [p for p in files if p.suffix.lower() in SLIDE_SUFFIXES]
+    files = sorted(_files_below(folder))
+    suffixes = slide_suffixes() | {SUFFIX}
+    slides = [p for p in files if p.suffix.lower() in suffixes]
     if slides:
         return [Source(slide_id=_id_of(p.relative_to(folder)), path=p) for p in slides]
     images = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES]
     if not images:
         raise ManifestError(
-            f"{folder} holds no slide ({' '.join(sorted(SLIDE_SUFFIXES))}) "
+            f"{folder} holds no slide ({' '.join(sorted(suffixes))}) "
             f"and no patch image ({' '.join(sorted(IMAGE_SUFFIXES))})"
         )
     by_folder: dict[Path, list[str]] = defaultdict(list)
@@ -91,6 +94,25 @@ def _from_folder(folder: Path) -> list[Source]:
         )
         for parent, names in by_folder.items()
     ]
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """The files of a folder and its sub-folders, links that lead nowhere, and folders that are or should be slides.
+
+    Nothing that looks like a slide is passed over in silence: what cannot be opened fails by name. Folders that end in
+    .zarr are not looked into.
+    """
+    for root, folders, names in os.walk(folder):
+        yield from (Path(root, name) for name in names if not name.startswith("."))
+        below = [Path(root, name) for name in folders if not name.startswith(".")]
+        yield from (path for path in below if is_ome_zarr(path) or _is_hollow(path))
+        folders[:] = [name for name in folders if not name.lower().endswith(SUFFIX)]
+
+
+def _is_hollow(folder: Path) -> bool:
+    """Whether a folder has a slide's name but holds no slide."""
+    suffixes = slide_suffixes()
+    return folder.suffix.lower() in suffixes and not any(p.suffix.lower() in suffixes for p in folder.rglob("*"))
 
 
 def _id_of(relative: Path) -> SlideId:

@@ -1,8 +1,6 @@
-"""Open a slide and read it: the only module that touches OpenSlide.
+"""Open a slide and read squares of it at a wanted scale, whatever reader opens it (see readers.py)."""
 
-Plain images (PNG, JPEG, untiled TIFF) obey the same interface through OpenSlide's `ImageSlide`.
-"""
-
+import os
 import threading
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,19 +10,14 @@ import cv2
 import numpy as np
 import openslide
 import xxhash
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from g2l_core.errors import MppError, NotASlideError, ReadError
+from g2l_core.ome_zarr import METADATA_NAMES
+from g2l_core.readers import SlideHandle, open_handle
+from g2l_core.scale import Scale, ScaleFacts, find_scale, objective_power
 from g2l_core.tiles import VENDORS, TilePyramid, open_tiles
 from g2l_core.types import Level0Px, Mpp, Rgb
-
-SLIDE_SUFFIXES = frozenset(".svs .tif .tiff .ndpi .mrxs .scn .bif .vms .vmu .svslide .dcm .qptiff".split())
-IMAGE_SUFFIXES = frozenset(".png .jpg .jpeg .bmp .webp".split())
-
-PLAUSIBLE_MPP = (0.05, 20.0)
-"""Outside this range a header's figure is a mistake: resolution tags of 72 dpi say 353 um/px."""
-
-_PLAUSIBLE_IN_WORDS = f"the plausible range {PLAUSIBLE_MPP[0]:g} to {PLAUSIBLE_MPP[1]:g}"
 
 SAMPLED_BYTES = 1 << 20
 THUMBNAIL_BLOCK_PX = 4096
@@ -47,13 +40,13 @@ class Slide:
         path: The file.
         level0_size: Width and height in level-0 pixels.
         mpp: Micrometres per level-0 pixel.
-        mpp_source: Where that came from: "header", "manifest" or "override".
+        mpp_source: Where that came from: "header: KEY", "manifest" or "override".
     """
 
     def __init__(
         self,
         path: Path,
-        handle: openslide.AbstractSlide,
+        handle: SlideHandle,
         mpp: Mpp,
         mpp_source: str,
         tiles: TilePyramid | None = None,
@@ -172,117 +165,93 @@ class Slide:
         canvas.alpha_composite(Image.fromarray(pixels, "RGBA"))
         return np.ascontiguousarray(np.asarray(canvas)[..., :3])
 
-    def _reopen(self, failed: openslide.AbstractSlide) -> None:
+    def _reopen(self, failed: object) -> None:
         """Replace a handle that has failed: OpenSlide refuses every call after the first error."""
         with self._lock, suppress(NotASlideError):  # a file that has gone keeps the failed handle, and fails again
             if self._handle is failed:
-                self._handle = _open_handle(self.path)
+                self._handle = open_handle(self.path)
 
 
 def open_slide(
     path: Path, *, manifest_mpp: float | None = None, mpp_override: float | None = None, own_tiles: bool = True
 ) -> Slide:
-    """Open a slide of any format that OpenSlide or Pillow reads.
+    """Open a slide of any format that a reader knows.
+
+    Where its um/px differ in x and y, `Slide.mpp` is their mean; `scale.audit_scale` tells such slides.
 
     Args:
-        path: The file.
-        manifest_mpp: Micrometres per level-0 pixel, used where the header gives none that is plausible.
+        path: The file, or the folder of an OME-Zarr.
+        manifest_mpp: Micrometres per level-0 pixel, used where the header gives none that can be trusted.
         mpp_override: The same, used where neither header nor manifest gives one.
         own_tiles: Decode tiles of TIFF and SVS files directly; False leaves all to OpenSlide. The pixels are the same.
 
     Raises:
         NotASlideError: No reader opens the file.
-        MppError: No source gives plausible micrometres per pixel, or the header's differ in x and y.
+        MppError: No source gives plausible micrometres per pixel.
     """
-    handle = _open_handle(path)
-    try:
-        mpp, source = _mpp(handle, manifest_mpp, mpp_override)
-    except MppError:
-        handle.close()
-        raise
+    handle, scale = _open_scaled(path, manifest_mpp, mpp_override)
     tiles = None
     if own_tiles and handle.properties.get(openslide.PROPERTY_NAME_VENDOR) in VENDORS:
         tiles = open_tiles(path, handle.level_dimensions)
-    return Slide(path, handle, mpp, source, tiles)
+    return Slide(path, handle, scale.mpp, scale.source, tiles)
+
+
+def read_scale(
+    path: Path, slide_id: str, *, manifest_mpp: float | None = None, mpp_override: float | None = None
+) -> ScaleFacts:
+    """What a slide's header says of its scale. Arguments and errors are those of `open_slide`."""
+    handle, scale = _open_scaled(path, manifest_mpp, mpp_override)
+    facts = ScaleFacts(
+        slide_id=slide_id,
+        scale=scale,
+        objective_power=objective_power(handle.properties),
+        manifest_mpp=manifest_mpp,
+        level0_size=handle.dimensions,
+    )
+    handle.close()
+    return facts
+
+
+def _open_scaled(path: Path, manifest_mpp: float | None, mpp_override: float | None) -> tuple[SlideHandle, Scale]:
+    handle = open_handle(path)
+    try:
+        scale = find_scale(handle.properties, handle.dimensions, manifest_mpp=manifest_mpp, mpp_override=mpp_override)
+    except MppError:
+        handle.close()
+        raise
+    return handle, scale
 
 
 def fingerprint(path: Path) -> str:
     """Hexadecimal xxh3-128 over the file's size and its first, middle and last MiB.
 
-    Enough to notice another or a rewritten slide without reading gigabytes.
+    Enough to notice another or a rewritten slide without reading gigabytes. Of a folder: over the names and sizes of
+    all files in it, and the content of Zarr's metadata.
 
     Raises:
         ReadError: The file cannot be read.
     """
     try:
-        size = path.stat().st_size
-        state = xxhash.xxh3_128(str(size).encode())
-        with path.open("rb") as file:
-            for offset in (0, size // 2, max(0, size - SAMPLED_BYTES)):
-                file.seek(offset)
-                state.update(file.read(SAMPLED_BYTES))
+        return _folder_fingerprint(path) if path.is_dir() else _file_fingerprint(path)
     except OSError as error:
         raise ReadError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _file_fingerprint(path: Path) -> str:
+    size = path.stat().st_size
+    state = xxhash.xxh3_128(str(size).encode())
+    with path.open("rb") as file:
+        for offset in (0, size // 2, max(0, size - SAMPLED_BYTES)):
+            file.seek(offset)
+            state.update(file.read(SAMPLED_BYTES))
     return state.hexdigest()
 
 
-def _open_handle(path: Path) -> openslide.AbstractSlide:
-    try:
-        return openslide.OpenSlide(path)
-    except openslide.OpenSlideUnsupportedFormatError:
-        return _open_image(path)
-    except openslide.OpenSlideError as error:
-        raise NotASlideError(f"OpenSlide cannot open it ({error}); is the file complete?") from error
-
-
-def _open_image(path: Path) -> openslide.ImageSlide:
-    """A plain image, decoded at once: Pillow's lazy decoding mixes up pixels when two threads begin it."""
-    try:
-        with Image.open(path) as image:
-            image.load()
-    except UnidentifiedImageError as error:
-        raise NotASlideError(
-            "it is neither a slide that OpenSlide reads (SVS, NDPI, MRXS, SCN, BIF, tiled TIFF, DICOM) "
-            "nor an image that Pillow reads"
-        ) from error
-    except OSError as error:
-        raise NotASlideError(f"it cannot be read: {error.strerror or error}") from error
-    except (ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise NotASlideError(f"Pillow cannot decode it ({error}); is the file complete?") from error
-    if image.mode[0] in "IF":
-        raise NotASlideError(f"its samples have more than 8 bits (Pillow's mode {image.mode}): convert it to 8-bit RGB")
-    return openslide.ImageSlide(image)
-
-
-def _mpp(handle: openslide.AbstractSlide, manifest_mpp: float | None, mpp_override: float | None) -> tuple[Mpp, str]:
-    """Micrometres per level-0 pixel and its source: the header if plausible, else the manifest, else the override."""
-    header = _header_mpp(handle)
-    usable = header if header is not None and _is_plausible(header) else None
-    for value, source in ((usable, "header"), (manifest_mpp, "manifest"), (mpp_override, "override")):
-        if value is None:
-            continue
-        if not _is_plausible(value):
-            raise MppError(f"its {source} gives {value:g} um/px, outside {_PLAUSIBLE_IN_WORDS}")
-        return Mpp(value), source
-    raise MppError(
-        (
-            "its header has no micrometres per pixel (looked for openslide.mpp-x and -y). "
-            if header is None
-            else f"its header gives {header:g} um/px, outside {_PLAUSIBLE_IN_WORDS}. "
-        )
-        + "Give them with --mpp-override UM_PER_PX or in the manifest's column mpp"
-    )
-
-
-def _header_mpp(handle: openslide.AbstractSlide) -> float | None:
-    keys = openslide.PROPERTY_NAME_MPP_X, openslide.PROPERTY_NAME_MPP_Y
-    if not all(key in handle.properties for key in keys):
-        return None
-    x, y = (float(handle.properties[key]) for key in keys)
-    if abs(x - y) > 0.05 * max(x, y):
-        raise MppError(f"its header gives {x:g} um/px across but {y:g} um/px down: pixels are not square")
-    return (x + y) / 2
-
-
-def _is_plausible(mpp: float) -> bool:
-    return PLAUSIBLE_MPP[0] <= mpp <= PLAUSIBLE_MPP[1]
+def _folder_fingerprint(folder: Path) -> str:
+    state = xxhash.xxh3_128()
+    files = [Path(root, name) for root, _, names in os.walk(folder) for name in names]
+    for relative, file in sorted((file.relative_to(folder).as_posix(), file) for file in files):
+        state.update(f"{relative}|{file.stat().st_size}\n".encode())
+        if file.name in METADATA_NAMES:
+            state.update(file.read_bytes())
+    return state.hexdigest()

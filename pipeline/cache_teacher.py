@@ -13,9 +13,11 @@ from g2l_core.grid import GridSpec
 from g2l_core.laying import lay_sources, refresh_stored, store_laid
 from g2l_core.manifest import Source, read_sources
 from g2l_core.repair import adopt_repaired
+from g2l_core.scale import audit_table
 from g2l_core.staging import Stage
 from g2l_core.store.features import FeatureStore
 from g2l_core.views import ViewSpec
+from pipeline.audit import audit_sources, require_plausible
 from pipeline.progress import ProgressLine, clock, say
 
 
@@ -30,6 +32,8 @@ class CacheSettings:
     batch_size: int = 32
     workers: int = 2
     mpp_override: float | None = None
+    accept_mpp: bool = False
+    """Go on with scales that look implausible."""
     stage_dir: Path | None = None
     """A fast local folder that the next slides are copied to."""
     stage_gb: float = 50.0
@@ -76,6 +80,7 @@ def run_cache(
     sources = read_sources(inputs)
     for spec in encoder_specs:
         require_mpp(spec, grid.mpp)
+    audit_new(sources, store_path, settings)
     store = FeatureStore.create(store_path, grid=asdict(grid), views=asdict(views))
     if settings.retry_failed:
         wanted = lost_slides(store)
@@ -98,6 +103,22 @@ def run_cache(
         seconds=progress.seconds,
         elapsed=progress.elapsed,
     )
+
+
+def audit_new(sources: Sequence[Source], store_path: Path, settings: CacheSettings) -> None:
+    """Show the scales of the slides that the store does not have yet, and stop at doubtful ones.
+
+    Raises:
+        MppError: Some are doubtful, and that was not accepted.
+    """
+    known = set[str]()
+    if (store_path / "zarr.json").exists():
+        known = {slide.slide_id for slide in FeatureStore.open(store_path).slides()}
+    new = [source for source in sources if source.slide_id not in known]
+    facts, findings, _ = audit_sources(new, mpp_override=settings.mpp_override, workers=settings.workers)
+    if facts:
+        say(audit_table(facts, findings))
+    require_plausible(findings, accept_mpp=settings.accept_mpp)
 
 
 def lost_slides(store: FeatureStore) -> set[str]:

@@ -15,6 +15,7 @@ from g2l_core import __version__
 from g2l_core.errors import G2LError, UsageError
 from pipeline import cli_plan, cli_store
 from pipeline.cli_options import (
+    AcceptMpp,
     BatchSize,
     CropPx,
     Device,
@@ -82,6 +83,7 @@ def cache_teacher(
     min_tissue: MinTissue = 0.25,
     seed: Seed = 0,
     mpp_override: MppOverride = None,
+    accept_mpp: AcceptMpp = False,
     device: Device = "auto",
     precision: Precision = "auto",
     batch_size: BatchSize = 32,
@@ -102,7 +104,8 @@ def cache_teacher(
         mpp=mpp, patch_px=patch_px, tissue=tissue, min_tissue=min_tissue, max_patches=max_patches, seed=seed
     )
     how = {"views": views, "device": device, "precision": precision, "batch_size": batch_size, "workers": workers}
-    how |= {"mpp_override": mpp_override, "retry_failed": retry_failed, "stage_dir": stage_dir, "stage_gb": stage_gb}
+    how |= {"mpp_override": mpp_override, "accept_mpp": accept_mpp, "retry_failed": retry_failed}
+    how |= {"stage_dir": stage_dir, "stage_gb": stage_gb}
     _run_cache(inputs, store, [teacher], weights, grid, {"crop_px": crop_px}, how, dry_run, as_json)
 
 
@@ -114,6 +117,7 @@ def embed(
     views: Annotated[int, typer.Option(min=0, help="Augmented views beside the canonical one.")] = 0,
     weights: Weights = None,
     mpp_override: MppOverride = None,
+    accept_mpp: AcceptMpp = False,
     device: Device = "auto",
     precision: Precision = "auto",
     batch_size: BatchSize = 32,
@@ -132,7 +136,8 @@ def embed(
 
     existing = FeatureStore.open(store)
     how = {"views": views, "device": device, "precision": precision, "batch_size": batch_size, "workers": workers}
-    how |= {"mpp_override": mpp_override, "retry_failed": retry_failed, "stage_dir": stage_dir, "stage_gb": stage_gb}
+    how |= {"mpp_override": mpp_override, "accept_mpp": accept_mpp, "retry_failed": retry_failed}
+    how |= {"stage_dir": stage_dir, "stage_gb": stage_gb}
     _run_cache(inputs, store, encoder, weights, GridSpec(**existing.grid), existing.views, how, False, as_json)
 
 

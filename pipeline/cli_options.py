@@ -23,6 +23,7 @@ Seed = Annotated[int, typer.Option(help="Names every random draw.")]
 MppOverride = Annotated[
     float | None, typer.Option(help="um/px of slides whose header and manifest give none.", show_default=False)
 ]
+AcceptMpp = Annotated[bool, typer.Option("--accept-mpp", help="Go on with um/px that the audit calls doubtful.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Precision = Annotated[str, typer.Option(help="auto (fp32 on CPU, the model card's on GPU), fp32, bf16 or fp16.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Views encoded together.")]

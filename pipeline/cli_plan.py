@@ -90,8 +90,14 @@ def tell(
 ) -> None:
     """Make the plan, print it, and leave with the exit code."""
     from g2l_core.manifest import read_sources
+    from g2l_core.scale import audit_table
+    from pipeline.audit import audit_sources
     from pipeline.plan import make_plan, plan_json, plan_text
 
-    found = make_plan(read_sources(inputs), specs, grid, views, settings, epochs=epochs)
+    sources = read_sources(inputs)
+    facts, findings, _ = audit_sources(sources, mpp_override=settings.mpp_override, workers=settings.workers)
+    if facts:
+        typer.echo(audit_table(facts, findings), err=True)
+    found = make_plan(sources, specs, grid, views, settings, epochs=epochs)
     typer.echo(json.dumps(plan_json(found), indent=2) if as_json else plan_text(found))
     raise typer.Exit(1 if found.failed_slides else 0)

@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RANKS = [
     {"errors"},
     {"types", "randomness"},
-    {"tiles", "staging"},
+    {"ome_zarr", "scale", "tiles", "staging"},
+    {"readers"},
     {"slides", "grid", "views", "engine", "losses", "metrics", "store", "timm_bridge"},
     {"manifest", "encoders", "tissue", "layouts"},
     {"encoder_loading", "patches"},

@@ -91,6 +91,19 @@ def test_dry_run_counts_and_writes_nothing(slides, tmp_path):
     assert not (tmp_path / "s.zarr").exists()
 
 
+def test_doubtful_scales_stop_the_cohort_until_accepted(slides, tmp_path):
+    image = np.random.default_rng(0).integers(0, 255, (2400, 2400, 3), np.uint8)
+    write_pyramid(slides / "tenfold.tiff", image, mpp=0.06)  # 128 um are 2,133 of its pixels
+    refused(cache(slides, tmp_path / "s.zarr"), "tenfold", "outside the 0.1 to 1.2 um/px", "--accept-mpp")
+    assert not (tmp_path / "s.zarr").exists()
+    done = cache(slides, tmp_path / "s.zarr", "--views", "0", "--tissue", "none", "--accept-mpp")
+    assert done.returncode == 0, done.stderr
+    assert "1 of 3 slides have a doubtful scale" in done.stderr
+    assert max(map(len, done.stderr.splitlines())) <= 120
+    again = cache(slides, tmp_path / "s.zarr", "--views", "0", "--tissue", "none")  # what is stored is not asked again
+    assert again.returncode == 0, again.stderr
+
+
 def test_one_bad_slide_costs_that_slide(slides, tmp_path):
     (slides / "text.svs").write_text("this is no slide")
     done = cache(slides, tmp_path / "s.zarr", "--views", "0")

@@ -1,0 +1,161 @@
+"""Slides in OME-Zarr: multiscales of version 0.4 (Zarr 2) and 0.5 (Zarr 3), RGB, 8 bits.
+
+The format: https://ngff.openmicroscopy.org/0.4 and /0.5. The layout of bioformats2raw, which puts the slide beside its
+label into numbered groups, is followed to group 0.
+"""
+
+import json
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from g2l_core.errors import NotASlideError
+
+SUFFIX = ".zarr"
+METADATA_NAMES = frozenset({"zarr.json", ".zattrs", ".zgroup", ".zarray", ".zmetadata"})
+
+UM_PER_UNIT = {"nanometer": 1e-3, "micrometer": 1.0, "millimeter": 1e3}
+"""The units in which a scale is understood; of others, and where none is given, no um/px is known."""
+
+_MALFORMED = (KeyError, TypeError, IndexError, ValueError, AttributeError)
+"""What JSON of another shape than the format's raises where it is looked into."""
+
+
+class OmeZarr:
+    """An open OME-Zarr slide, as OpenSlide would give it.
+
+    Attributes:
+        dimensions: Width and height of level 0.
+        level_dimensions: The same of every level.
+        level_downsamples: Level-0 pixels per pixel of each level, the mean of x and y.
+        properties: openslide.vendor, and openslide.mpp-x and -y if the axes have a length unit.
+    """
+
+    def __init__(self, levels: Sequence[Any], axes: Sequence[str], properties: Mapping[str, str]) -> None:
+        self._levels, self._axes = levels, axes
+        x, y = axes.index("x"), axes.index("y")
+        self.level_dimensions = tuple((int(array.shape[x]), int(array.shape[y])) for array in levels)
+        self.dimensions = self.level_dimensions[0]
+        width, height = self.dimensions
+        self.level_downsamples = tuple((width / w + height / h) / 2 for w, h in self.level_dimensions)
+        self.properties = dict(properties)
+
+    def read_region(self, location: tuple[int, int], level: int, size: tuple[int, int]) -> Image.Image:
+        """RGBA pixels of a level, transparent outside of it; `location` in level-0 pixels, `size` in the level's.
+
+        Raises:
+            ValueError: A chunk cannot be decoded.
+            OSError: A chunk cannot be read.
+        """
+        downsample = self.level_downsamples[level]
+        left, top = (round(place / downsample) for place in location)
+        columns, rows = self.level_dimensions[level]
+        x = slice(max(left, 0), max(min(left + size[0], columns), 0))
+        y = slice(max(top, 0), max(min(top + size[1], rows), 0))
+        region = np.zeros((size[1], size[0], 4), np.uint8)
+        if x.start < x.stop and y.start < y.stop:
+            inside = region[y.start - top : y.stop - top, x.start - left : x.stop - left]
+            inside[..., :3] = self._pixels(level, x, y)
+            inside[..., 3] = 255
+        return Image.fromarray(region, "RGBA")
+
+    def close(self) -> None:
+        """Nothing is kept open."""
+
+    def _pixels(self, level: int, x: slice, y: slice) -> np.ndarray:
+        """uint8 (height, width, 3) of t and z 0."""
+        index = {"x": x, "y": y, "c": slice(None)}
+        kept = [axis for axis in self._axes if axis in index]
+        try:
+            pixels = self._levels[level][tuple(index.get(axis, 0) for axis in self._axes)]
+        except (RuntimeError, EOFError, zlib.error) as error:  # as numcodecs' decoders have it
+            raise ValueError(f"a chunk of level {level} does not decode: {error}") from error
+        return np.asarray(pixels).transpose([kept.index(axis) for axis in "yxc"])
+
+
+def is_ome_zarr(path: Path) -> bool:
+    """Whether a path is a folder named .zarr that holds an OME-Zarr image, be it a broken one."""
+    if path.suffix.lower() != SUFFIX or not path.is_dir():
+        return False
+    try:
+        return _find_image(path) is not None
+    except NotASlideError:
+        return True  # opening it says what is wrong
+
+
+def open_ome_zarr(path: Path) -> OmeZarr:
+    """Open the OME-Zarr image of a folder.
+
+    Raises:
+        NotASlideError: Its metadata or arrays are broken, or no 8-bit RGB.
+    """
+    import zarr
+
+    found = _find_image(path)
+    if found is None:
+        raise NotASlideError("it has no multiscales of OME-Zarr 0.4 or 0.5")
+    group, image = found
+    try:
+        axes = [axis["name"] for axis in image["axes"]]
+        names = [dataset["path"] for dataset in image["datasets"]]
+        properties = {"openslide.vendor": "ome-zarr", **_mpp_properties(image)}
+    except _MALFORMED as error:
+        raise NotASlideError(f"its multiscales are not those of OME-Zarr 0.4 or 0.5: {error!r}") from error
+    try:
+        levels = [zarr.open_array(str(group / name), mode="r") for name in names]
+    except (OSError, *_MALFORMED) as error:
+        raise NotASlideError(f"its levels {', '.join(names)} cannot be opened: {error}") from error
+    _require_rgb(levels, axes)
+    return OmeZarr(levels, axes, properties)
+
+
+def _require_rgb(levels: Sequence[Any], axes: Sequence[str]) -> None:
+    if not levels or len(set(axes)) < len(axes) or not {"x", "y"} <= set(axes) <= set("tczyx"):
+        raise NotASlideError(f"expected levels of axes t, c, z, y, x; its {len(levels)} levels have {', '.join(axes)}")
+    for array in levels:
+        channels = array.shape[axes.index("c")] if "c" in axes and array.ndim == len(axes) else 0
+        if channels != 3 or array.dtype != np.uint8:
+            raise NotASlideError(
+                f"expected 3 channels of uint8 (RGB) on axis c; it has {channels} of {array.dtype} "
+                f"(shape {array.shape}, axes {', '.join(axes)})"
+            )
+
+
+def _find_image(folder: Path) -> tuple[Path, Mapping[str, Any]] | None:
+    """The group of the image and its first multiscales; None if there are no such."""
+    try:
+        attributes = _attributes(folder)
+        if "bioformats2raw.layout" in attributes:
+            folder = folder / "0"
+            attributes = _attributes(folder)
+        multiscales = attributes.get("multiscales")
+        return (folder, multiscales[0]) if multiscales else None
+    except OSError as error:
+        raise NotASlideError(f"its metadata cannot be read: {error}") from error
+    except _MALFORMED as error:
+        raise NotASlideError(f"its metadata in {folder} are broken: {error!r}") from error
+
+
+def _attributes(group: Path) -> dict[str, Any]:
+    """The OME attributes of a Zarr group, empty if it has none: `.zattrs`, or `ome` in `zarr.json`."""
+    if (group / "zarr.json").exists():
+        return json.loads((group / "zarr.json").read_bytes()).get("attributes", {}).get("ome", {})
+    if (group / ".zattrs").exists():
+        return json.loads((group / ".zattrs").read_bytes())
+    return {}
+
+
+def _mpp_properties(image: Mapping[str, Any]) -> dict[str, str]:
+    """openslide.mpp-x and -y of level 0; empty without units: scales of 1 stand for "not known" there."""
+    steps = [*image["datasets"][0]["coordinateTransformations"], *image.get("coordinateTransformations", [])]
+    scales = [step["scale"] for step in steps if step["type"] == "scale"]
+    mpp = {}
+    for place, axis in enumerate(image["axes"]):
+        um = UM_PER_UNIT.get(axis.get("unit", ""))
+        if axis["name"] in ("x", "y") and um is not None:
+            mpp[f"openslide.mpp-{axis['name']}"] = f"{np.prod([scale[place] for scale in scales]) * um:.12g}"
+    return mpp if len(mpp) == 2 else {}

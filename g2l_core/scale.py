@@ -1,0 +1,296 @@
+"""Micrometres per level-0 pixel: where a slide's figure comes from, and whether a cohort's figures can be true.
+
+Property names and units are those of OpenSlide 4.0.1 (its `src/openslide-vendor-*.c`). OpenSlide copies most of
+them to `openslide.mpp-x` and `-y` itself; they are looked up again for older builds and for other readers.
+"""
+
+import re
+import textwrap
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite
+from statistics import median
+
+from g2l_core.errors import MppError
+from g2l_core.types import Mpp
+
+PLAUSIBLE_MPP = (0.05, 20.0)
+"""Outside this range a figure is a mistake: resolution tags of 72 dpi say 353 um/px."""
+
+SLIDE_MPP = (0.1, 1.2)
+"""Scans of pathology slides lie in this range, 100x to 8x; a figure outside of it is worth a look."""
+
+SQUARE_TO = 0.01
+"""Largest share by which um/px may differ in x and y before the pixels count as not square."""
+
+CLOSE, FAR = 1.25, 1.6
+"""Two figures agree up to the first factor (scanners call 0.22 to 0.27 um/px 40x) and contradict from the second
+on, below the 2 between neighbouring magnifications."""
+
+MAJORITY_SHARE, MAJORITY_SLIDES = 0.8, 5
+"""A cohort has one scale if this share of at least so many slides agree."""
+
+LENS_VENDORS = frozenset({"mirax", "zeiss"})
+"""Their objective power is the lens's alone, and camera adapters magnify further (0.23 um/px at 20x): it says
+nothing about the scale."""
+
+SHOWN_FINDINGS = 20
+TABLE_WIDTH = 80
+
+_OPENSLIDE = "openslide.mpp-x", "openslide.mpp-y"
+_MIRAX = "mirax.LAYER_0_LEVEL_0_SECTION.MICROMETER_PER_PIXEL_"
+_DICOM = "dicom.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0].PixelSpacing"
+_PHILIPS = "philips.DICOM_PIXEL_SPACING"
+_HAMAMATSU = "hamamatsu.PhysicalWidth", "hamamatsu.PhysicalHeight"
+_TIFF = "tiff.XResolution", "tiff.YResolution"
+
+_UM_PER_UNIT = (
+    (*_OPENSLIDE, 1.0),
+    ("aperio.MPP", "aperio.MPP", 1.0),
+    (f"{_MIRAX}X", f"{_MIRAX}Y", 1.0),
+    ("ventana.ScanRes", "ventana.ScanRes", 1.0),
+    ("sakura.ResolutionMmPerPix", "sakura.ResolutionMmPerPix", 1e3),
+    ("zeiss.Scaling.Items.X.Value", "zeiss.Scaling.Items.Y.Value", 1e6),
+    (f"{_DICOM}[1]", f"{_DICOM}[0]", 1e3),  # rows come first
+)
+"""Keys of x and y whose text is one number, and the micrometres in its unit; in the order of trust."""
+
+_UM_PER_TIFF_UNIT = {"inch": 25_400.0, "centimeter": 10_000.0}
+
+KEYS = (*(x for x, _, _ in _UM_PER_UNIT), _PHILIPS, _HAMAMATSU[0], _TIFF[0])
+"""The keys that are looked for; of pairs, that of x."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """Micrometres per level-0 pixel and where they are from."""
+
+    mpp_x: float
+    mpp_y: float
+    source: str
+    """"header: KEY", "manifest" or "override"."""
+
+    @property
+    def mpp(self) -> Mpp:
+        """The mean of x and y."""
+        return Mpp((self.mpp_x + self.mpp_y) / 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaleFacts:
+    """What is known of one slide's scale without reading a pixel."""
+
+    slide_id: str
+    scale: Scale
+    objective_power: float | None
+    """Nominal magnification of the scan; None where the header gives none, or the lens's alone."""
+    manifest_mpp: float | None
+    level0_size: tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaleFinding:
+    """A slide whose scale is doubtful, and why, in words."""
+
+    slide_id: str
+    reasons: tuple[str, ...]
+
+
+def find_scale(
+    properties: Mapping[str, str],
+    level0_size: tuple[int, int],
+    *,
+    manifest_mpp: float | None = None,
+    mpp_override: float | None = None,
+) -> Scale:
+    """A slide's scale: of the header, else of the manifest, else of the override.
+
+    A header's figure outside `PLAUSIBLE_MPP` counts as none. One that is doubtful by itself (`doubts`) gives way to
+    the manifest's, unless that says the same of square pixels.
+
+    Args:
+        properties: The header, under OpenSlide's names.
+        level0_size: Width and height in level-0 pixels.
+        manifest_mpp: Micrometres per level-0 pixel.
+        mpp_override: The same, for slides of which neither header nor manifest gives any.
+
+    Raises:
+        MppError: No source gives any, or what the manifest or the override gives is not plausible.
+    """
+    header, implausible = _header_scale(properties, level0_size)
+    if header is not None and (manifest_mpp is None or _stands(header, manifest_mpp, objective_power(properties))):
+        return header
+    for value, source in ((manifest_mpp, "manifest"), (mpp_override, "override")):
+        if value is None:
+            continue
+        if not _is_plausible(value):
+            raise MppError(f"its {source} gives {value:g} um/px, outside {_range_in_words(PLAUSIBLE_MPP)}")
+        return Scale(mpp_x=float(value), mpp_y=float(value), source=source)
+    raise MppError(
+        (implausible or f"its header has no micrometres per pixel (looked for {', '.join(KEYS)})")
+        + ". Give them with --mpp-override UM_PER_PX or in the manifest's column mpp"
+    )
+
+
+def objective_power(properties: Mapping[str, str]) -> float | None:
+    """The scan's nominal magnification, None where the header gives none that speaks of the scale."""
+    if properties.get("openslide.vendor") in LENS_VENDORS:
+        return None
+    return _number(properties.get("openslide.objective-power"))
+
+
+def _stands(header: Scale, manifest_mpp: float, power: float | None) -> bool:
+    """Whether a header's scale goes before the manifest's."""
+    return not doubts(header, power) or (_is_square(header) and _factor(header.mpp, manifest_mpp) <= CLOSE)
+
+
+def _header_scale(properties: Mapping[str, str], level0_size: tuple[int, int]) -> tuple[Scale | None, str]:
+    """The first plausible scale of the header, else what is wrong with the first that it gives."""
+    implausible = ""
+    for key, x, y in _header_figures(properties, level0_size):
+        if _is_plausible(x) and _is_plausible(y):
+            return Scale(mpp_x=x, mpp_y=y, source=f"header: {key}"), ""
+        mean = (x + y) / 2
+        implausible = (
+            implausible or f"its header's {key} gives {mean:g} um/px, outside {_range_in_words(PLAUSIBLE_MPP)}"
+        )
+    return None, implausible
+
+
+def _header_figures(properties: Mapping[str, str], level0_size: tuple[int, int]) -> Iterator[tuple[str, float, float]]:
+    """Every scale that a header gives as (key of x, um/px in x, um/px in y), in the order of trust."""
+    for key_x, key_y, um in _UM_PER_UNIT:
+        x, y = _number(properties.get(key_x)), _number(properties.get(key_y))
+        if x is not None and y is not None:
+            yield key_x, x * um, y * um
+    spacing = [_number(text) for text in re.findall(r"[^\s\"]+", properties.get(_PHILIPS, ""))]
+    if len(spacing) == 2 and spacing[0] is not None and spacing[1] is not None:
+        yield _PHILIPS, spacing[1] * 1e3, spacing[0] * 1e3  # millimetres, rows first
+    width, height = (_number(properties.get(key)) for key in _HAMAMATSU)
+    if width is not None and height is not None:
+        yield _HAMAMATSU[0], width / 1e3 / level0_size[0], height / 1e3 / level0_size[1]  # nanometres, the whole slide
+    across, down = (_number(properties.get(key)) for key in _TIFF)
+    if across is not None and down is not None:
+        um_per_unit = _UM_PER_TIFF_UNIT.get(properties.get("tiff.ResolutionUnit", "inch"))
+        if properties.get("openslide.vendor") == "trestle":
+            yield _TIFF[0], across, down  # um/px, against the TIFF specification
+        elif um_per_unit is not None:
+            yield _TIFF[0], um_per_unit / across, um_per_unit / down
+
+
+def _number(text: str | None) -> float | None:
+    """A positive number; decimal commas come from scanners' locales, as OpenSlide knows too."""
+    try:
+        value = float((text or "").replace(",", "."))
+    except ValueError:
+        return None
+    return value if isfinite(value) and value > 0 else None
+
+
+def _is_plausible(mpp: float) -> bool:
+    return PLAUSIBLE_MPP[0] <= mpp <= PLAUSIBLE_MPP[1]
+
+
+def _range_in_words(limits: tuple[float, float]) -> str:
+    return f"the plausible range {limits[0]:g} to {limits[1]:g}"
+
+
+def _is_square(scale: Scale) -> bool:
+    return abs(scale.mpp_x - scale.mpp_y) <= SQUARE_TO * max(scale.mpp_x, scale.mpp_y)
+
+
+def _factor(a: float, b: float) -> float:
+    """By which factor two figures differ, at least 1."""
+    return max(a / b, b / a)
+
+
+# ---- the audit ----------------------------------------------------------------------------------------------
+
+
+def audit_scale(facts: Sequence[ScaleFacts]) -> list[ScaleFinding]:
+    """The slides whose scale is doubtful: by itself, against the manifest, or against the rest of the cohort.
+
+    A slide is not flagged for being off the others if its own objective power agrees with its scale, nor for
+    anything if header and manifest agree.
+    """
+    majority = _majority(facts)
+    reasons = ((fact, _reasons(fact, majority)) for fact in facts)
+    return [ScaleFinding(slide_id=fact.slide_id, reasons=tuple(found)) for fact, found in reasons if found]
+
+
+def doubts(scale: Scale, power: float | None) -> list[str]:
+    """What speaks against a scale by itself: pixels not square, a figure unusual for slides, its objective power.
+
+    The objective's nominal scale is 10 / power um/px: 0.25 at 40x, 0.5 at 20x.
+    """
+    found = []
+    if not _is_square(scale):
+        found.append(f"{scale.mpp_x:g} um/px across but {scale.mpp_y:g} um/px down: pixels are not square")
+    if not SLIDE_MPP[0] <= scale.mpp <= SLIDE_MPP[1]:
+        found.append(f"outside the {SLIDE_MPP[0]:g} to {SLIDE_MPP[1]:g} um/px of slides")
+    if power is not None and _factor(scale.mpp, 10 / power) >= FAR:
+        found.append(f"{_times(scale.mpp, 10 / power)} the {10 / power:g} um/px of its objective, {power:g}x")
+    return found
+
+
+def _reasons(fact: ScaleFacts, majority: float | None) -> list[str]:
+    mpp, said, power = fact.scale.mpp, fact.manifest_mpp, fact.objective_power
+    if said is not None and fact.scale.source != "manifest":
+        if _factor(mpp, said) <= CLOSE:
+            return []
+        if _factor(mpp, said) >= FAR:
+            return [f"{_times(mpp, said)} the {said:g} um/px of the manifest, but the header goes first"]
+    found = doubts(fact.scale, power)
+    corroborated = power is not None and _factor(mpp, 10 / power) < FAR
+    if majority is not None and _factor(mpp, majority) >= FAR and not corroborated:
+        found.append(f"{_times(mpp, majority)} the {majority:.3g} um/px of most slides")
+    return found
+
+
+def _majority(facts: Sequence[ScaleFacts]) -> float | None:
+    """The scale of nearly all slides, None if there is no such."""
+    if len(facts) < MAJORITY_SLIDES:
+        return None
+    middle = median(fact.scale.mpp for fact in facts)
+    near = sum(_factor(fact.scale.mpp, middle) <= CLOSE for fact in facts)
+    return middle if near >= MAJORITY_SHARE * len(facts) else None
+
+
+def _times(mpp: float, reference: float) -> str:
+    if mpp >= reference:
+        return f"about {mpp / reference:.2g} times"
+    return f"about 1/{reference / mpp:.2g} of"
+
+
+def audit_table(facts: Sequence[ScaleFacts], findings: Sequence[ScaleFinding]) -> str:
+    """The cohort's scales with counts, then the doubtful slides with reasons; lines of at most 80 characters."""
+    groups: dict[tuple[float, str], list[float]] = defaultdict(list)
+    for fact in facts:
+        groups[float(f"{fact.scale.mpp:.2g}"), fact.scale.source].append(fact.scale.mpp)
+    lines = [f"{'um/px':<17} {'slides':>7}  source"]
+    for (_, source), values in sorted(groups.items()):
+        low, high = f"{min(values):.4g}", f"{max(values):.4g}"
+        lines.append(f"{low if low == high else f'{low} to {high}':<17} {len(values):>7}  {_shortened(source, 53)}")
+    if not findings:
+        return "\n".join(lines)
+    lines += ["", f"{len(findings)} of {len(facts)} slides have a doubtful scale:"]
+    by_id = {fact.slide_id: fact for fact in facts}
+    for finding in findings[:SHOWN_FINDINGS]:
+        lines += _finding_lines(by_id[finding.slide_id], finding)
+    if len(findings) > SHOWN_FINDINGS:
+        lines.append(f"  and {len(findings) - SHOWN_FINDINGS} more")
+    return "\n".join(lines)
+
+
+def _finding_lines(fact: ScaleFacts, finding: ScaleFinding) -> list[str]:
+    width, height = fact.level0_size
+    figure = f"{fact.scale.mpp:.4g} um/px of {width} x {height} px ({fact.scale.source})"
+    text = f"{finding.slide_id}: {figure}: {'; '.join(finding.reasons)}"
+    return textwrap.wrap(text, TABLE_WIDTH, initial_indent="  ", subsequent_indent="      ")
+
+
+def _shortened(text: str, width: int) -> str:
+    """Text without its middle, if it is longer than `width`."""
+    half = (width - 3) // 2
+    return text if len(text) <= width else f"{text[:half]}...{text[-half:]}"

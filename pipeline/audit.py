@@ -1,0 +1,54 @@
+"""Read the scales of all slides before anything is cached, and stop at those that cannot be true."""
+
+from collections.abc import Sequence
+
+from g2l_core.engine import run_ahead
+from g2l_core.errors import MppError, SlideError
+from g2l_core.manifest import Source
+from g2l_core.scale import ScaleFacts, ScaleFinding, audit_scale
+from g2l_core.slides import read_scale
+from pipeline.progress import ProgressLine
+
+
+def audit_sources(
+    sources: Sequence[Source], *, mpp_override: float | None, workers: int
+) -> tuple[list[ScaleFacts], list[ScaleFinding], dict[str, str]]:
+    """The scale of every slide, from headers alone; sets of patch images have none and are left out.
+
+    Returns:
+        The facts in the sources' order, what is doubtful among them, and by id why others could not be read.
+    """
+
+    def read(source: Source) -> ScaleFacts | str:
+        try:
+            return read_scale(source.path, source.slide_id, manifest_mpp=source.mpp, mpp_override=mpp_override)
+        except SlideError as error:
+            return str(error)
+
+    slides = [source for source in sources if not source.patch_ids]
+    facts: list[ScaleFacts] = []
+    failed: dict[str, str] = {}
+    line = ProgressLine("scale", "slides")
+    found = run_ahead(read, slides, workers=workers, lookahead=2 * max(1, workers))
+    for done, (source, outcome) in enumerate(zip(slides, found, strict=True), start=1):
+        if isinstance(outcome, str):
+            failed[source.slide_id] = outcome
+        else:
+            facts.append(outcome)
+        line.update(done, len(slides))
+    line.close()
+    return facts, audit_scale(facts), failed
+
+
+def require_plausible(findings: Sequence[ScaleFinding], *, accept_mpp: bool) -> None:
+    """Refuse a cohort with doubtful scales, unless they are accepted. Print `scale.audit_table` first.
+
+    Raises:
+        MppError: There are findings.
+    """
+    if findings and not accept_mpp:
+        raise MppError(
+            f"slides with a doubtful um/px: {len(findings)}, the first is {findings[0].slide_id}: "
+            f"{'; '.join(findings[0].reasons)}. Look at the table; pass --accept-mpp to go on with its figures, "
+            "or give mpp in the manifest"
+        )
