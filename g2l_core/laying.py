@@ -133,13 +133,15 @@ def store_laid(store: FeatureStore, source: Source, laid: LaidSlide, views: View
 
 
 def refresh_stored(stored: StoredSlide, source: Source, views: ViewSpec, n_views: int) -> StoredSlide:
-    """Bring a slide that is in the store already up to date: labels, and parameters of further views.
+    """Bring a slide that is in the store already up to date: its place, labels, and parameters of further views.
 
     Raises:
         StoreMismatchError: The file is not the one that was cached.
         ReadError: It cannot be read.
     """
     require_same_slide(stored, source.path)
+    if str(source.path.resolve()) != stored.facts["source"]:
+        stored.set_source(source.path, stored.facts["fingerprint"])
     if source.labels and source.labels != stored.labels:
         stored.set_labels({**stored.labels, **source.labels})
     known = stored.n_views

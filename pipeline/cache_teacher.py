@@ -1,11 +1,10 @@
 """Stage one: from slides to stored features. Behind `g2l cache-teacher` and `g2l embed`."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from g2l_core.caching import CacheProgress, cache_features, missing_patches
+from g2l_core.caching import CacheProgress
 from g2l_core.encoder_loading import LoadedEncoder, load_encoder, require_mpp
 from g2l_core.encoders import EncoderSpec
 from g2l_core.errors import SlideError, StoreMismatchError
@@ -14,32 +13,12 @@ from g2l_core.laying import lay_sources, refresh_stored, store_laid
 from g2l_core.manifest import Source, read_sources
 from g2l_core.repair import adopt_repaired
 from g2l_core.scale import audit_table
-from g2l_core.staging import Stage
 from g2l_core.store.features import FeatureStore
+from g2l_core.store.locks import LOCKS, locked
 from g2l_core.views import ViewSpec
 from pipeline.audit import audit_sources, require_plausible
-from pipeline.progress import ProgressLine, clock, say
-
-
-@dataclass(frozen=True, kw_only=True)
-class CacheSettings:
-    """How stage one runs. None of it changes the features, but for the precision."""
-
-    views: int = 2
-    """Augmented views of each patch, beside the canonical one."""
-    device: str = "auto"
-    precision: str = "auto"
-    batch_size: int = 32
-    workers: int = 2
-    mpp_override: float | None = None
-    accept_mpp: bool = False
-    """Go on with scales that look implausible."""
-    stage_dir: Path | None = None
-    """A fast local folder that the next slides are copied to."""
-    stage_gb: float = 50.0
-    """Most GB (1e9 bytes) of copies at a time."""
-    retry_failed: bool = False
-    """Take up only slides that failed and patches that could not be read."""
+from pipeline.encoding import CacheSettings, encode_cohort
+from pipeline.progress import ProgressLine, say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +61,18 @@ def run_cache(
         require_mpp(spec, grid.mpp)
     audit_new(sources, store_path, settings)
     store = FeatureStore.create(store_path, grid=asdict(grid), views=asdict(views))
+    with locked(store_path / LOCKS / "writer", wait_s=0, holder="another g2l command writes into it"):
+        return _fill(store, sources, encoder_specs, grid, views, settings)
+
+
+def _fill(
+    store: FeatureStore,
+    sources: Sequence[Source],
+    encoder_specs: Sequence[EncoderSpec],
+    grid: GridSpec,
+    views: ViewSpec,
+    settings: CacheSettings,
+) -> CacheSummary:
     if settings.retry_failed:
         wanted = lost_slides(store)
         sources = [source for source in sources if source.slide_id in wanted]
@@ -93,7 +84,7 @@ def run_cache(
     progress = encode_cohort(store, ready, encoders, settings)
     note_run(store, encoders, progress, settings)
     return CacheSummary(
-        store=store_path,
+        store=store.path,
         encoders=tuple(encoder.key for encoder in encoders),
         slides=len(ready),
         patches=sum(len(store.slide(slide_id)) for slide_id in ready),
@@ -175,51 +166,3 @@ def lay_cohort(
         line.update(done, len(new))
     line.close()
     return failed
-
-
-def encode_cohort(
-    store: FeatureStore, slide_ids: Sequence[str], encoders: Sequence[LoadedEncoder], settings: CacheSettings
-) -> CacheProgress:
-    """Encode what the slides still miss, with a progress line."""
-    line = ProgressLine(" + ".join(encoder.key for encoder in encoders), "patches")
-
-    def report(progress: CacheProgress) -> None:
-        note = f"encoder {progress.utilisation:.0%} busy  bottleneck: {progress.bottleneck}"
-        line.update(progress.patches_done, progress.patches_total, note)
-
-    with _stage(store, slide_ids, encoders, settings) as stage:
-        progress = cache_features(
-            store,
-            slide_ids,
-            encoders,
-            n_views=1 + settings.views,
-            batch_size=settings.batch_size,
-            workers=settings.workers,
-            report=report,
-            retry_unreadable=settings.retry_failed,
-            stage=stage,
-        )
-    line.close()
-    if progress.patches_total:
-        say(time_spent(progress))
-    return progress
-
-
-def _stage(
-    store: FeatureStore, slide_ids: Sequence[str], encoders: Sequence[LoadedEncoder], settings: CacheSettings
-) -> AbstractContextManager[Stage | None]:
-    """Copies of the slides that still have something to be read, ahead of their turn; None where none are asked for."""
-    if settings.stage_dir is None:
-        return nullcontext()
-    n_views, again = 1 + settings.views, settings.retry_failed
-    slides = [
-        store.slide(i) for i in slide_ids if missing_patches(store, [i], encoders, n_views, retry_unreadable=again)
-    ]
-    paths = [Path(slide.facts["source"]) for slide in slides if slide.patch_ids is None]
-    return Stage(settings.stage_dir, int(settings.stage_gb * 1e9), paths, say)
-
-
-def time_spent(progress: CacheProgress) -> str:
-    """Where the time went, in one line: reading and augmenting are sums over threads."""
-    parts = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in progress.seconds.items())
-    return f"{clock(progress.elapsed)}: {parts}; encoder {progress.utilisation:.0%} busy"

@@ -22,6 +22,7 @@ from pipeline.cli_options import (
     DryRun,
     Inputs,
     Json,
+    LocalWorkers,
     MaxPatches,
     MinTissue,
     Mpp,
@@ -29,6 +30,7 @@ from pipeline.cli_options import (
     PatchPx,
     Precision,
     RetryFailed,
+    Scheduler,
     Seed,
     StageDir,
     StageGb,
@@ -88,6 +90,8 @@ def cache_teacher(
     precision: Precision = "auto",
     batch_size: BatchSize = 32,
     workers: Workers = 2,
+    local_workers: LocalWorkers = 0,
+    scheduler: Scheduler = None,
     stage_dir: StageDir = None,
     stage_gb: StageGb = 50.0,
     retry_failed: RetryFailed = False,
@@ -105,7 +109,7 @@ def cache_teacher(
     )
     how = {"views": views, "device": device, "precision": precision, "batch_size": batch_size, "workers": workers}
     how |= {"mpp_override": mpp_override, "accept_mpp": accept_mpp, "retry_failed": retry_failed}
-    how |= {"stage_dir": stage_dir, "stage_gb": stage_gb}
+    how |= {"stage_dir": stage_dir, "stage_gb": stage_gb, "local_workers": local_workers, "scheduler": scheduler}
     _run_cache(inputs, store, [teacher], weights, grid, {"crop_px": crop_px}, how, dry_run, as_json)
 
 
@@ -122,6 +126,8 @@ def embed(
     precision: Precision = "auto",
     batch_size: BatchSize = 32,
     workers: Workers = 2,
+    local_workers: LocalWorkers = 0,
+    scheduler: Scheduler = None,
     stage_dir: StageDir = None,
     stage_gb: StageGb = 50.0,
     retry_failed: RetryFailed = False,
@@ -137,7 +143,7 @@ def embed(
     existing = FeatureStore.open(store)
     how = {"views": views, "device": device, "precision": precision, "batch_size": batch_size, "workers": workers}
     how |= {"mpp_override": mpp_override, "accept_mpp": accept_mpp, "retry_failed": retry_failed}
-    how |= {"stage_dir": stage_dir, "stage_gb": stage_gb}
+    how |= {"stage_dir": stage_dir, "stage_gb": stage_gb, "local_workers": local_workers, "scheduler": scheduler}
     _run_cache(inputs, store, encoder, weights, GridSpec(**existing.grid), existing.views, how, False, as_json)
 
 
@@ -154,8 +160,11 @@ def _run_cache(
 ) -> None:
     from g2l_core.encoders import resolve_encoder
     from g2l_core.views import ViewSpec
-    from pipeline.cache_teacher import CacheSettings, run_cache
+    from pipeline.cache_teacher import run_cache
+    from pipeline.encoding import CacheSettings
 
+    if how["local_workers"] and how["scheduler"]:
+        raise UsageError("--local-workers starts processes here, --scheduler uses those of others: give one of them")
     specs = [resolve_encoder(name, weights=weights) for name in encoders]
     if len(specs) > 1 and weights is not None:
         raise UsageError("--weights speaks of one encoder; embed them one after the other")

@@ -28,6 +28,10 @@ Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Precision = Annotated[str, typer.Option(help="auto (fp32 on CPU, the model card's on GPU), fp32, bf16 or fp16.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Views encoded together.")]
 Workers = Annotated[int, typer.Option(min=1, help="Threads that read and augment.")]
+LocalWorkers = Annotated[int, typer.Option(min=0, help="Processes here that share the encoding; 0 is this one.")]
+Scheduler = Annotated[
+    str | None, typer.Option(help="A dask scheduler whose workers share the encoding.", show_default=False)
+]
 StageDir = Annotated[
     Path | None, typer.Option(help="Copy the next slides to this fast local folder ahead.", show_default=False)
 ]

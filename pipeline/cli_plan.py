@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from g2l_core.encoders import EncoderSpec
     from g2l_core.grid import GridSpec
     from g2l_core.views import ViewSpec
-    from pipeline.cache_teacher import CacheSettings
+    from pipeline.encoding import CacheSettings
 
 EPOCHS = 10
 
@@ -61,7 +61,7 @@ def plan(
     from g2l_core.encoders import resolve_encoder
     from g2l_core.grid import GridSpec
     from g2l_core.views import ViewSpec
-    from pipeline.cache_teacher import CacheSettings
+    from pipeline.encoding import CacheSettings
 
     grid = GridSpec(
         mpp=mpp, patch_px=patch_px, tissue=tissue, min_tissue=min_tissue, max_patches=max_patches, seed=seed

@@ -16,8 +16,9 @@ from g2l_core.synthetic import CohortSpec, draw_cohort, label_patches
 from g2l_core.training import TrainSettings
 from g2l_core.views import ViewSpec
 from pipeline.bench import refuse_no_results, run_bench
-from pipeline.cache_teacher import CacheSettings, run_cache
+from pipeline.cache_teacher import run_cache
 from pipeline.distill import DistillSettings, run_distill
+from pipeline.encoding import CacheSettings
 from pipeline.progress import say
 
 PATIENTS, HELD_OUT = 12, 4

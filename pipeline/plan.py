@@ -18,7 +18,7 @@ from g2l_core.randomness import keyed_generator
 from g2l_core.slides import open_slide
 from g2l_core.types import Level0Px
 from g2l_core.views import ViewSpec, sample_views
-from pipeline.cache_teacher import CacheSettings
+from pipeline.encoding import CacheSettings
 from pipeline.forecast import RUNS, STEP_RATIO, Forecast, Speeds, forecast, gigabytes, speed_up, view_choices
 from pipeline.progress import ProgressLine
 

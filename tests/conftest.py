@@ -60,7 +60,8 @@ def cached_store(cohort, tmp_path_factory) -> Path:
     from g2l_core.encoders import resolve_encoder
     from g2l_core.grid import GridSpec
     from g2l_core.views import ViewSpec
-    from pipeline.cache_teacher import CacheSettings, run_cache
+    from pipeline.cache_teacher import run_cache
+    from pipeline.encoding import CacheSettings
 
     path = tmp_path_factory.mktemp("cached") / "store.zarr"
     teacher = resolve_encoder(TEACHER, weights="random:0")

@@ -12,7 +12,8 @@ from g2l_core.grid import GridSpec
 from g2l_core.store.features import FeatureStore
 from g2l_core.store.integrity import verify
 from g2l_core.views import ViewSpec
-from pipeline.cache_teacher import CacheSettings, run_cache
+from pipeline.cache_teacher import run_cache
+from pipeline.encoding import CacheSettings
 from tests.conftest import TEACHER
 
 KEY = "timm-mobilenetv3_small_050-64-random0"
@@ -178,6 +179,14 @@ def test_a_slide_that_changed_is_refused(slides, tmp_path):
     assert list(summary.failed_slides) == ["a/x"]
     assert "is not the file that was cached" in summary.failed_slides["a/x"]
     assert FeatureStore.open(tmp_path / "s.zarr").failed_slides() == {}  # what was stored of it stays
+
+
+def test_slides_that_have_moved_are_read_from_where_they_are_now(slides, tmp_path):
+    cache([slides], tmp_path / "s.zarr", views=0, max_patches=2)
+    slides.rename(tmp_path / "archive")
+    summary = cache([tmp_path / "archive"], tmp_path / "s.zarr", views=1, max_patches=2)
+    assert (summary.is_complete, summary.encoded) == (True, 4)
+    assert FeatureStore.open(tmp_path / "s.zarr").slide("a/x").facts["source"] == str(tmp_path / "archive/a/x.tiff")
 
 
 def test_labels_are_updated_without_encoding(cohort, tmp_path):

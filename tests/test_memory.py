@@ -22,7 +22,8 @@ from pathlib import Path
 from g2l_core.encoders import resolve_encoder
 from g2l_core.grid import GridSpec
 from g2l_core.views import ViewSpec
-from pipeline.cache_teacher import CacheSettings, run_cache
+from pipeline.cache_teacher import run_cache
+from pipeline.encoding import CacheSettings
 
 folder, store, teacher = sys.argv[1:]
 encoder = resolve_encoder(teacher, weights="random:0")

@@ -39,7 +39,8 @@ from g2l_core.encoders import resolve_encoder
 from g2l_core.grid import GridSpec
 from g2l_core.store import schema
 from g2l_core.views import ViewSpec
-from pipeline.cache_teacher import CacheSettings, run_cache
+from pipeline.cache_teacher import run_cache
+from pipeline.encoding import CacheSettings
 
 manifest, store, log, teacher, shard_rows, batch_size, views = sys.argv[1:]
 schema.SHARD_ROWS, schema.CHUNK_ROWS = int(shard_rows), 2

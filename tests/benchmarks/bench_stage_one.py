@@ -19,7 +19,8 @@ from g2l_core.encoders import resolve_encoder
 from g2l_core.grid import GridSpec
 from g2l_core.synthetic import CohortSpec, draw_cohort
 from g2l_core.views import ViewSpec
-from pipeline.cache_teacher import CacheSettings, run_cache
+from pipeline.cache_teacher import run_cache
+from pipeline.encoding import CacheSettings
 
 BATCH_SIZE = 32
 BARE_BATCHES = 4

@@ -1,0 +1,101 @@
+"""The second half of stage one: encode what laid slides still miss, here or on workers elsewhere."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+from g2l_core.caching import CacheProgress, cache_features, missing_patches
+from g2l_core.encoder_loading import LoadedEncoder
+from g2l_core.staging import Stage
+from g2l_core.store.features import FeatureStore
+from pipeline.progress import ProgressLine, clock, say
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheSettings:
+    """How stage one runs. None of it changes the features, but for the precision."""
+
+    views: int = 2
+    """Augmented views of each patch, beside the canonical one."""
+    device: str = "auto"
+    precision: str = "auto"
+    batch_size: int = 32
+    workers: int = 2
+    mpp_override: float | None = None
+    accept_mpp: bool = False
+    """Go on with scales that look implausible."""
+    stage_dir: Path | None = None
+    """A fast local folder that the next slides are copied to."""
+    stage_gb: float = 50.0
+    """Most GB (1e9 bytes) of copies at a time."""
+    local_workers: int = 0
+    """Processes on this machine that share the encoding; 0 encodes in this one."""
+    scheduler: str | None = None
+    """Address of a dask scheduler whose workers share the encoding."""
+    retry_failed: bool = False
+    """Take up only slides that failed and patches that could not be read."""
+
+
+def encode_cohort(
+    store: FeatureStore, slide_ids: Sequence[str], encoders: Sequence[LoadedEncoder], settings: CacheSettings
+) -> CacheProgress:
+    """Encode what the slides still miss, with a progress line."""
+    line = ProgressLine(" + ".join(encoder.key for encoder in encoders), "patches")
+
+    def report(progress: CacheProgress) -> None:
+        note = f"encoder {progress.utilisation:.0%} busy  bottleneck: {progress.bottleneck}"
+        line.update(progress.patches_done, progress.patches_total, note)
+
+    if settings.local_workers or settings.scheduler:
+        from pipeline.cluster import encode_on_workers
+
+        progress = encode_on_workers(store, slide_ids, encoders, settings, report)
+    else:
+        progress = encode_slides(store, slide_ids, encoders, settings, report)
+    line.close()
+    if progress.patches_total:
+        say(time_spent(progress))
+    return progress
+
+
+def encode_slides(
+    store: FeatureStore,
+    slide_ids: Sequence[str],
+    encoders: Sequence[LoadedEncoder],
+    settings: CacheSettings,
+    report: Callable[[CacheProgress], None],
+) -> CacheProgress:
+    """Encode what the slides still miss in this process."""
+    with _stage(store, slide_ids, encoders, settings) as stage:
+        return cache_features(
+            store,
+            slide_ids,
+            encoders,
+            n_views=1 + settings.views,
+            batch_size=settings.batch_size,
+            workers=settings.workers,
+            report=report,
+            retry_unreadable=settings.retry_failed,
+            stage=stage,
+        )
+
+
+def _stage(
+    store: FeatureStore, slide_ids: Sequence[str], encoders: Sequence[LoadedEncoder], settings: CacheSettings
+) -> AbstractContextManager[Stage | None]:
+    """Copies of the slides that still have something to be read, ahead of their turn; None where none are asked for."""
+    if settings.stage_dir is None:
+        return nullcontext()
+    n_views, again = 1 + settings.views, settings.retry_failed
+    slides = [
+        store.slide(i) for i in slide_ids if missing_patches(store, [i], encoders, n_views, retry_unreadable=again)
+    ]
+    paths = [Path(slide.facts["source"]) for slide in slides if slide.patch_ids is None]
+    return Stage(settings.stage_dir, int(settings.stage_gb * 1e9), paths, say)
+
+
+def time_spent(progress: CacheProgress) -> str:
+    """Where the time went, in one line: reading and augmenting are sums over threads."""
+    parts = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in progress.seconds.items())
+    return f"{clock(progress.elapsed)}: {parts}; encoder {progress.utilisation:.0%} busy"
