@@ -10,6 +10,7 @@ from time import perf_counter
 
 import numpy as np
 
+from g2l_core.artefacts import ArtefactSpec
 from g2l_core.encoder_loading import LoadedEncoder, encode
 from g2l_core.engine import run_ahead
 from g2l_core.errors import EncoderError, SlideError, StoreMismatchError
@@ -80,6 +81,7 @@ class _BlockJob:
     views: tuple[int, ...]
     params: ViewParams
     status: np.ndarray
+    artefacts: ArtefactSpec | None
 
 
 class _Batcher:
@@ -156,7 +158,8 @@ def cache_features(
     jobs = _block_jobs(store, slide_ids, encoders, n_views, progress)
 
     def render(job: _BlockJob) -> tuple[_BlockJob, RenderedBlock]:
-        return job, render_block(job.reader, range(job.start, job.stop), job.params, job.status, views)
+        rows = range(job.start, job.stop)
+        return job, render_block(job.reader, rows, job.params, job.status, views, job.artefacts)
 
     waiting_since = perf_counter()
     for job, block in run_ahead(render, jobs, workers=workers, lookahead=2 * workers + 1):
@@ -193,10 +196,12 @@ def _block_jobs(
         side = Level0Px(slide.facts["patch_px_level0"])
         cells = blocks(slide.coords, side, grid)
         params, status = slide.view_params, slide.patch_status
+        artefacts = ArtefactSpec(names=grid.artefacts, mpp=grid.mpp) if slide.facts["kind"] == "slide" else None
         for job in shard_jobs:
             wanted = tuple(sorted({shard.view for buffer in job.buffers for shard in buffer.shards}))
             for start, stop in _within(cells, *job.rows):
-                yield _BlockJob(job, reader, start, stop, wanted, params[start:stop, list(wanted)], status[start:stop])
+                mine = params[start:stop, list(wanted)]
+                yield _BlockJob(job, reader, start, stop, wanted, mine, status[start:stop], artefacts)
 
 
 def _shard_jobs(slide: StoredSlide, encoders: Sequence[LoadedEncoder], n_views: int) -> list[_ShardJob]:
