@@ -7,14 +7,17 @@ The limits were measured on 1,294 real H&E patches of 224 px (oral mucosa throug
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import cv2
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Float32
 
 from g2l_core.grid import ARTEFACTS
 from g2l_core.store.schema import STATUS
 from g2l_core.types import PatchStatus, Rgb
+
+Plane: TypeAlias = Float32[np.ndarray, "height width"]
 
 CELLS = 16
 """Pen is looked for in the mean colours of this many squares along each side: ink is wide, a nucleus is not."""
@@ -35,7 +38,7 @@ SHARP_RATIO = 0.21
 """Below this the detail of about 2 px is too weak beside that of about 8 px: see `_is_blurred`."""
 
 SHARPNESS_MPP = 0.5
-"""Finer patches are judged at this scale: at 0.25 um/px optics leave little of 2 px, that is 0.5 um, in focus or not."""
+"""Finer patches are judged at this scale: at 0.25 um/px optics leave little of 2 px (0.5 um), in focus or not."""
 
 LEAST_CONTRAST = 8.0
 """Grey levels between the darkest and the brightest tenth of a patch below which it is too empty to be judged: glass,
@@ -127,17 +130,17 @@ def _is_blurred(patch: Rgb, mpp: float) -> bool:
     at most 0.20, sharp tissue has 0.24 and more, 0.36 but for soft fat. Noise of a camera or strong JPEG compression
     after the blur is detail as well, and hides it.
     """
-    grey = cv2.cvtColor(patch, cv2.COLOR_RGB2GRAY).astype(np.float32)
+    grey: Plane = cv2.cvtColor(patch, cv2.COLOR_RGB2GRAY).astype(np.float32)
     if mpp < SHARPNESS_MPP:
         side = max(CELLS, round(grey.shape[0] * mpp / SHARPNESS_MPP))
-        grey = cv2.resize(grey, (side, side), interpolation=cv2.INTER_AREA)
+        grey = np.asarray(cv2.resize(grey, (side, side), interpolation=cv2.INTER_AREA), np.float32)
     quarter = cv2.pyrDown(cv2.pyrDown(grey))
     fine, coarse = _detail_variance(grey), _detail_variance(quarter)
     dark, bright = np.percentile(quarter, (10, 90))
     return bool(bright - dark >= LEAST_CONTRAST and fine - ROUNDING_VARIANCE < SHARP_RATIO**2 * coarse)
 
 
-def _detail_variance(grey: np.ndarray) -> float:
+def _detail_variance(grey: Plane) -> float:
     return float(np.var(grey - cv2.GaussianBlur(grey, (5, 5), 1.0)))
 
 

@@ -113,7 +113,7 @@ class Slide:
         return Frame(size=(width, height), downsample=downsample, mpp=Mpp(self.mpp * downsample))
 
     def read_thumbnail(self, mpp: Mpp, window: tuple[int, int, int, int] | None = None) -> Thumbnail:
-        """The whole slide, or a window of it, at about `mpp`, at most that coarse: whole blocks of level pixels averaged.
+        """The slide, or a window of it, at about `mpp`, at most that coarse: whole blocks of level pixels averaged.
 
         Memory stays at one block of `THUMBNAIL_BLOCK_PX` squared whatever the slide's size.
 

@@ -12,8 +12,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RANKS = [
     {"errors"},
     {"types", "randomness"},
-    {"slides", "grid", "views", "engine", "losses", "metrics", "store", "timm_bridge"},
-    {"manifest", "encoders", "tissue", "layouts"},
+    {"slides", "grid", "views", "engine", "losses", "metrics", "store", "timm_bridge", "geojson"},
+    {"manifest", "encoders", "tissue", "layouts", "artefacts", "qc"},
     {"encoder_loading", "patches"},
     {"laying", "students", "datasets"},
     {"loader", "caching", "task_data"},

@@ -16,7 +16,7 @@ from g2l_core.types import TissueMask
 SUFFIXES = (".geojson", ".png")
 
 ASPECT_TOLERANCE = 0.02
-"""A mask image's sides may have another ratio than the slide's by this share; small masks are rounded to whole pixels."""
+"""A mask image's proportions may differ by this share from the slide's: its sides are rounded to whole pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,9 +87,8 @@ def _mask_of_image(path: Path, level0_size: tuple[int, int], frame: Frame) -> Ti
     """The image's pixel under each pixel's centre, true where any colour is not 0 (palettes: the index)."""
     try:
         with Image.open(path) as image:
-            if image.mode in {"LA", "RGBA"}:
-                image = image.convert(image.mode[:-1])  # noqa: PLW2901 - transparency says nothing of tissue
-            values = np.asarray(image)
+            has_alpha = image.mode in {"LA", "RGBA"}
+            values = np.asarray(image.convert(image.mode[:-1]) if has_alpha else image)  # alpha says nothing of tissue
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ReadError(f"Pillow cannot read it: {error}") from error
     height, width = values.shape[:2]
@@ -99,11 +98,11 @@ def _mask_of_image(path: Path, level0_size: tuple[int, int], frame: Frame) -> Ti
             f"it has {width} x {height} px and cannot cover {level0_size[0]} x {level0_size[1]} level-0 px: "
             "expected the same proportions"
         )
-    filled = values.any(axis=2) if values.ndim == 3 else values != 0
+    filled = np.asarray(values if values.ndim == 2 else values.max(axis=2)) != 0
     columns, rows = ((np.arange(n) + 0.5) * frame.downsample for n in frame.size)
     column = np.minimum((columns / across).astype(np.int64), width - 1)
     row = np.minimum((rows / down).astype(np.int64), height - 1)
-    return np.ascontiguousarray(filled[np.ix_(row, column)])
+    return filled[np.ix_(row, column)]
 
 
 def _bytes(path: Path) -> bytes:

@@ -86,18 +86,20 @@ def segment_tile(network: Network, tile: Rgb) -> TissueMask:
         UsageError: The network cannot take it, or its output has another shape than (1, classes, tile_px, tile_px).
     """
     s = network.settings
-    scaled = (tile.astype(np.float32) / 255 - np.float32(s.mean)) / np.float32(s.std)
+    mean, std = np.array(s.mean, np.float32), np.array(s.std, np.float32)
+    scaled = (tile.astype(np.float32) / np.float32(255) - mean) / std
     output = network.forward(np.ascontiguousarray(scaled.transpose(2, 0, 1)[None]))
-    shape = getattr(output, "shape", type(output).__name__)
-    if not isinstance(output, np.ndarray) or output.ndim != 4 or (*shape[:1], *shape[2:]) != (1, s.tile_px, s.tile_px):
-        raise UsageError(
-            f"--tissue {network.name}: expected one output of shape (1, classes, {s.tile_px}, {s.tile_px}), got {shape}"
-        )
-    if shape[1] == 1:
+    wanted = f"(1, classes, {s.tile_px}, {s.tile_px})"
+    if not isinstance(output, np.ndarray):
+        raise UsageError(f"--tissue {network.name}: expected one output of shape {wanted}, got {type(output).__name__}")
+    if output.ndim != 4 or output.shape != (1, output.shape[1] or 1, s.tile_px, s.tile_px):
+        raise UsageError(f"--tissue {network.name}: expected an output of shape {wanted}, got {output.shape}")
+    classes = output.shape[1]
+    if classes == 1:
         return output[0, 0] >= s.threshold
-    if max(s.tissue_classes) >= shape[1]:
+    if max(s.tissue_classes) >= classes:
         raise UsageError(
-            f"--tissue {network.name}: it has {shape[1]} classes, tissue_classes asks for {list(s.tissue_classes)}"
+            f"--tissue {network.name}: it has {classes} classes, tissue_classes asks for {list(s.tissue_classes)}"
         )
     return np.isin(output[0].argmax(axis=0), s.tissue_classes)
 
@@ -158,7 +160,7 @@ def _read_settings(path: Path) -> NetworkSettings:
     known = {field.name for field in fields(NetworkSettings)}
     if unknown := set(table) - known:
         raise UsageError(f"{path}: unknown key {sorted(unknown)[0]!r}; known: {', '.join(sorted(known))}")
-    settings = {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
+    settings: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
     for key, value in settings.items():
         if problem := _problem(key, value):
             raise UsageError(f"{path}: {key} must be {problem}, not {table[key]!r}")
