@@ -16,6 +16,7 @@ from time import perf_counter
 
 import numpy as np
 
+from g2l_core.artefacts import ArtefactSpec
 from g2l_core.batching import Batcher, ShardBuffer
 from g2l_core.encoder_loading import LoadedEncoder
 from g2l_core.engine import run_ahead
@@ -84,6 +85,7 @@ class _BlockJob:
     views: tuple[int, ...]
     params: ViewParams
     status: PatchStatus
+    artefacts: ArtefactSpec | None
 
 
 def missing_patches(
@@ -142,7 +144,8 @@ def cache_features(
     jobs = _block_jobs(store, slide_ids, encoders, n_views, progress, retry_unreadable, stage)
 
     def render(job: _BlockJob) -> tuple[_BlockJob, RenderedBlock]:
-        return job, render_block(job.reader, job.rows.tolist(), job.params, job.status, views)
+        rows = job.rows.tolist()
+        return job, render_block(job.reader, rows, job.params, job.status, views, job.artefacts)
 
     with ThreadPoolExecutor(1, thread_name_prefix="g2l-encode") as thread:
         stream = _Stream(progress, {e.key: Batcher(e, batch_size, views.crop_px, thread) for e in encoders})
@@ -180,6 +183,7 @@ def _block_jobs(
         reader: PatchReader | None = None
         cells = blocks(slide.coords, Level0Px(slide.facts["patch_px_level0"]), grid)
         params = slide.view_params
+        artefacts = ArtefactSpec(names=grid.artefacts, mpp=grid.mpp) if slide.facts["kind"] == "slide" else None
         for job in _shard_jobs(slide, encoders, n_views, retry_unreadable):
             try:
                 source = Path(slide.facts["source"])
@@ -195,7 +199,7 @@ def _block_jobs(
                 rows = start + np.flatnonzero(todo[start - job.start : stop - job.start])
                 if len(rows):
                     chosen = params[rows][:, list(wanted)]
-                    yield _BlockJob(job, reader, rows, wanted, chosen, status[rows - job.start])
+                    yield _BlockJob(job, reader, rows, wanted, chosen, status[rows - job.start], artefacts)
             if slide_id in progress.failed_slides:
                 break
 

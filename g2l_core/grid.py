@@ -4,18 +4,23 @@ Pure arithmetic. All lengths are level-0 pixels unless a name says otherwise; a 
 `patch_side_level0`, and every coordinate is a whole multiple of that side.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 from jaxtyping import Bool, Int64
 
-from g2l_core.errors import MppError, UsageError
+from g2l_core.errors import MppError, UnknownNameError, UsageError
 from g2l_core.randomness import keyed_generator
 from g2l_core.types import Coords, Level0Px, Mpp, TissueMask
 
 MAX_UPSAMPLING = 1.1
 """A slide may be this much coarser than the wanted mpp; beyond, patches would be made of invented pixels."""
+
+
+ARTEFACTS = ("black", "pen", "blurred")
+"""What a slide's patches can be left out for, in the order in which it is looked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,17 +32,24 @@ class GridSpec:
     patch_px: int = 256
     """Side of a patch at that mpp; the grid does not overlap."""
     tissue: str = "otsu"
-    """Name of the tissue method."""
+    """Identity of the tissue method, as `tissue.methods.resolve_tissue` names it."""
     min_tissue: float = 0.25
     """Least share of a patch that must be tissue."""
     max_patches: int | None = None
     """Keep at most this many patches of a slide, drawn at random; None keeps all."""
     cell_patches: int = 8
     """Side of a cell: the cells stand in random order, the patches of one cell together."""
+    artefacts: Sequence[str] = ARTEFACTS
+    """Patches of slides that show one of these keep their row and get no features; kept as a tuple, in the
+    order of `ARTEFACTS`. Folders of patch images are somebody's choice already and are never filtered."""
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Refuse a grid that cannot be laid."""
+        for name in self.artefacts:
+            if name not in ARTEFACTS:
+                raise UnknownNameError("artefact", name, ARTEFACTS)
+        object.__setattr__(self, "artefacts", tuple(name for name in ARTEFACTS if name in self.artefacts))
         if not 0.05 <= self.mpp <= 50:
             raise UsageError(f"mpp must be between 0.05 and 50 um/px, not {self.mpp}; 20x is 0.5, 40x is 0.25")
         if self.patch_px < 16:

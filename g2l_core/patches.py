@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 from jaxtyping import UInt8, UInt64
 
+from g2l_core.artefacts import ArtefactSpec, artefact_of
 from g2l_core.errors import ReadError
 from g2l_core.grid import GridSpec
 from g2l_core.slides import Slide, open_slide
@@ -109,7 +110,12 @@ class RenderedBlock:
 
 
 def render_block(
-    reader: PatchReader, rows: Sequence[int], params: ViewParams, status: PatchStatus, spec: ViewSpec
+    reader: PatchReader,
+    rows: Sequence[int],
+    params: ViewParams,
+    status: PatchStatus,
+    spec: ViewSpec,
+    artefacts: ArtefactSpec | None = None,
 ) -> RenderedBlock:
     """Read patches once each and render their views.
 
@@ -119,6 +125,8 @@ def render_block(
         params: Parameters of the wanted views, (len(rows), views, parameters).
         status: Their reason codes as known; what is not 0 is not tried.
         spec: The views.
+        artefacts: What patches are left out for: they get the artefact's code and no reason, for nothing is lost.
+            None leaves none out, as replaying what was stored wants it.
     """
     n, n_views = params.shape[:2]
     pixels = np.zeros((n, n_views, spec.crop_px, spec.crop_px, 3), np.uint8)
@@ -136,6 +144,10 @@ def render_block(
             reasons[row] = f"row {row}: {error}"
             continue
         read = perf_counter()
+        found[i] = STATUS["ok"] if artefacts is None else artefact_of(patch, artefacts)
+        if found[i] != STATUS["ok"]:
+            seconds_read += perf_counter() - begin
+            continue
         pixels[i] = apply_views(patch, params[i], spec)
         hashes[i] = pixel_hash(pixels[i])
         seconds_read += read - begin

@@ -24,6 +24,17 @@ THUMBNAIL_BLOCK_PX = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
+class Frame:
+    """Where the pixels of a slide's thumbnail lie: pixel i covers level-0 pixels i to i + 1 times the downsample."""
+
+    size: tuple[int, int]
+    """Width and height in pixels. What is left at the right and lower edge is less than a pixel."""
+    downsample: int | float
+    """Level-0 pixels per pixel, the same in x and y."""
+    mpp: Mpp
+
+
+@dataclass(frozen=True, kw_only=True)
 class Thumbnail:
     """A slide at small scale."""
 
@@ -98,27 +109,43 @@ class Slide:
         how = cv2.INTER_AREA if width > patch_px else cv2.INTER_LINEAR
         return cv2.resize(region, (patch_px, patch_px), interpolation=how)
 
-    def read_thumbnail(self, mpp: Mpp) -> Thumbnail:
-        """The whole slide at about `mpp`, at most that coarse: whole blocks of level pixels averaged.
+    def thumbnail_frame(self, mpp: Mpp) -> Frame:
+        """The scale and the size that `read_thumbnail` gives at `mpp`; nothing is read."""
+        level, factor = self._thumbnail_scale(mpp)
+        width, height = (max(1, n // factor) for n in self._handle.level_dimensions[level])
+        downsample = self._downsamples[level] * factor
+        return Frame(size=(width, height), downsample=downsample, mpp=Mpp(self.mpp * downsample))
+
+    def read_thumbnail(self, mpp: Mpp, window: tuple[int, int, int, int] | None = None) -> Thumbnail:
+        """The slide, or a window of it, at about `mpp`, at most that coarse: whole blocks of level pixels averaged.
 
         Memory stays at one block of `THUMBNAIL_BLOCK_PX` squared whatever the slide's size.
+
+        Args:
+            mpp: Wanted micrometres per pixel.
+            window: Left, top, width and height in pixels of `thumbnail_frame(mpp)`; what lies outside the slide
+                has its background colour. None is the whole frame.
 
         Raises:
             ReadError: The pixels cannot be decoded.
         """
-        wanted = max(1.0, mpp / self.mpp)
-        level = max(i for i, d in enumerate(self._downsamples) if d <= wanted * 1.001)
-        factor = max(1, int(wanted / self._downsamples[level] + 0.001))
-        width, height = (max(1, n // factor) for n in self._handle.level_dimensions[level])
+        frame = self.thumbnail_frame(mpp)
+        level, factor = self._thumbnail_scale(mpp)
+        x, y, width, height = window or (0, 0, *frame.size)
         image = np.empty((height, width, 3), np.uint8)
         step = max(1, THUMBNAIL_BLOCK_PX // factor)
         for top in range(0, height, step):
             for left in range(0, width, step):
                 image[top : top + step, left : left + step] = self._shrunk_block(
-                    level, factor, left, top, min(step, width - left), min(step, height - top)
+                    level, factor, x + left, y + top, min(step, width - left), min(step, height - top)
                 )
-        downsample = self._downsamples[level] * factor
-        return Thumbnail(image=image, downsample=downsample, mpp=Mpp(self.mpp * downsample))
+        return Thumbnail(image=image, downsample=frame.downsample, mpp=frame.mpp)
+
+    def _thumbnail_scale(self, mpp: Mpp) -> tuple[int, int]:
+        """The level that thumbnails of that scale are read from, and the whole factor by which they shrink it."""
+        wanted = max(1.0, mpp / self.mpp)
+        level = max(i for i, d in enumerate(self._downsamples) if d <= wanted * 1.001)
+        return level, max(1, int(wanted / self._downsamples[level] + 0.001))
 
     def _shrunk_block(self, level: int, factor: int, left: int, top: int, width: int, height: int) -> Rgb:
         """A block of the thumbnail; all but `level` in thumbnail pixels."""

@@ -4,6 +4,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
+
+from g2l_core.artefacts import count_artefacts
 from g2l_core.caching import CacheProgress
 from g2l_core.encoder_loading import LoadedEncoder, load_encoder, require_mpp
 from g2l_core.encoders import EncoderSpec
@@ -11,10 +14,12 @@ from g2l_core.errors import SlideError, StoreMismatchError
 from g2l_core.grid import GridSpec
 from g2l_core.laying import lay_sources, refresh_stored, store_laid
 from g2l_core.manifest import Source, read_sources
+from g2l_core.qc import qc_folder
 from g2l_core.repair import adopt_repaired
 from g2l_core.scale import audit_table
 from g2l_core.store.features import FeatureStore
 from g2l_core.store.locks import LOCKS, locked
+from g2l_core.tissue.methods import TissueMethod
 from g2l_core.views import ViewSpec
 from pipeline.audit import audit_sources, require_plausible
 from pipeline.encoding import CacheSettings, encode_cohort
@@ -33,6 +38,8 @@ class CacheSummary:
     """Patches that this call had to encode; 0 where everything was stored already."""
     failed_slides: dict[str, str]
     unreadable: dict[str, list[str]]
+    left_out: dict[str, int]
+    """Patches without features by the artefact that they show; they are no losses."""
     seconds: dict[str, float]
     elapsed: float
     """Seconds from the first patch asked for to the last shard written."""
@@ -50,8 +57,12 @@ def run_cache(
     grid: GridSpec,
     views: ViewSpec,
     settings: CacheSettings,
+    *,
+    tissue: TissueMethod | None = None,
 ) -> CacheSummary:
     """Lay the patches of all inputs and cache the features of all encoders.
+
+    `tissue` is the method that `grid.tissue` names; a threshold is found by that name alone.
 
     Raises:
         G2LError: Nothing could be started: bad inputs, settings or encoders.
@@ -62,7 +73,7 @@ def run_cache(
     audit_new(sources, store_path, settings)
     store = FeatureStore.create(store_path, grid=asdict(grid), views=asdict(views))
     with locked(store_path / LOCKS / "writer", wait_s=0, holder="another g2l command writes into it"):
-        return _fill(store, sources, encoder_specs, grid, views, settings)
+        return _fill(store, sources, encoder_specs, grid, views, settings, tissue)
 
 
 def _fill(
@@ -72,6 +83,7 @@ def _fill(
     grid: GridSpec,
     views: ViewSpec,
     settings: CacheSettings,
+    tissue: TissueMethod | None,
 ) -> CacheSummary:
     if settings.retry_failed:
         wanted = lost_slides(store)
@@ -79,7 +91,7 @@ def _fill(
     encoders = [load_encoder(spec, device=settings.device, precision=settings.precision) for spec in encoder_specs]
     for encoder in encoders:
         store.add_encoder(encoder.key, encoder.facts)
-    failed = lay_cohort(store, sources, grid, views, settings)
+    failed = lay_cohort(store, sources, grid, views, settings, tissue)
     ready = [source.slide_id for source in sources if source.slide_id not in failed]
     progress = encode_cohort(store, ready, encoders, settings)
     note_run(store, encoders, progress, settings)
@@ -91,6 +103,9 @@ def _fill(
         encoded=progress.patches_total,
         failed_slides=failed | progress.failed_slides,
         unreadable={slide_id: lost for slide_id in ready if (lost := list(store.slide(slide_id).unreadable.values()))},
+        left_out=count_artefacts(
+            np.concatenate([np.zeros(0, np.uint8), *(store.slide(i).patch_status for i in ready)])
+        ),
         seconds=progress.seconds,
         elapsed=progress.elapsed,
     )
@@ -140,7 +155,12 @@ def note_run(
 
 
 def lay_cohort(
-    store: FeatureStore, sources: Sequence[Source], grid: GridSpec, views: ViewSpec, settings: CacheSettings
+    store: FeatureStore,
+    sources: Sequence[Source],
+    grid: GridSpec,
+    views: ViewSpec,
+    settings: CacheSettings,
+    tissue: TissueMethod | None,
 ) -> dict[str, str]:
     """Bring every source's patches into the store; return the reasons of those that failed."""
     failed: dict[str, str] = {}
@@ -151,15 +171,24 @@ def lay_cohort(
             try:
                 if settings.retry_failed:
                     adopt_repaired(known[source.slide_id], source.path, grid, views)
-                refresh_stored(known[source.slide_id], source, views, n_views)
+                refresh_stored(known[source.slide_id], source, views, n_views, tissue)
             except (SlideError, StoreMismatchError) as error:
                 failed[source.slide_id] = str(error)
     new = [source for source in sources if source.slide_id not in known]
     line = ProgressLine("tissue", "slides")
-    outcomes = lay_sources(new, grid, mpp_override=settings.mpp_override, workers=settings.workers)
+    outcomes = lay_sources(
+        new,
+        grid,
+        mpp_override=settings.mpp_override,
+        workers=settings.workers,
+        tissue=tissue,
+        qc=qc_folder(store.path) if settings.pictures else None,
+    )
     for done, outcome in enumerate(outcomes, start=1):
         if outcome.laid is not None:
             store_laid(store, outcome.source, outcome.laid, views, n_views)
+            for remark in outcome.laid.remarks:
+                say(remark)
         else:
             failed[outcome.source.slide_id] = str(outcome.error)
             store.fail_slide(outcome.source.slide_id, str(outcome.source.path.resolve()), str(outcome.error))

@@ -16,6 +16,7 @@ from g2l_core.errors import G2LError, UsageError
 from pipeline import cli_plan, cli_store
 from pipeline.cli_options import (
     AcceptMpp,
+    Artefacts,
     BatchSize,
     CropPx,
     Device,
@@ -28,6 +29,7 @@ from pipeline.cli_options import (
     Mpp,
     MppOverride,
     PatchPx,
+    Pictures,
     Precision,
     RetryFailed,
     Scheduler,
@@ -38,9 +40,12 @@ from pipeline.cli_options import (
     Tissue,
     Weights,
     Workers,
+    grid_of,
 )  # fmt: skip
 
 if TYPE_CHECKING:
+    from g2l_core.grid import GridSpec
+    from g2l_core.tissue.methods import TissueMethod
     from pipeline.cache_teacher import CacheSummary
 
 EXIT_DONE, EXIT_SOME_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED = 0, 1, 2, 130
@@ -83,6 +88,8 @@ def cache_teacher(
     max_patches: MaxPatches = None,
     tissue: Tissue = "otsu",
     min_tissue: MinTissue = 0.25,
+    artefacts: Artefacts = "black,pen,blurred",
+    pictures: Pictures = True,
     seed: Seed = 0,
     mpp_override: MppOverride = None,
     accept_mpp: AcceptMpp = False,
@@ -102,15 +109,20 @@ def cache_teacher(
 
     Interrupt it at any time: the same command again goes on where it stopped.
     """
-    from g2l_core.grid import GridSpec
-
-    grid = GridSpec(
-        mpp=mpp, patch_px=patch_px, tissue=tissue, min_tissue=min_tissue, max_patches=max_patches, seed=seed
+    grid, method = grid_of(
+        mpp=mpp,
+        patch_px=patch_px,
+        tissue=tissue,
+        artefacts=artefacts,
+        min_tissue=min_tissue,
+        max_patches=max_patches,
+        seed=seed,
     )
     how = {"views": views, "device": device, "precision": precision, "batch_size": batch_size, "workers": workers}
     how |= {"mpp_override": mpp_override, "accept_mpp": accept_mpp, "retry_failed": retry_failed}
     how |= {"stage_dir": stage_dir, "stage_gb": stage_gb, "local_workers": local_workers, "scheduler": scheduler}
-    _run_cache(inputs, store, [teacher], weights, grid, {"crop_px": crop_px}, how, dry_run, as_json)
+    how |= {"pictures": pictures}
+    _run_cache(inputs, store, [teacher], weights, grid, method, {"crop_px": crop_px}, how, dry_run, as_json)
 
 
 @app.command()
@@ -120,6 +132,9 @@ def embed(
     encoder: Annotated[list[str], typer.Option(help="An encoder or run folder; repeatable.", show_default=False)],
     views: Annotated[int, typer.Option(min=0, help="Augmented views beside the canonical one.")] = 0,
     weights: Weights = None,
+    tissue: Annotated[
+        str | None, typer.Option(help="The store's network or folder again, for new slides.", show_default=False)
+    ] = None,
     mpp_override: MppOverride = None,
     accept_mpp: AcceptMpp = False,
     device: Device = "auto",
@@ -139,12 +154,17 @@ def embed(
     """
     from g2l_core.grid import GridSpec
     from g2l_core.store.features import FeatureStore
+    from g2l_core.tissue.methods import resolve_tissue
 
     existing = FeatureStore.open(store)
     how = {"views": views, "device": device, "precision": precision, "batch_size": batch_size, "workers": workers}
     how |= {"mpp_override": mpp_override, "accept_mpp": accept_mpp, "retry_failed": retry_failed}
     how |= {"stage_dir": stage_dir, "stage_gb": stage_gb, "local_workers": local_workers, "scheduler": scheduler}
-    _run_cache(inputs, store, encoder, weights, GridSpec(**existing.grid), existing.views, how, False, as_json)
+    grid = GridSpec(**existing.grid)
+    method = resolve_tissue(tissue) if tissue else None
+    if method and method.identity != grid.tissue:
+        raise UsageError(f"--tissue {tissue}: the store's tissue method is {grid.tissue!r}, not {method.identity!r}")
+    _run_cache(inputs, store, encoder, weights, grid, method, existing.views, how, False, as_json)
 
 
 def _run_cache(
@@ -152,7 +172,8 @@ def _run_cache(
     store: Path,
     encoders: Sequence[str],
     weights: str | None,
-    grid: Any,
+    grid: "GridSpec",
+    tissue: "TissueMethod | None",
     views: dict[str, Any],
     how: dict[str, Any],
     dry_run: bool,
@@ -170,8 +191,8 @@ def _run_cache(
         raise UsageError("--weights speaks of one encoder; embed them one after the other")
     view_spec = ViewSpec(**{"patch_px": grid.patch_px, "seed": grid.seed, **views})
     if dry_run:
-        cli_plan.tell(inputs, specs, grid, view_spec, CacheSettings(**how), cli_plan.EPOCHS, as_json)
-    summary = run_cache(inputs, store, specs, grid, view_spec, CacheSettings(**how))
+        cli_plan.tell(inputs, specs, grid, tissue, view_spec, CacheSettings(**how), cli_plan.EPOCHS, as_json)
+    summary = run_cache(inputs, store, specs, grid, view_spec, CacheSettings(**how), tissue=tissue)
     typer.echo(json.dumps(_cache_json(summary), indent=2) if as_json else _cache_text(summary))
     _list_losses(summary.failed_slides, {s: f"{len(r)} patches: {r[0]}" for s, r in summary.unreadable.items()})
     raise typer.Exit(EXIT_DONE if summary.is_complete else EXIT_SOME_FAILED)
@@ -186,13 +207,16 @@ def _cache_json(summary: "CacheSummary") -> dict[str, Any]:
         "encoded": summary.encoded,
         "failed_slides": summary.failed_slides,
         "unreadable": summary.unreadable,
+        "left_out": summary.left_out,
         "seconds": {part: round(seconds, 3) for part, seconds in summary.seconds.items()},
     }
 
 
 def _cache_text(summary: "CacheSummary") -> str:
     done = f"{summary.store}: {summary.patches:,} patches of {summary.slides} slides for {', '.join(summary.encoders)}"
-    return f"{done}; {f'{summary.encoded:,} encoded now' if summary.encoded else 'all of them were stored already'}"
+    done += f"; {summary.encoded:,} encoded now" if summary.encoded else "; all of them were stored already"
+    left_out = ", ".join(f"{count:,} {name}" for name, count in summary.left_out.items())
+    return f"{done}\nleft out: {left_out}" if left_out else done
 
 
 def _list_losses(*losses: dict[str, str]) -> None:

@@ -1,9 +1,13 @@
 """Options that several commands share: one type, one help text."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from g2l_core.grid import GridSpec
+    from g2l_core.tissue.methods import TissueMethod
 
 Inputs = Annotated[
     list[Path],
@@ -17,7 +21,13 @@ Mpp = Annotated[float, typer.Option(help="Micrometres per pixel of a patch; 20x 
 PatchPx = Annotated[int, typer.Option(help="Side of a patch in pixels at that scale.")]
 CropPx = Annotated[int, typer.Option(help="Side of a view, cut from the patch.")]
 MaxPatches = Annotated[int | None, typer.Option(help="At most this many patches of a slide, at random.")]
-Tissue = Annotated[str, typer.Option(help="Tissue method: otsu, or none to keep everything.")]
+Tissue = Annotated[
+    str, typer.Option(help="otsu, color, none, a network (FILE.onnx, FILE.pt), or a folder of GeoJSON or PNG masks.")
+]
+Artefacts = Annotated[str, typer.Option(help="Leave out patches that show black, pen or blurred (by comma), or none.")]
+Pictures = Annotated[
+    bool, typer.Option("--pictures/--no-pictures", help="Draw every slide's kept patches beside the store.")
+]
 MinTissue = Annotated[float, typer.Option(help="Least share of a patch that must be tissue.")]
 Seed = Annotated[int, typer.Option(help="Names every random draw.")]
 MppOverride = Annotated[
@@ -39,3 +49,28 @@ StageGb = Annotated[float, typer.Option(min=0.001, help="Most GB of such copies 
 RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Take up only failed slides and unreadable patches.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only plan: patches, bytes, hours. See g2l plan.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the summary as JSON on stdout.")]
+
+
+def grid_of(
+    *, mpp: float, patch_px: int, tissue: str, artefacts: str, min_tissue: float, max_patches: int | None, seed: int
+) -> "tuple[GridSpec, TissueMethod]":
+    """The grid that these options mean, and the tissue method that it names.
+
+    Raises:
+        UsageError: An option cannot be used.
+    """
+    from g2l_core.grid import GridSpec
+    from g2l_core.tissue.methods import resolve_tissue
+
+    method = resolve_tissue(tissue)
+    names = [name.strip() for name in artefacts.split(",") if name.strip() not in {"", "none"}]
+    grid = GridSpec(
+        mpp=mpp,
+        patch_px=patch_px,
+        tissue=method.identity,
+        min_tissue=min_tissue,
+        max_patches=max_patches,
+        artefacts=names,
+        seed=seed,
+    )
+    return grid, method

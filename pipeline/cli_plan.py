@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline.cli_options import (
+    Artefacts,
     BatchSize,
     CropPx,
     Device,
@@ -23,11 +24,13 @@ from pipeline.cli_options import (
     Tissue,
     Weights,
     Workers,
+    grid_of,
 )  # fmt: skip
 
 if TYPE_CHECKING:
     from g2l_core.encoders import EncoderSpec
     from g2l_core.grid import GridSpec
+    from g2l_core.tissue.methods import TissueMethod
     from g2l_core.views import ViewSpec
     from pipeline.encoding import CacheSettings
 
@@ -45,6 +48,7 @@ def plan(
     max_patches: MaxPatches = None,
     tissue: Tissue = "otsu",
     min_tissue: MinTissue = 0.25,
+    artefacts: Artefacts = "black,pen,blurred",
     seed: Seed = 0,
     mpp_override: MppOverride = None,
     device: Device = "auto",
@@ -59,12 +63,17 @@ def plan(
     Thumbnails are read to count patches; a few hundred patches are read and encoded to measure this machine.
     """
     from g2l_core.encoders import resolve_encoder
-    from g2l_core.grid import GridSpec
     from g2l_core.views import ViewSpec
     from pipeline.encoding import CacheSettings
 
-    grid = GridSpec(
-        mpp=mpp, patch_px=patch_px, tissue=tissue, min_tissue=min_tissue, max_patches=max_patches, seed=seed
+    grid, method = grid_of(
+        mpp=mpp,
+        patch_px=patch_px,
+        tissue=tissue,
+        artefacts=artefacts,
+        min_tissue=min_tissue,
+        max_patches=max_patches,
+        seed=seed,
     )
     settings = CacheSettings(
         views=views,
@@ -76,13 +85,14 @@ def plan(
     )
     view_spec = ViewSpec(patch_px=patch_px, crop_px=crop_px, seed=seed)
     specs = [resolve_encoder(name, weights=weights) for name in teacher]
-    tell(inputs, specs, grid, view_spec, settings, epochs, as_json)
+    tell(inputs, specs, grid, method, view_spec, settings, epochs, as_json)
 
 
 def tell(
     inputs: Sequence[Path],
     specs: "Sequence[EncoderSpec]",
     grid: "GridSpec",
+    tissue: "TissueMethod | None",
     views: "ViewSpec",
     settings: "CacheSettings",
     epochs: int,
@@ -98,6 +108,6 @@ def tell(
     facts, findings, _ = audit_sources(sources, mpp_override=settings.mpp_override, workers=settings.workers)
     if facts:
         typer.echo(audit_table(facts, findings), err=True)
-    found = make_plan(sources, specs, grid, views, settings, epochs=epochs)
+    found = make_plan(sources, specs, grid, views, settings, tissue=tissue, epochs=epochs)
     typer.echo(json.dumps(plan_json(found), indent=2) if as_json else plan_text(found))
     raise typer.Exit(1 if found.failed_slides else 0)

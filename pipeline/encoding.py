@@ -25,6 +25,8 @@ class CacheSettings:
     mpp_override: float | None = None
     accept_mpp: bool = False
     """Go on with scales that look implausible."""
+    pictures: bool = True
+    """Whether every slide gets a picture and GeoJSON of its tissue beside the store."""
     stage_dir: Path | None = None
     """A fast local folder that the next slides are copied to."""
     stage_gb: float = 50.0

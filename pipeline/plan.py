@@ -16,6 +16,7 @@ from g2l_core.manifest import Source
 from g2l_core.patches import ImagePatches, PatchReader, RenderedBlock, SlidePatches, render_block
 from g2l_core.randomness import keyed_generator
 from g2l_core.slides import open_slide
+from g2l_core.tissue.methods import TissueMethod
 from g2l_core.types import Level0Px
 from g2l_core.views import ViewSpec, sample_views
 from pipeline.encoding import CacheSettings
@@ -63,13 +64,14 @@ def make_plan(
     views: ViewSpec,
     settings: CacheSettings,
     *,
+    tissue: TissueMethod | None,
     epochs: int,
 ) -> Plan:
     """Lay the patches of all sources on their thumbnails, and measure reading and encoding on some of them."""
     laid: list[tuple[Source, LaidSlide]] = []
     failed: dict[str, str] = {}
     line = ProgressLine("tissue", "slides")
-    outcomes = lay_sources(sources, grid, mpp_override=settings.mpp_override, workers=settings.workers)
+    outcomes = lay_sources(sources, grid, mpp_override=settings.mpp_override, workers=settings.workers, tissue=tissue)
     for done, outcome in enumerate(outcomes, start=1):
         if outcome.laid is not None:
             laid.append((outcome.source, outcome.laid))

@@ -34,6 +34,8 @@ class FeatureStore:
         self.path = path
         self._root = root
         self._facts: dict[str, Any] = dict(root.attrs[schema.ATTRIBUTE])
+        if "grid" in self._facts:  # stores older than the filters have none, and name none
+            self._facts["grid"] = {"artefacts": [], **self._facts["grid"]}
 
     @classmethod
     def open(cls, path: Path | str, *, writable: bool = False) -> "FeatureStore":
@@ -81,7 +83,7 @@ class FeatureStore:
             if any(store.slides()):
                 store.require_identity(grid=grid, views=views)
             else:  # nothing was laid yet, so nothing is lost by other settings
-                store._facts |= {"grid": dict(grid), "views": dict(views)}
+                store._facts |= {"grid": dict(grid), "views": dict(views), "patch_status": dict(schema.STATUS)}
                 with writing(str(path)):
                     store._root.attrs[schema.ATTRIBUTE] = store._facts
             return store

@@ -17,7 +17,7 @@ SHARD_ROWS = 4096
 CHUNK_ROWS = 256
 """Rows read together at least; 768 KiB at 1536 dimensions."""
 
-STATUS: Mapping[str, int] = {"ok": 0, "unreadable": 1}
+STATUS: Mapping[str, int] = {"ok": 0, "unreadable": 1, "pen": 2, "black": 3, "blurred": 4}
 """Reason codes of `patch_status`; a store lists its own in its root attributes."""
 
 LEFTOVER = ".partial"

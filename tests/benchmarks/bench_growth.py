@@ -2,8 +2,8 @@
 
 python tests/benchmarks/bench_growth.py
 
-The slides are links to six drawn ones of 36 patches each; two views; MobileNetV3-small at 64 px with random weights. Each
-size runs in a process of its own; seconds are those of encoding, without start and tissue.
+The slides are links to six drawn ones of 36 patches each; two views; MobileNetV3-small at 64 px with random weights.
+Each size runs in a process of its own; seconds are those of encoding, without start and tissue.
 """
 
 import sys

@@ -1,0 +1,116 @@
+"""Tissue that somebody drew: a file for each slide, GeoJSON or a mask image."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from g2l_core.errors import ReadError
+from g2l_core.geojson import mask_of, read_areas
+from g2l_core.slides import Frame
+from g2l_core.types import TissueMask
+
+SUFFIXES = (".geojson", ".png")
+
+ASPECT_TOLERANCE = 0.02
+"""A mask image's proportions may differ by this share from the slide's: its sides are rounded to whole pixels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Annotation:
+    """What one file says of one slide."""
+
+    path: Path
+    mask: TissueMask
+    sha256: str
+
+    @property
+    def facts(self) -> Mapping[str, str]:
+        """The file's name and digest, which the slide's record keeps."""
+        return {"tissue_file": self.path.name, "tissue_sha256": self.sha256}
+
+
+def annotation_path(folder: Path, slide_id: str) -> Path | None:
+    """The file of a slide, `<slide_id>.geojson` or `<slide_id>.png`; None where there is none.
+
+    Raises:
+        ReadError: There are both.
+    """
+    found = [path for suffix in SUFFIXES if (path := folder / f"{slide_id}{suffix}").is_file()]
+    if len(found) > 1:
+        raise ReadError(f"{folder} has two annotations of it, {found[0].name} and {found[1].name}: keep one")
+    return found[0] if found else None
+
+
+def annotation_sha256(folder: Path, slide_id: str) -> str | None:
+    """The digest of a slide's file as it is now; None where there is none.
+
+    Raises:
+        ReadError: There are two, or it cannot be read.
+    """
+    path = annotation_path(folder, slide_id)
+    return None if path is None else _sha256(_bytes(path))
+
+
+def read_annotation(folder: Path, slide_id: str, level0_size: tuple[int, int], frame: Frame) -> Annotation:
+    """A slide's annotation as a mask.
+
+    Args:
+        folder: Holds `<slide_id>.geojson` or `<slide_id>.png`, in sub-folders as the slide's id has them.
+        slide_id: The slide.
+        level0_size: Its width and height in level-0 pixels.
+        frame: The mask's scale and size.
+
+    Raises:
+        ReadError: There is no file, there are two, or it cannot be understood; a mask image has other proportions.
+    """
+    path = annotation_path(folder, slide_id)
+    if path is None:
+        raise ReadError(
+            f"{folder} has no annotation of it: expected {slide_id}.geojson (level-0 pixels) or {slide_id}.png"
+        )
+    content = _bytes(path)
+    try:
+        if path.suffix == ".png":
+            mask = _mask_of_image(path, level0_size, frame)
+        else:
+            mask = mask_of(read_areas(content.decode("utf-8-sig")), frame.downsample, frame.size[::-1])
+    except (ReadError, UnicodeDecodeError) as error:
+        raise ReadError(f"annotation {path}: {error}") from error
+    return Annotation(path=path, mask=mask, sha256=_sha256(content))
+
+
+def _mask_of_image(path: Path, level0_size: tuple[int, int], frame: Frame) -> TissueMask:
+    """The image's pixel under each pixel's centre, true where any colour is not 0 (palettes: the index)."""
+    try:
+        with Image.open(path) as image:
+            has_alpha = image.mode in {"LA", "RGBA"}
+            values = np.asarray(image.convert(image.mode[:-1]) if has_alpha else image)  # alpha says nothing of tissue
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ReadError(f"Pillow cannot read it: {error}") from error
+    height, width = values.shape[:2]
+    across, down = level0_size[0] / width, level0_size[1] / height
+    if abs(across / down - 1) > ASPECT_TOLERANCE:
+        raise ReadError(
+            f"it has {width} x {height} px and cannot cover {level0_size[0]} x {level0_size[1]} level-0 px: "
+            "expected the same proportions"
+        )
+    filled = np.asarray(values if values.ndim == 2 else values.max(axis=2)) != 0
+    columns, rows = ((np.arange(n) + 0.5) * frame.downsample for n in frame.size)
+    column = np.minimum((columns / across).astype(np.int64), width - 1)
+    row = np.minimum((rows / down).astype(np.int64), height - 1)
+    return filled[np.ix_(row, column)]
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ReadError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
