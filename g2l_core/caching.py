@@ -183,7 +183,7 @@ def _block_jobs(
         reader: PatchReader | None = None
         cells = blocks(slide.coords, Level0Px(slide.facts["patch_px_level0"]), grid)
         params = slide.view_params
-        artefacts = ArtefactSpec(names=grid.artefacts, mpp=grid.mpp) if slide.facts["kind"] == "slide" else None
+        artefacts = ArtefactSpec(names=grid.artefact_names, mpp=grid.mpp) if slide.facts["kind"] == "slide" else None
         for job in _shard_jobs(slide, encoders, n_views, retry_unreadable):
             try:
                 source = Path(slide.facts["source"])

@@ -4,7 +4,6 @@ Pure arithmetic. All lengths are level-0 pixels unless a name says otherwise; a 
 `patch_side_level0`, and every coordinate is a whole multiple of that side.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -39,17 +38,22 @@ class GridSpec:
     """Keep at most this many patches of a slide, drawn at random; None keeps all."""
     cell_patches: int = 8
     """Side of a cell: the cells stand in random order, the patches of one cell together."""
-    artefacts: Sequence[str] = ARTEFACTS
-    """Patches of slides that show one of these keep their row and get no features; kept as a tuple, in the
+    artefacts: str = ",".join(ARTEFACTS)
+    """Patches of slides that show one of these (by comma, or `none`) keep their row and get no features; kept in the
     order of `ARTEFACTS`. Folders of patch images are somebody's choice already and are never filtered."""
     seed: int = 0
 
+    @property
+    def artefact_names(self) -> tuple[str, ...]:
+        """What patches are left out for."""
+        return tuple(name for name in self.artefacts.split(",") if name != "none")
+
     def __post_init__(self) -> None:
         """Refuse a grid that cannot be laid."""
-        for name in self.artefacts:
-            if name not in ARTEFACTS:
-                raise UnknownNameError("artefact", name, ARTEFACTS)
-        object.__setattr__(self, "artefacts", tuple(name for name in ARTEFACTS if name in self.artefacts))
+        asked = {name.strip() for name in self.artefacts.split(",")} - {"", "none"}
+        if unknown := sorted(asked - set(ARTEFACTS)):
+            raise UnknownNameError("artefact", unknown[0], [*ARTEFACTS, "none"])
+        object.__setattr__(self, "artefacts", ",".join(name for name in ARTEFACTS if name in asked) or "none")
         if not 0.05 <= self.mpp <= 50:
             raise UsageError(f"mpp must be between 0.05 and 50 um/px, not {self.mpp}; 20x is 0.5, 40x is 0.25")
         if self.patch_px < 16:

@@ -63,14 +63,13 @@ def grid_of(
     from g2l_core.tissue.methods import resolve_tissue
 
     method = resolve_tissue(tissue)
-    names = [name.strip() for name in artefacts.split(",") if name.strip() not in {"", "none"}]
     grid = GridSpec(
         mpp=mpp,
         patch_px=patch_px,
         tissue=method.identity,
         min_tissue=min_tissue,
         max_patches=max_patches,
-        artefacts=names,
+        artefacts=artefacts,
         seed=seed,
     )
     return grid, method

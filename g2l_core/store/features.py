@@ -35,7 +35,7 @@ class FeatureStore:
         self._root = root
         self._facts: dict[str, Any] = dict(root.attrs[schema.ATTRIBUTE])
         if "grid" in self._facts:  # stores older than the filters have none, and name none
-            self._facts["grid"] = {"artefacts": [], **self._facts["grid"]}
+            self._facts["grid"] = {"artefacts": "none", **self._facts["grid"]}
 
     @classmethod
     def open(cls, path: Path | str, *, writable: bool = False) -> "FeatureStore":

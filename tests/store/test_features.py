@@ -47,7 +47,7 @@ def test_root_attributes(cached_store):
     assert attributes["format"] == 1
     assert attributes["grid"] == asdict(GridSpec())
     assert attributes["views"] == json.loads(json.dumps(asdict(ViewSpec())))
-    assert attributes["patch_status"] == {"ok": 0, "unreadable": 1}
+    assert attributes["patch_status"] == {"ok": 0, "unreadable": 1, "pen": 2, "black": 3, "blurred": 4}
     assert attributes["encoders"][KEY]["dim"] == 1024
     assert len(attributes["encoders"][KEY]["digest"]) == 64
     assert {"torch", "zarr", "numpy", "g2l"} <= set(attributes["software"])
