@@ -42,6 +42,12 @@ def oscc_patches() -> Path:
     return _shared("patches/oscc-rahman")
 
 
+@pytest.fixture(scope="session")
+def crc_patches() -> Path:
+    """70 real colorectal patches of 224 px at 0.5 um/px, `CLASS___*.jpg`, ten of each of seven classes."""
+    return _shared("patches/crc-val-he-7k-sample")
+
+
 TEACHER = "timm:mobilenetv3_small_050@64"
 """Stands in for a teacher in tests of wiring: a real architecture with seeded random weights."""
 
