@@ -104,6 +104,43 @@ def test_doubtful_scales_stop_the_cohort_until_accepted(slides, tmp_path):
     assert again.returncode == 0, again.stderr
 
 
+def test_the_picture_s_geojson_is_read_back(slides, tmp_path):
+    assert cache(slides, tmp_path / "s.zarr", "--views", "0").returncode == 0
+    pictures = tmp_path / "s.qc"
+    assert sorted(path.name for path in pictures.iterdir()) == [
+        "p01-1.geojson", "p01-1.jpg", "p02-1.geojson", "p02-1.jpg",
+    ]  # fmt: skip
+    done = cache(slides, tmp_path / "again.zarr", "--views", "0", "--tissue", pictures, "--no-pictures")
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "again.qc").exists()
+    first, again = (FeatureStore.open(tmp_path / f"{name}.zarr") for name in ("s", "again"))
+    for slide in first.slides():
+        assert np.array_equal(again.slide(slide.slide_id).coords, slide.coords)
+    assert (first.grid["tissue"], again.grid["tissue"]) == ("otsu", "annotations")
+    half = json.loads((pictures / "p01-1.geojson").read_text())
+    half["features"] = [half["features"][0]]
+    half["features"][0]["geometry"] = {
+        "type": "Polygon", "coordinates": [[[0, 0], [768, 0], [768, 1536], [0, 1536], [0, 0]]]
+    }  # fmt: skip
+    edited = tmp_path / "edited"
+    edited.mkdir()
+    (edited / "p01-1.geojson").write_text(json.dumps(half))
+    done = cache(slides, tmp_path / "half.zarr", "--views", "0", "--tissue", edited)
+    refused(done, "p02-1", "no annotation", code=1)
+    coords = FeatureStore.open(tmp_path / "half.zarr").slide("p01-1").coords
+    assert coords[:, 0].max() == 512
+    assert len(coords) == 3 * 6
+
+
+def test_tissue_by_colour_and_what_is_left_out(slides, tmp_path):
+    done = cache(slides, tmp_path / "s.zarr", "--views", "0", "--tissue", "color", "--artefacts", "none")
+    assert done.returncode == 0, done.stderr
+    assert FeatureStore.open(tmp_path / "s.zarr").grid["tissue"] == "color"
+    assert "left out" not in done.stdout
+    refused(cache(slides, tmp_path / "t.zarr", "--tissue", "ostu"), "unknown tissue method 'ostu'", "otsu")
+    refused(cache(slides, tmp_path / "t.zarr", "--artefacts", "pens"), "unknown artefact 'pens'", "pen")
+
+
 def test_one_bad_slide_costs_that_slide(slides, tmp_path):
     (slides / "text.svs").write_text("this is no slide")
     done = cache(slides, tmp_path / "s.zarr", "--views", "0")
