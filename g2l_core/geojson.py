@@ -21,7 +21,7 @@ EXCLUDED = ("ignore*", "artefact*", "artifact*", "pen", "pen *", "background")
 
 TISSUE_CLASS = {"name": "Tissue", "color": [0, 158, 115]}
 
-Ring: TypeAlias = Float[np.ndarray, "corner 2"]
+Ring: TypeAlias = Float[np.ndarray, "_ 2"]
 """Corners of a closed outline, x and y; the first is not repeated."""
 
 Vertex: TypeAlias = tuple[int, int]

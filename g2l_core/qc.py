@@ -13,6 +13,7 @@ from typing import TypeAlias
 
 import cv2
 import numpy as np
+from jaxtyping import Bool
 from PIL import Image, ImageDraw, ImageFont
 
 from g2l_core.geojson import areas_of
@@ -169,7 +170,7 @@ def _outline_patches(image: Rgb, kept: np.ndarray) -> None:
     cv2.addWeighted(lines, strength, image, 1 - strength, 0, dst=image)
 
 
-def _outline_tissue(image: np.ndarray, mask: TissueMask, scale: float) -> None:
+def _outline_tissue(image: Rgb, mask: Bool[np.ndarray, "mask_height mask_width"], scale: float) -> None:
     """`scale`: picture pixels per mask pixel."""
     size = max(1, round(mask.shape[1] * scale)), max(1, round(mask.shape[0] * scale))
     shown = cv2.resize(mask.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST)
