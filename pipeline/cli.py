@@ -18,6 +18,7 @@ from pipeline.cli_options import (
     AcceptMpp,
     Artefacts,
     BatchSize,
+    Compile,
     CropPx,
     Device,
     DryRun,
@@ -95,6 +96,7 @@ def cache_teacher(
     accept_mpp: AcceptMpp = False,
     device: Device = "auto",
     precision: Precision = "auto",
+    compiled: Compile = False,
     batch_size: BatchSize = 32,
     workers: Workers = 2,
     local_workers: LocalWorkers = 0,
@@ -119,6 +121,7 @@ def cache_teacher(
         seed=seed,
     )
     how = {"views": views, "device": device, "precision": precision, "batch_size": batch_size, "workers": workers}
+    how["precision"] = f"{precision}+compile" if compiled else precision
     how |= {"mpp_override": mpp_override, "accept_mpp": accept_mpp, "retry_failed": retry_failed}
     how |= {"stage_dir": stage_dir, "stage_gb": stage_gb, "local_workers": local_workers, "scheduler": scheduler}
     how |= {"pictures": pictures}
@@ -139,6 +142,7 @@ def embed(
     accept_mpp: AcceptMpp = False,
     device: Device = "auto",
     precision: Precision = "auto",
+    compiled: Compile = False,
     batch_size: BatchSize = 32,
     workers: Workers = 2,
     local_workers: LocalWorkers = 0,
@@ -158,6 +162,7 @@ def embed(
 
     existing = FeatureStore.open(store)
     how = {"views": views, "device": device, "precision": precision, "batch_size": batch_size, "workers": workers}
+    how["precision"] = f"{precision}+compile" if compiled else precision
     how |= {"mpp_override": mpp_override, "accept_mpp": accept_mpp, "retry_failed": retry_failed}
     how |= {"stage_dir": stage_dir, "stage_gb": stage_gb, "local_workers": local_workers, "scheduler": scheduler}
     grid = GridSpec(**existing.grid)

@@ -36,6 +36,9 @@ MppOverride = Annotated[
 AcceptMpp = Annotated[bool, typer.Option("--accept-mpp", help="Go on with um/px that the audit calls doubtful.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Precision = Annotated[str, typer.Option(help="auto (fp32 on CPU, the model card's on GPU), fp32, bf16 or fp16.")]
+Compile = Annotated[
+    bool, typer.Option("--compile", help="Compile the network: faster on a GPU, half a minute to start.")
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="Views encoded together.")]
 Workers = Annotated[int, typer.Option(min=1, help="Threads that read and augment.")]
 LocalWorkers = Annotated[int, typer.Option(min=0, help="Processes here that share the encoding; 0 is this one.")]

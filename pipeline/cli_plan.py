@@ -10,6 +10,7 @@ import typer
 from pipeline.cli_options import (
     Artefacts,
     BatchSize,
+    Compile,
     CropPx,
     Device,
     Inputs,
@@ -53,6 +54,7 @@ def plan(
     mpp_override: MppOverride = None,
     device: Device = "auto",
     precision: Precision = "auto",
+    compiled: Compile = False,
     batch_size: BatchSize = 32,
     workers: Workers = 2,
     epochs: Annotated[int, typer.Option(min=1, help="Epochs of distillation that the views are for.")] = EPOCHS,
@@ -78,7 +80,7 @@ def plan(
     settings = CacheSettings(
         views=views,
         device=device,
-        precision=precision,
+        precision=f"{precision}+compile" if compiled else precision,
         batch_size=batch_size,
         workers=workers,
         mpp_override=mpp_override,

@@ -118,8 +118,8 @@ def run_distill(
 
 def training_precision(asked: str) -> str:
     """The forward precision of training; float16 would need loss scaling, which the paper does not use."""
-    if asked == "fp16":
-        raise UsageError("--precision fp16 cannot train; use bf16 or fp32")
+    if asked not in {"auto", "bf16", "fp32"}:
+        raise UsageError(f"--precision {asked} cannot train; use bf16 or fp32")
     return "fp32" if asked == "auto" else asked
 
 

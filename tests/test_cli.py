@@ -141,6 +141,25 @@ def test_tissue_by_colour_and_what_is_left_out(slides, tmp_path):
     refused(cache(slides, tmp_path / "t.zarr", "--artefacts", "pens"), "unknown artefact 'pens'", "pen")
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_a_compiled_encoder_gives_nearly_the_same_and_is_another(slides, tmp_path):
+    more = ["--views", "0", "--max-patches", "8", "--batch-size", "8"]
+    command = ["cache-teacher", slides, "--teacher", "timm:test_vit@64", "--weights", "random:0", *more]
+    for name, compiled in (("plain", []), ("compiled", ["--compile"])):
+        done = g2l_process(*command, "--store", tmp_path / f"{name}.zarr", *compiled)
+        assert done.returncode == 0, done.stderr
+    plain, other = (FeatureStore.open(tmp_path / f"{name}.zarr") for name in ("plain", "compiled"))
+    (key,) = plain.encoders
+    assert (plain.encoders[key]["precision"], other.encoders[key]["precision"]) == ("fp32", "fp32+compile")
+    assert plain.encoders[key]["digest"] != other.encoders[key]["digest"]
+    for slide in plain.slides():
+        a, b = (store.slide(slide.slide_id).features(key).astype(np.float32) for store in (plain, other))
+        cosine = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+        assert cosine.min() > 0.9999
+    refused(g2l_process(*command, "--store", tmp_path / "plain.zarr", "--compile"), "precision", "fp32+compile")
+
+
 def test_one_bad_slide_costs_that_slide(slides, tmp_path):
     (slides / "text.svs").write_text("this is no slide")
     done = cache(slides, tmp_path / "s.zarr", "--views", "0")
