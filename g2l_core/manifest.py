@@ -17,7 +17,7 @@ from pathlib import Path
 from g2l_core.errors import ManifestError, UsageError
 from g2l_core.ome_zarr import SUFFIX, is_ome_zarr
 from g2l_core.randomness import keyed_generator
-from g2l_core.readers import IMAGE_SUFFIXES, slide_suffixes
+from g2l_core.readers import IMAGE_SUFFIXES, dicom_series, slide_suffixes
 from g2l_core.types import SlideId
 
 COLUMN_ALIASES: Mapping[str, tuple[str, ...]] = {
@@ -74,7 +74,7 @@ def _sources_of(path: Path) -> list[Source]:
 def _from_folder(folder: Path) -> list[Source]:
     files = sorted(_files_below(folder))
     suffixes = slide_suffixes() | {SUFFIX}
-    slides = [p for p in files if p.suffix.lower() in suffixes]
+    slides = list(_one_a_series(p for p in files if p.suffix.lower() in suffixes))
     if slides:
         return [Source(slide_id=_id_of(p.relative_to(folder)), path=p) for p in slides]
     images = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES]
@@ -107,6 +107,16 @@ def _files_below(folder: Path) -> Iterator[Path]:
         below = [Path(root, name) for name in folders if not name.startswith(".")]
         yield from (path for path in below if is_ome_zarr(path) or _is_hollow(path))
         folders[:] = [name for name in folders if not name.lower().endswith(SUFFIX)]
+
+
+def _one_a_series(paths: Iterable[Path]) -> Iterator[Path]:
+    """The slides, of each DICOM series in a folder the first file alone."""
+    seen = set[tuple[Path, str]]()
+    for path in paths:
+        series = dicom_series(path) if path.suffix.lower() == ".dcm" else ""
+        if not series or (path.parent, series) not in seen:
+            yield path
+        seen.add((path.parent, series))
 
 
 def _is_hollow(folder: Path) -> bool:

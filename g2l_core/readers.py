@@ -120,6 +120,18 @@ def open_handle(path: Path) -> SlideHandle:
         raise NotASlideError(f"OpenSlide cannot open it ({error}); is the file complete?") from error
 
 
+def dicom_series(path: Path) -> str:
+    """The series that a DICOM slide's file belongs to; empty for what OpenSlide does not open.
+
+    The levels of a slide are the files of one series in one folder, and OpenSlide opens all of them by any of them.
+    """
+    try:
+        with openslide.OpenSlide(path) as slide:
+            return str(slide.properties.get("dicom.SeriesInstanceUID", ""))
+    except openslide.OpenSlideError:
+        return ""
+
+
 def _open_image(path: Path) -> SlideHandle:
     """A plain image, decoded at once: Pillow's lazy decoding mixes up pixels when two threads begin it."""
     try:

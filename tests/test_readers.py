@@ -128,6 +128,15 @@ def test_dicom(tmp_path):
         np.testing.assert_array_equal(slide.read_patch(130, 70, 512, 512), image[70:582, 130:642])
 
 
+def test_the_files_of_a_dicom_series_are_one_slide(tmp_path):
+    (tmp_path / "other").mkdir()
+    for name in ("b.dcm", "a.dcm", "other/a.dcm"):
+        write_dicom(tmp_path / name, noise(WIDTH, HEIGHT), "0.00025\\0.00025", "40")
+    (tmp_path / "broken.dcm").write_bytes(b"no DICOM")
+    found = [source.slide_id for source in read_sources([tmp_path])]
+    assert found == ["a", "broken", "other/a"]
+
+
 # ---- OME-Zarr -----------------------------------------------------------------------------------------------
 
 UNITS = {"nanometer": 250.0, "micrometer": 0.25, "millimeter": 0.00025}
