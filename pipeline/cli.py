@@ -64,16 +64,23 @@ app.add_typer(cli_store.app, name="store")
 app.command()(cli_plan.plan)
 
 
+def show_version(asked: bool) -> None:
+    """Print the version and leave; before the parser misses a command."""
+    if asked:
+        typer.echo(f"g2l {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def settings(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+    _version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version and exit.", callback=show_version, is_eager=True),
+    ] = False,
 ) -> None:
     """Options before the command."""
     sys.excepthook = sys.__excepthook__ if debug else explain
-    if version:
-        typer.echo(f"g2l {__version__}")
-        raise typer.Exit
 
 
 @app.command(name="cache-teacher")

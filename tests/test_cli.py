@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import zarr
 
+from g2l_core import __version__
 from g2l_core.store.features import FeatureStore
 from g2l_core.synthetic import write_pyramid
 from pipeline.cli import main
@@ -267,6 +268,11 @@ def test_wrong_usage_is_click_s_own_message(tmp_path):
     assert done.returncode == 2
     assert "--stoer" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_version_needs_no_command():
+    done = g2l("--version")
+    assert (done.returncode, done.stdout) == (0, f"g2l {__version__}\n")
 
 
 def test_debug_shows_the_traceback(tmp_path):
