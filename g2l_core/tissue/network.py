@@ -1,6 +1,7 @@
 """Tissue by a segmentation network of the user's: TorchScript or ONNX, with a small TOML of settings beside it.
 
-GrandQC's tissue model, for one, is `mpp = 10.0`, `tissue_classes = [0]`; HEST's is what the defaults say.
+The defaults are what HEST's DeepLab is run with (export its `out`, not the dict that it gives); GrandQC's tissue model
+wants `mpp = 10.0` and `tissue_classes = [0]`.
 """
 
 import hashlib
