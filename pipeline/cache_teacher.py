@@ -68,7 +68,7 @@ def run_cache(
         G2LError: Nothing could be started: bad inputs, settings or encoders.
     """
     sources = read_sources(inputs)
-    for spec in encoder_specs:
+    for spec in encoder_specs if not settings.force_mpp else ():
         require_mpp(spec, grid.mpp)
     audit_new(sources, store_path, settings)
     store = FeatureStore.create(store_path, grid=asdict(grid), views=asdict(views))

@@ -13,7 +13,7 @@ import typer
 
 from g2l_core import __version__
 from g2l_core.errors import G2LError, UsageError
-from pipeline import cli_plan, cli_store
+from pipeline import cli_models, cli_plan, cli_store
 from pipeline.cli_options import (
     AcceptMpp,
     Artefacts,
@@ -22,6 +22,7 @@ from pipeline.cli_options import (
     CropPx,
     Device,
     DryRun,
+    ForceMpp,
     Inputs,
     Json,
     LocalWorkers,
@@ -62,6 +63,7 @@ app = typer.Typer(
 )
 app.add_typer(cli_store.app, name="store")
 app.command()(cli_plan.plan)
+app.command()(cli_models.models)
 
 
 def show_version(asked: bool) -> None:
@@ -101,6 +103,7 @@ def cache_teacher(
     seed: Seed = 0,
     mpp_override: MppOverride = None,
     accept_mpp: AcceptMpp = False,
+    force_mpp: ForceMpp = False,
     device: Device = "auto",
     precision: Precision = "auto",
     compiled: Compile = False,
@@ -129,8 +132,9 @@ def cache_teacher(
     )
     how = {"views": views, "device": device, "precision": precision, "batch_size": batch_size, "workers": workers}
     how["precision"] = f"{precision}+compile" if compiled else precision
-    how |= {"mpp_override": mpp_override, "accept_mpp": accept_mpp, "retry_failed": retry_failed}
+    how |= {"mpp_override": mpp_override, "accept_mpp": accept_mpp, "force_mpp": force_mpp}
     how |= {"stage_dir": stage_dir, "stage_gb": stage_gb, "local_workers": local_workers, "scheduler": scheduler}
+    how |= {"retry_failed": retry_failed}
     how |= {"pictures": pictures}
     _run_cache(inputs, store, [teacher], weights, grid, method, {"crop_px": crop_px}, how, dry_run, as_json)
 
@@ -147,6 +151,7 @@ def embed(
     ] = None,
     mpp_override: MppOverride = None,
     accept_mpp: AcceptMpp = False,
+    force_mpp: ForceMpp = False,
     device: Device = "auto",
     precision: Precision = "auto",
     compiled: Compile = False,
@@ -170,8 +175,9 @@ def embed(
     existing = FeatureStore.open(store)
     how = {"views": views, "device": device, "precision": precision, "batch_size": batch_size, "workers": workers}
     how["precision"] = f"{precision}+compile" if compiled else precision
-    how |= {"mpp_override": mpp_override, "accept_mpp": accept_mpp, "retry_failed": retry_failed}
+    how |= {"mpp_override": mpp_override, "accept_mpp": accept_mpp, "force_mpp": force_mpp}
     how |= {"stage_dir": stage_dir, "stage_gb": stage_gb, "local_workers": local_workers, "scheduler": scheduler}
+    how |= {"retry_failed": retry_failed}
     grid = GridSpec(**existing.grid)
     method = resolve_tissue(tissue) if tissue else None
     if method and method.identity != grid.tissue:
@@ -347,30 +353,6 @@ def bench(
     if not as_json:
         typer.echo(f"report: {out / 'report.html'}")
     raise typer.Exit(EXIT_SOME_FAILED if report.failures else EXIT_DONE)
-
-
-@app.command()
-def models(
-    name: Annotated[str | None, typer.Argument(help="Show all of one encoder.", show_default=False)] = None,
-) -> None:
-    """List the encoders that have names, or show one."""
-    from g2l_core.encoders import TABLE, resolve_encoder, spec_to_json
-
-    if name is not None:
-        for field, value in spec_to_json(
-            resolve_encoder(name, weights="random:0" if name.startswith("timm:") else None)
-        ).items():
-            typer.echo(f"{field:16}{value}")
-        return
-    typer.echo(f"{'encoder':20}{'features':>9}{'px':>5}{'um/px':>7}{'params':>11}  {'licence':12}weights")
-    for spec in TABLE.values():
-        mpp = f"{spec.mpp:g}" if spec.mpp else "any"
-        size = f"{(spec.parameters or 0) / 1e6:,.1f} M"
-        gated = " (gated)" if spec.gated else ""
-        where = spec.weights.partition("/")[0] if spec.weights.startswith("package") else spec.weights
-        typer.echo(f"{spec.name:20}{spec.dim:>9}{spec.input_px:>5}{mpp:>7}{size:>11}  {spec.licence:12}{where}{gated}")
-    typer.echo("timm:NAME is any timm architecture (with --weights), NAME@PX another input size,")
-    typer.echo("and a run folder of g2l distill an encoder like any other.")
 
 
 @app.command()

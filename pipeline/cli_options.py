@@ -15,7 +15,7 @@ Inputs = Annotated[
 ]
 Store = Annotated[Path, typer.Option(help="The feature store (a Zarr folder); made or completed.", show_default=False)]
 Weights = Annotated[
-    str | None, typer.Option(help="A weights file, or random:SEED for a trial, in place of the encoder's own.")
+    str | None, typer.Option(help="In place of the encoder's own: a file, hub:REPOSITORY@REVISION, or random:SEED.")
 ]
 Mpp = Annotated[float, typer.Option(help="Micrometres per pixel of a patch; 20x is 0.5, 40x is 0.25.")]
 PatchPx = Annotated[int, typer.Option(help="Side of a patch in pixels at that scale.")]
@@ -34,6 +34,9 @@ MppOverride = Annotated[
     float | None, typer.Option(help="um/px of slides whose header and manifest give none.", show_default=False)
 ]
 AcceptMpp = Annotated[bool, typer.Option("--accept-mpp", help="Go on with um/px that the audit calls doubtful.")]
+ForceMpp = Annotated[
+    bool, typer.Option("--force-mpp", help="Encode patches at a scale that the encoder's card does not name.")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Precision = Annotated[str, typer.Option(help="auto (fp32 on CPU, the model card's on GPU), fp32, bf16 or fp16.")]
 Compile = Annotated[

@@ -25,6 +25,8 @@ class CacheSettings:
     mpp_override: float | None = None
     accept_mpp: bool = False
     """Go on with scales that look implausible."""
+    force_mpp: bool = False
+    """Encode patches at a scale that the encoder's card does not name."""
     pictures: bool = True
     """Whether every slide gets a picture and GeoJSON of its tissue beside the store."""
     stage_dir: Path | None = None

@@ -1,4 +1,4 @@
-"""Encoders: the table against the paper, names, weights, pooling and preprocessing by hand, static batches."""
+"""Encoders: weights, pooling and preprocessing by hand and against timm, precision, static batches."""
 
 import json
 import pickle
@@ -6,11 +6,12 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
-from torch.nn import functional
 
 from g2l_core import encoder_loading
 from g2l_core.encoder_loading import (
@@ -26,18 +27,10 @@ from g2l_core.encoder_loading import (
     require_mpp,
     state_digest,
 )
-from g2l_core.encoders import (
-    TABLE,
-    EncoderSpec,
-    encoder_key,
-    find_stored,
-    resolve_encoder,
-    run_encoder,
-    spec_from_json,
-    spec_to_json,
-)
+from g2l_core.encoders import TABLE, EncoderSpec, resolve_encoder
 from g2l_core.errors import EncoderError, UnknownNameError, UsageError
 from g2l_core.timm_bridge import import_timm
+from tests.test_views import he_patch
 
 VIT = EncoderSpec(
     name="tiny-vit",
@@ -64,163 +57,11 @@ def saved(folder: Path, spec: EncoderSpec, name: str = "w.safetensors", **change
     return folder / name
 
 
-# ---- the table ----------------------------------------------------------------------------------------------
-
-
-def test_constants_are_the_papers():
-    teacher, student = TABLE["h-optimus-0"], TABLE["hibou-l"]
-    assert teacher.mean == (0.707223, 0.578729, 0.703617)
-    assert teacher.std == (0.211883, 0.230117, 0.177517)
-    assert student.mean == (0.7068, 0.5755, 0.722)
-    assert student.std == (0.195, 0.2316, 0.1816)
-    assert (teacher.dim, student.dim) == (1536, 1024)
-    assert (teacher.weights, student.weights) == ("hub:bioptimus/H-optimus-0", "hub:histai/hibou-L")
-    assert teacher.arguments == {"img_size": 224, "init_values": 1e-5, "dynamic_img_size": False}
-    assert (teacher.layout, student.layout) == ("timm", "transformers-dinov2")
-    assert (teacher.card_precision, student.card_precision) == ("fp16", "fp32")
-    assert {spec.input_px for spec in (teacher, student)} == {224}
-    assert {spec.pooling for spec in (teacher, student)} == {"cls"}
-    assert {spec.licence for spec in TABLE.values()} == {"Apache-2.0"}
-
-
-@pytest.mark.parametrize("name", TABLE)
-def test_sizes_of_the_table_are_the_networks(name):
-    """Built on torch's meta device: shapes without memory, so a giant costs a second."""
-    spec = TABLE[name]
-    with torch.device("meta"):
-        network = import_timm().create_model(spec.architecture, num_classes=0, **spec.arguments)
-    assert sum(p.numel() for p in network.parameters()) == spec.parameters
-    assert network.num_features == spec.dim
-    if spec.pooling == "cls":
-        assert network.num_prefix_tokens == 5
-        assert network.pos_embed.shape == (1, 256, spec.dim)
-
-
-def test_paper_counts():
-    """The student has about 0.30 B parameters, the released teacher 1.13 B."""
-    assert round(TABLE["hibou-l"].parameters / 1e9, 2) == 0.30
-    assert round(TABLE["h-optimus-0"].parameters / 1e9, 2) == 1.13
-
-
-# ---- names --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("text", ["h-optimus-0", "H_optimus_0", "HOPTIMUS0", "h optimus 0", "H.Optimus-0"])
-def test_names_match_without_case_and_separators(text):
-    assert resolve_encoder(text) is TABLE["h-optimus-0"]
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("h-optimus-1", "unknown encoder 'h-optimus-1'. Did you mean h-optimus-0"),
-        ("hibou-b", "Did you mean hibou-l"),
-        ("efficientnet-lite3", "Did you mean efficientnet-lite"),
-        ("something", "Known: h-optimus-0, hibou-l, .*timm:NAME is any timm architecture"),
-        ("", "Known: h-optimus-0"),
-        ("timm:resnet81", "unknown timm architecture 'resnet81'. Did you mean resnet18"),
-        ("timm:ResNet18", "Did you mean resnet18"),
-        ("timm:", "unknown timm architecture ''"),
-        ("timm:resnet18.a1_in1000", "unknown timm architecture.*Did you mean resnet18.a1_in1k"),
-    ],
-)
-def test_unknown_names_suggest_the_nearest(text, message):
-    with pytest.raises(UnknownNameError, match=message):
-        resolve_encoder(text, weights="random:0")
-
-
-def test_a_timm_architecture_brings_its_preprocessing_but_no_weights():
-    spec = resolve_encoder("timm:vit_small_patch14_reg4_dinov2@56", weights="random:1")
-    assert spec == resolve_encoder("TIMM:vit_small_patch14_reg4_dinov2@56", weights="random:1")
-    assert spec.mean == (0.485, 0.456, 0.406)
-    assert (spec.input_px, spec.arguments, spec.interpolation) == (56, {"img_size": 56}, "bicubic")
-    assert spec.is_untrained
-    assert spec.weights_in_words == "random, seed 1"
-    with pytest.raises(UsageError, match="timm:resnet18 is an architecture without weights: give --weights FILE, or"):
-        resolve_encoder("timm:resnet18")
-    with pytest.raises(UsageError, match="give --weights FILE$"):
-        resolve_encoder("timm:resnet18", seed_hint=False)
-
-
-def test_another_input_size():
-    small = resolve_encoder("efficientnet_lite0@96")
-    assert (small.name, small.input_px, small.arguments) == ("efficientnet-lite0@96", 96, {})
-    assert small.weights == TABLE["efficientnet-lite0"].weights
-    assert resolve_encoder("h-optimus-0@112").arguments["img_size"] == 112
-    for text in ("efficientnet-lite0@x", "efficientnet-lite0@9.5", "efficientnet-lite0@-3", "efficientnet-lite0@²"):
-        with pytest.raises(UsageError, match="whole number of pixels"):
-            resolve_encoder(text)
-    with pytest.raises(UsageError, match="8 px is too small; at least 16"):
-        resolve_encoder("efficientnet-lite0@8")
-
-
-def test_bad_weights_arguments(tmp_path):
-    for weights in ("random:", "random:x", "random:-1", "random:²"):
-        with pytest.raises(UsageError, match="expected random:SEED with a whole number"):
-            resolve_encoder("hibou-l", weights=weights)
-    with pytest.raises(UsageError, match="no such file"):
-        resolve_encoder("hibou-l", weights=str(tmp_path / "absent.pt"))
-    assert not resolve_encoder("hibou-l").is_untrained
-    assert resolve_encoder("hibou-l").weights_in_words == "1.1 M slides (histai/hibou-L)"
-    assert resolve_encoder("hibou-l", weights="random:0").weights_in_words == "random, seed 0"
-
-
 def test_a_spec_that_cannot_be_built():
     with pytest.raises(UnknownNameError, match="pooling 'clss'. Did you mean cls"):
         replace(VIT, pooling="clss")
     with pytest.raises(EncoderError, match="pooling 'cls' needs class and patch tokens.*use native"):
         PatchEncoder(build_network(CNN), replace(CNN, pooling="cls"))
-
-
-def test_specs_survive_json():
-    for spec in (*TABLE.values(), VIT):
-        fields = json.loads(json.dumps(spec_to_json(spec)))
-        assert spec_from_json(fields) == spec
-        assert spec_from_json({**fields, "of a later version": 1}) == spec
-
-
-def test_keys_tell_apart_what_differs():
-    digest = "0123456789abcdef"
-    assert encoder_key(TABLE["h-optimus-0"], digest) == "h-optimus-0"
-    assert encoder_key(replace(TABLE["h-optimus-0"], weights="random:7"), digest) == "h-optimus-0-random7"
-    assert encoder_key(replace(TABLE["h-optimus-0"], weights="file:/w.pt"), digest) == "h-optimus-0-01234567"
-    assert encoder_key(replace(VIT, name="timm:a/b.c@56"), digest) == "timm-a-b-c-56-random0"
-
-
-def test_which_stored_encoder_is_meant():
-    stored = {"a-random0": {"name": "timm:a"}, "a-random1": {"name": "timm:a"}, "b": {"name": "H-B"}}
-    assert find_stored("a-random0", stored) == "a-random0"
-    assert find_stored("A_Random1", stored) == "a-random1"
-    assert find_stored("hb", stored) == "b"
-    with pytest.raises(UsageError, match="fits several stored encoders: a-random0, a-random1"):
-        find_stored("timm:a", stored)
-    with pytest.raises(UnknownNameError, match=r"Did you mean.*a-random0.*g2l store ls lists them"):
-        find_stored("a-random2", stored)
-
-
-def test_a_run_folder_is_an_encoder(tmp_path):
-    run = tmp_path / "my run"
-    (run / "student").mkdir(parents=True)
-    assert run_folder_unknown(run)
-    (run / "run.json").write_text("{}")
-    with pytest.raises(EncoderError, match="has no finished student; run g2l distill --resume"):
-        run_encoder(run)
-    record = {**spec_to_json(VIT), "weights_digest": "abc"}
-    (run / "student/encoder.json").write_text(json.dumps(record))
-    saved(run / "student", VIT, "model.safetensors")
-    spec = resolve_encoder(str(run))
-    assert (spec.name, spec.weights) == ("my run", f"run:{run / 'student'}")
-    np.testing.assert_array_equal(encode(load_encoder(spec), views(2)), encode(load_encoder(VIT), views(2)))
-    stored = {"x-1": {"name": "x", "weights_digest": "abc"}, "y": {"name": "my run", "weights_digest": "def"}}
-    assert find_stored(str(run), stored) == "x-1"
-    with pytest.raises(UnknownNameError, match="This run has no features here yet: g2l embed"):
-        find_stored(str(run), {"y": {"name": "my run", "weights_digest": "def"}})
-
-
-def run_folder_unknown(run: Path) -> bool:
-    with pytest.raises(UnknownNameError):
-        resolve_encoder(str(run))
-    return True
 
 
 # ---- weights ------------------------------------------------------------------------------------------------
@@ -383,6 +224,18 @@ def by_hand(pixels: np.ndarray, spec: EncoderSpec) -> tuple[torch.Tensor, torch.
     return tokens[:, 0], tokens[:, 5:].sum(dim=1) / 16
 
 
+def test_all_patch_tokens_without_registers():
+    encoder = load_encoder(replace(VIT, pooling="tokens"))
+    found = encode(encoder, views(3)).reshape(3, 16, 48)
+    np.testing.assert_allclose(found.mean(axis=1), by_hand(views(3), VIT)[1], rtol=1e-4, atol=1e-5)
+    with torch.inference_mode():
+        images = (torch.from_numpy(views(3)).permute(0, 3, 1, 2) / 255 - torch.tensor(VIT.mean).view(3, 1, 1)) / (
+            torch.tensor(VIT.std).view(3, 1, 1)
+        )
+        tokens = encoder.module.network.forward_features(images)
+    np.testing.assert_allclose(found, tokens[:, 5:], rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("pooling", ["cls", "mean", "cls_mean", "native"])
 def test_pooling_and_preprocessing_by_hand(pooling):
     class_token, mean = by_hand(views(3), VIT)
@@ -392,17 +245,31 @@ def test_pooling_and_preprocessing_by_hand(pooling):
     np.testing.assert_allclose(found, wanted[pooling], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
-@pytest.mark.parametrize("side", [112, 40])
-def test_views_of_another_size_are_resampled_with_antialiasing(interpolation, side):
-    pixels = views(2, side)
-    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).double()
-    images = functional.interpolate(images, size=(56, 56), mode=interpolation, antialias=True).clamp(0, 255)
-    resampled = replace(VIT, interpolation=interpolation)
-    normalised = (images / 255 - torch.tensor(VIT.mean).view(3, 1, 1)) / torch.tensor(VIT.std).view(3, 1, 1)
-    with torch.inference_mode():
-        wanted = build_network(resampled).eval()(normalised.float())
-    np.testing.assert_allclose(encode(load_encoder(resampled), pixels), wanted, rtol=1e-3, atol=1e-4)
+PREPROCESSINGS = {(s.input_px, s.mean, s.std, s.interpolation): s for s in TABLE.values()}
+
+
+class Pixels(torch.nn.Module):
+    """Gives back the images that it is shown."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.flatten(1)
+
+
+@pytest.mark.parametrize("spec", PREPROCESSINGS.values(), ids=lambda spec: spec.name)
+@pytest.mark.parametrize("side", [224, 256, 150])
+def test_preprocessing_is_timms_evaluation_transform(spec, side):
+    """Pixel by pixel, but where a sum falls half-way between two levels and Pillow's fixed-point weights decide."""
+    create_transform = import_timm().data.create_transform
+    pixels = np.stack([he_patch(i) for i in range(2)])
+    pixels = np.stack([cv2.resize(p, (side, side), interpolation=cv2.INTER_AREA) for p in pixels])
+    config = {"input_size": (3, spec.input_px, spec.input_px), "mean": spec.mean, "std": spec.std}
+    transform = create_transform(**config, interpolation=spec.interpolation, crop_pct=1.0, is_training=False)
+    wanted = torch.stack([transform(Image.fromarray(p)) for p in pixels])
+    found = PatchEncoder(Pixels(), replace(spec, pooling="native"))(torch.from_numpy(pixels)).view(wanted.shape)
+    levels = 255 * (found - wanted).abs() * torch.tensor(spec.std).view(3, 1, 1)
+    assert levels.max() < 2.01
+    assert (levels > 1.01).float().mean() < 1e-3
+    assert (levels > 0.01).float().mean() < (0.1 if (side, spec.interpolation) == (256, "bilinear") else 0.004)
 
 
 def test_a_constant_view_is_resampled_to_itself():
@@ -480,8 +347,11 @@ def test_precision_and_device_of_a_user(monkeypatch):
 def test_patches_at_another_scale_are_refused():
     require_mpp(TABLE["h-optimus-0"], 0.52)
     require_mpp(VIT, 5.0)
+    require_mpp(TABLE["virchow2"], 1.05)
     with pytest.raises(UsageError, match=r"h-optimus-0 expects 0\.5 um/px, the store's patches have 1. Use --mpp 0\.5"):
         require_mpp(TABLE["h-optimus-0"], 1.0)
+    with pytest.raises(UsageError, match=r"expects 0\.5 or 2 or 1 or 0\.25 um/px, .* have 4\. .*or --force-mpp"):
+        require_mpp(TABLE["virchow2"], 4.0)
 
 
 # ---- batches ------------------------------------------------------------------------------------------------

@@ -153,15 +153,14 @@ def test_weights_from_a_hub(hub, tmp_path):
     outcomes = load(tmp_path / "home", hub.url, *(f"hub:lab/{name}" for name in sources))
     assert outcomes[:2] == [digest, second]
     assert digest != second
-    gated = "access to lab/{} is gated. Accept its licence on the model's page on the hub, then set HF_TOKEN"
+    gated = "access to lab/{0} is gated. Accept its licence at " + hub.url + "/lab/{0}, then set HF_TOKEN"
     assert outcomes[2].startswith("hubbed: " + gated.format("gated"))
     assert outcomes[3].startswith("hubbed: " + gated.format("login"))
     assert outcomes[4] == "hubbed: lab/other has neither model.safetensors nor pytorch_model.bin"
-    # assert outcomes[5].startswith("hubbed: the hub has no lab/absent, or it is private")
-    # assert outcomes[6].startswith("hubbed: the hub's lab/open has no revision 'v9'")
-    # assert outcomes[7].startswith("hubbed: the hub cannot be reached and lab/broken is not in the cache")
-    # assert outcomes[8].startswith("hubbed: cannot download lab/cut: ")
-    print(*outcomes, sep="\n")
+    assert outcomes[5].startswith("hubbed: the hub has no lab/absent, or it is private")
+    assert outcomes[6].startswith("hubbed: the hub's lab/open has no revision 'v9'")
+    assert outcomes[7].startswith("hubbed: the hub cannot be reached and lab/broken is not in the cache")
+    assert outcomes[8].startswith("hubbed: cannot download lab/cut: ")
     assert all("\n" not in outcome for outcome in outcomes)
     assert all(asked.split("/")[1:3] in [["lab", name.split("@")[0]] for name in sources] for asked in hub.asked)
     assert sum(asked.startswith("GET /lab/open/") for asked in hub.asked) == 2

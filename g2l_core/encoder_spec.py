@@ -1,0 +1,92 @@
+"""What decides an encoder's features, as one frozen value; and the same as plain values for JSON."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from g2l_core.errors import UnknownNameError, UsageError
+
+POOLINGS = ("native", "cls", "mean", "cls_mean", "tokens")
+"""`native` is what the architecture's own head pools; `mean` leaves class and register tokens out; `tokens` are all
+patch tokens, row by row, one after the other in one vector."""
+
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+
+MPP_TOLERANCE = 0.1
+"""Patches may differ by this share from the scale that an encoder's card names."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderSpec:
+    """Everything that decides an encoder's features, but for the weights' values and the precision."""
+
+    name: str
+    """As users write it."""
+    architecture: str
+    """timm's name, or MODULE:FUNCTION that returns a torch module."""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """Further arguments of `timm.create_model` or of the function; layers by the names in `architectures.LAYERS`."""
+    weights: str
+    """Where the weights come from: hub:REPOSITORY@REVISION#FILE, package:MODULE/GLOB, file:PATH, run:FOLDER,
+    module:FUNCTION (the function loads them), random:SEED."""
+    layout: str = "auto"
+    """How the weights file names its tensors; auto finds out from the names. See `layouts.LAYOUTS`."""
+    input_px: int = 224
+    """Side that a view is resampled to, if it has another."""
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str = "bicubic"
+    pooling: str = "native"
+    dim: int | None = None
+    """Feature size by the model's card; checked when the network is built."""
+    mpp: float | None = None
+    """Micrometres per pixel that the card asks for; None where it names none."""
+    also_mpp: tuple[float, ...] = ()
+    """Further scales that it was trained at."""
+    card_precision: str = "fp32"
+    """What `--precision auto` means on a GPU."""
+    parameters: int | None = None
+    licence: str = "unknown"
+    gated: bool = False
+    trained_on: str = ""
+    """In words, for reports."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be built."""
+        if self.pooling not in POOLINGS:
+            raise UnknownNameError("pooling", self.pooling, POOLINGS)
+        if self.interpolation not in {"bicubic", "bilinear"}:
+            raise UnknownNameError("interpolation", self.interpolation, ("bicubic", "bilinear"))
+        if self.input_px < 16:
+            raise UsageError(f"{self.name}: an input of {self.input_px} px is too small; at least 16")
+        if min(self.std) <= 0:
+            raise UsageError(f"{self.name}: std must be above 0, not {self.std}")
+
+    @property
+    def is_untrained(self) -> bool:
+        """Whether the weights are random."""
+        return self.weights.startswith("random:")
+
+    @property
+    def weights_in_words(self) -> str:
+        """Where the weights come from, for people."""
+        source, _, where = self.weights.partition(":")
+        words = {"random": f"random, seed {where}", "file": f"file {where}", "run": f"distilled, {where}"}
+        return self.trained_on or words.get(source, self.weights)
+
+    def fits_mpp(self, mpp: float) -> bool:
+        """Whether patches at `mpp` micrometres per pixel are what the card asks for."""
+        wanted = () if self.mpp is None else (self.mpp, *self.also_mpp)
+        return not wanted or any(abs(mpp - known) <= MPP_TOLERANCE * known for known in wanted)
+
+
+def spec_from_json(fields: Mapping[str, Any]) -> EncoderSpec:
+    """The spec that `spec_to_json` wrote; keys it does not know are left out."""
+    known: dict[str, Any] = {k: v for k, v in fields.items() if k in EncoderSpec.__dataclass_fields__}
+    known |= {k: tuple(known[k]) for k in ("mean", "std", "also_mpp") if k in known}
+    return EncoderSpec(**known)
+
+
+def spec_to_json(spec: EncoderSpec) -> dict[str, Any]:
+    """The spec as plain values."""
+    return {**asdict(spec), "mean": list(spec.mean), "std": list(spec.std), "also_mpp": list(spec.also_mpp)}
