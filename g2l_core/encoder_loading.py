@@ -67,7 +67,10 @@ class PatchEncoder(nn.Module):
         images = pixels.permute(0, 3, 1, 2).float()
         if images.shape[-1] != self.input_px:
             images = resample(images, self.input_px, self.interpolation)
-        images = (images - self.get_buffer("mean")) / self.get_buffer("std")
+        return self.pooled((images - self.get_buffer("mean")) / self.get_buffer("std"))
+
+    def pooled(self, images: Float[Tensor, "batch 3 side side"]) -> Float[Tensor, "batch dim"]:
+        """Features of normalised images of the network's own input size."""
         if self.pooling == "native":
             return self.network(images)
         tokens = self.network.forward_features(images)  # type: ignore[operator]
@@ -299,10 +302,16 @@ def encode(
     pad the last batch (see `padded_batches`).
     """
     batch = torch.from_numpy(pixels).to(encoder.device, non_blocking=True)
+    return features_of(encoder, batch).cpu().numpy()
+
+
+def features_of(encoder: LoadedEncoder, pixels: UInt8[Tensor, "batch height width 3"]) -> Float32[Tensor, "batch dim"]:
+    """Features of a batch of views that is on the encoder's device already, without gradients."""
     dtype = DTYPES[encoder.precision.removesuffix(COMPILED)]
     autocast = nullcontext() if dtype == torch.float32 else torch.autocast(encoder.device.type, dtype)
-    with torch.inference_mode(), autocast:
-        return encoder.module(batch).float().cpu().numpy()
+    with torch.no_grad(), autocast:
+        features: Tensor = encoder.module(pixels).float()
+    return features
 
 
 def padded_batches(n: int, batch_size: int) -> Iterator[tuple[int, int]]:

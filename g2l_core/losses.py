@@ -17,7 +17,7 @@ from torch import Tensor
 from g2l_core.errors import UnknownNameError, UsageError
 
 LossFn: TypeAlias = Callable[..., Tensor]
-"""(student (n, d), teacher (n, d)) -> scalar; `logsum` also takes `alpha`."""
+"""(student (n, d), teacher (n, d)) -> scalar; some also take `alpha`, `temperature` or `bank`."""
 
 # Keeps log and 1 / sum finite for a perfect student. At a mean error of only 0.01 standard deviations (alpha 4,
 # 32 x 1536 entries) the sum is 1.5e-3, so this moves the loss by less than 1e-9.
@@ -76,7 +76,7 @@ def logsum(student: Float[Tensor, "n d"], teacher: Float[Tensor, "n d"], *, alph
         return torch.log(_powers(student - teacher, alpha).sum() + _LOG_FLOOR)
 
 
-def _powers(difference: Float[Tensor, "n d"], alpha: float) -> Float[Tensor, "n d"]:
+def _powers(difference: Float[Tensor, "*shape"], alpha: float) -> Float[Tensor, "*shape"]:
     if alpha == 4:
         squared = difference * difference  # exact and fast where pow is neither
         return squared * squared
@@ -151,8 +151,154 @@ def smooth_l1(student: Float[Tensor, "n d"], teacher: Float[Tensor, "n d"]) -> F
         return F.smooth_l1_loss(student, teacher)
 
 
+def logsum_corr(
+    student: Float[Tensor, "n d"], teacher: Float[Tensor, "n d"], *, alpha: float = 4.0
+) -> Float[Tensor, ""]:
+    """Log-Sum loss, form B: L = log(sum_d |1 - c_d|^alpha + 1e-5) with c_d = mean_n s_nd t_nd.
+
+    The authors' transformer code (roymiles/Simple-Recipe-Distillation, deit/; the exponent and 1e-5 are theirs). With
+    both sides standardised over the batch, 1 - c_d is half the mean squared error of dimension d: form B punishes badly
+    matched dimensions, form A badly matched entries. They are not interchangeable.
+
+    Args:
+        student: Projected student features, standardised with batch statistics.
+        teacher: Teacher features, standardised with batch statistics.
+        alpha: Exponent, above 0.
+
+    Returns:
+        The loss in float32.
+
+    Raises:
+        UsageError: shapes that differ, or an alpha that is not a positive finite number.
+    """
+    if not 0 < alpha < math.inf:
+        raise UsageError(f"logsum_corr: expected a finite alpha above 0, got {alpha}. The authors' is 4.")
+    student, teacher = _same_shape(student, teacher)
+    with torch.autocast(student.device.type, enabled=False):
+        return torch.log(_powers(1 - (student * teacher).mean(dim=0), alpha).sum() + 1e-5)
+
+
+def logsum_per_sample(
+    student: Float[Tensor, "n d"], teacher: Float[Tensor, "n d"], *, alpha: float = 4.0
+) -> Float[Tensor, ""]:
+    """The mean over patches of log sum_d |s_nd - t_nd|^alpha: not the paper's, every patch weighs the same.
+
+    Args and raises as `logsum`.
+    """
+    if not 0 < alpha < math.inf:
+        raise UsageError(f"logsum: expected a finite alpha above 0, got {alpha}. The paper's is 4.")
+    student, teacher = _same_shape(student, teacher)
+    with torch.autocast(student.device.type, enabled=False):
+        return torch.log(_powers(student - teacher, alpha).sum(dim=1) + _LOG_FLOOR).mean()
+
+
+def kl(student: Float[Tensor, "n d"], teacher: Float[Tensor, "n d"], *, temperature: float = 1.0) -> Float[Tensor, ""]:
+    """KL divergence of softmax over the feature dimensions: Hinton et al. 2015 (arXiv 1503.02531), features for logits.
+
+    T^2 mean_n sum_d p_nd log(p_nd / q_nd), p and q the softmax of teacher and student at temperature T; T^2 keeps the
+    gradient's size (their section 2).
+
+    Args:
+        student: Projected student features.
+        teacher: Teacher features.
+        temperature: T, above 0.
+
+    Returns:
+        The loss in float32, at least 0.
+
+    Raises:
+        UsageError: shapes that differ, or a temperature not above 0.
+    """
+    student, teacher = _same_shape(student, teacher)
+    with torch.autocast(student.device.type, enabled=False):
+        return _divergence(student, teacher, temperature) * temperature**2
+
+
+def kl_queue(
+    student: Float[Tensor, "n d"],
+    teacher: Float[Tensor, "n d"],
+    *,
+    bank: Float[Tensor, "k d"],
+    temperature: float = 0.07,
+) -> Float[Tensor, ""]:
+    """KL divergence of the softmax of cosine similarities to a bank of teacher features.
+
+    SEED (Fang et al. 2021, arXiv 2101.04731, equations 3 to 5), as lightly's distillation uses it; the bank is drawn
+    once from the whole store in place of a queue of recent batches.
+
+    Args:
+        student: Projected student features.
+        teacher: Teacher features, in the bank's scale.
+        bank: Teacher features of other patches.
+        temperature: T, above 0.
+
+    Returns:
+        The loss in float32, at least 0.
+
+    Raises:
+        UsageError: shapes that differ, or a temperature not above 0.
+    """
+    student, teacher = _same_shape(student, teacher)
+    with torch.autocast(student.device.type, enabled=False):
+        keys = F.normalize(bank.float(), dim=1)
+        s, t = (F.normalize(z, dim=1) @ keys.T for z in (student, teacher))
+        return _divergence(s, t, temperature)
+
+
+def _divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    if not 0 < temperature < math.inf:
+        raise UsageError(f"expected a finite temperature above 0, got {temperature}")
+    q, p = (F.log_softmax(z / temperature, dim=1) for z in (student, teacher))
+    return F.kl_div(q, p, reduction="batchmean", log_target=True)
+
+
+def rkd(student: Float[Tensor, "n d"], teacher: Float[Tensor, "n d"]) -> Float[Tensor, ""]:
+    """Relational knowledge distillation: distances between patches and angles among triples (Park et al., CVPR 2019).
+
+    Their equations 5 to 10 with the weights of section 4: distance loss plus twice the angle loss, each the Huber loss
+    of Girshick between student and teacher. Distances are divided by their mean over the batch.
+
+    Args:
+        student: Projected student features.
+        teacher: Teacher features.
+
+    Returns:
+        The loss in float32, at least 0.
+
+    Raises:
+        UsageError: shapes that differ, or fewer than three rows, which have no angle.
+    """
+    student, teacher = _same_shape(student, teacher)
+    if len(student) < 3:
+        raise UsageError(f"rkd: expected a batch of at least 3 rows, got {len(student)}. Raise the batch size.")
+    with torch.autocast(student.device.type, enabled=False):
+        distance = F.smooth_l1_loss(_relative_distances(student), _relative_distances(teacher))
+        return distance + 2 * F.smooth_l1_loss(_angles(student), _angles(teacher))
+
+
+def _relative_distances(z: Tensor) -> Tensor:
+    """Distances of all pairs over their mean, (n (n - 1) / 2,)."""
+    found = F.pdist(z)
+    return found / found.mean().clamp_min(_LOG_FLOOR)
+
+
+def _angles(z: Tensor) -> Tensor:
+    """Cosines of the angles at every patch between every two others, (n, n, n); 0 where two are the same."""
+    directions = F.normalize(z[None] - z[:, None], dim=2)
+    return torch.bmm(directions, directions.transpose(1, 2))
+
+
 LOSSES: Mapping[str, LossFn] = MappingProxyType(
-    {"logsum": logsum, "mse": mse, "cosine": cosine, "smooth_l1": smooth_l1}
+    {
+        "logsum": logsum,
+        "logsum_corr": logsum_corr,
+        "mse": mse,
+        "smooth_l1": smooth_l1,
+        "cosine": cosine,
+        "kl": kl,
+        "kl_queue": kl_queue,
+        "rkd": rkd,
+    }
 )
 """The losses by the name that the command line takes."""
 

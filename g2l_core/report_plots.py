@@ -7,30 +7,17 @@ shapes tell the same encoders apart without colour.
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
-from math import ceil, floor, isfinite, log, log10
+from math import isfinite, log
 
 from g2l_core.metrics.results import Estimate
 from g2l_core.report_tables import number, proper
+from g2l_core.svg import COLORS, WIDTH, Axis, axis_for, line_to, picture, shape, shortened, text_at
 
-COLORS = 6
-SHAPES = (
-    "M-1 0a1 1 0 1 0 2 0a1 1 0 1 0-2 0z",
-    "M-.9-.9H.9V.9H-.9z",
-    "M0-1.3 1.3 0 0 1.3-1.3 0z",
-    "M0-1.2 1.2.9H-1.2z",
-    "M0 1.2 1.2-.9H-1.2z",
-    "M-.4-1.1H.4V-.4H1.1V.4H.4V1.1H-.4V.4H-1.1V-.4H-.4z",
-    "M0-1.2 1.14-.37.71.97H-.71L-1.14-.37z",
-)
-"""Within about 1.2 of the origin. As 6 colours and 7 shapes share no divisor, 42 encoders differ."""
-
-_WIDTH = 920
 _TITLE, _ROW, _GROUP_GAP = 26, 24, 14
 _LABEL_X, _PLOT_X, _TEXT_X = 20, 236, 676
 _LABEL_CHARS = 27
 _CURVE_BOTTOM, _CURVE_LEFT, _CURVE_RIGHT = 276, 48, 690
 _LABEL_ROW = 20
-_DRAWABLE = 1e12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,71 +54,11 @@ class Curve:
         return tuple(point for point in self.points if isfinite(point[1].value))
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Axis:
-    ticks: tuple[float, ...]
-    digits: int
-    start: float
-    stop: float
-    """Where the first and the last tick stand; start > stop turns the axis."""
-
-    def at(self, value: float) -> float:
-        low, high = self.ticks[0], self.ticks[-1]
-        share = (min(max(value, low), high) - low) / (high - low)
-        return round(self.start + share * (self.stop - self.start), 1)
-
-
-def _axis(values: Iterable[float], start: float, stop: float) -> _Axis:
-    """Ticks at multiples of 1, 2 or 5 times a power of ten that enclose the values, some three to seven."""
-    drawn = [value for value in values if isfinite(value) and abs(value) < _DRAWABLE] or [0.0]
-    low, high = min(drawn), max(drawn)
-    size = max(abs(low), abs(high), 1e-3)
-    if high - low < 1e-6 * size:
-        low, high = low - size / 2, high + size / 2
-    rough = (high - low) / 5
-    power = 10.0 ** floor(log10(rough))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
-    ticks = tuple(i * step for i in range(floor(low / step + 1e-9), ceil(high / step - 1e-9) + 1))
-    return _Axis(ticks=ticks, digits=max(0, -floor(log10(step) + 1e-9)), start=start, stop=stop)
-
-
 def _drawn_values(estimates: Iterable[Estimate], neutral: float | None) -> Iterator[float]:
     for estimate in estimates:
         yield from (estimate.value, estimate.low, estimate.high)
     if neutral is not None:
         yield neutral
-
-
-def _text(x: float, y: float, text: str, style: str) -> str:
-    return f'<text x="{x}" y="{y}" class="{style}">{escape(text)}</text>'
-
-
-def _line(x1: float, y1: float, x2: float, y2: float, style: str) -> str:
-    return f'<path d="M{x1} {y1}L{x2} {y2}" class="{style}"/>'
-
-
-def _shortened(text: str, chars: int) -> str:
-    return text if len(text) <= chars else text[: chars - 1] + "\u2026"
-
-
-def _svg(width: float, height: float, label: str, parts: Iterable[str]) -> str:
-    return (
-        f'<svg class="plot" role="img" aria-label="{escape(label)}" viewBox="0 0 {width} {height}">'
-        f"{''.join(parts)}</svg>"
-    )
-
-
-def shape(encoder: int, x: float = 0, y: float = 0, size: float = 5) -> str:
-    """The mark of the page's encoder with this number, about (x, y)."""
-    return (
-        f'<path class="mark e{encoder % COLORS}" d="{SHAPES[encoder % len(SHAPES)]}" '
-        f'transform="translate({x} {y}) scale({size})"/>'
-    )
-
-
-def key_mark(encoder: int) -> str:
-    """The encoder's mark as a picture to stand in a line of text."""
-    return f'<svg class="key" viewBox="-8 -8 16 16" aria-hidden="true">{shape(encoder)}</svg>'
 
 
 def forest(groups: Sequence[Group], *, neutral: float | None, label: str) -> str:
@@ -146,43 +73,43 @@ def forest(groups: Sequence[Group], *, neutral: float | None, label: str) -> str
         One svg element. An estimate that is not finite has no mark; a bound that is not finite, no bar.
     """
     estimates = [row.estimate for group in groups for row in group.rows]
-    axis = _axis(_drawn_values(estimates, neutral), _PLOT_X + 8, _TEXT_X - 28)
+    axis = axis_for(_drawn_values(estimates, neutral), _PLOT_X + 8, _TEXT_X - 28)
     bottom = sum(_TITLE + _ROW * len(group.rows) + _GROUP_GAP for group in groups)
     parts = list(_vertical_grid(axis, bottom, neutral))
     top = 0
     for group in groups:
         parts += _forest_group(group, axis, top)
         top += _TITLE + _ROW * len(group.rows) + _GROUP_GAP
-        parts.append(_line(0, top, _WIDTH, top, "rule"))
-    return _svg(_WIDTH, bottom + 26, label, parts)
+        parts.append(line_to(0, top, WIDTH, top, "rule"))
+    return picture(WIDTH, bottom + 26, label, parts)
 
 
-def _vertical_grid(axis: _Axis, bottom: float, neutral: float | None) -> Iterator[str]:
+def _vertical_grid(axis: Axis, bottom: float, neutral: float | None) -> Iterator[str]:
     for tick in axis.ticks:
         x = axis.at(tick)
-        yield _line(x, 0, x, bottom, "grid")
-        yield _text(x, bottom + 19, proper(number(tick, axis.digits)), "tick middle")
+        yield line_to(x, 0, x, bottom, "grid")
+        yield text_at(x, bottom + 19, proper(number(tick, axis.digits)), "tick middle")
     if neutral is not None:
-        yield _line(axis.at(neutral), 0, axis.at(neutral), bottom, "neutral")
+        yield line_to(axis.at(neutral), 0, axis.at(neutral), bottom, "neutral")
 
 
-def _forest_group(group: Group, axis: _Axis, top: float) -> Iterator[str]:
-    yield _text(0, top + 21, group.title, "title")
+def _forest_group(group: Group, axis: Axis, top: float) -> Iterator[str]:
+    yield text_at(0, top + 21, group.title, "title")
     for i, row in enumerate(group.rows):
         y = top + _TITLE + _ROW * (i + 0.5)
         yield f"<g><title>{escape(f'{row.label}: {row.text} {row.aside}'.rstrip())}</title>"
-        yield shape(row.encoder, 6, y) + _text(_LABEL_X, y + 5, _shortened(row.label, _LABEL_CHARS), "label")
+        yield shape(row.encoder, 6, y) + text_at(_LABEL_X, y + 5, shortened(row.label, _LABEL_CHARS), "label")
         yield _bar(row.estimate, row.encoder, axis, y)
-        yield _text(_TEXT_X, y + 5, proper(row.text), "figure") + _text(_WIDTH, y + 5, row.aside, "figure end")
+        yield text_at(_TEXT_X, y + 5, proper(row.text), "figure") + text_at(WIDTH, y + 5, row.aside, "figure end")
         yield "</g>"
 
 
-def _bar(estimate: Estimate, encoder: int, axis: _Axis, y: float) -> str:
+def _bar(estimate: Estimate, encoder: int, axis: Axis, y: float) -> str:
     if not isfinite(estimate.value):
         return ""
     bar = ""
     if isfinite(estimate.low) and isfinite(estimate.high):
-        bar = _line(axis.at(estimate.low), y, axis.at(estimate.high), y, f"bar e{encoder % COLORS}")
+        bar = line_to(axis.at(estimate.low), y, axis.at(estimate.high), y, f"bar e{encoder % COLORS}")
     return bar + shape(encoder, axis.at(estimate.value), y)
 
 
@@ -200,14 +127,14 @@ def curves(lines: Sequence[Curve], *, neutral: float | None, label: str) -> str:
     bottom = max(_CURVE_BOTTOM, _LABEL_ROW * len(lines))
     ks = sorted({k for line in lines for k, _ in line.points})
     estimates = (estimate for line in lines for _, estimate in line.points)
-    axis = _axis(_drawn_values(estimates, neutral), bottom, 14)
+    axis = axis_for(_drawn_values(estimates, neutral), bottom, 14)
     parts = list(_horizontal_grid(axis, neutral))
-    parts += [_text(_k_at(k, ks), bottom + 20, str(k), "tick middle") for k in ks]
-    parts.append(_text((_CURVE_LEFT + _CURVE_RIGHT) / 2, bottom + 42, "k nearest neighbours", "tick middle"))
+    parts += [text_at(_k_at(k, ks), bottom + 20, str(k), "tick middle") for k in ks]
+    parts.append(text_at((_CURVE_LEFT + _CURVE_RIGHT) / 2, bottom + 42, "k nearest neighbours", "tick middle"))
     for i, line in enumerate(lines):
         parts += _curve(line, ks, axis, shift=(i - (len(lines) - 1) / 2) * 7)
     parts += _curve_labels(lines, axis)
-    return _svg(_WIDTH, bottom + 48, label, parts)
+    return picture(WIDTH, bottom + 48, label, parts)
 
 
 def _k_at(k: int, ks: Sequence[int]) -> float:
@@ -216,16 +143,16 @@ def _k_at(k: int, ks: Sequence[int]) -> float:
     return round(left + share * (right - left), 1)
 
 
-def _horizontal_grid(axis: _Axis, neutral: float | None) -> Iterator[str]:
+def _horizontal_grid(axis: Axis, neutral: float | None) -> Iterator[str]:
     for tick in axis.ticks:
         y = axis.at(tick)
-        yield _line(_CURVE_LEFT, y, _CURVE_RIGHT, y, "grid")
-        yield _text(_CURVE_LEFT - 10, y + 4, proper(number(tick, axis.digits)), "tick end")
+        yield line_to(_CURVE_LEFT, y, _CURVE_RIGHT, y, "grid")
+        yield text_at(_CURVE_LEFT - 10, y + 4, proper(number(tick, axis.digits)), "tick end")
     if neutral is not None:
-        yield _line(_CURVE_LEFT, axis.at(neutral), _CURVE_RIGHT, axis.at(neutral), "neutral")
+        yield line_to(_CURVE_LEFT, axis.at(neutral), _CURVE_RIGHT, axis.at(neutral), "neutral")
 
 
-def _curve(line: Curve, ks: Sequence[int], axis: _Axis, shift: float) -> Iterator[str]:
+def _curve(line: Curve, ks: Sequence[int], axis: Axis, shift: float) -> Iterator[str]:
     """Shifted sideways by a few units so that bars at the same k do not hide one another."""
     color = f"e{line.encoder % COLORS}"
     points = [(_k_at(k, ks) + shift, estimate) for k, estimate in line.finite()]
@@ -234,18 +161,18 @@ def _curve(line: Curve, ks: Sequence[int], axis: _Axis, shift: float) -> Iterato
         yield f'<path d="M{track}" class="track {color}"/>'
     for x, estimate in points:
         if isfinite(estimate.low) and isfinite(estimate.high):
-            yield _line(x, axis.at(estimate.low), x, axis.at(estimate.high), f"bar {color}")
+            yield line_to(x, axis.at(estimate.low), x, axis.at(estimate.high), f"bar {color}")
     yield from (shape(line.encoder, x, axis.at(estimate.value)) for x, estimate in points)
 
 
-def _curve_labels(lines: Sequence[Curve], axis: _Axis) -> Iterator[str]:
+def _curve_labels(lines: Sequence[Curve], axis: Axis) -> Iterator[str]:
     """Names at the right ends, in the order of the ends."""
     ends = [(axis.at(line.finite()[-1][1].value), i) for i, line in enumerate(lines) if line.finite()]
     order = [lines[i] for _, i in sorted(ends)]
     for y, line in zip(_apart(sorted(y for y, _ in ends), axis.start), order, strict=True):
         yield shape(line.encoder, _CURVE_RIGHT + 16, y)
         yield f"<g><title>{escape(line.label)}</title>"
-        yield _text(_CURVE_RIGHT + 28, y + 5, _shortened(line.label, _LABEL_CHARS - 2), "label")
+        yield text_at(_CURVE_RIGHT + 28, y + 5, shortened(line.label, _LABEL_CHARS - 2), "label")
         yield "</g>"
 
 

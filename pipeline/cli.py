@@ -13,7 +13,7 @@ import typer
 
 from g2l_core import __version__
 from g2l_core.errors import G2LError, UsageError
-from pipeline import cli_models, cli_plan, cli_store
+from pipeline import cli_distill, cli_models, cli_plan, cli_store
 from pipeline.cli_options import (
     AcceptMpp,
     Artefacts,
@@ -64,6 +64,9 @@ app = typer.Typer(
 app.add_typer(cli_store.app, name="store")
 app.command()(cli_plan.plan)
 app.command()(cli_models.models)
+app.command()(cli_distill.distill)
+app.command()(cli_distill.sweep)
+app.command(name="export-student")(cli_distill.export_student)
 
 
 def show_version(asked: bool) -> None:
@@ -244,84 +247,6 @@ def _list_losses(*losses: dict[str, str]) -> None:
             typer.echo(f"failed  {slide_id}: {reason}", err=True)
         if len(group) > SHOWN_REASONS:
             typer.echo(f"failed  and {len(group) - SHOWN_REASONS} more; g2l store info lists all", err=True)
-
-
-@app.command()
-def distill(
-    store: Annotated[Path, typer.Option(help="The feature store.", show_default=False)],
-    teacher: Annotated[str, typer.Option(help="The teacher, by its name or key in the store.", show_default=False)],
-    student: Annotated[str, typer.Option(help="The encoder to train.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="The run folder.", show_default=False)],
-    weights: Weights = None,
-    loss: Annotated[str, typer.Option(help="logsum, mse, smooth_l1 or cosine.")] = "logsum",
-    alpha: Annotated[float, typer.Option(help="Exponent of the Log-Sum loss.")] = 4.0,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training patches.")] = 10,
-    steps: Annotated[int | None, typer.Option(min=1, help="Steps, in place of --epochs.", show_default=False)] = None,
-    batch_size: Annotated[int, typer.Option(min=2, help="Patches a step.")] = 32,
-    lr: Annotated[float, typer.Option(help="Learning rate at the start; cosine-annealed.")] = 1e-4,
-    weight_decay: Annotated[float, typer.Option(help="Weight decay at the start; cosine-annealed.")] = 0.05,
-    early_stop: Annotated[
-        int, typer.Option(min=0, help="Stop after more than this many steps in a row above the mean; 0 never.")
-    ] = 10,
-    early_stop_window: Annotated[int, typer.Option(min=1, help="Steps of that mean.")] = 100,
-    where: Annotated[
-        list[str] | None, typer.Option(help="Use only slides with COLUMN=PATTERN; repeatable.", show_default=False)
-    ] = None,
-    hold_out: Annotated[str, typer.Option(help="Share of the patients to watch on, or COLUMN=PATTERN.")] = "0.1",
-    validate_every: Annotated[int, typer.Option(min=1, help="Steps between validations.")] = 200,
-    checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 200,
-    pool_blocks: Annotated[int, typer.Option(min=1, help="Blocks of 64 patches that batches are drawn from.")] = 256,
-    seed: Seed = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
-    device: Device = "auto",
-    precision: Annotated[str, typer.Option(help="Of the student's forward pass: auto (fp32), fp32 or bf16.")] = "auto",
-    workers: Workers = 2,
-) -> None:
-    """Stage two: train a student on the stored features, seeing the very pixels that the teacher saw.
-
-    The teacher is not loaded. Interrupt it at any time and go on with --resume.
-    """
-    from g2l_core.encoders import resolve_encoder
-    from g2l_core.training import TrainSettings
-    from pipeline.distill import DistillSettings, run_distill
-
-    training = TrainSettings(
-        steps=steps or 1,
-        loss=loss,
-        alpha=alpha,
-        lr=lr,
-        weight_decay=weight_decay,
-        early_stop_window=early_stop_window,
-        early_stop_patience=early_stop,
-        validate_every=validate_every,
-        checkpoint_every=checkpoint_every,
-        seed=seed,
-    )
-    settings = DistillSettings(
-        train=training,
-        batch_size=batch_size,
-        pool_blocks=pool_blocks,
-        where=tuple(where or ()),
-        hold_out=hold_out,
-        precision=precision,
-    )
-    summary = run_distill(
-        store,
-        teacher,
-        resolve_encoder(student, weights=weights),
-        out,
-        settings,
-        epochs=None if steps else epochs,
-        resume=resume,
-        device=device,
-        workers=workers,
-    )
-    stopped = " (stopped early: the loss rose)" if summary.stopped_early else ""
-    typer.echo(f"{summary.out}: {summary.steps:,} steps{stopped}; held out: {summary.held_out}")
-    typer.echo(f"{'':24}{'before':>9}{'after':>9}")
-    for name in summary.before:
-        if name != "step":
-            typer.echo(f"{name:24}{summary.before[name]:>9.3f}{summary.after[name]:>9.3f}")
 
 
 @app.command()

@@ -11,13 +11,14 @@ from g2l_core.errors import UsageError
 from g2l_core.grid import GridSpec
 from g2l_core.manifest import read_table
 from g2l_core.metrics.results import Comparison, Report, Result
+from g2l_core.optimisation import OptimSpec
 from g2l_core.store.features import FeatureStore
 from g2l_core.synthetic import CohortSpec, draw_cohort, label_patches
 from g2l_core.training import TrainSettings
 from g2l_core.views import ViewSpec
 from pipeline.bench import refuse_no_results, run_bench
 from pipeline.cache_teacher import run_cache
-from pipeline.distill import DistillSettings, run_distill
+from pipeline.distill import DistillHow, DistillSettings, run_distill
 from pipeline.encoding import CacheSettings
 from pipeline.progress import say
 
@@ -80,7 +81,7 @@ def run_demo(out: Path, slides: Path | None, settings: DemoSettings) -> str:
         before,
         run,
         DistillSettings(train=_training(settings), hold_out=cohort.hold_out),
-        workers=settings.workers,
+        how=DistillHow(workers=settings.workers),
     )
     _cache(cohort, store, resolve_encoder(str(run)), 0, settings)
     say("3/3  benchmarking from stored features")
@@ -98,8 +99,7 @@ def _training(settings: DemoSettings) -> TrainSettings:
     # of so small a cohort would trip the early stop.
     return TrainSettings(
         steps=settings.steps,
-        lr=1e-3,
-        early_stop_patience=0,
+        optim=OptimSpec(lr=1e-3, early_stop_patience=0),
         validate_every=max(1, settings.steps // 4),
         checkpoint_every=settings.steps,
         seed=settings.seed,

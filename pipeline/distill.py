@@ -1,29 +1,37 @@
-"""Stage two: from stored features to a student. Behind `g2l distill`; the teacher is never loaded."""
+"""Stage two: from stored features to a student. Behind `g2l distill`; the teacher is loaded only with --online."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
-from g2l_core.encoder_loading import DTYPES, LoadedEncoder, load_encoder
+from g2l_core.checkpoints import RunState, restore_best
+from g2l_core.distiller import Distiller, checkpoint_gradients
+from g2l_core.encoder_loading import DTYPES, LoadedEncoder, choose_device, encode_all, features_of, load_encoder
 from g2l_core.encoders import EncoderSpec, find_stored
-from g2l_core.errors import StoreMissingError, UsageError
-from g2l_core.loader import CanonicalSet, ReplayLoader, ReplaySpec, read_canonical
-from g2l_core.losses import standardize
-from g2l_core.metrics.similarity import cka_center, cka_moments, linear_cka
+from g2l_core.errors import StoreMissingError, UnknownNameError, UsageError
+from g2l_core.loader import CanonicalSet, Reading, ReplayLoader, ReplaySpec, read_canonical
+from g2l_core.objectives import Objective, TargetStatistics
+from g2l_core.pixel_cache import PixelCache
+from g2l_core.ranks import Group, joined
 from g2l_core.store.features import FeatureStore
 from g2l_core.store.provenance import software
-from g2l_core.students import write_student
-from g2l_core.training import Distiller, TrainOutcome, TrainSettings, train
-from pipeline.progress import ProgressLine
+from g2l_core.students import ModelCard, write_student
+from g2l_core.target_statistics import target_statistics
+from g2l_core.training import Loop, TrainOutcome, TrainSettings, read_figures, train
+from g2l_core.training_page import training_page
+from g2l_core.watching import Curves, held_out_figures, warnings_of
+from pipeline.progress import ProgressLine, say
 from pipeline.runs import ABOUT, open_run, read_record, write_record
 from pipeline.split import Split, split_store
 
 VALIDATION_PATCHES = 2048
+CURVES_PAGE = "curves.html"
+KEPT = ("last", "best")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,10 +40,42 @@ class DistillSettings:
 
     train: TrainSettings
     batch_size: int = 32
+    """Patches a step and rank."""
     pool_blocks: int = 256
     where: tuple[str, ...] = ()
     hold_out: str = "0.1"
+    slides: int | None = None
+    """Train on so many slides; None on all."""
+    views: int | None = None
+    """Replay views 1 to this; None all that are stored; 0, with a live teacher, new ones every epoch."""
+    online: bool = False
+    """Run the teacher on every batch instead of reading its features."""
     precision: str = "auto"
+    keep: str = "last"
+    """Which weights the student gets in the end: the last, or those of the best validation."""
+
+    def __post_init__(self) -> None:
+        """Refuse what means nothing."""
+        if self.keep not in KEPT:
+            raise UnknownNameError("weights to keep", self.keep, KEPT)
+        if self.views is not None and self.views < (0 if self.online else 1):
+            raise UsageError("--views must be at least 1; 0, new views every epoch, needs --online")
+        if self.online and (self.train.objective.needs_statistics or self.train.objective.needs_bank):
+            raise UsageError(
+                "a live teacher has no stored targets to take statistics or a bank from: use teacher-norm batch"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillHow:
+    """How stage two runs. None of it changes the student, but for the device."""
+
+    resume: bool = False
+    device: str = "auto"
+    workers: int = 2
+    targets_gb: float = 4.0
+    pixel_cache: Path | None = None
+    pixel_cache_gb: float = 50.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,64 +88,87 @@ class DistillSummary:
     held_out: str
     before: dict[str, float]
     after: dict[str, float]
+    share_waiting: float
+    """Of the training time, waiting for data."""
+    warnings: tuple[str, ...] = ()
+    leads: bool = True
+    """Whether this process speaks for all that train together."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Teacher:
+    """Where targets come from."""
+
+    facts: Mapping[str, Any]
+    key: str | None
+    """In the store; None where it runs live."""
+    live: LoadedEncoder | None = None
+
+    @property
+    def name(self) -> str:
+        return self.key or f"{self.live.key if self.live else ''}, run live"
 
 
 def run_distill(
     store_path: Path,
-    teacher: str,
+    teacher: str | EncoderSpec,
     student_spec: EncoderSpec,
     out: Path,
     settings: DistillSettings,
     *,
     epochs: int | None = None,
-    resume: bool = False,
-    device: str = "auto",
-    workers: int = 2,
+    how: DistillHow | None = None,
 ) -> DistillSummary:
     """Distill a student from a store.
 
     Args:
         store_path: The store.
-        teacher: The teacher as the user names it.
+        teacher: The teacher as the user names it; a spec where it runs live.
         student_spec: The student before training.
         out: The run folder.
         settings: The rest; `settings.train.steps` counts unless `epochs` is given.
         epochs: Passes over the training patches.
-        resume: Go on with the run in `out`.
-        device: auto, cpu or cuda.
-        workers: Threads that read and augment.
+        how: Device, workers, caches.
 
     Raises:
         G2LError: Something does not fit; nothing has been trained then.
     """
+    how = how or DistillHow()
+    with joined(choose_device(how.device)) as group:
+        return _distill(store_path, teacher, student_spec, out, settings, epochs, how, group)
+
+
+def _distill(
+    store_path: Path,
+    teacher: str | EncoderSpec,
+    student_spec: EncoderSpec,
+    out: Path,
+    settings: DistillSettings,
+    epochs: int | None,
+    how: DistillHow,
+    group: Group,
+) -> DistillSummary:
     store = FeatureStore.open(store_path)
-    key = find_stored(teacher, store.encoders)
-    split = split_store(store, settings.where, settings.hold_out, settings.train.seed)
-    replay = ReplaySpec(
-        encoder=key,
-        n_augmented=augmented_views(store, split, key),
-        batch_size=settings.batch_size,
-        pool_blocks=settings.pool_blocks,
-        seed=settings.train.seed,
-    )
-    loader = ReplayLoader(store, split.train, replay, workers=workers)
+    source = _teacher(store, teacher, settings, group)
+    split = split_store(store, settings.where, settings.hold_out, settings.train.seed, slides=settings.slides)
+    loader = _loader(store, split, source, settings, how, group)
     training = settings.train
     if epochs is not None:
-        training = TrainSettings(**{**asdict(training), "steps": epochs * loader.batches_per_epoch})
-    student = load_encoder(student_spec, device=device, precision=training_precision(settings.precision))
-    record = run_record(store, key, student, settings, training, split, replay)
-    open_run(out, record, resume=resume)
-    held_out = read_canonical(store, split.held_out, key, limit=VALIDATION_PATCHES, seed=training.seed)
-    distiller = Distiller(student.module.requires_grad_(True), student.dim, held_out.targets.shape[1], training.seed)
-    outcome = _train(distiller, loader, held_out, student, training, settings, out)
-    trained_on = f"{student_spec.weights_in_words}; distilled from {key}"
-    exported = write_student(out, distiller.student, student_spec, trained_on=trained_on)
-    save_file(
-        {name: t.detach().cpu() for name, t in distiller.projector.state_dict().items()}, out / "projector.safetensors"
-    )
-    figures = read_validation(out)
-    result = {"outcome": asdict(outcome), "before": figures[0], "after": figures[-1], "exported": exported}
-    write_record(out, {**read_record(out), "result": result})
+        batches = epochs * loader.batches_per_epoch
+        training = replace(training, steps=max(1, batches // training.optim.accumulate))
+    student = load_encoder(student_spec, device=str(group.device), precision=training_precision(settings.precision))
+    held_out = _held_out(store, split, source, training.seed, settings.batch_size)
+    record = run_record(store, source, student, settings, training, split, loader.spec, group)
+    if group.leads:
+        open_run(out, record, resume=how.resume)
+    group.wait()
+    distiller = _distiller(student, held_out, training)
+    objective = Objective(training.objective, _statistics(store, split, source, training, loader.spec), group)
+    outcome, state = _train(distiller, objective, loader, held_out, student, source, training, settings, out, group)
+    group.wait()
+    if group.leads:
+        _finish(out, state, student_spec, source, split, settings, outcome, record)
+    figures = read_figures(out / "validation.csv")
     return DistillSummary(
         out=out,
         steps=outcome.steps,
@@ -113,7 +176,80 @@ def run_distill(
         held_out=split.description,
         before=figures[0],
         after=figures[-1],
+        share_waiting=_share_waiting(out),
+        warnings=outcome.warnings,
+        leads=group.leads,
     )
+
+
+def _teacher(store: FeatureStore, teacher: str | EncoderSpec, settings: DistillSettings, group: Group) -> _Teacher:
+    if not settings.online:
+        key = find_stored(teacher.name if isinstance(teacher, EncoderSpec) else teacher, store.encoders)
+        return _Teacher(facts=store.encoders[key], key=key)
+    if not isinstance(teacher, EncoderSpec):
+        raise UsageError("a live teacher is given by its spec")
+    live = load_encoder(teacher, device=str(group.device))
+    return _Teacher(facts={**live.facts, "online": True}, key=None, live=live)
+
+
+def _loader(
+    store: FeatureStore, split: Split, source: _Teacher, settings: DistillSettings, how: DistillHow, group: Group
+) -> ReplayLoader:
+    spec = ReplaySpec(
+        encoder=source.key,
+        n_augmented=_views(store, split, source, settings),
+        batch_size=settings.batch_size * group.world,
+        pool_blocks=settings.pool_blocks,
+        seed=settings.train.seed,
+    )
+    cache = PixelCache(how.pixel_cache, how.pixel_cache_gb) if how.pixel_cache else None
+    reading = Reading(
+        workers=how.workers, rank=group.rank, world=group.world, targets_gb=how.targets_gb, pixel_cache=cache
+    )
+    return ReplayLoader(store, split.train, spec, reading)
+
+
+def _views(store: FeatureStore, split: Split, source: _Teacher, settings: DistillSettings) -> int:
+    """Augmented views to replay.
+
+    Raises:
+        StoreMissingError: The teacher has none, or fewer than are wanted.
+    """
+    slides = [store.slide(slide_id) for slide_id in {*split.train, *split.held_out}]
+    if source.key is None:
+        stored = min(slide.view_params.shape[1] for slide in slides) - 1
+        return stored if settings.views is None else settings.views
+    stored = min(slide.features_array(source.key).shape[1] for slide in slides) - 1
+    wanted = settings.views or max(stored, 1)
+    if stored < wanted:
+        raise StoreMissingError(
+            f"{store.path} has {stored} augmented views of {source.key}, not {wanted}: "
+            f"run g2l cache-teacher with --views {max(wanted, 2)}"
+        )
+    return wanted
+
+
+def _held_out(store: FeatureStore, split: Split, source: _Teacher, seed: int, batch_size: int) -> CanonicalSet:
+    found = read_canonical(store, split.held_out, source.key, limit=VALIDATION_PATCHES, seed=seed)
+    if source.live is None:
+        return found
+    return replace(found, targets=encode_all(source.live, found.pixels, batch_size).astype(np.float16))
+
+
+def _distiller(student: LoadedEncoder, held_out: CanonicalSet, training: TrainSettings) -> Distiller:
+    module = student.module.requires_grad_(True)
+    if training.checkpoint_gradients:
+        checkpoint_gradients(module)
+    width = held_out.targets.shape[1]
+    return Distiller(module, student.dim, width, training.seed, training.projector).to(student.device)
+
+
+def _statistics(
+    store: FeatureStore, split: Split, source: _Teacher, training: TrainSettings, replay: ReplaySpec
+) -> TargetStatistics | None:
+    if source.key is None or not (training.objective.needs_statistics or training.objective.needs_bank):
+        return None
+    return target_statistics(store, split.train, source.key, replay.n_augmented)
 
 
 def training_precision(asked: str) -> str:
@@ -123,107 +259,136 @@ def training_precision(asked: str) -> str:
     return "fp32" if asked == "auto" else asked
 
 
-def augmented_views(store: FeatureStore, split: Split, key: str) -> int:
-    """Augmented views that the teacher has of every slide in use.
-
-    Raises:
-        StoreMissingError: There are none.
-    """
-    views = min(store.slide(i).features_array(key).shape[1] for i in {*split.train, *split.held_out}) - 1
-    if views < 1:
-        raise StoreMissingError(
-            f"{store.path} has only the canonical view of {key}: run g2l cache-teacher with --views 2 or more"
-        )
-    return views
-
-
 def run_record(
     store: FeatureStore,
-    key: str,
+    source: _Teacher,
     student: LoadedEncoder,
     settings: DistillSettings,
     training: TrainSettings,
     split: Split,
     replay: ReplaySpec,
+    group: Group,
 ) -> dict[str, Any]:
     """What identifies a run, as plain values: another of these cannot resume it."""
     return {
         "store": {"grid": store.grid, "views": store.views},
-        "teacher": store.encoders[key],
+        "teacher": source.facts,
         "student": student.facts,
         "settings": {**asdict(settings), "where": list(settings.where), "train": asdict(training)},
         "replay": asdict(replay),
+        "ranks": group.world,
         "held_out": split.description,
         "rows": {
             side: {slide_id: len(rows) for slide_id, rows in part.items()}
             for side, part in (("train", split.train), ("held_out", split.held_out))
         },
-        ABOUT: {"store": str(store.path.resolve()), "software": software()},
+        ABOUT: {"store": str(store.path.resolve()), "software": software(), "device": str(group.device)},
     }
 
 
 def _train(
     distiller: Distiller,
+    objective: Objective,
     loader: ReplayLoader,
     held_out: CanonicalSet,
     student: LoadedEncoder,
+    source: _Teacher,
     training: TrainSettings,
     settings: DistillSettings,
     out: Path,
-) -> TrainOutcome:
+    group: Group,
+) -> tuple[TrainOutcome, RunState]:
     line = ProgressLine("distill", "steps")
-    outcome = train(
-        distiller.to(student.device),
-        loader.batches,
-        training,
-        out,
+
+    def report(step: int, loss: float) -> None:
+        if group.leads:
+            line.update(step, training.steps, f"loss {loss:.3f}")
+
+    loop = Loop(
+        batches=loader.batches,
         device=student.device,
         autocast=None if student.precision == "fp32" else DTYPES[student.precision],
-        validate=lambda _: validation_figures(distiller, held_out, student.device, settings.batch_size),
-        report=lambda step, loss: line.update(step, training.steps, f"loss {loss:.3f}"),
+        validate=lambda watched: held_out_figures(watched, held_out, student.device, settings.batch_size),
+        warn=lambda state, folder: _warn(state, folder, training.steps),
+        report=report,
+        wrap=group.wrap,
+        mean_over_ranks=group.mean,
+        leads=group.leads,
+        world=group.world,
+        targets_of=_live(source.live) if source.live else None,
     )
+    found = train(distiller, objective, training, out, loop)
     line.close()
-    return outcome
+    return found
 
 
-def validation_figures(
-    distiller: Distiller, held_out: CanonicalSet, device: torch.device, batch_size: int
-) -> dict[str, float]:
-    """How close the student is to the teacher on held-out canonical views.
+def _live(teacher: LoadedEncoder) -> Callable[[Tensor], Tensor]:
+    """The teacher's features of a batch on the device, rounded as a store would keep them."""
 
-    Returns:
-        Linear CKA of student and teacher, debiased and biased; the same for the projected student; and the
-        mean cosine of the projected student and the teacher, both standardised over the held-out patches.
-    """
-    distiller.eval()
-    features, projected = [], []
-    with torch.inference_mode():
-        for start in range(0, len(held_out.pixels), batch_size):
-            pixels = torch.from_numpy(held_out.pixels[start : start + batch_size]).to(device)
-            encoded = distiller.student(pixels)
-            features.append(encoded.float().cpu().numpy())
-            projected.append(distiller.projector(encoded).float().cpu().numpy())
-    student, projection = np.concatenate(features), np.concatenate(projected)
-    teacher = held_out.targets.astype(np.float32)
-    cosine = torch.nn.functional.cosine_similarity(
-        standardize(torch.from_numpy(projection)), standardize(torch.from_numpy(teacher)), dim=1
+    def targets_of(pixels: Tensor) -> Tensor:
+        return features_of(teacher, pixels).half().float()
+
+    return targets_of
+
+
+def _warn(state: RunState, folder: Path, steps: int) -> None:
+    """Say once what the curves warn of."""
+    curves = Curves(
+        validations=read_figures(folder / "validation.csv"),
+        losses=[row["loss_per_element"] for row in read_figures(folder / "log.csv")],
+        steps=steps,
     )
-    return {
-        **_cka(student, teacher, ""),
-        **_cka(projection, teacher, "_projected"),
-        "cosine_projected": float(cosine.mean()),
+    for warning in warnings_of(curves):
+        kind = warning.partition(" ")[0]
+        if not any(said.startswith(kind) for said in state.said):
+            state.said.append(warning)
+            say(f"warning  step {state.step}: {warning}")
+
+
+def _finish(
+    out: Path,
+    state: RunState,
+    student_spec: EncoderSpec,
+    source: _Teacher,
+    split: Split,
+    settings: DistillSettings,
+    outcome: TrainOutcome,
+    record: Mapping[str, Any],
+) -> None:
+    """Write the student, its model card, the curves, and the result into run.json."""
+    distiller, step = state.watched, state.step
+    if settings.keep == "best":
+        step = restore_best(out, distiller) or 0
+    figures = {int(row["step"]): row for row in read_figures(out / "validation.csv")}
+    card = ModelCard(
+        name=out.resolve().name,
+        teacher=source.facts,
+        student=student_spec,
+        settings=record["settings"],
+        train_slides=len(split.train),
+        train_patches=sum(map(len, split.train.values())),
+        held_out=split.description,
+        step=step,
+        before=figures[0],
+        after=figures[step],
+    )
+    trained_on = f"{student_spec.weights_in_words}; distilled from {source.name}"
+    exported = write_student(out, distiller.student, student_spec, trained_on=trained_on, card=card)
+    tensors = {name: t.detach().cpu().contiguous() for name, t in distiller.projector.state_dict().items()}
+    save_file(tensors, out / "projector.safetensors")
+    result: dict[str, Any] = {
+        "outcome": asdict(outcome),
+        "before": figures[0],
+        "after": figures[step],
+        "exported": exported,
     }
+    result |= {"kept": settings.keep, "kept_step": step, "share_waiting": _share_waiting(out)}
+    write_record(out, {**read_record(out), "result": result})
+    (out / CURVES_PAGE).write_text(training_page(out.resolve().name, out, read_record(out)), encoding="utf-8")
 
 
-def _cka(x: np.ndarray, y: np.ndarray, suffix: str) -> dict[str, float]:
-    moments = cka_moments(x, y, center=cka_center(x, y))
-    return {f"cka_{kind}{suffix}": linear_cka(moments, debiased=kind == "debiased") for kind in ("debiased", "biased")}
-
-
-def read_validation(folder: Path) -> list[dict[str, float]]:
-    """The rows of validation.csv as numbers."""
-    import csv
-
-    with (folder / "validation.csv").open(newline="", encoding="utf-8") as file:
-        rows: list[Mapping[str, str]] = list(csv.DictReader(file))
-    return [{name: float(value) for name, value in row.items()} for row in rows]
+def _share_waiting(out: Path) -> float:
+    """The share of the training time that was spent waiting for data; the first step fills the pool and is left out."""
+    rows = read_figures(out / "log.csv")[1:]
+    seconds = sum(row["seconds"] for row in rows)
+    return sum(row["seconds_waiting"] for row in rows) / seconds if seconds else 0.0

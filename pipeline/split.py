@@ -1,7 +1,7 @@
 """Which stored patches train the student, and which are held out to watch it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 import numpy as np
@@ -27,7 +27,9 @@ class Split:
     description: str
 
 
-def split_store(store: FeatureStore, where: Sequence[str], hold_out: str, seed: int) -> Split:
+def split_store(
+    store: FeatureStore, where: Sequence[str], hold_out: str, seed: int, *, slides: int | None = None
+) -> Split:
     """Part a store's good patches into training and held-out ones.
 
     Args:
@@ -36,10 +38,24 @@ def split_store(store: FeatureStore, where: Sequence[str], hold_out: str, seed: 
         hold_out: COLUMN=PATTERN, or a share. A share takes whole patients, or slides where patients are not
             known; where there is a single one, or only sets of images, it takes rows of every slide.
         seed: Names the draw.
+        slides: Train on so many slides, at random; fewer are always among more, so that sizes can be compared.
 
     Raises:
         UsageError: Nothing is left on either side, or an argument is malformed.
     """
+    split = _split(store, where, hold_out, seed)
+    return split if slides is None else _of_slides(split, slides, seed)
+
+
+def _of_slides(split: Split, count: int, seed: int) -> Split:
+    """The split with `count` of its training slides."""
+    if not 1 <= count <= len(split.train):
+        raise UsageError(f"--slides {count}: there are {len(split.train)} slides to train on")
+    kept = keyed_generator("training slides", seed).permutation(sorted(split.train))[:count].tolist()
+    return replace(split, train={slide_id: split.train[slide_id] for slide_id in kept})
+
+
+def _split(store: FeatureStore, where: Sequence[str], hold_out: str, seed: int) -> Split:
     conditions = [parse_condition(text) for text in where]
     slides = [s for s in store.slides() if all(fits(c, s.slide_id, s.labels) for c in conditions)]
     if not slides:

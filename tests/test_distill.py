@@ -18,8 +18,8 @@ from g2l_core.encoders import resolve_encoder
 from g2l_core.errors import UsageError
 from g2l_core.store.features import FeatureStore
 from g2l_core.timm_bridge import import_timm
-from g2l_core.training import TrainSettings
-from pipeline.distill import DistillSettings, run_distill
+from pipeline.config import settings_of
+from pipeline.distill import DistillHow, run_distill
 from pipeline.split import split_store
 from tests.conftest import TEACHER
 
@@ -27,9 +27,14 @@ KEY = "timm-mobilenetv3_small_050-64-random0"
 STUDENT = "timm:mobilenetv3_small_050@64"
 
 
+OPTIONS = {
+    "steps": 12, "lr": 1e-3, "validate_every": 4, "checkpoint_every": 3, "early_stop": 0, "batch_size": 8,
+    "pool_blocks": 2, "hold_out": "0.34",
+}  # fmt: skip
+
+
 def settings(**changes):
-    train = {"steps": 12, "lr": 1e-3, "validate_every": 4, "checkpoint_every": 3, "early_stop_patience": 0, **changes}
-    return DistillSettings(train=TrainSettings(**train), batch_size=8, pool_blocks=2, hold_out="0.34")
+    return settings_of({**OPTIONS, **changes})[0]
 
 
 def student():
@@ -39,7 +44,7 @@ def student():
 @pytest.fixture(scope="module")
 def run(cached_store, tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "student-a"
-    summary = run_distill(cached_store, KEY, student(), out, settings(), workers=1)
+    summary = run_distill(cached_store, KEY, student(), out, settings(), how=DistillHow(workers=1))
     return out, summary
 
 
@@ -52,7 +57,7 @@ def test_the_run_folder_tells_everything(run):
     record = json.loads((out / "run.json").read_text())
     assert record["teacher"]["name"] == TEACHER
     assert record["student"]["digest"] != record["result"]["exported"]["digest"]
-    assert record["settings"]["train"]["loss"] == "logsum"
+    assert record["settings"]["train"]["objective"]["loss"] == "logsum"
     assert record["about"]["software"]["torch"] == torch.__version__
     assert set(record["rows"]["train"]) & set(record["rows"]["held_out"]) == set()
     assert record["held_out"].startswith("patients p")
@@ -85,8 +90,9 @@ def test_the_exported_digest_is_the_loaded_encoder_s(run):
 KILLED = """
 import sys
 from tests.test_distill import settings, student, KEY
-from pipeline.distill import run_distill
-run_distill(sys.argv[1], KEY, student(), __import__("pathlib").Path(sys.argv[2]), settings(), resume=True, workers=2)
+from pipeline.distill import DistillHow, run_distill
+out = __import__("pathlib").Path(sys.argv[2])
+run_distill(sys.argv[1], KEY, student(), out, settings(), how=DistillHow(resume=True))
 """
 
 
@@ -120,21 +126,20 @@ def losses(out):
 
 
 def test_the_number_of_threads_changes_nothing(run, cached_store, tmp_path):
-    run_distill(cached_store, KEY, student(), tmp_path / "threads", settings(), workers=3)
+    run_distill(cached_store, KEY, student(), tmp_path / "threads", settings(), how=DistillHow(workers=3))
     whole, threads = tensors(run[0]), tensors(tmp_path / "threads")
     assert all(torch.equal(whole[name], threads[name]) for name in whole)
 
 
 def test_a_finished_run_resumes_to_itself(run, cached_store, tmp_path):
     out = shutil.copytree(run[0], tmp_path / "again")
-    run_distill(cached_store, KEY, student(), out, settings(), resume=True, workers=1)
+    run_distill(cached_store, KEY, student(), out, settings(), how=DistillHow(resume=True, workers=1))
     assert all(torch.equal(tensors(run[0])[name], tensors(out)[name]) for name in tensors(out))
 
 
 def test_float16_training_is_refused(cached_store, tmp_path):
-    chosen = DistillSettings(train=TrainSettings(steps=2), precision="fp16", batch_size=8)
     with pytest.raises(UsageError, match="fp16 cannot train"):
-        run_distill(cached_store, KEY, student(), tmp_path / "run", chosen)
+        run_distill(cached_store, KEY, student(), tmp_path / "run", settings(precision="fp16"))
 
 
 # -- the split ---------------------------------------------------------------------------------------------

@@ -8,8 +8,10 @@ import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 
+from g2l_core.epochs import plan_epoch
 from g2l_core.errors import StoreCorruptError, StoreMismatchError, StoreMissingError, UsageError
-from g2l_core.loader import EpochOrder, ReplayLoader, ReplaySpec, good_rows, read_canonical
+from g2l_core.loader import Reading, ReplayLoader, ReplaySpec, good_rows, read_canonical
+from g2l_core.pixel_cache import PixelCache
 from g2l_core.store.features import FeatureStore
 from g2l_core.views import pixel_hash
 
@@ -30,43 +32,55 @@ def rows(store):
     return {slide.slide_id: good_rows(slide) for slide in store.slides()}
 
 
-def drain(order):
-    batches = []
-    while (batch := order.draw()) is not None:
-        batches.append(batch)
-    return batches
+def plan(block_rows, *, batch_size=8, pool=2, seed=0, epoch=0):
+    return plan_epoch(block_rows, batch_size=batch_size, pool_blocks=pool, seed=seed, epoch=epoch)
 
 
 @given(st.lists(st.integers(1, 64), min_size=1, max_size=40), st.integers(1, 8), st.integers(2, 16), st.integers(0, 3))
 def test_an_epoch_draws_every_row_once(block_rows, pool, batch_size, epoch):
-    order = EpochOrder(block_rows, spec(pool_blocks=pool, batch_size=batch_size), epoch)
-    drawn = [(int(order.order[p]), r) for batch in drain(order) for p, r in batch.tolist()]
+    found = plan(block_rows, pool=pool, batch_size=batch_size, epoch=epoch)
+    drawn = [(int(found.order[p]), r) for batch in found.batches for p, r in batch.tolist()]
     everything = {(b, r) for b, n in enumerate(block_rows) for r in range(n)}
     assert len(drawn) == len(set(drawn)) == sum(block_rows) // batch_size * batch_size
     assert set(drawn) <= everything
 
 
-@given(st.lists(st.integers(1, 64), min_size=2, max_size=30), st.integers(0, 20))
-def test_waiting_is_what_is_still_to_come(block_rows, steps):
-    order = EpochOrder(block_rows, spec(), 0)
-    for _ in range(steps):
-        order.draw()
-    waiting = {(p, r) for p, found in order.waiting() for r in found.tolist()}
-    drawn = {(p, r) for batch in drain(order) for p, r in batch.tolist()}
-    assert drawn <= waiting
-    assert len(waiting - drawn) < 8
+@given(st.lists(st.integers(1, 64), min_size=2, max_size=30), st.integers(0, 20), st.sampled_from([1, 2, 4]))
+def test_jobs_are_what_a_rank_has_still_to_read(block_rows, steps, world):
+    found = plan(block_rows)
+    part = 8 // world
+    read = []
+    for rank in range(world):
+        jobs = found.jobs(steps, slice(rank * part, (rank + 1) * part))
+        assert [place for place, _ in jobs] == sorted({place for place, _ in jobs})
+        assert all((np.diff(rows) > 0).all() for _, rows in jobs)
+        read += [(place, row) for place, rows in jobs for row in rows.tolist()]
+    assert sorted(read) == sorted(map(tuple, found.batches[steps:].reshape(-1, 2).tolist()))
+
+
+@given(st.lists(st.integers(1, 64), min_size=8, max_size=40), st.integers(1, 6))
+def test_a_batch_is_drawn_from_a_pool_of_so_many_blocks(block_rows, pool):
+    """Nothing is drawn before the blocks ahead of it have shrunk to the pool: places lie close to the oldest left."""
+    found = plan(block_rows, pool=pool)
+    sizes = np.asarray(block_rows)[found.order]
+    left = {(p, r) for p, n in enumerate(sizes.tolist()) for r in range(n)}
+    for batch in found.batches:
+        furthest = int(batch[:, 0].max())
+        waiting = sum(1 for p, _ in left if p < furthest)
+        assert waiting < pool * 64
+        left -= set(map(tuple, batch.tolist()))
 
 
 def test_a_pool_of_256_blocks_mixes_a_batch():
-    order = EpochOrder([64] * 2000, spec(pool_blocks=256, batch_size=32), 0)
-    distinct = [len(np.unique(order.draw()[:, 0])) for _ in range(200)]
+    found = plan([64] * 2000, pool=256, batch_size=32)
+    distinct = [len(np.unique(batch[:, 0])) for batch in found.batches[:200]]
     assert np.mean(distinct) >= 30.1  # what independent draws would give: 256 (1 - (255/256)^32)
 
 
 def test_epochs_and_seeds_differ():
-    orders = [EpochOrder([64] * 20, spec(seed=s), e).draw().tolist() for s, e in ((0, 0), (0, 1), (1, 0))]
-    assert len({str(order) for order in orders}) == 3
-    assert EpochOrder([64] * 20, spec(), 0).draw().tolist() == orders[0]
+    plans = [plan([64] * 20, seed=s, epoch=e).batches[0].tolist() for s, e in ((0, 0), (0, 1), (1, 0))]
+    assert len({str(found) for found in plans}) == 3
+    assert plan([64] * 20).batches[0].tolist() == plans[0]
 
 
 def first(loader, count, start=0):
@@ -75,11 +89,11 @@ def first(loader, count, start=0):
 
 
 def test_batches_do_not_depend_on_threads_or_on_where_they_start(store, rows):
-    whole = first(ReplayLoader(store, rows, spec(), workers=3), 40)
-    per_epoch = ReplayLoader(store, rows, spec(), workers=1).batches_per_epoch
+    whole = first(ReplayLoader(store, rows, spec(), Reading(workers=3)), 40)
+    per_epoch = ReplayLoader(store, rows, spec(), Reading(workers=1)).batches_per_epoch
     assert per_epoch < 40  # the stream crosses into a second epoch
     for start in (0, 5, per_epoch - 1, per_epoch + 2):
-        again = first(ReplayLoader(store, rows, spec(), workers=1), 3, start)
+        again = first(ReplayLoader(store, rows, spec(), Reading(workers=1)), 3, start)
         for ours, theirs in zip(again, whole[start:], strict=False):
             assert (ours.position, ours.epoch) == (theirs.position, theirs.epoch)
             assert np.array_equal(ours.pixels, theirs.pixels)
@@ -93,13 +107,13 @@ def test_pixels_and_targets_belong_together(store, rows):
         for view in (1, 2):
             features = slide.features(KEY, view=view)
             of_hash |= {int(h): f for h, f in zip(hashes[:, view], features, strict=True)}
-    for batch in first(ReplayLoader(store, rows, spec(), workers=2), 10):
+    for batch in first(ReplayLoader(store, rows, spec(), Reading(workers=2)), 10):
         for h, target in zip(pixel_hash(batch.pixels), batch.targets, strict=True):
             assert np.array_equal(of_hash[int(h)], target)
 
 
 def test_two_epochs_show_both_views_of_every_patch(store, rows):
-    loader = ReplayLoader(store, rows, spec(batch_size=2), workers=2)
+    loader = ReplayLoader(store, rows, spec(batch_size=2), Reading(workers=2))
     seen = {int(h) for b in first(loader, 2 * loader.batches_per_epoch) for h in pixel_hash(b.pixels)}
     stored = {int(h) for slide in store.slides() for h in slide.pixel_hash[:, 1:].ravel()}
     assert seen <= stored
@@ -131,7 +145,10 @@ def test_other_pixels_are_refused(copy, rows):
 
 def test_nan_targets_are_refused(copy, rows):
     slide_group(copy)[f"features/{KEY}"][:, 1:, 3] = np.nan
-    loader = ReplayLoader(FeatureStore.open(copy), {"p01-1": rows["p01-1"]}, spec())
+    chosen = {"p01-1": rows["p01-1"]}
+    with pytest.raises(StoreCorruptError, match="p01-1.*not finite"):
+        ReplayLoader(FeatureStore.open(copy), chosen, spec())
+    loader = ReplayLoader(FeatureStore.open(copy), chosen, spec(), Reading(targets_gb=0))
     with pytest.raises(StoreCorruptError, match="p01-1.*not finite"):
         next(loader.batches())
 
@@ -156,3 +173,78 @@ def test_fewer_rows_than_a_batch_are_refused(store, rows):
 def test_a_batch_of_one_is_refused():
     with pytest.raises(UsageError, match="no batch statistics"):
         spec(batch_size=1)
+
+
+# ---- ranks, memory, new views, the pixel cache ------------------------------------------------------------------
+
+
+def same_batches(ours, theirs):
+    return len(ours) == len(theirs) and all(
+        np.array_equal(a.pixels, b.pixels) and np.array_equal(a.targets, b.targets) and a.epoch == b.epoch
+        for a, b in zip(ours, theirs, strict=True)
+    )
+
+
+@pytest.mark.parametrize("start", [0, 7])
+def test_ranks_part_the_batches_of_one(store, rows, start):
+    whole = first(ReplayLoader(store, rows, spec()), 30, start)
+    parts = [
+        first(ReplayLoader(store, rows, spec(), Reading(workers=1, rank=rank, world=2)), 30, start) for rank in (0, 1)
+    ]
+    for batch, low, high in zip(whole, *parts, strict=True):
+        assert np.array_equal(batch.pixels, np.concatenate([low.pixels, high.pixels]))
+        assert np.array_equal(batch.targets, np.concatenate([low.targets, high.targets]))
+    with pytest.raises(UsageError, match="a batch of 8 cannot be parted among 3 ranks"):
+        ReplayLoader(store, rows, spec(), Reading(world=3))
+
+
+def test_targets_are_the_same_from_memory_and_from_blocks(store, rows):
+    held = ReplayLoader(store, rows, spec(), Reading(targets_gb=1))
+    read = ReplayLoader(store, rows, spec(), Reading(targets_gb=0))
+    assert same_batches(first(held, 12), first(read, 12))
+
+
+def test_a_live_teacher_can_have_new_views_every_epoch(store, rows):
+    """View 1 + epoch of every patch; those that are stored have the stored pixels, later ones none seen before."""
+    loader = ReplayLoader(store, rows, spec(encoder=None, n_augmented=0), Reading(workers=2))
+    stream = loader.batches()
+    epochs = [
+        [int(h) for _ in range(loader.batches_per_epoch) for h in pixel_hash(next(stream).pixels)] for _ in range(4)
+    ]
+    stored = [{int(h) for s in store.slides() for h in s.pixel_hash[:, view]} for view in (1, 2)]
+    assert set(epochs[0]) <= stored[0]
+    assert set(epochs[1]) <= stored[1]
+    assert not set(epochs[2]) & (stored[0] | stored[1])
+    assert not set(epochs[2]) & set(epochs[3])
+    assert next(stream).targets.shape == (8, 0)
+    with pytest.raises(UsageError, match="a new view every epoch needs a teacher that runs live"):
+        spec(n_augmented=0)
+
+
+def test_the_pixel_cache_gives_the_same_batches_without_the_slides(store, rows, tmp_path, monkeypatch):
+    wanted = first(ReplayLoader(store, rows, spec(), Reading(workers=2)), 30)
+    cached = ReplayLoader(store, rows, spec(), Reading(workers=2, pixel_cache=PixelCache(tmp_path, 1.0)))
+    assert same_batches(first(cached, 30), wanted)
+    again = ReplayLoader(store, rows, spec(), Reading(workers=2, pixel_cache=PixelCache(tmp_path, 1.0)))
+    for block in again._blocks:
+        monkeypatch.setattr(block.slide.reader, "_reader", None)  # what is kept must not be read again
+    per_epoch = again.batches_per_epoch
+    assert same_batches(first(again, min(30, per_epoch)), wanted[:per_epoch])
+
+
+def test_the_pixel_cache_is_bounded_and_distrusts_torn_patches(store, rows, tmp_path):
+    size = 256 * 256 * 3
+    first(ReplayLoader(store, rows, spec(), Reading(pixel_cache=PixelCache(tmp_path, 10.5 * size / 1e9))), 30)
+    kept = sum(int(np.count_nonzero(np.fromfile(p, np.uint64))) for p in tmp_path.glob("*.hashes"))
+    assert kept == 10
+    for path in tmp_path.glob("*.pixels"):
+        pixels = np.memmap(path, np.uint8, "r+")
+        pixels[pixels > 0] = 1
+    torn = ReplayLoader(store, rows, spec(), Reading(pixel_cache=PixelCache(tmp_path, 10.5 * size / 1e9)))
+    assert same_batches(first(torn, 30), first(ReplayLoader(store, rows, spec()), 30))
+
+
+def test_a_pixel_cache_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="cannot make the pixel cache"):
+        PixelCache(tmp_path / "file" / "cache", 1.0)

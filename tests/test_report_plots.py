@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from g2l_core.html_page import _DARK, _LIGHT
 from g2l_core.metrics.results import Estimate
-from g2l_core.report_html import _DARK, _LIGHT
-from g2l_core.report_plots import COLORS, SHAPES, Curve, Group, Row, _axis, curves, forest
+from g2l_core.report_plots import Curve, Group, Row, curves, forest
+from g2l_core.svg import COLORS, SHAPES, axis_for
 
 
 def estimate(value, half=math.nan):
@@ -59,7 +60,7 @@ def test_what_is_not_finite_is_not_drawn():
 
 @given(st.lists(st.floats(-1e11, 1e11), min_size=1, max_size=5))
 def test_ticks_are_few_round_and_enclose_the_values(values):
-    axis = _axis(values, 0, 100)
+    axis = axis_for(values, 0, 100)
     steps = np.diff(axis.ticks)
     mantissa = steps[0] / 10 ** np.floor(np.log10(steps[0]) + 1e-9)
     assert 2 <= len(axis.ticks) <= 8

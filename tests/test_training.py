@@ -3,28 +3,39 @@
 import csv
 import itertools
 import math
+from dataclasses import fields
 
 import numpy as np
 import pytest
 import torch
 
+from g2l_core.checkpoints import RunState, restore, restore_best
+from g2l_core.distiller import Distiller, checkpoint_gradients
 from g2l_core.encoder_loading import load_encoder
 from g2l_core.encoders import resolve_encoder
 from g2l_core.errors import RunError, UnknownNameError, UsageError
 from g2l_core.loader import Batch
-from g2l_core.training import CsvLog, Distiller, EarlyStop, TrainSettings, cosine, load_checkpoint, train
+from g2l_core.objectives import Objective, ObjectiveSpec
+from g2l_core.optimisation import EarlyStop, OptimSpec, build_optimizer, cosine
+from g2l_core.training import CsvLog, Loop, TrainSettings, train
 
 STUDENT = "timm:mobilenetv3_small_050@64"
 DIM = 24
 
 
+OPTIM = {field.name for field in fields(OptimSpec)}
+
+
 def settings(**changes):
-    return TrainSettings(**{"steps": 6, "lr": 1e-3, "validate_every": 3, "checkpoint_every": 2, **changes})
+    """Settings with some changed; those of the optimiser and the loss may be given beside the others."""
+    given = {"steps": 6, "lr": 1e-3, "validate_every": 3, "checkpoint_every": 2, "best_by": "figure", **changes}
+    optim = OptimSpec(**{name: given.pop(name) for name in list(given) if name in OPTIM})
+    return TrainSettings(optim=optim, objective=ObjectiveSpec(loss=given.pop("loss", "logsum")), **given)
 
 
-def distiller():
+def distiller(projector="linear"):
     student = load_encoder(resolve_encoder(STUDENT, weights="random:0"))
-    return Distiller(student.module.requires_grad_(True), student.dim, DIM, seed=0)
+    return Distiller(student.module.requires_grad_(True), student.dim, DIM, seed=0, projector=projector)
 
 
 def batches(start=0):
@@ -39,19 +50,19 @@ def batches(start=0):
         start += 1
 
 
-def run(folder, model=None, **changes):
+def loop(**changes):
+    given = {
+        "batches": batches, "device": torch.device("cpu"), "autocast": None, "validate": lambda _: {"figure": 1.0},
+        "warn": lambda state, folder: None, "report": lambda step, loss: None, **changes,
+    }  # fmt: skip
+    return Loop(**given)
+
+
+def run(folder, model=None, how=None, **changes):
     folder.mkdir(exist_ok=True)
     model = model or distiller()
-    outcome = train(
-        model,
-        batches,
-        settings(**changes),
-        folder,
-        device=torch.device("cpu"),
-        autocast=None,
-        validate=lambda step: {"figure": float(step)},
-        report=lambda step, loss: None,
-    )
+    chosen = settings(**changes)
+    outcome, _ = train(model, Objective(chosen.objective), chosen, folder, how or loop())
     return model, outcome
 
 
@@ -109,22 +120,12 @@ def test_stopping_at_any_step_and_resuming_gives_the_same_weights(tmp_path):
         assert rows(folder / "validation.csv") == rows(tmp_path / "whole" / "validation.csv")
 
 
-def interrupted(folder, stop):
+def interrupted(folder, stop, **changes):
     def report(step, _loss):
         if step == stop:
             raise KeyboardInterrupt
 
-    folder.mkdir()
-    train(
-        distiller(),
-        batches,
-        settings(),
-        folder,
-        device=torch.device("cpu"),
-        autocast=None,
-        validate=lambda step: {"figure": float(step)},
-        report=report,
-    )
+    run(folder, how=loop(report=report), **changes)
 
 
 def test_a_torn_checkpoint_is_passed_over(tmp_path):
@@ -138,7 +139,8 @@ def test_a_torn_checkpoint_is_passed_over(tmp_path):
 
 def test_two_checkpoints_are_kept_and_a_finished_run_stays(tmp_path):
     model, _ = run(tmp_path)
-    assert [p.name for p in sorted((tmp_path / "checkpoints").iterdir())] == ["step-00000004.pt", "step-00000006.pt"]
+    kept = [path.name for path in sorted((tmp_path / "checkpoints").iterdir())]
+    assert kept == ["best.pt", "step-00000004.pt", "step-00000006.pt"]
     again, outcome = run(tmp_path)
     assert outcome.steps == 6
     assert same_weights(model, again)
@@ -160,7 +162,7 @@ def test_early_stop_can_be_off():
 def test_early_stop_ends_the_run(tmp_path):
     steps = itertools.count()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TrainSettings, "loss_of", lambda self, s, t: (s * 0).sum() + next(steps))
+        patch.setattr(Objective, "forward", lambda self, s, t: (s * 0).sum() + next(steps))
         _, outcome = run(tmp_path, steps=50, early_stop_window=5, early_stop_patience=3)
     assert outcome.stopped_early
     assert outcome.steps == 5 + 4
@@ -168,7 +170,7 @@ def test_early_stop_ends_the_run(tmp_path):
 
 def test_a_loss_that_is_no_number_ends_the_run_with_a_clear_line(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TrainSettings, "loss_of", lambda self, s, t: (s * float("nan")).sum())
+        patch.setattr(Objective, "forward", lambda self, s, t: (s * float("nan")).sum())
         with pytest.raises(RunError, match="loss of step 0 is nan. Lower --lr"):
             run(tmp_path)
 
@@ -189,19 +191,9 @@ def test_unknown_loss_and_bad_settings():
             settings(**bad)
 
 
-@pytest.mark.parametrize("loss", ["logsum", "mse", "cosine", "smooth_l1"])
+@pytest.mark.parametrize("loss", ["logsum", "logsum_corr", "mse", "cosine", "smooth_l1", "kl", "rkd"])
 def test_every_loss_trains_under_bfloat16(tmp_path, loss):
-    model = distiller()
-    outcome = train(
-        model,
-        batches,
-        settings(steps=2, loss=loss),
-        tmp_path,
-        device=torch.device("cpu"),
-        autocast=torch.bfloat16,
-        validate=lambda step: {"figure": 0.0},
-        report=lambda step, loss: None,
-    )
+    _, outcome = run(tmp_path, how=loop(autocast=torch.bfloat16), steps=2, loss=loss)
     assert math.isfinite(outcome.last_loss)
 
 
@@ -212,8 +204,146 @@ def test_a_projector_is_a_function_of_the_seed_alone():
     assert same_weights(first, distiller())
 
 
+def state_of(model, **optim):
+    return RunState(distiller=model, optimizer=build_optimizer(model, OptimSpec(**optim)), early_stop=EarlyStop(3, 3))
+
+
 def test_no_checkpoint_is_step_zero(tmp_path):
+    state = state_of(distiller())
+    restore(tmp_path, state)
+    assert (state.step, state.stopped) == (0, False)
+    assert restore_best(tmp_path, state.distiller) is None
+
+
+# ---- what is off by default -----------------------------------------------------------------------------------
+
+
+def test_warm_up_scales_the_learning_rate_alone(tmp_path):
+    run(tmp_path, warmup=3)
+    for row in rows(tmp_path / "log.csv"):
+        step = int(row["step"])
+        assert float(row["lr"]) == pytest.approx(1e-3 * cosine(step, 6) * min(1, (step + 1) / 3))
+        assert float(row["weight_decay"]) == pytest.approx(0.05 * cosine(step, 6))
+
+
+def test_accumulated_batches_make_one_step(tmp_path):
+    """Two batches a step: positions advance by two, and the gradient is the mean of theirs."""
+    model, _ = run(tmp_path / "two", steps=1, accumulate=2, weight_decay=0.0)
+    by_hand, objective = distiller(), Objective(ObjectiveSpec())
+    by_hand.train()
+    optimizer = torch.optim.AdamW(by_hand.parameters(), lr=1e-3, weight_decay=0.0)
+    for batch in itertools.islice(batches(), 2):
+        loss = objective(by_hand(torch.from_numpy(batch.pixels)), torch.from_numpy(batch.targets))
+        (loss / 2).backward()
+    optimizer.step()
+    assert same_weights(model, by_hand)
+    whole, _ = run(tmp_path / "whole", accumulate=2)
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(tmp_path / "stopped", 3, accumulate=2)
+    again, _ = run(tmp_path / "stopped", accumulate=2)
+    assert same_weights(whole, again)
+
+
+def test_clipping_bounds_the_gradient(tmp_path):
+    norms = []
+    original = torch.optim.AdamW.step
+
+    def step(self, *args, **kwargs):
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norms.append(float(torch.stack([g.norm() for g in grads]).norm()))
+        return original(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", step)
+        run(tmp_path / "free")
+        free, norms[:] = max(norms), []
+        run(tmp_path / "clipped", clip=free / 10)
+    assert max(norms) <= free / 10 * 1.001
+
+
+def test_layers_near_the_input_learn_more_slowly():
+    vit = resolve_encoder("timm:vit_tiny_patch16_224@32", weights="random:0")
+    student = load_encoder(vit)
+    model = Distiller(student.module.requires_grad_(True), student.dim, DIM, seed=0)
+    groups = build_optimizer(model, OptimSpec(layer_decay=0.5)).param_groups
+    share = {id(p): group["share"] for group in groups for p in group["params"]}
+    assert len(share) == sum(1 for _ in model.parameters())
+    network = model.student.network
+    shares = [share[id(block.norm1.weight)] for block in network.blocks]
+    assert shares == pytest.approx([0.5 ** (12 - i) for i in range(12)])
+    assert share[id(network.patch_embed.proj.weight)] == pytest.approx(0.5**13)
+    assert share[id(model.projector.weight)] == 1
+
+
+def test_averaged_weights_are_watched_and_kept(tmp_path):
+    watched = []
     model = distiller()
-    optimizer = torch.optim.AdamW(model.parameters())
-    step, stopped, _ = load_checkpoint(tmp_path, model, optimizer, EarlyStop(3, 3))
-    assert (step, stopped) == (0, False)
+    chosen = settings(ema=0.5, steps=3, validate_every=1)
+    seen = []
+
+    def report(_step, _loss):
+        seen.append(model.projector.weight.detach().clone())
+
+    first = model.projector.weight.detach().clone()
+    how = loop(validate=lambda w: watched.append(w.projector.weight.clone()) or {"figure": 1.0}, report=report)
+    _, state = train(model, Objective(chosen.objective), chosen, tmp_path, how)
+    average = first
+    for weight in seen:
+        average = average.lerp(weight, 0.5)
+    torch.testing.assert_close(state.watched.projector.weight, average)
+    torch.testing.assert_close(watched[-1], average)
+    whole = state.watched
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(tmp_path / "stopped", 2, ema=0.5)
+    again = distiller()
+    chosen = settings(ema=0.5)
+    _, resumed = train(again, Objective(chosen.objective), chosen, tmp_path / "stopped", loop())
+    uninterrupted = distiller()
+    (tmp_path / "whole").mkdir()
+    _, straight = train(uninterrupted, Objective(chosen.objective), chosen, tmp_path / "whole", loop())
+    assert same_weights(resumed.watched, straight.watched)
+    assert not same_weights(resumed.watched, whole)
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory():
+    vit = resolve_encoder("timm:vit_tiny_patch16_224@32", weights="random:0")
+    gradients = []
+    for saves in (False, True):
+        student = load_encoder(vit)
+        model = Distiller(student.module.requires_grad_(True), student.dim, DIM, seed=0).train()
+        if saves:
+            checkpoint_gradients(model.student)
+        pixels = torch.randint(0, 256, (4, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        model(pixels).square().sum().backward()
+        gradients.append(model.student.network.blocks[0].attn.qkv.weight.grad)
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_the_best_checkpoint_is_that_of_the_highest_figure(tmp_path):
+    figures = iter([0.1, 0.5, 0.3, 0.4])
+    model, outcome = run(tmp_path, how=loop(validate=lambda _: {"figure": next(figures)}), steps=6, validate_every=2)
+    assert outcome.best_step == 2
+    best = distiller()
+    assert restore_best(tmp_path, best) == 2
+    assert not same_weights(best, model)
+
+
+def test_a_live_teacher_replaces_stored_targets(tmp_path):
+    """The same targets, computed from the pixels, give the same weights bit for bit."""
+    stored = {batch.pixels.tobytes(): batch.targets for batch in itertools.islice(batches(), 6)}
+
+    def targets_of(pixels):
+        return torch.from_numpy(stored[pixels.numpy().tobytes()]).float()
+
+    live, _ = run(tmp_path / "live", how=loop(targets_of=targets_of))
+    cached, _ = run(tmp_path / "cached")
+    assert same_weights(live, cached)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"warmup": -1}, {"clip": -1.0}, {"accumulate": 0}, {"layer_decay": 0.0}, {"ema": 1.0}, {"early_stop_window": 0}],
+)
+def test_settings_of_the_optimiser_that_cannot_run(bad):
+    with pytest.raises(UsageError):
+        settings(**bad)

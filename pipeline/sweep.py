@@ -1,0 +1,255 @@
+"""Many distillations from one cache: every combination of some options, resumable, in one table."""
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from itertools import product
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from g2l_core.encoders import RUN_RECORD, resolve_encoder
+from g2l_core.errors import G2LError, RunError, UsageError
+from g2l_core.html_page import document, table
+from g2l_core.training_page import HELD_OUT, Line, line_chart
+from pipeline.config import NAMES, find_recipe, read_toml, require_known, settings_of
+from pipeline.distill import DistillHow, run_distill
+from pipeline.progress import say
+
+ALPHA_LOSSES = ("logsum", "logsum_corr")
+RESULTS = "results.csv"
+PAGE = "sweep.html"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """What is run."""
+
+    title: str
+    base: Mapping[str, Any]
+    """Options of every run."""
+    grid: Mapping[str, tuple[Any, ...]]
+    """Options with the values that they take, all with all."""
+
+    def runs(self) -> list[dict[str, Any]]:
+        """The varied options of each run; an alpha for a loss that has none is left out, and counts once."""
+        found: list[dict[str, Any]] = []
+        for values in product(*self.grid.values()):
+            run = dict(zip(self.grid, values, strict=True))
+            if {**self.base, **run}.get("loss", "logsum") not in ALPHA_LOSSES:
+                run.pop("alpha", None)
+            if run not in found:
+                found.append(run)
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """One finished run."""
+
+    varied: Mapping[str, Any]
+    folder: str
+    before: Mapping[str, float]
+    after: Mapping[str, float]
+    steps: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepResult:
+    """All of a sweep."""
+
+    sweep: Sweep
+    finished: tuple[RunResult, ...]
+    failed: Mapping[str, str]
+    """Why runs failed, by folder."""
+
+
+def read_sweep(given: str, changes: Sequence[str]) -> Sweep:
+    """A sweep's file, or a shipped one by its name, with NAME=VALUE changes to its base.
+
+    Raises:
+        UsageError: It cannot be read, or has something that is no option; names it.
+    """
+    path = find_recipe(given, "sweeps")
+    content = read_toml(path)
+    for key in content:
+        if key not in {"title", "base", "grid"}:
+            raise UsageError(f"{path}: unknown table or key {key!r}; a sweep has title, [base] and [grid]")
+    base, grid = dict(content.get("base", {})), dict(content.get("grid", {}))
+    if not grid:
+        raise UsageError(f"{path}: [grid] is missing: options with lists of values, such as seed = [0, 1, 2]")
+    for change in changes:
+        name, equals, value = change.partition("=")
+        if not equals:
+            raise UsageError(f"--set {change}: expected NAME=VALUE")
+        grid.pop(name, None)
+        base[name] = _value(value)
+    for part in (base, grid):
+        require_known({k: v for k, v in part.items() if k not in NAMES}, path)
+        if taken := [name for name in NAMES if name in part]:
+            raise UsageError(f"{path}: {taken[0]} is given on the command line, not in a sweep")
+    for name, values in grid.items():
+        if not isinstance(values, list) or not values:
+            raise UsageError(f"{path}: {name} in [grid] must be a list of values, not {values!r}")
+    return Sweep(title=content.get("title", path.stem), base=base, grid={k: tuple(v) for k, v in grid.items()})
+
+
+def _value(text: str) -> Any:
+    """A value as TOML reads it; a bare word is text."""
+    import tomllib
+
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def run_sweep(
+    sweep: Sweep, store: Path, teacher: str, student: str, weights: str | None, out: Path, how: DistillHow
+) -> SweepResult:
+    """Distill every run that is not finished yet; one that fails costs itself, and is named.
+
+    Raises:
+        G2LError: Nothing could be started.
+    """
+    spec = resolve_encoder(student, weights=weights)
+    runs = sweep.runs()
+    for run in runs:  # an option that cannot be used is told before the first night is spent
+        settings_of({**sweep.base, **run})
+    out.mkdir(parents=True, exist_ok=True)
+    failed: dict[str, str] = {}
+    for i, run in enumerate(runs, start=1):
+        folder = out / name_of(run)
+        if _result(folder) is None:
+            say(f"run {i}/{len(runs)}  {folder.name}")
+            settings, epochs = settings_of({**sweep.base, **run})
+            try:
+                run_distill(store, teacher, spec, folder, settings, epochs=epochs, how=how)
+            except G2LError as error:
+                failed[folder.name] = str(error)
+                say(f"failed  {folder.name}: {error}")
+    finished = [found for run in runs if (found := _finished(out / name_of(run), run))]
+    if not finished:
+        raise RunError(f"no run of the sweep finished: {next(iter(failed.values()))}")
+    result = SweepResult(sweep=sweep, finished=tuple(finished), failed=failed)
+    _write(result, out)
+    return result
+
+
+def name_of(run: Mapping[str, Any]) -> str:
+    """A run's folder: its varied options."""
+    return ",".join(f"{name}={value}" for name, value in run.items()).replace("/", "_")
+
+
+def _result(folder: Path) -> dict[str, Any] | None:
+    path = folder / RUN_RECORD
+    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return record.get("result")
+
+
+def _finished(folder: Path, run: Mapping[str, Any]) -> RunResult | None:
+    result = _result(folder)
+    if result is None:
+        return None
+    return RunResult(
+        varied=run, folder=folder.name, before=result["before"], after=result["after"], steps=result["outcome"]["steps"]
+    )
+
+
+def groups_of(result: SweepResult) -> dict[tuple[tuple[str, Any], ...], list[RunResult]]:
+    """Runs that differ by their seed alone, by their other varied options."""
+    found: dict[tuple[tuple[str, Any], ...], list[RunResult]] = {}
+    for run in result.finished:
+        key = tuple((name, value) for name, value in run.varied.items() if name != "seed")
+        found.setdefault(key, []).append(run)
+    return found
+
+
+def _spread(values: Sequence[float]) -> str:
+    """Mean, and the standard deviation over seeds where there are several."""
+    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
+
+
+def sweep_text(result: SweepResult, out: Path) -> str:
+    """The table for a terminal of 80 columns: the varied options and four figures, mean and spread over seeds."""
+    shown = ("cka_debiased", "r2_projected", "knn_overlap")
+    lines = [result.sweep.title, f"{'':30}{'runs':>5}" + "".join(f"{_short(name):>15}" for name in shown)]
+    first = result.finished[0].before
+    lines.append(f"{'before':30}{'':5}" + "".join(f"{first[name]:>15.3f}" for name in shown))
+    for key, runs in groups_of(result).items():
+        figures = "".join(f"{_spread([run.after[name] for run in runs]):>15}" for name in shown)
+        lines.append(f"{_words(key)[:29]:30}{len(runs):>5}{figures}")
+    lines.append(f"{len(result.failed)} runs failed" if result.failed else f"page: {out / PAGE}  runs: {out / RESULTS}")
+    return "\n".join(lines)
+
+
+def _short(name: str) -> str:
+    return {"cka_debiased": "CKA", "r2_projected": "R2", "knn_overlap": "kNN overlap"}[name]
+
+
+def _words(key: Sequence[tuple[str, Any]]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in key) or "all"
+
+
+def _write(result: SweepResult, out: Path) -> None:
+    varied = list(result.sweep.grid)
+    with (out / RESULTS).open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(
+            [*varied, "run", "steps", *(f"{name}_{when}" for name in HELD_OUT for when in ("before", "after"))]
+        )
+        for run in result.finished:
+            figures = [values[name] for name in HELD_OUT for values in (run.before, run.after)]
+            writer.writerow([*(run.varied.get(name, "") for name in varied), run.folder, run.steps, *figures])
+    (out / PAGE).write_text(_page(result), encoding="utf-8")
+
+
+def _page(result: SweepResult) -> str:
+    groups = groups_of(result)
+    header = ("", "runs", *HELD_OUT.values())
+    first = result.finished[0].before
+    rows = [["before", "", *(f"{first[name]:.3f}" for name in HELD_OUT)]]
+    rows += [
+        [escape(_words(key)), str(len(runs)), *(_spread([run.after[name] for run in runs]) for name in HELD_OUT)]
+        for key, runs in groups.items()
+    ]
+    spread = ": mean ± standard deviation over seeds" if "seed" in result.sweep.grid else ""
+    body = [
+        f"<header><p class=over>g2l sweep</p><h1>{escape(result.sweep.title)}</h1>",
+        f"<p class=lead>{len(result.finished)} runs from one cache; student against teacher, held-out patches{spread}.",
+        "</p></header>",
+        *(f"<p>failed: {escape(name)}: {escape(reason)}</p>" for name, reason in result.failed.items()),
+        "<section><h2>Figures</h2>",
+        table(header, rows),
+        "</section>",
+        _chart(result),
+        "<section><h2>Settings of every run</h2>",
+        f"<pre>{escape(json.dumps(result.sweep.base, indent=2))}</pre></section>",
+    ]
+    return document(result.sweep.title, "\n".join(body))
+
+
+def _chart(result: SweepResult) -> str:
+    """CKA over the one varied option that is a number, a curve for each combination of the others."""
+    numeric = [
+        name for name, values in result.sweep.grid.items()
+        if name != "seed" and len(values) > 1 and all(isinstance(v, int | float) for v in values)
+    ]  # fmt: skip
+    if len(numeric) != 1:
+        return ""
+    name = numeric[0]
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for key, runs in groups_of(result).items():
+        options = dict(key)
+        if name in options:
+            x = float(options.pop(name))
+            point = (x, mean(run.after["cka_debiased"] for run in runs))
+            curves.setdefault(_words(tuple(options.items())), []).append(point)
+    lines = [
+        Line(label="CKA" if words == "all" else words, series=i, points=tuple(sorted(points)), marked=True)
+        for i, (words, points) in enumerate(curves.items())
+    ]
+    chart = line_chart(lines, x_label=name, label=f"CKA over {name}")
+    return f"<section><h2>CKA over {escape(name)}</h2>{chart}</section>"
