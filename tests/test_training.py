@@ -270,8 +270,8 @@ def test_layers_near_the_input_learn_more_slowly():
     assert len(share) == sum(1 for _ in model.parameters())
     network = model.student.network
     shares = [share[id(block.norm1.weight)] for block in network.blocks]
-    assert shares == pytest.approx([0.5 ** (12 - i) for i in range(12)])
-    assert share[id(network.patch_embed.proj.weight)] == pytest.approx(0.5**13)
+    assert shares == pytest.approx([0.5 ** (11 - i) for i in range(12)])
+    assert share[id(network.patch_embed.proj.weight)] == pytest.approx(0.5**12)
     assert share[id(model.projector.weight)] == 1
 
 
