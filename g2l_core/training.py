@@ -11,6 +11,7 @@ from time import perf_counter
 import torch
 from torch import Tensor, nn
 
+from g2l_core.board import Board
 from g2l_core.checkpoints import RunState, restore, save, save_best
 from g2l_core.distiller import Average, Distiller
 from g2l_core.errors import RunError, UsageError
@@ -29,7 +30,8 @@ class TrainSettings:
     objective: ObjectiveSpec = field(default_factory=ObjectiveSpec)
     optim: OptimSpec = field(default_factory=OptimSpec)
     projector: str = "linear"
-    checkpoint_gradients: bool = False
+    grad_checkpoint: bool = False
+    """Recompute activations in the backward pass: less memory, slower."""
     validate_every: int = 200
     checkpoint_every: int = 200
     best_by: str = "cka_debiased"
@@ -122,13 +124,15 @@ def train(
         state.stopped = state.early_stop.update(state.loss)
         state.step += 1
         if logs:
-            logs.steps.write(row)
+            logs.step(row)
         done = state.stopped or state.step == settings.steps
         if logs and (done or state.step % settings.validate_every == 0):
             _watch(state, logs, settings, folder, loop)
         if logs and (done or state.step % settings.checkpoint_every == 0):
             save(folder, state)
         loop.report(state.step, state.loss)
+    if logs:
+        logs.close()
     outcome = TrainOutcome(
         steps=state.step, stopped_early=state.stopped, last_loss=state.loss, best_step=state.best_step,
         warnings=tuple(state.said),
@@ -211,17 +215,32 @@ def _finite(loss: float, step: int) -> float:
 
 
 class _Logs:
-    """log.csv and validation.csv, cut back to where a resumed run goes on."""
+    """log.csv and validation.csv, cut back to where a resumed run goes on, and TensorBoard where it is installed."""
 
     def __init__(self, folder: Path, step: int) -> None:
-        self.steps = CsvLog(folder / "log.csv", keep_below=step)
-        self.validation = CsvLog(folder / "validation.csv", keep_below=step + 1 if step else 0)
+        self._steps = CsvLog(folder / "log.csv", keep_below=step)
+        self._validation = CsvLog(folder / "validation.csv", keep_below=step + 1 if step else 0)
+        self._board = Board(folder, step)
+
+    def step(self, row: Mapping[str, float]) -> None:
+        """One step."""
+        self._steps.write(row)
+        self._board.add("train", row)
+
+    def validation(self, row: Mapping[str, float]) -> None:
+        """One validation."""
+        self._validation.write(row)
+        self._board.add("held out", row)
+
+    def close(self) -> None:
+        """No more comes."""
+        self._board.close()
 
 
 def _watch(state: RunState, logs: _Logs, settings: TrainSettings, folder: Path, loop: Loop) -> None:
     """Measure the watched network on held-out patches; keep it if it is the best so far."""
     figures = loop.validate(state.watched)
-    logs.validation.write({"step": state.step, **figures})
+    logs.validation({"step": state.step, **figures})
     if figures[settings.best_by] > state.best:
         state.best, state.best_step = figures[settings.best_by], state.step
         save_best(folder, state)

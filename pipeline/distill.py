@@ -238,7 +238,7 @@ def _held_out(store: FeatureStore, split: Split, source: _Teacher, seed: int, ba
 
 def _distiller(student: LoadedEncoder, held_out: CanonicalSet, training: TrainSettings) -> Distiller:
     module = student.module.requires_grad_(True)
-    if training.checkpoint_gradients:
+    if training.grad_checkpoint:
         checkpoint_gradients(module)
     width = held_out.targets.shape[1]
     return Distiller(module, student.dim, width, training.seed, training.projector).to(student.device)

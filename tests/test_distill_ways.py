@@ -69,7 +69,7 @@ def test_online_needs_no_features_and_has_new_views_every_epoch(cached_store, tm
         ({"keep": "first"}, "unknown weights to keep 'first'"),
         ({"slides": 99}, "--slides 99: there are 3 slides to train on"),
         ({"projector": "conv"}, "unknown projector 'conv'"),
-        ({"checkpoint_gradients": True}, None),
+        ({"grad_checkpoint": True}, None),
     ],
 )
 def test_settings_are_refused_before_training_starts(cached_store, tmp_path, options, message):
