@@ -188,7 +188,8 @@ def _teacher(store: FeatureStore, teacher: str | EncoderSpec, settings: DistillS
         return _Teacher(facts=store.encoders[key], key=key)
     if not isinstance(teacher, EncoderSpec):
         raise UsageError("a live teacher is given by its spec")
-    live = load_encoder(teacher, device=str(group.device))
+    stored = (facts["precision"] for facts in store.encoders.values() if facts["name"] == teacher.name)
+    live = load_encoder(teacher, device=str(group.device), precision=next(stored, "auto"))
     return _Teacher(facts={**live.facts, "online": True}, key=None, live=live)
 
 
