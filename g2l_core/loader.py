@@ -5,7 +5,7 @@ drawn from the pool. The order is a function of (seed, epoch) alone: not of thre
 was interrupted; a position in it is one integer, the number of batches drawn.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -207,7 +207,7 @@ class ReplayLoader:
             epoch=epoch,
         )
 
-    def batches(self, start: int = 0) -> Iterator[Batch]:
+    def batches(self, start: int = 0) -> Generator[Batch, None, None]:
         """Yield this rank's part of the batches without end, from position `start` on."""
         rendered = run_ahead(
             self._render,
