@@ -32,7 +32,7 @@ def held_out_figures(
     Returns:
         Linear CKA of student and teacher, debiased and biased; the same of the projected student; mutual kNN overlap
         of student and teacher; and of projected student and teacher, both standardised over the held-out patches: the
-        mean cosine, and the explained variance R^2 = 1 - mean (s - t)^2.
+        mean cosine, and the explained variance R^2, the squared correlation of each dimension, averaged.
     """
     student, projected = _encode(distiller, held_out, device, batch_size)
     teacher = held_out.targets.astype(np.float32)
@@ -43,7 +43,7 @@ def held_out_figures(
         **_cka(student, teacher, ""),
         **_cka(projected, teacher, "_projected"),
         "cosine_projected": float(cosines.mean()),
-        "r2_projected": float(1 - np.square(s - t).mean()),
+        "r2_projected": float(np.square((s * t).mean(axis=0)).mean()),
         "knn_overlap": neighbour_overlap(student, teacher, OVERLAP_K),
     }
 
