@@ -82,12 +82,12 @@ def main() -> None:
     device = choose_device(given.device)
     with tempfile.TemporaryDirectory() as folder:
         cohort = draw_cohort(
-            Path(folder) / "cohort", CohortSpec(patients=2, size_um=(3072.0, 3072.0), mpp=(0.25, 0.25))
+            Path(folder) / "cohort", CohortSpec(patients=6, size_um=(1024.0, 1024.0), mpp=(0.25, 0.25))
         )
         store = Path(folder) / "store.zarr"
         how = CacheSettings(views=1, precision=given.precision, device=given.device)
         run_cache([cohort], store, [teacher], GridSpec(), ViewSpec(), how)
-        options = {"steps": given.steps, "early_stop": 0, "hold_out": "0.5", "validate_every": given.steps,
+        options = {"steps": given.steps, "early_stop": 0, "hold_out": "0.2", "validate_every": given.steps,
                    "checkpoint_every": given.steps, "precision": given.precision, "pool_blocks": 2}  # fmt: skip
         found = {}
         for online in (False, True):
