@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from croma import apd
+from croma.downstream.probe import probe_sweep
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import balanced_accuracy_score
@@ -18,7 +19,7 @@ from g2l_core.metrics.center_bias import (
     predict_centers,
 )
 from g2l_core.metrics.folds import stratified_group_folds
-from g2l_core.metrics.probe import balanced_accuracy, confusion
+from g2l_core.metrics.probe import balanced_accuracy, confusion, linear_probe
 from g2l_core.metrics.statistics import cluster_bootstrap, of_sums
 
 DESIGN = BiasDesign(centers=(0, 1), slides_per_class=8, rows_per_slide=4, test_slides=3, repeats=4)
@@ -108,6 +109,38 @@ def test_reduction_equals_croma(seed):
     for draw in range(3):
         expected = apd(balanced_accuracy(counts[draw].reshape(-1, 3, 3)).reshape(5, 4))
         assert drops[draw] == pytest.approx(expected, abs=1e-12)
+
+
+def test_sweep_with_the_same_probe_gives_the_drop_of_croma(monkeypatch):
+    """Not the same draws, and croma pairs class 0 with centre 0 always; so to within the scatter of both."""
+
+    def fixed(train, labels, _, __, tests, truths):
+        fitted = [linear_probe(np.array(train), np.array(labels), np.array(test), seed=0) for test in tests]
+        return None, None, [balanced_accuracy_score(t, f.predictions) for f, t in zip(fitted, truths, strict=True)]
+
+    monkeypatch.setattr("croma.downstream.probe.train_logistic_regression", fixed)
+    design = replace(DESIGN, test_slides=5, repeats=10)
+    for strength in (0, 2):
+        drops = []
+        for seed in range(3):
+            features, classes, centers, slides = cohort(seed, 1, strength, rows=4, centers=2)
+            slides = 2 * slides + classes  # in croma a slide has one class
+            counts = biased_probes(features, classes, centers, slides, design, seed=0).in_domain
+            order = np.lexsort((slides, classes, centers))
+            cells = [(i, j, 1 if i == j else -1) for i in range(2) for j in range(2)]
+            schedule = [([(i, j, int(16 * (1 + sign * b))) for i, j, sign in cells], 8) for b in design.levels]
+            sweep = probe_sweep(
+                features[order],
+                centers[order],
+                classes[order],
+                schedule=schedule,
+                rows_per_slide=4,
+                iterations=10,
+                validation_fraction=0.05,
+            )
+            drops.append([average_performance_drop(counts.sum(axis=0, keepdims=True))[0], apd(sweep)])
+        ours, theirs = np.mean(drops, axis=0)
+        assert ours == pytest.approx(theirs, abs=0.03)
 
 
 def test_undefined_repeats_are_left_out():

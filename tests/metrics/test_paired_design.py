@@ -2,6 +2,7 @@
 
 import warnings
 
+import cv2
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,7 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from g2l_core.errors import TaskError
-from g2l_core.metrics.robustness import paired_combinations, paired_counts, pathorob_index
+from g2l_core.metrics.neighbors import nearest
+from g2l_core.metrics.robustness import (
+    paired_combinations,
+    paired_counts,
+    pathorob_index,
+    ratio_index,
+    robustness_counts,
+)
 from g2l_core.metrics.statistics import cluster_bootstrap, cluster_sums, of_sums
 
 KS = [1, 5, 11]
@@ -55,9 +63,28 @@ COHORTS = {
 @pytest.mark.parametrize("name", COHORTS)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_index_support_and_accuracy_equal_croma(name, seed):
-    features, classes, centers, slides = COHORTS[name](seed)
+    check_against_croma(*COHORTS[name](seed), seed)
+
+
+def test_real_patches_equal_croma(oscc_patches):
+    """Thumbnails as features: normal and tumour, the two folders as centres, five patches of a folder a slide."""
+    paths = [p for part in ("train", "test") for name in ("Normal", "OSCC") for p in folder(oscc_patches, part, name)]
+    images = [cv2.resize(cv2.imread(str(path)), (12, 12), interpolation=cv2.INTER_AREA) for path in paths]
+    names, parts = (np.array([path.parts[at] for path in paths]) for at in (-2, -3))
+    check_against_croma(np.stack(images).reshape(len(paths), -1).astype(np.float32), names, parts, slides_of(paths), 0)
+
+
+def folder(patches, part, name):
+    return sorted((patches / part / name).glob("*"))[:40]
+
+
+def slides_of(paths):
+    return np.array([f"{path.parts[-3]} {path.parts[-2]} {number // 5}" for number, path in enumerate(paths)])
+
+
+def check_against_croma(features, classes, centers, slides, seed):
+    """The index, its support, each combination's value, and the k that the class's accuracy chooses."""
     design = paired_combinations(classes, centers, slides, k=max(KS), rows_per_cell=25, seed=seed)
-    assert len(design) == 9
     got = paired_counts(features, classes, centers, slides, design, ks=KS)
     rows, table = croma_table(design, classes, centers, slides)
     for k in KS:
@@ -123,6 +150,27 @@ def test_counts_of_two_directions_by_hand():
     np.testing.assert_array_equal(got[6].counts[:, :2], np.tile([2, 4], (16, 1)))
     np.testing.assert_array_equal(got[6].counts[:, 2], 0)
     assert got[2].class_accuracy == 1
+
+
+def test_unpaired_indices_follow_both_strengths_too():
+    """Chance by counting candidates: of 8 slides a centre, one is left out; a third of each has the class."""
+
+    def both(biology, center, seeds=3):
+        drawn = []
+        for seed in range(seeds):
+            features, classes, centers, slides = cohort(seed, biology, center, slide=0)
+            graph = nearest(features, None, 11, groups=slides)
+            totals = robustness_counts(graph, classes, centers, k=11).sum(axis=0, keepdims=True)
+            drawn.append([ratio_index(totals)[0], pathorob_index(totals)[0]])
+        return np.mean(drawn, axis=0)
+
+    rising = np.array([both(strength, 1.0) for strength in (0.0, 0.5, 1.0, 2.0)])
+    falling = np.array([both(1.0, strength) for strength in (0.0, 0.5, 1.0, 2.0)])
+    assert (np.diff(rising, axis=0) > 0.02).all()
+    assert (np.diff(falling, axis=0) < -0.02).all()
+    same, other = 7 / 8, 2.0  # slides of the centre, and of the two others, for each slide of a class
+    chance = [(same + other) / (same + 2 * same), other / (other + 2 * same)]
+    np.testing.assert_allclose(both(0, 0, seeds=16), chance, atol=0.02)
 
 
 def indices(strengths, seeds=range(4)):
