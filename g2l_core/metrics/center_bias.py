@@ -157,9 +157,9 @@ def biased_probes(
         train, test = _deal(truth, medical_centers, slide, classes, design, rng)
         stands_for = rng.permutation(len(classes)) % len(design.centers)
         for level, b in enumerate(design.levels):
-            shares = _slides_of_cells(b, stands_for, design)
+            shares = _slides_of_strata(b, stands_for, design)
             bias[level] += association(shares, method="cramer") / design.repeats
-            fit = np.concatenate([train[cell][: shares[cell]].ravel() for cell in train])
+            fit = np.concatenate([train[stratum][: shares[stratum]].ravel() for stratum in train])
             rows = np.concatenate([test, others])
             probe = linear_probe(features[fit], truth[fit], features[rows], c_values=(c,), seed=seed)
             said = probe.predictions.astype(np.int64)
@@ -182,7 +182,7 @@ def _require_design(design: BiasDesign, classes: Shaped[np.ndarray, " class"]) -
         raise TaskError("rows_per_slide, test_slides and repeats are at least 1")
 
 
-def _slides_of_cells(
+def _slides_of_strata(
     b: float, stands_for: Int64[np.ndarray, " class"], design: BiasDesign
 ) -> Int64[np.ndarray, "class center"]:
     """How many slides of each class and centre are trained on; every class has `slides_per_class`."""
@@ -202,7 +202,7 @@ def _deal(
     rng: np.random.Generator,
 ) -> tuple[dict[tuple[int, int], Int64[np.ndarray, "slide each"]], Int64[np.ndarray, " test"]]:
     """Training rows of each (class, centre), slide by slide in the order in which they are taken; test rows."""
-    most = int(_slides_of_cells(max(design.levels), np.zeros(1, np.int64), design).max())
+    most = int(_slides_of_strata(max(design.levels), np.zeros(1, np.int64), design).max())
     train, test = {}, []
     for number, center in enumerate(design.centers):
         rows = rng.permutation(np.flatnonzero(centers == center))

@@ -112,7 +112,7 @@ def _ratio(above: Num[np.ndarray, " draw"], below: Num[np.ndarray, " draw"]) -> 
 
 @dataclass(frozen=True, kw_only=True)
 class Combination:
-    """A balanced subset: two classes in two centres, equally many rows of each of the four cells."""
+    """A balanced subset: two classes in two centres, equally many rows of each of the four strata."""
 
     classes: Shaped[np.ndarray, "2"]
     centers: Shaped[np.ndarray, "2"]
@@ -147,63 +147,65 @@ def paired_combinations(
     slides: Shaped[np.ndarray, " slide_row"],
     *,
     k: int,
-    rows_per_cell: int | None = None,
+    rows_per_stratum: int | None = None,
     seed: int,
 ) -> tuple[Combination, ...]:
     """All pairs of classes with all pairs of centres, as balanced subsets: PathoROB's 2x2 design.
 
-    A cell is the rows of one class in one centre. It takes part if it has two slides at least, else a query
-    in it has no neighbour of kind SS. The four cells of a combination give as many rows as the smallest has,
-    taken from their slides by turns, in an order that the seed and the cell's name decide.
+    A stratum is the rows of one class in one centre. It takes part if it has two slides at least, else a query
+    in it has no neighbour of kind SS. The four strata of a combination give as many rows as the smallest has,
+    taken from their slides by turns, in an order that the seed and the stratum's name decide.
 
     Args:
         biological_classes: The tissue class of each row.
         medical_centers: The centre of each row.
         slides: The slide (or patient) of each row.
         k: Combinations in which some query would have fewer than k rows of other slides are left out.
-        rows_per_cell: At most so many rows of each cell; None is no limit.
+        rows_per_stratum: At most so many rows of each stratum, 2 at least; None is no limit.
         seed: Of the draw of rows.
 
     Raises:
-        TaskError: If the lengths differ, or no combination is left.
+        TaskError: If the lengths differ, a number is too small, or no combination is left.
 
     References:
         Kömen et al. (2025), arXiv 2507.17845, section on the robustness index (TCGA-2x2).
     """
     require_aligned(classes=len(biological_classes), centers=len(medical_centers), slides=len(slides))
-    cells = _cells(biological_classes, medical_centers, slides, seed)
+    if k < 1 or (rows_per_stratum is not None and rows_per_stratum < 2):
+        raise TaskError(f"k is at least 1 and rows_per_stratum at least 2; got {k} and {rows_per_stratum}")
+    strata = _strata(biological_classes, medical_centers, slides, seed)
     class_pairs = combinations(np.unique(biological_classes), 2)
     center_pairs = list(combinations(np.unique(medical_centers), 2))
     found = []
     for classes, centers in product(class_pairs, center_pairs):
         names = list(product(classes, centers))
-        if all(name in cells for name in names):
-            size = min([len(cells[name]) for name in names] + [rows_per_cell or len(slides)])
-            rows = np.sort(np.concatenate([cells[name][:size] for name in names]))
+        if all(name in strata for name in names):
+            size = min([len(strata[name]) for name in names] + [rows_per_stratum or len(slides)])
+            rows = np.sort(np.concatenate([strata[name][:size] for name in names]))
             if len(rows) - np.unique(slides[rows], return_counts=True)[1].max() >= k:
                 found.append(Combination(classes=np.array(classes), centers=np.array(centers), rows=rows))
     if not found:
         raise TaskError(
             "the paired design needs two classes that both occur in two centres, on two slides at least in each, "
-            f"with {k} rows of other slides for every query; no four cells do (use a smaller k, or the unpaired index)"
+            f"with {k} rows of other slides for every query; no four strata do (use a smaller k, or the unpaired index)"
         )
     return tuple(found)
 
 
-def _cells(
+def _strata(
     classes: Shaped[np.ndarray, " row"],
     centers: Shaped[np.ndarray, " row"],
     slides: Shaped[np.ndarray, " row"],
     seed: int,
-) -> dict[tuple[object, object], Int64[np.ndarray, " cell_row"]]:
+) -> dict[tuple[object, object], Int64[np.ndarray, " member"]]:
     """The rows of each (class, centre) on two slides at least, in the order in which they are taken."""
-    cells = {}
+    strata = {}
     for name in product(np.unique(classes), np.unique(centers)):
         rows = np.flatnonzero((classes == name[0]) & (centers == name[1]))
         if len(np.unique(slides[rows])) > 1:
             drawn = keyed_generator("paired design", seed, *map(str, name)).permutation(rows)
-            cells[name] = drawn[np.argsort(_turns(slides[drawn]), kind="stable")]
-    return cells
+            strata[name] = drawn[np.argsort(_turns(slides[drawn]), kind="stable")]
+    return strata
 
 
 def _turns(slides: Shaped[np.ndarray, " row"]) -> Int64[np.ndarray, " row"]:

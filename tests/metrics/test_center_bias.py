@@ -174,6 +174,7 @@ def test_training_sets_keep_size_and_balance_and_share_no_slide_with_the_test(mo
     fitted = record(monkeypatch)
     probes = biased_probes(features, classes, centers, slides, DESIGN, seed=1)
     np.testing.assert_allclose(probes.cramers_v, DESIGN.levels, atol=1e-12)
+    pairings = set()
     tested = np.split(probes.in_domain.sum(axis=(3, 4)), 4, axis=2)
     for number, (rows, labels) in enumerate(fitted):
         repeat, level = divmod(number, 5)
@@ -185,6 +186,10 @@ def test_training_sets_keep_size_and_balance_and_share_no_slide_with_the_test(mo
         np.testing.assert_allclose(np.sort(table, axis=1), [[expected, 1 - expected]] * 2)
         assert not set(slides[rows]) & set(np.flatnonzero(tested[repeat][:, level, 0]))
         assert set(centers[rows]) <= {0, 1}
+        if level == 4:
+            pairings.add(tuple(centers[rows][np.argsort(labels)][[0, -1]]))
+    assert pairings == {(0, 1), (1, 0)}
+    assert len({tuple(np.flatnonzero(part[:, 0, 0])) for part in tested}) == 4
     per_slide = probes.in_domain.sum(axis=(0, 4))
     np.testing.assert_array_equal(per_slide, 2 * 3 * 4)  # 2 centres, 3 slides, 4 rows of either class
     assert (probes.out_of_domain.sum(axis=(0, 3, 4)) == (centers == 2).sum()).all()
@@ -220,3 +225,5 @@ def test_designs_that_cannot_be_met_are_refused():
         predict_centers(data[0], data[2], data[3], folds=15, seed=0)
     with pytest.raises(TaskError, match="two classes and two folds"):
         stratified_group_folds(np.zeros(9), np.arange(9), 3, seed=0)
+    with pytest.raises(TaskError, match="missing from the fitting side of one of 2 folds"):
+        stratified_group_folds(np.array([0, 0, 1, 1]), np.array([1, 2, 1, 4]), 2, seed=0)

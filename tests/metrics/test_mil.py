@@ -122,6 +122,25 @@ def test_order_of_patches_does_not_matter(task):
     np.testing.assert_allclose(mixed.attention, plain.attention[two], atol=1e-4)
 
 
+def test_scale_and_shift_of_a_feature_do_not_matter(task):
+    train, bags, labels, test, test_bags, _ = task
+    short, size = replace(QUICK, most_epochs=3), np.append(np.geomspace(0.01, 100, 15), 0)
+    plain, moved = (
+        train_abmil(
+            (train * a + b).astype(np.float32),
+            bags,
+            labels,
+            np.arange(100),
+            (test * a + b).astype(np.float32),
+            test_bags,
+            settings=short,
+            seed=0,
+        )
+        for a, b in ((size > 0, 0), (size, 3 * size + 1))
+    )
+    np.testing.assert_allclose(moved.probabilities, plain.probabilities, atol=1e-3)
+
+
 def test_large_bags_are_drawn_from_and_small_ones_kept(task):
     rows = np.arange(10, 50)
     drawn = mil._drawn(rows, 8, 0, 3)
@@ -154,6 +173,9 @@ def test_training_stops_after_its_patience_with_the_best_weights(task, monkeypat
     assert len(by_epoch) == got.epochs + 3 < 40
     assert by_epoch.argmin() + 1 == got.epochs
     assert by_epoch.min() == pytest.approx(got.validation_loss, rel=1e-6)
+    up_to = replace(QUICK, most_epochs=got.epochs)
+    there = train_abmil(train, bags, labels, np.arange(100), test, test_bags, settings=up_to, seed=0)
+    np.testing.assert_array_equal(there.probabilities, got.probabilities)
 
 
 def test_rare_class_weighs_the_same_when_balanced():

@@ -84,7 +84,7 @@ def slides_of(paths):
 
 def check_against_croma(features, classes, centers, slides, seed):
     """The index, its support, each combination's value, and the k that the class's accuracy chooses."""
-    design = paired_combinations(classes, centers, slides, k=max(KS), rows_per_cell=25, seed=seed)
+    design = paired_combinations(classes, centers, slides, k=max(KS), rows_per_stratum=25, seed=seed)
     got = paired_counts(features, classes, centers, slides, design, ks=KS)
     rows, table = croma_table(design, classes, centers, slides)
     for k in KS:
@@ -111,20 +111,20 @@ def check_against_croma(features, classes, centers, slides, seed):
     assert chosen == max(KS, key=lambda k: (got[k].class_accuracy, -k))
 
 
-def test_cells_are_equally_large_and_spread_over_their_slides():
+def test_strata_are_equally_large_and_spread_over_their_slides():
     classes, centers, slides = cohort(0, 1, 1)[1:]
-    for combination in paired_combinations(classes, centers, slides, k=5, rows_per_cell=12, seed=3):
+    for combination in paired_combinations(classes, centers, slides, k=5, rows_per_stratum=12, seed=3):
         rows = combination.rows
         assert len(rows) == 48
         assert (np.diff(rows) > 0).all()
         for name in combination.classes:
             for place in combination.centers:
-                cell = rows[(classes[rows] == name) & (centers[rows] == place)]
-                assert len(cell) == 12
-                assert np.unique(slides[cell], return_counts=True)[1].max() == 2  # 12 rows of 8 slides
+                stratum = rows[(classes[rows] == name) & (centers[rows] == place)]
+                assert len(stratum) == 12
+                assert np.unique(slides[stratum], return_counts=True)[1].max() == 2  # 12 rows of 8 slides
 
 
-def test_a_cell_without_two_slides_takes_no_part():
+def test_a_stratum_without_two_slides_takes_no_part():
     classes = np.array(["t", "n", "t", "n"] * 6)
     centers = np.array(["A", "A", "B", "B"] * 6)
     slides = np.array([f"{c}{i // 8}" for i, c in enumerate(centers)])
@@ -133,8 +133,10 @@ def test_a_cell_without_two_slides_takes_no_part():
     alone = np.where((classes == "t") & (centers == "B"), "B9", slides)
     with pytest.raises(TaskError, match="two slides at least in each, with 4 rows"):
         paired_combinations(classes, centers, alone, k=4, seed=0)
-    with pytest.raises(TaskError, match="no four cells do"):
+    with pytest.raises(TaskError, match="no four strata do"):
         paired_combinations(classes, centers, slides, k=21, seed=0)
+    with pytest.raises(TaskError, match="rows_per_stratum at least 2; got 4 and 1"):
+        paired_combinations(classes, centers, slides, k=4, rows_per_stratum=1, seed=0)
     with pytest.raises(TaskError, match="0 combinations"):
         paired_counts(np.eye(24, dtype=np.float32), classes, centers, slides, (), ks=[1])
 
@@ -180,7 +182,7 @@ def indices(strengths, seeds=range(4)):
         drawn = []
         for seed in seeds:
             features, classes, centers, slides = cohort(seed, *strength)
-            design = paired_combinations(classes, centers, slides, k=5, rows_per_cell=30, seed=seed)
+            design = paired_combinations(classes, centers, slides, k=5, rows_per_stratum=30, seed=seed)
             counts = paired_counts(features, classes, centers, slides, design, ks=[5])[5].counts
             drawn.append(pathorob_index(counts.sum(axis=0, keepdims=True))[0])
         values.append(np.mean(drawn))
@@ -218,13 +220,13 @@ def test_features_without_meaning_sit_at_one_half_where_a_slide_holds_one_class(
 @given(seed=st.integers(0, 2**32 - 1))
 def test_draw_depends_on_the_seed_and_on_no_other_class(seed):
     classes, centers, slides = cohort(1, 1, 1)[1:]
-    design = paired_combinations(classes, centers, slides, k=3, rows_per_cell=8, seed=seed)
+    design = paired_combinations(classes, centers, slides, k=3, rows_per_stratum=8, seed=seed)
     two = np.flatnonzero(classes < 2)
-    (part, *_) = paired_combinations(classes[two], centers[two], slides[two], k=3, rows_per_cell=8, seed=seed)
+    (part, *_) = paired_combinations(classes[two], centers[two], slides[two], k=3, rows_per_stratum=8, seed=seed)
     np.testing.assert_array_equal(two[part.rows], design[0].rows)
-    again = paired_combinations(classes, centers, slides, k=3, rows_per_cell=8, seed=seed)
+    again = paired_combinations(classes, centers, slides, k=3, rows_per_stratum=8, seed=seed)
     np.testing.assert_array_equal(design[0].rows, again[0].rows)
-    other = paired_combinations(classes, centers, slides, k=3, rows_per_cell=8, seed=seed + 1)
+    other = paired_combinations(classes, centers, slides, k=3, rows_per_stratum=8, seed=seed + 1)
     assert not np.array_equal(design[0].rows, other[0].rows)
 
 
