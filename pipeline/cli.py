@@ -13,7 +13,7 @@ import typer
 
 from g2l_core import __version__
 from g2l_core.errors import G2LError, UsageError
-from pipeline import cli_plan, cli_store
+from pipeline import cli_datasets, cli_plan, cli_store
 from pipeline.cli_options import (
     AcceptMpp,
     Artefacts,
@@ -62,6 +62,7 @@ app = typer.Typer(
 )
 app.add_typer(cli_store.app, name="store")
 app.command()(cli_plan.plan)
+app.command()(cli_datasets.datasets)
 
 
 def show_version(asked: bool) -> None:
@@ -320,7 +321,7 @@ def distill(
 
 @app.command()
 def bench(
-    tasks: Annotated[Path, typer.Argument(help="The task file (TOML).", show_default=False)],
+    tasks: Annotated[Path, typer.Argument(help="The task file (TOML), or a shipped one's name.", show_default=False)],
     store: Annotated[list[Path], typer.Option(help="A feature store; repeatable.", show_default=False)],
     encoders: Annotated[
         str, typer.Option(help="Names, keys or run folders, by comma; the teacher first.", show_default=False)

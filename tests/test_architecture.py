@@ -17,7 +17,7 @@ RANKS = [
     {"slides", "grid", "views", "engine", "losses", "metrics", "store", "timm_bridge", "geojson"},
     {"manifest", "encoders", "tissue", "layouts", "artefacts", "qc"},
     {"encoder_loading", "patches"},
-    {"laying", "students", "datasets", "repair"},
+    {"laying", "students", "datasets", "repair", "public_data"},
     {"loader", "batching", "task_data"},
     {"caching"},
     {"training", "tasks"},
