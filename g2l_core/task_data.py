@@ -81,9 +81,7 @@ class TaskSpec:
             raise TaskError(f"task {self.name}: give label = COLUMN, the biological class")
         for figure in self.expected:
             if figure.metric.partition("_")[0] not in self.metrics:
-                raise TaskError(
-                    f"task {self.name}: expected.{figure.metric} is of no metric of this task ({', '.join(self.metrics)})"
-                )
+                raise TaskError(f"task {self.name}: expected.{figure.metric} is of none of its metrics {self.metrics}")
 
 
 def parse_expected(task: str, table: Mapping[str, Any]) -> tuple[Expected, ...]:

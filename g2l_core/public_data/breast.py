@@ -227,7 +227,7 @@ def _tiger_record(base: Path, slide: Path) -> Record:
 
 
 def _tiger_cells(slide: Path, mask: Path) -> Iterator[Cell]:
-    return cells_of(slide, [(name, mask, value) for value, name in enumerate(TIGER_TISSUES, start=1)], 0.5)
+    return cells_of(slide, {mask: dict(enumerate(TIGER_TISSUES, start=1))}, 0.5)
 
 
 def tiger_origin(name: str) -> dict[str, str]:

@@ -53,13 +53,14 @@ def write_manifest(dataset: Dataset, root: Path, out: Path) -> Written:
         reading = dataset.read(root)
         images = out.with_name(f"{out.stem}-images")
         rows = [_row(record, dataset, images, out.parent) for record in reading.records]
+        _refuse_differing([row for row, _ in rows], dataset)
         cells = [cell for row in rows for cell in _cell_rows(row, dataset)]
     except ManifestError as error:
         raise ManifestError(f"{error}. {dataset.title}: {dataset.url}; g2l datasets {dataset.name} says more") from None
     out.parent.mkdir(parents=True, exist_ok=True)
     table = [row for row, _ in rows]
     _write(out, table)
-    labels = cells or _differing(table)
+    labels = cells or _by_image(table, dataset)
     path = out.with_name(f"{dataset.name}-labels.csv")
     if labels:
         _write(path, labels)
@@ -99,16 +100,27 @@ def _cell_rows(row: tuple[Mapping[str, str], Record], dataset: Dataset) -> Itera
         yield {"slide_id": values["slide_id"], "x": str(x), "y": str(y), dataset.cell_label: label}
 
 
-def _differing(rows: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
-    """The columns that differ between images of one slide; the manifest's own columns are not among them."""
+def _by_image(rows: Sequence[Mapping[str, str]], dataset: Dataset) -> list[dict[str, str]]:
+    """The label file's rows: label columns and split of each image; empty for a dataset that needs none."""
+    if not dataset.label_file:
+        return []
+    columns = [column for column in rows[0] if column not in FIRST]
+    return [{column: row.get(column, "") for column in ("slide_id", "patch_id", *columns)} for row in rows]
+
+
+def _refuse_differing(rows: Sequence[Mapping[str, str]], dataset: Dataset) -> None:
+    """Refuse images of one slide that differ in what no label file tells: stage one keeps what all of them share."""
     first: dict[str, Mapping[str, str]] = {}
-    differing: dict[str, None] = {}
+    free = {"path", "patch_id"}
     for row in rows:
         known = first.setdefault(row["slide_id"], row)
-        differing |= {c: None for c, value in row.items() if known.get(c, "") != value and c not in FIRST[:4]}
-    if not differing:
-        return []
-    return [{c: row.get(c, "") for c in ("slide_id", "patch_id", *differing)} for row in rows]
+        for column, value in row.items():
+            told = column in free or (dataset.label_file and column not in FIRST)
+            if not told and value != known.get(column, ""):
+                raise ManifestError(
+                    f"expected one {column} for all files of {row['slide_id']}; "
+                    f"found {known.get(column, '')!r} and {value!r}"
+                )
 
 
 def _write(path: Path, rows: Sequence[Mapping[str, str]]) -> None:

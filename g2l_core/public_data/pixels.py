@@ -1,13 +1,13 @@
 """Published files that are no patches yet: images fitted to a square, arrays, and masks as patch labels."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
-from jaxtyping import Float64, UInt8
+from jaxtyping import Float64
 
 from g2l_core.errors import ManifestError
 from g2l_core.grid import GridSpec, patch_side_level0
@@ -20,8 +20,6 @@ FITTED_PX = 224
 MIN_COVER = 0.5
 """Least share of a patch that its class must cover in the masks."""
 BLOCK_ROWS = 1024
-
-Share = Callable[[UInt8[np.ndarray, "..."]], UInt8[np.ndarray, "..."]]
 
 
 def fitted(path: Path, side: int = FITTED_PX) -> Rgb:
@@ -73,47 +71,52 @@ class ArrayRows:
         return self._block[index - self._start]
 
 
-def cells_of(slide: Path, masks: Sequence[tuple[str, Path, int]], mpp: float | None) -> Iterator[Cell]:
+def cells_of(slide: Path, masks: Mapping[Path, Mapping[int, str]], mpp: float | None) -> Iterator[Cell]:
     """Labels of the patches that stage one lays with its default grid (256 px at 0.5 um/px), from masks.
 
     A patch has the class that covers most of it, if that is at least `MIN_COVER`; on a tie, the first named.
 
     Args:
         slide: The slide.
-        masks: (class, mask file of the slide's level-0 size, value that says the class); one file may have several.
+        masks: Mask files of the slide's level-0 size, each with its values and what class they say.
         mpp: Micrometres per level-0 pixel where the slide's header gives none.
 
     Yields:
         x, y in level-0 pixels and the class, row by row.
 
     Raises:
-        ManifestError: A mask has another size than the slide.
+        ManifestError: A mask cannot be read, or has another size than the slide.
         SlideError: The slide cannot be opened or has no scale.
     """
     with open_slide(slide, manifest_mpp=mpp) as opened:
         side = patch_side_level0(GridSpec(), opened.mpp)
         size = opened.level0_size
-    shares = np.stack([_share(path, value, size, side) for _, path, value in masks])
+    names = [name for values in masks.values() for name in values.values()]
+    shares = np.concatenate([_shares(path, list(values), size, side) for path, values in masks.items()])
     best = shares.argmax(axis=0)
     for row, column in np.argwhere(shares.max(axis=0) >= MIN_COVER).tolist():
-        yield column * side, row * side, masks[best[row, column]][0]
+        yield column * side, row * side, names[best[row, column]]
 
 
-def _share(path: Path, value: int, size: tuple[int, int], side: int) -> Float64[np.ndarray, "row column"]:
-    """The share of each whole patch of the grid that has the value; only one row of patches is in memory."""
+def _shares(
+    path: Path, values: Sequence[int], size: tuple[int, int], side: int
+) -> Float64[np.ndarray, "value row column"]:
+    """The share of each whole patch of the grid that has each value; only one row of patches is in memory."""
     import tifffile
     import zarr
 
+    columns, rows = size[0] // side, size[1] // side
+    shares = np.empty((len(values), rows, columns))
     try:
-        mask = zarr.open_array(tifffile.imread(path, aszarr=True, level=0), mode="r")
+        with tifffile.TiffFile(path) as file:
+            mask = zarr.open_array(file.series[0].aszarr(level=0), mode="r")
+            if mask.shape[:2] != size[::-1]:
+                found = f"{mask.shape[1]} x {mask.shape[0]} px, its slide {size[0]} x {size[1]}"
+                raise ManifestError(f"the mask {path} is {found}")
+            for row in range(rows):
+                band = np.asarray(mask[row * side : (row + 1) * side, : columns * side])
+                band = (band[..., 0] if band.ndim == 3 else band).reshape(side, columns, side)
+                shares[:, row] = [(band == value).mean(axis=(0, 2)) for value in values]
     except (OSError, ValueError, tifffile.TiffFileError) as error:
         raise ManifestError(f"cannot read the mask {path}: {error}") from error
-    if mask.shape[:2] != size[::-1]:
-        raise ManifestError(f"the mask {path} is {mask.shape[1]} x {mask.shape[0]} px, its slide {size[0]} x {size[1]}")
-    columns, rows = size[0] // side, size[1] // side
-    shares = np.empty((rows, columns))
-    for row in range(rows):
-        band = np.asarray(mask[row * side : (row + 1) * side, : columns * side])
-        band = band[..., 0] if band.ndim == 3 else band
-        shares[row] = (band == value).reshape(side, columns, side).mean(axis=(0, 2))
     return shares

@@ -39,19 +39,19 @@ def read_gleason_arvaniti(root: Path) -> Reading:
 
 def read_aggc22(root: Path) -> Reading:
     """SubsetN_Train_image / [scanner /] <name>.tiff, SubsetN_Train_annotation / ... / <name> / <class>_Mask.tif."""
-    inside = ("AGGC22", "AGGC2022", "AGGC2022_train")
-    base = base_folder(root, *inside, holding="**/Subset1_Train_image")
+    if next(root.rglob("Subset?_Train_image"), None) is None:
+        raise wrong(root, "folders Subset1_Train_image and Subset1_Train_annotation")
     records, unmarked = [], 0
     for part in ("Train", "Test"):
-        masks = {path.parent.name: path.parent for path in base.rglob(f"Subset?_{part}_annotation*/**/*_Mask.tif")}
+        masks = {path.parent.name: path.parent for path in root.rglob(f"Subset?_{part}_annotation*/**/*_Mask.tif")}
         for subset in AGGC_SUBSETS:
-            for folder in sorted(base.rglob(f"Subset{subset}_{part}_image")):
+            for folder in sorted(root.rglob(f"Subset{subset}_{part}_image")):
                 for slide in files(folder, ".tif", ".tiff"):
                     if slide.stem in masks:
                         records.append(_aggc_record(slide, masks[slide.stem], subset, part.lower()))
                     else:
                         unmarked += 1
-    some([record.path for record in records], base, "slides with <name>/<class>_Mask.tif in SubsetN_Train_annotation")
+    some([record.path for record in records], root, "slides with <name>/<class>_Mask.tif in SubsetN_Train_annotation")
     return Reading(records=records, left_out=(f"{unmarked} slides without masks",) if unmarked else ())
 
 
@@ -59,7 +59,7 @@ def _aggc_record(slide: Path, folder: Path, subset: str, part: str) -> Record:
     found = AGGC_NAME.fullmatch(slide.stem)
     if not found:
         raise wrong(slide.parent, "names such as Subset1_Train_1.tiff or Subset3_Train_12_Philips.tiff")
-    masks = [(name, folder / f"{name}_Mask.tif", AGGC_VALUE) for name in AGGC]
+    masks = {folder / f"{name}_Mask.tif": {AGGC_VALUE: name} for name in AGGC}
     labels = {
         # the scans of one specimen by several scanners differ in the last part of their names alone
         "patient_id": f"Subset{subset}_{part}_{found['number']}",
@@ -67,7 +67,7 @@ def _aggc_record(slide: Path, folder: Path, subset: str, part: str) -> Record:
         "subset": subset,
         "split": part,
     }
-    present = [mask for mask in masks if mask[1].is_file()]
+    present = {path: values for path, values in masks.items() if path.is_file()}
     cells = partial(cells_of, slide, present, 0.5)
     return Record(slide_id=slide.stem, path=slide, labels=labels, is_image=False, mpp=0.5, cells=cells)
 

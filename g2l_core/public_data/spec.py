@@ -69,6 +69,8 @@ class Dataset:
     """Side of its patch images in pixels; 0 for slides, which stage one tiles."""
     mpp: float | None = None
     """Micrometres per pixel of the published files, where stated."""
+    label_file: bool = False
+    """Whether images of one slide differ in label or split, so that stage three needs them by image."""
     cell_label: str = ""
     """The label column that masks give by patch; its slides are tiled with stage one's own grid."""
     notes: tuple[str, ...] = field(default_factory=tuple)
