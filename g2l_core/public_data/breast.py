@@ -19,7 +19,7 @@ from g2l_core.public_data.layout import (
     tcga_labels,
     wrong,
 )
-from g2l_core.public_data.pixels import cells_of, fitted
+from g2l_core.public_data.pixels import cells_of, fitted, png_size
 from g2l_core.public_data.spec import Cell, Reading, Record
 
 TILS = ("til-negative", "til-positive")
@@ -48,6 +48,7 @@ TIGER_TISSUES = (
 """Mask values 1 to 7; 0 is not annotated (data-structure.txt and https://tiger.grand-challenge.org/Data/)."""
 IDC_NAME = re.compile(r"(?P<patient>\d+)_idx\d+_x\d+_y\d+_class(?P<idc>[01])\.png")
 BREAKHIS_NAME = re.compile(r"SOB_[BM]_[A-Z]+-(?P<case>\d+-(?P<number>\d+)[A-Z]*)-(?P<magnification>\d+)-\d+\.png")
+IDC_PX = 50
 SILENT = frozenset("Silent Intron 3'UTR 5'UTR 3'Flank 5'Flank IGR RNA".split())
 """Variant_Classification that leaves the protein alone: what cBioPortal leaves out by default
 (https://docs.cbioportal.org/file-formats/, mutation data)."""
@@ -106,15 +107,19 @@ def _sequenced(path: Path) -> set[str]:
 def read_idc(root: Path) -> Reading:
     """PATIENT/CLASS/PATIENT_idx5_xX_yY_classCLASS.png."""
     base = base_folder(root, "IDC_regular_ps50_idx5", holding="[0-9]*/[01]/*.png")
-    records = []
+    records, small = [], 0
     for patient in sorted(path for path in base.iterdir() if path.is_dir() and path.name.isdigit()):
         for path in files(patient, ".png"):
             found = IDC_NAME.fullmatch(path.name)
             if not found or found["patient"] != patient.name or found["idc"] != path.parent.name:
                 raise wrong(path.parent, f"names such as {patient.name}_idx5_x1_y1_class{path.parent.name}.png")
+            if png_size(path) != (IDC_PX, IDC_PX):
+                small += 1
+                continue
             labels = {"patient_id": patient.name, "idc": "IDC" if found["idc"] == "1" else "no IDC"}
             records.append(Record(slide_id=patient.name, path=path, labels=labels))
-    return Reading(records=records)
+    some([record.path for record in records], base, f"images of {IDC_PX} px")
+    return Reading(records=records, left_out=(f"{small} images that are not {IDC_PX} px square",) if small else ())
 
 
 def read_bracs_roi(root: Path) -> Reading:

@@ -43,9 +43,9 @@ def base_folder(root: Path, *inside: str, holding: str) -> Path:
 
 
 def files(folder: Path, *suffixes: str) -> list[Path]:
-    """Files with one of the suffixes anywhere below a folder, sorted; hidden ones and links to others left out."""
+    """Files with one of the suffixes anywhere below a folder, sorted; hidden ones left out."""
     found = (path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
-    return sorted(path for path in found if not path.name.startswith(".") and path.is_file() and not path.is_symlink())
+    return sorted(path for path in found if not path.name.startswith(".") and path.is_file())
 
 
 def class_folders(folder: Path, classes: Iterable[str]) -> Iterator[tuple[str, Path]]:

@@ -50,9 +50,10 @@ def write_manifest(dataset: Dataset, root: Path, out: Path) -> Written:
     try:
         if not root.is_dir():
             raise wrong(root, dataset.title)
-        reading = dataset.read(root)
-        images = out.with_name(f"{out.stem}-images")
-        rows = [_row(record, dataset, images, out.parent) for record in reading.records]
+        # folders are resolved here, once; files that are links keep their names, which say what they are
+        reading = dataset.read(root.resolve())
+        images = out.parent.resolve() / f"{out.stem}-images"
+        rows = [_row(record, dataset, images) for record in reading.records]
         _refuse_differing([row for row, _ in rows], dataset)
         cells = [cell for row in rows for cell in _cell_rows(row, dataset)]
     except ManifestError as error:
@@ -76,12 +77,12 @@ def write_manifest(dataset: Dataset, root: Path, out: Path) -> Written:
     )
 
 
-def _row(record: Record, dataset: Dataset, images: Path, beside: Path) -> tuple[dict[str, str], Record]:
+def _row(record: Record, dataset: Dataset, images: Path) -> tuple[dict[str, str], Record]:
     path = record.path
     if record.pixels is not None:
         path = images / f"{record.path}.png"
         write_png(path, record.pixels())
-    path, beside = path.resolve(), beside.resolve()
+    beside = images.parent
     name = path.relative_to(beside).as_posix() if path.is_relative_to(beside) else path.as_posix()
     fixed = {
         "slide_id": record.slide_id,

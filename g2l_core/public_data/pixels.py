@@ -46,6 +46,15 @@ def fitted(path: Path, side: int = FITTED_PX) -> Rgb:
     return square.copy() if short == side else cv2.resize(square, (side, side), interpolation=how)
 
 
+def png_size(path: Path) -> tuple[int, int]:
+    """Width and height of a PNG from its header (ISO/IEC 15948, IHDR); (0, 0) if it is none."""
+    with path.open("rb") as file:
+        head = file.read(24)
+    if head[:8] != b"\x89PNG\r\n\x1a\n" or len(head) < 24:
+        return 0, 0
+    return int.from_bytes(head[16:20]), int.from_bytes(head[20:24])
+
+
 def write_png(path: Path, image: Rgb) -> None:
     """Write an image without loss."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -71,7 +71,7 @@ _BREAST = (
         read=breast.read_idc,
         label_file=True,
         patch_px=50,
-        notes=("images at a slide's edge are smaller than 50 px: stage one names them as unreadable and goes on",),
+        notes=("images at a slide's edge, which are smaller than 50 px, are left out and counted",),
     ),
     Dataset(
         name="bracs-roi",

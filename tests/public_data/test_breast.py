@@ -122,6 +122,26 @@ def test_idc(tmp_path):
     assert set(column(manifest, "patient_id", "dataset")) == {("10253", "idc"), ("9036", "idc")}
 
 
+def test_idc_leaves_out_what_is_smaller_at_an_edge(tmp_path):
+    draw_idc(tmp_path)
+    image(tmp_path / "10253" / "0" / "10253_idx5_x1_y1_class0.png", 5, 50, 21)
+    (tmp_path / "10253" / "0" / "10253_idx5_x9_y1_class0.png").write_bytes(b"\x89PNG")
+    written, manifest, _ = made("idc", tmp_path, tmp_path)
+    assert (written.rows, len(manifest)) == (8, 8)
+    assert written.left_out == ("2 images that are not 50 px square",)
+
+
+def test_files_may_be_links_into_another_store(tmp_path):
+    draw_idc(tmp_path / "real")
+    patient = tmp_path / "linked" / "10253" / "0"
+    patient.mkdir(parents=True)
+    blob = tmp_path / "blob"
+    (tmp_path / "real" / "10253" / "0" / "10253_idx5_x1_y1001_class0.png").rename(blob)
+    (patient / "10253_idx5_x1_y1001_class0.png").symlink_to(blob)
+    _, manifest, _ = made("idc", tmp_path / "linked", tmp_path)
+    assert column(manifest, "path") == ["linked/10253/0/10253_idx5_x1_y1001_class0.png"]
+
+
 @pytest.mark.parametrize("name", ["10253/1/10253_idx5_x1_y1_class0.png", "10253/1/9036_idx5_x1_y1_class1.png"])
 def test_idc_refuses_an_image_in_a_wrong_folder(name, tmp_path):
     draw_idc(tmp_path)
@@ -172,6 +192,20 @@ def test_bracs_roi_without_its_spreadsheet_knows_no_patients(tmp_path):
     assert written.patients == 0
     assert column(manifest, "split") == column(manifest, "split_by_patient")
     assert "patient_id" not in manifest[0]
+
+
+def test_bracs_refuses_a_spreadsheet_that_is_another(tmp_path):
+    draw_bracs_roi(tmp_path)
+    book = tmp_path / "BRACS.xlsx"
+    spreadsheet(book, "WSI_Information", [("WSI Filename", "Set"), ("BRACS_1003", "Training")])
+    with pytest.raises(ManifestError, match=r"has no column 'Patient Id'; found WSI Filename, Set"):
+        made("bracs-roi", tmp_path, tmp_path)
+    spreadsheet(book, "Sheet1", [("WSI Filename", "Patient Id"), ("BRACS_1003", 85)])
+    with pytest.raises(ManifestError, match=r"cannot read the sheet WSI_Information of .*BRACS\.xlsx"):
+        made("bracs-roi", tmp_path, tmp_path)
+    book.write_bytes(b"no workbook")
+    with pytest.raises(ManifestError, match="cannot read the sheet"):
+        made("bracs-roi", tmp_path, tmp_path)
 
 
 def test_bracs_roi_refuses_a_missing_class(tmp_path):
@@ -264,6 +298,18 @@ def test_breakhis_refuses_broken_images_and_folds(tmp_path):
     path.write_bytes(whole)
     text(tmp_path / "dsfold3.txt", "SOB_B_A-14-22549AB-40-001.png|40|1\n")
     with pytest.raises(ManifestError, match=r"dsfold3\.txt: .* is no line image\|magnification\|fold\|train or test"):
+        made("breakhis", tmp_path, tmp_path)
+
+
+def test_breakhis_refuses_a_fold_that_parts_a_folder(tmp_path):
+    base = draw_breakhis(tmp_path)
+    image(base / "benign/SOB/adenosis/SOB_B_A-14-22549AB/40X/SOB_B_A-14-22549AB-40-002.png", 1, 46, 70)
+    text(
+        tmp_path / "dsfold2.txt", "SOB_B_A-14-22549AB-40-001.png|40|2|train\nSOB_B_A-14-22549AB-40-002.png|40|2|test\n"
+    )
+    with pytest.raises(
+        ManifestError, match="expected one fold2 for all files of SOB_B_A-14-22549AB/40X; found 'train'"
+    ):
         made("breakhis", tmp_path, tmp_path)
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from g2l_core.errors import ManifestError
 from g2l_core.manifest import read_sources
+from g2l_core.patches import read_image
 from tests.public_data.draw import column, empty, image, made, picture, text
 
 
@@ -93,11 +94,12 @@ def draw_nct(root):
     for name in ("NCT-CRC-HE-100K", "CRC-VAL-HE-7K"):
         for i, tissue in enumerate(("ADI", "BACK", "DEB", "LYM", "MUC", "MUS", "NORM", "STR", "TUM")):
             for letter in "AB":
-                image(root / name / tissue / f"{tissue}-TCGA{letter}.tif", i + 10 * (letter == "B"), 224)
+                last = image(root / name / tissue / f"{tissue}-TCGA{letter}.tif", i + 10 * (letter == "B"), 224)
+    return last
 
 
 def test_nct_crc(tmp_path):
-    draw_nct(tmp_path)
+    last = draw_nct(tmp_path)
     written, manifest, labels = made("nct-crc", tmp_path, tmp_path)
     assert labels is None
     assert (written.rows, written.slides) == (36, 18)
@@ -108,6 +110,7 @@ def test_nct_crc(tmp_path):
     ]
     sources = read_sources([written.manifest])  # TIFF files, yet patch images
     assert [len(source.patch_ids) for source in sources] == [2] * 18
+    assert (read_image(tmp_path / manifest[-1]["path"], 224) == last).all()
     assert sources[0].labels == {"dataset": "nct-crc", "tissue": "ADI", "split": "test"}
     with pytest.raises(ManifestError, match=r"expected NCT-CRC-HE-100K and CRC-VAL-HE-7K in .*; found ADI/, BACK/"):
         made("nct-crc", tmp_path / "CRC-VAL-HE-7K", tmp_path)
