@@ -211,6 +211,11 @@ class _LabelTable:
     """Label rows by slide, by patch of a slide, or by corner of a patch."""
 
     def __init__(self, path: Path, stores: Sequence[FeatureStore], spec: TaskSpec) -> None:
+        if not path.is_file():
+            raise ManifestError(
+                f"there is no label file {path}; it lies beside the task file, for a shipped task in the current "
+                "folder, where g2l datasets NAME --root DIR writes it"
+            )
         rows = read_table(path)
         if not rows or "slide_id" not in rows[0]:
             raise ManifestError(f"the label file {path} needs a column slide_id and rows")

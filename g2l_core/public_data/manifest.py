@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from g2l_core.errors import ManifestError
+from g2l_core.errors import ManifestError, UsageError
 from g2l_core.public_data.layout import wrong
 from g2l_core.public_data.pixels import write_png
 from g2l_core.public_data.spec import Dataset, Record
@@ -46,7 +46,9 @@ def write_manifest(dataset: Dataset, root: Path, out: Path) -> Written:
     Raises:
         ManifestError: The folder has another layout; says what was expected, what is there and where to get it.
         SlideError: A slide whose masks are read cannot be opened.
+        UsageError: `out` is a file already, and no manifest.
     """
+    _refuse_overwriting(out)
     try:
         if not root.is_dir():
             raise wrong(root, dataset.title)
@@ -75,6 +77,12 @@ def write_manifest(dataset: Dataset, root: Path, out: Path) -> Written:
         cells=len(cells),
         left_out=reading.left_out,
     )
+
+
+def _refuse_overwriting(out: Path) -> None:
+    """Refuse to write over a table of the dataset itself."""
+    if out.exists() and not (out.is_file() and out.read_bytes().startswith(b"slide_id,path,")):
+        raise UsageError(f"{out} is there already and is no manifest of slides; give another --out")
 
 
 def _row(record: Record, dataset: Dataset, images: Path) -> tuple[dict[str, str], Record]:

@@ -12,6 +12,7 @@ from g2l_core.store.features import FeatureStore
 from pipeline.cli import app
 from tests.public_data.draw import mask, rows, slide
 from tests.public_data.test_breast import draw_idc
+from tests.public_data.test_others import draw_nct
 
 TEACHER, STUDENT = "timm:test_vit@64", "timm:test_vit2@64"
 PATIENTS = tuple(str(10253 + i) for i in range(6))
@@ -80,6 +81,19 @@ def test_masks_become_labels_of_the_very_patches_that_stage_one_lays(tmp_path, m
     laid = {tuple(corner) for corner in FeatureStore.open("tiger.zarr").slide("100B").coords.tolist()}
     labelled = {(int(r["x"]), int(r["y"])) for r in rows(tmp_path / "tiger-labels.csv") if r["slide_id"] == "100B"}
     assert labelled == laid - {(512, 512), (768, 512)}
+
+
+def test_tiff_images_and_an_official_split(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    draw_nct(tmp_path, "ABC")
+    assert "nct-crc.csv: 54 images" in g2l("datasets", "nct-crc", "--root", ".")
+    encoders = features("nct.zarr", "nct-crc.csv", "--patch-px", "224")
+    g2l("bench", "colorectal", "--store", "nct.zarr", "--encoders", encoders, "--out", "out", "--draws", "100", code=1)
+    report, found = results(tmp_path / "out")
+    assert found["nct-crc", "probe_auc"]["n"] == found["nct-crc", "cka_biased"]["n"] == 27  # the test images
+    assert found["nct-crc", "knn_accuracy"]["settings"]["split"] == "fixed, split"
+    assert found["nct-crc", "knn_accuracy"]["estimate"]["method"] == "bootstrap over 27 images, 100 draws"
+    assert {failure["task"] for failure in report["failures"]} == {"mhist", "tcga-crc-msi"}
 
 
 def test_the_list_and_the_descriptions():

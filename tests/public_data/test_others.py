@@ -5,9 +5,11 @@ import h5py
 import numpy as np
 import pytest
 
-from g2l_core.errors import ManifestError
+from g2l_core.errors import ManifestError, UsageError
 from g2l_core.manifest import read_sources
 from g2l_core.patches import read_image
+from g2l_core.public_data.manifest import write_manifest
+from g2l_core.public_data.table import DATASETS
 from tests.public_data.draw import column, empty, image, made, picture, text
 
 
@@ -90,11 +92,13 @@ def test_camelyon17_wilds(tmp_path):
         made("camelyon17-wilds", tmp_path, tmp_path)
 
 
-def draw_nct(root):
+def draw_nct(root, letters="AB"):
     for name in ("NCT-CRC-HE-100K", "CRC-VAL-HE-7K"):
         for i, tissue in enumerate(("ADI", "BACK", "DEB", "LYM", "MUC", "MUS", "NORM", "STR", "TUM")):
-            for letter in "AB":
-                last = image(root / name / tissue / f"{tissue}-TCGA{letter}.tif", i + 10 * (letter == "B"), 224)
+            for j, letter in enumerate(letters):
+                last = image(
+                    root / name / tissue / f"{tissue}-TCGA{letter}.tif", i + 10 * j + 100 * (name[0] == "C"), 224
+                )
     return last
 
 
@@ -135,6 +139,9 @@ def test_mhist(tmp_path):
         ("train/HP", "images/MHIST_aab.png", "HP", "train"),
         ("test/HP", "images/MHIST_aac.png", "HP", "test"),
     ]
+    with pytest.raises(UsageError, match=r"annotations\.csv is there already and is no manifest"):
+        write_manifest(DATASETS["mhist"], tmp_path, tmp_path / "annotations.csv")
+    made("mhist", tmp_path, tmp_path)  # its own manifest is written anew
     draw_mhist(tmp_path, "MHIST_aad.png,HP")
     with pytest.raises(ManifestError, match=r"annotations\.csv: row 4 is cut short"):
         made("mhist", tmp_path, tmp_path)
