@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,21 @@ from g2l_core.store.schema import STATUS, UNKNOWN_HASH
 from g2l_core.types import Features
 
 METRICS = ("cka", "knn", "probe", "robustness")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expected:
+    """A published figure that a task's result can be held against."""
+
+    metric: str
+    """As the results name it: knn_accuracy, probe_auc, robustness_ratio_k5, ..."""
+    encoder: str
+    """By its name, which need not be in the table of encoders."""
+    value: float
+    tolerance: float
+    """How far a result may be off and still count as the same."""
+    source: str
+    """Where the figure is published, and what is not stated there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +60,8 @@ class TaskSpec:
     knn_k: int = 20
     robustness_k: tuple[int, ...] = (3, 5, 10, 20)
     probe_c: tuple[float, ...] = (1.0,)
+    expected: tuple[Expected, ...] = ()
+    """Published figures; nothing is computed from them."""
 
     def __post_init__(self) -> None:
         """Refuse a task that cannot be evaluated."""
@@ -61,6 +79,39 @@ class TaskSpec:
             raise TaskError(f"task {self.name}: train and test conditions come together")
         if set(self.metrics) - {"cka"} and not self.label:
             raise TaskError(f"task {self.name}: give label = COLUMN, the biological class")
+        for figure in self.expected:
+            if figure.metric.partition("_")[0] not in self.metrics:
+                raise TaskError(f"task {self.name}: expected.{figure.metric} is of none of its metrics {self.metrics}")
+
+
+def parse_expected(task: str, table: Mapping[str, Any]) -> tuple[Expected, ...]:
+    """The published figures of a task file.
+
+    Args:
+        task: Names it in errors.
+        table: {metric: {encoder, value, tolerance, source}}, or a list of such tables for several encoders.
+
+    Raises:
+        TaskError: A figure lacks a key, has another one, or a value of another kind.
+    """
+    figures = [(m, f) for m, given in table.items() for f in (given if isinstance(given, list) else [given])]
+    return tuple(_expected(task, metric, figure) for metric, figure in figures)
+
+
+def _expected(task: str, metric: str, figure: object) -> Expected:
+    kinds: dict[str, Any] = {"encoder": str, "value": (int, float), "tolerance": (int, float), "source": str}
+    where = f"task {task}: expected.{metric}"
+    if not isinstance(figure, Mapping) or set(figure) != set(kinds):
+        found = ", ".join(sorted(figure)) if isinstance(figure, Mapping) else repr(figure)
+        raise TaskError(f"{where} needs just the keys {', '.join(kinds)}; found {found}")
+    for key, kind in kinds.items():
+        if not isinstance(figure[key], kind) or isinstance(figure[key], bool):
+            raise TaskError(f"{where}: {key} must be {'text' if kind is str else 'a number'}, not {figure[key]!r}")
+    if not figure["encoder"] or not figure["source"] or not isfinite(figure["value"]):
+        raise TaskError(f"{where}: encoder and source may not be empty, and value must be finite")
+    if not 0 <= figure["tolerance"] < inf:
+        raise TaskError(f"{where}: tolerance must be 0 or more, not {figure['tolerance']}")
+    return Expected(metric=metric, **figure)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +211,11 @@ class _LabelTable:
     """Label rows by slide, by patch of a slide, or by corner of a patch."""
 
     def __init__(self, path: Path, stores: Sequence[FeatureStore], spec: TaskSpec) -> None:
+        if not path.is_file():
+            raise ManifestError(
+                f"there is no label file {path}; it lies beside the task file, for a shipped task in the current "
+                "folder, where g2l datasets NAME --root DIR writes it"
+            )
         rows = read_table(path)
         if not rows or "slide_id" not in rows[0]:
             raise ManifestError(f"the label file {path} needs a column slide_id and rows")

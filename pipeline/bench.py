@@ -16,10 +16,35 @@ from g2l_core.report import write_report
 from g2l_core.report_tables import meaning_of
 from g2l_core.store.features import FeatureStore
 from g2l_core.store.provenance import digest, software
-from g2l_core.task_data import TaskSpec
+from g2l_core.task_data import TaskSpec, parse_expected
 from g2l_core.tasks import BenchSpec, evaluate_task
 
+SHIPPED = Path(__file__).parent / "tasks"
+
 HEADLINES = ("knn_balanced_accuracy", "probe_balanced_accuracy", "cka_debiased", "robustness_ratio_k5")
+
+
+def shipped_tasks() -> dict[str, Path]:
+    """The task files that come with G2L, by name."""
+    return {path.stem: path for path in sorted(SHIPPED.glob("*.toml"))}
+
+
+def find_tasks(given: Path) -> tuple[Path, Path]:
+    """A task file by its path, or a shipped one by its name.
+
+    Returns:
+        The file, and the folder that its label files are relative to: its own, or, as nobody writes into a package,
+        the current one for a shipped file.
+
+    Raises:
+        UsageError: It is neither; lists the shipped names.
+    """
+    shipped = shipped_tasks()
+    if given.is_file():
+        return given, given.parent
+    if str(given) in shipped:
+        return shipped[str(given)], Path()
+    raise UsageError(f"no such task file: {given}. Shipped ones go by name: {', '.join(shipped)}")
 
 
 def read_tasks(path: Path) -> tuple[str, list[TaskSpec]]:
@@ -45,11 +70,14 @@ def _task(path: Path, name: str, table: Mapping[str, Any]) -> TaskSpec:
         if key not in known or key == "name":
             raise UnknownNameError(f"key of [tasks.{name}] in {path}:", key, [k for k in known if k != "name"])
     plain: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
+    expected = plain.pop("expected", {})
+    if not isinstance(expected, dict):
+        raise UsageError(f"{path}, [tasks.{name}]: expected must be a table of metrics, not {expected!r}")
     for key, value in plain.items():
         default = known[key].default
         if not isinstance(value, type(default)):
             raise UsageError(f"{path}, [tasks.{name}]: {key} must be {_words(default)}, not {value!r}")
-    return TaskSpec(name=name, **plain)
+    return TaskSpec(name=name, expected=parse_expected(name, expected), **plain)
 
 
 def _words(default: object) -> str:
@@ -69,7 +97,7 @@ def run_bench(
     """Evaluate all tasks and write the report.
 
     Args:
-        tasks_path: The task file.
+        tasks_path: The task file, or the name of a shipped one.
         store_paths: Cohorts, put one behind the other.
         encoders: As users name them; the first is the teacher.
         out: The report's folder; results.json, .csv, .md and report.html are replaced there.
@@ -80,7 +108,8 @@ def run_bench(
     Raises:
         G2LError: Nothing could be started. A task that fails is a `Failure` of the report instead.
     """
-    title, tasks = read_tasks(tasks_path)
+    tasks_file, folder = find_tasks(tasks_path)
+    title, tasks = read_tasks(tasks_file)
     stores = [FeatureStore.open(path) for path in store_paths]
     known = {key: facts for store in reversed(stores) for key, facts in store.encoders.items()}
     keys = tuple(find_stored(text, known) for text in encoders)
@@ -91,7 +120,7 @@ def run_bench(
     comparisons: list[Comparison] = []
     failures: list[Failure] = []
     for task in tasks:
-        outcome = evaluate_task(stores, task, bench, tasks_path.parent)
+        outcome = evaluate_task(stores, task, bench, folder)
         results += outcome.results
         comparisons += outcome.comparisons
         failures += outcome.failures
@@ -102,7 +131,7 @@ def run_bench(
         results=tuple(results),
         comparisons=tuple(comparisons),
         failures=tuple(failures),
-        provenance=provenance(tasks_path, stores),
+        provenance=provenance(tasks_path, tasks_file, stores),
     )
     write_report(report, out)
     return report
@@ -143,11 +172,11 @@ def _figure(result: Result) -> str:
     return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
 
 
-def provenance(tasks_path: Path, stores: Sequence[FeatureStore]) -> dict[str, str]:
+def provenance(given: Path, tasks_path: Path, stores: Sequence[FeatureStore]) -> dict[str, str]:
     """Command, inputs and software. No time of day: the same input gives the same bytes."""
     found = {
         "command": " ".join(["g2l", *sys.argv[1:]]),
-        "tasks": f"{tasks_path} (sha256 {digest(tasks_path.read_text(encoding='utf-8'))[:12]})",
+        "tasks": f"{given} (sha256 {digest(tasks_path.read_text(encoding='utf-8'))[:12]})",
     }
     for i, store in enumerate(stores):
         found[f"store {i + 1}"] = f"{store.path} (sha256 of its specs {digest(store.facts)[:12]})"

@@ -19,7 +19,7 @@ RANKS = [
     {"encoder_table", "encoder_files", "hub"},
     {"encoders", "encoder_docs"},
     {"encoder_loading", "patches"},
-    {"laying", "students", "datasets", "repair", "pixel_cache", "distiller", "objectives"},
+    {"laying", "students", "datasets", "repair", "pixel_cache", "distiller", "objectives", "public_data"},
     {"loader", "batching", "task_data", "optimisation", "ranks", "target_statistics", "student_export"},
     {"caching", "checkpoints", "watching"},
     {"training", "tasks"},

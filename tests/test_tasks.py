@@ -186,6 +186,12 @@ def test_a_shared_patient_is_a_leak(planted, tmp_path):
         gather([store], SPEC, tmp_path)
 
 
+def test_a_label_file_that_is_elsewhere(planted, tmp_path):
+    _, store = planted
+    with pytest.raises(ManifestError, match=r"there is no label file .*labels\.csv; it lies beside the task file"):
+        gather([store], SPEC, tmp_path)
+
+
 def test_a_label_file_with_absent_slides(planted, tmp_path):
     _, store = planted
     write_labels(tmp_path / "labels.csv", [*patch_labels(), {"slide_id": "zz", "x": "0", "y": "0", "kind": "a"}])
