@@ -126,11 +126,11 @@ def _exhaustive(
     (Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 3.1).
     """
     count, k = len(base.alike), found.indices.shape[1]
-    ranked = np.empty(base.features.shape, np.float32)
+    ranked = np.empty((count, base.features.shape[1]), np.float32)
     for part in row_blocks(count):
         ranked[part] = base.of(part)
     squares = np.einsum("ij,ij->i", ranked, ranked)
-    unit_error = (ranked.shape[1] + 8) * 2.0**-24
+    unit_error = (base.features.shape[1] + 8) * 2.0**-24
     step = max(1, _BLOCK_SCORES // count)
     for start in range(0, len(left), step):
         block = left[start : start + step]
