@@ -104,7 +104,7 @@ def _screened(
     asked: Points,
     base: Points,
     codes: _Codes,
-    left: Int64[np.ndarray, " query"],
+    left: Int64[np.ndarray, " left"],
     precision: Precision,
 ) -> Int64[np.ndarray, " crowded"]:
     """Settles what a screen can; returns the queries it cannot."""
@@ -117,9 +117,7 @@ def _screened(
     return np.sort(np.concatenate(sweep.crowded))
 
 
-def _exhaustive(
-    found: Neighbors, asked: Points, base: Points, codes: _Codes, left: Int64[np.ndarray, " query"]
-) -> None:
+def _exhaustive(found: Neighbors, asked: Points, base: Points, codes: _Codes, left: Int64[np.ndarray, " left"]) -> None:
     """Ranks all pairs of some queries in float32; measures those within the doubt of the k-th best.
 
     The error of a product is at most dim 2^-24 |q| |r|, and some more for the rounding of the rows themselves
