@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float64, Int32, Int64
+from jaxtyping import Float32, Float64, Int32, Int64
 
 from g2l_core.metrics.points import Points
 from g2l_core.metrics.similarity import row_blocks
@@ -120,7 +120,7 @@ class Screen:
 
         queries, references = len(self.query.rows), len(self.reference.rows)
         blocks = [slice(start, min(start + _TILE, queries)) for start in range(0, queries, _TILE)]
-        self._thresholds = torch.empty(queries, dtype=self.query.values.dtype)
+        self._thresholds = _bits(torch.empty(queries, dtype=self.query.values.dtype))
         self._pending = [[] for _ in blocks]
         for block in blocks:
             self._begin(block)
@@ -153,10 +153,10 @@ class Screen:
         scores = self._scores(self.query.left(block), block, slice(0, self.sample))
         best, places = torch.topk(scores, self.k, dim=1)
         bounds = self._bounds(best.double().numpy(), places.numpy(), block)
-        query, column, values = _where(scores, scores >= bounds[:, None])
+        query, column, values = _where(scores, bounds[:, None])
         many = np.bincount(query, minlength=len(bounds)) > self.most
         self.crowded.append(self.query.rows[block][many])
-        self._thresholds[block] = bounds.masked_fill(torch.from_numpy(many), torch.inf)
+        self._thresholds[block] = np.where(many, 0, bounds)
         few = ~many[query]
         self._pending[block.start // _TILE].append((query[few], column[few], values[few]))
         if self.symmetric and block.start >= self.sample:
@@ -165,22 +165,23 @@ class Screen:
                 self._collect_columns(scores[:, part], block, part)
 
     def _bounds(self, scores: Float64[np.ndarray, "query k"], rows: Int64[np.ndarray, "query k"], block: slice) -> Any:
-        """Of each query, what k-th best score these k rows, with these upper bounds, are sure of."""
+        """Of each query, what k-th best score these k rows, with these upper bounds, are sure of; as bits."""
         import torch
 
-        kind = torch.finfo(self._thresholds.dtype)
+        kind = torch.finfo(self.query.values.dtype)
         doubt = 2 * self.rho * (self.query.squares[block, None] + self.reference.squares[rows])
         lower = torch.from_numpy((scores - doubt - 0.51 * kind.eps * np.abs(scores)).min(axis=1))
-        return lower.to(self._thresholds.dtype).clamp(min=kind.min)  # above the -inf of pairs that must not meet
+        # Above -inf, which pairs that must not meet have, and below 0, which stands for no bound.
+        return _bits(lower.to(self.query.values.dtype).clamp(min=kind.min, max=-kind.tiny))
 
     def _collect(self, scores: Any, block: slice, columns: slice) -> None:
         """Adds the pairs of a tile that reach the threshold of their row."""
-        query, column, values = _where(scores, scores >= self._thresholds[block, None])
+        query, column, values = _where(scores, self._thresholds[block, None])
         self._pending[block.start // _TILE].append((query, column + np.int32(columns.start), values))
 
     def _collect_columns(self, scores: Any, block: slice, columns: slice) -> None:
         """Adds the pairs of a tile that reach the threshold of their column, the query this time."""
-        row, query, values = _where(scores, scores >= self._thresholds[columns])
+        row, query, values = _where(scores, self._thresholds[columns])
         self._pending[columns.start // _TILE].append((query, row + np.int32(block.start), values))
 
     def _finish(self, block: slice) -> tuple[Int64[np.ndarray, " pair"], Int64[np.ndarray, " pair"]]:
@@ -197,22 +198,39 @@ class Screen:
         scores[query, place], columns[query, place] = values, column
         best = np.argpartition(scores, width - self.k, axis=1)[:, width - self.k :]
         top = np.take_along_axis(scores, best, axis=1).astype(np.float64)
-        bounds = self._bounds(top, np.take_along_axis(columns, best, axis=1), block).float().numpy()
-        near = values >= bounds[query]
+        bounds = _floats(self._bounds(top, np.take_along_axis(columns, best, axis=1), block))
+        near = (values >= bounds[query]) & (self._thresholds[block][query] > 0)
         many = np.bincount(query[near], minlength=size) > self.most
         self.crowded.append(self.query.rows[block][many])
         near &= ~many[query]
         return self.query.rows[block][query[near]], self.reference.rows[column[near]]
 
 
-def _where(scores: Any, near: Any) -> tuple[Int32[np.ndarray, " pair"], Int32[np.ndarray, " pair"], Any]:
-    """Row, column and score of the pairs that are near."""
+def _bits(values: Any) -> Any:
+    """The numbers of a tensor as unsigned integers: the greater a negative number, the smaller they are."""
     import torch
 
-    flat = np.flatnonzero(near.numpy())
-    values = scores.reshape(-1)[torch.from_numpy(flat)].float().numpy()
-    row, column = np.divmod(flat.astype(np.int32), np.int32(near.shape[1]))
-    return row, column, values
+    kinds = {2: (torch.int16, np.uint16), 4: (torch.int32, np.uint32)}
+    signed, unsigned = kinds[values.element_size()]
+    return values.view(signed).numpy().view(unsigned)
+
+
+def _floats(bits: Any) -> Float32[np.ndarray, " value"]:
+    """Back from bits: bfloat16 is the upper half of a float32."""
+    wide = bits.astype(np.uint32) << 16 if bits.dtype == np.uint16 else bits
+    return wide.view(np.float32)
+
+
+def _where(scores: Any, bounds: Any) -> tuple[Int32[np.ndarray, " pair"], Int32[np.ndarray, " pair"], Any]:
+    """Row, column and value of the scores that reach their bound, which is negative and given as bits.
+
+    Compared as bits, since NumPy does that at the speed of memory: a positive score has smaller ones than any negative
+    bound. A bound of 0 lets nothing pass but 0.
+    """
+    bits = _bits(scores)
+    flat = np.flatnonzero(bits <= bounds)
+    row, column = np.divmod(flat.astype(np.int32), np.int32(bits.shape[1]))
+    return row, column, _floats(bits[row, column])
 
 
 def _operand(

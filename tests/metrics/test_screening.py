@@ -100,6 +100,13 @@ def test_screen_equals_the_exhaustive_search(metric, draw, seed, k):
             np.testing.assert_array_equal(found.distances, expected.distances)
 
 
+@METRICS
+def test_rows_that_are_all_alike_come_in_their_order(metric, small_tiles):
+    found = nearest(np.ones((90, 4), np.float16), None, 3, metric=metric)
+    np.testing.assert_array_equal(found.indices[[0, 2, 50]], [[1, 2, 3], [0, 1, 3], [0, 1, 2]])
+    assert (found.distances == 0).all()
+
+
 def test_most_queries_are_settled_by_the_first_screen(small_tiles, monkeypatch):
     asked = []
     plain = module._screened
