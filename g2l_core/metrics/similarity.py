@@ -265,8 +265,8 @@ def _leave_out_of_kernels(
     require_finite(y, "y")
     kernels = [_kernel(features) for features in (x, y)]
     kept = [np.flatnonzero(groups != g) for g in range(count)] if count > 1 else []
-    without = [_kernel_cka(*(k[np.ix_(rows, rows)] for k in kernels), debiased=debiased) for rows in kept]
-    return _kernel_cka(kernels[0], kernels[1], debiased=debiased), without
+    without = [kernel_cka(*(k[np.ix_(rows, rows)] for k in kernels), debiased=debiased) for rows in kept]
+    return kernel_cka(kernels[0], kernels[1], debiased=debiased), without
 
 
 def _kernel(features: Float[np.ndarray, "row dim"]) -> Float64[np.ndarray, "row row"]:
@@ -274,8 +274,17 @@ def _kernel(features: Float[np.ndarray, "row dim"]) -> Float64[np.ndarray, "row 
     return centred @ centred.T
 
 
-def _kernel_cka(k: Float64[np.ndarray, "row row"], other: Float64[np.ndarray, "row row"], *, debiased: bool) -> float:
-    """The same figure as `linear_cka`, from the kernels K = XX' and L = YY' of the same rows."""
+def kernel_cka(k: Float64[np.ndarray, "row row"], other: Float64[np.ndarray, "row row"], *, debiased: bool) -> float:
+    """Centred kernel alignment of two kernels; of XX' and YY', the same figure as `linear_cka`.
+
+    Args:
+        k: The kernel of each two rows in one encoder.
+        other: That of the same rows in the other.
+        debiased: See `linear_cka`.
+
+    Raises:
+        TaskError: If there are fewer than four rows, or a kernel is constant but for rounding.
+    """
     n = len(k)
     if n < 4:
         raise TaskError(f"CKA needs at least 4 rows; got {n}")
