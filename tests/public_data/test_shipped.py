@@ -33,7 +33,7 @@ def test_every_shipped_task_fits_its_dataset(name):
 def test_no_task_file_is_forgotten():
     assert tuple(shipped_tasks()) == SUITES
     packaged = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["pipeline"]
-    assert packaged == ["tasks/*.toml"]
+    assert "tasks/*.toml" in packaged
 
 
 def test_the_papers_figures_are_expected():
