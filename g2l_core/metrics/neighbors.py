@@ -12,6 +12,8 @@ from g2l_core.metrics.screening import Precision, bfloat16_is_fast, screen
 from g2l_core.metrics.similarity import row_blocks
 from g2l_core.metrics.statistics import require_aligned
 
+Weights = Literal["uniform", "distance", "similarity"]
+
 _Codes: TypeAlias = tuple[Int64[np.ndarray, " query"], Int64[np.ndarray, " row"]]
 """Of the queries and of the reference."""
 
@@ -188,50 +190,84 @@ def nearest(
     return found
 
 
-def knn_predict(
+@dataclass(frozen=True, kw_only=True)
+class Vote:
+    """What the neighbours of each query say."""
+
+    classes: Shaped[np.ndarray, " class"]
+    """Sorted; the columns of `probabilities`."""
+    probabilities: Float64[np.ndarray, "query class"]
+    """Each class's share of the votes."""
+    predictions: Shaped[np.ndarray, " query"]
+    """The class with most votes; of tied classes, that of the nearest one."""
+
+
+def knn_vote(
     neighbors: Neighbors,
     labels: Shaped[np.ndarray, " row"],
     *,
     k: int | None = None,
-    weights: Literal["uniform", "distance"] = "uniform",
-) -> Shaped[np.ndarray, " query"]:
-    """The class that most of the k nearest neighbours have; of tied classes, that of the nearest one.
+    weights: Weights = "uniform",
+    temperature: float = 0.07,
+) -> Vote:
+    """The votes of the k nearest neighbours; one graph serves every k.
 
     Args:
         neighbors: From `nearest`.
         labels: The class of each reference row; any type that sorts.
         k: Vote among the first k only. None: among all.
-        weights: "uniform", or "distance": a vote counts 1 / distance, and where some are at distance 0
-            only they vote (as in scikit-learn).
-
-    Returns:
-        The predicted class of each query, in the labels' dtype.
+        weights: "uniform"; "distance": a vote counts 1 / distance, and where some are at distance 0 only they vote
+            (as in scikit-learn); "similarity": a vote counts exp(similarity / temperature).
+        temperature: Of "similarity", in the unit of `Neighbors.similarities`.
 
     Raises:
-        TaskError: If there is one class only, there are fewer labels than neighbours refer to, or k is out
-            of range.
+        TaskError: If there is one class only, there are fewer labels than neighbours refer to, or k or the
+            temperature is out of range.
+
+    References:
+        Similarity: Wu et al., Unsupervised Feature Learning via Non-Parametric Instance Discrimination (2018),
+        section 3.4, with its temperature.
     """
     k = neighbors.indices.shape[1] if k is None else k
     if not 1 <= k <= neighbors.indices.shape[1]:
         raise TaskError(f"k must lie between 1 and the {neighbors.indices.shape[1]} neighbours found; got {k}")
     if neighbors.indices.max() >= len(labels):
         raise TaskError(f"neighbours refer to row {neighbors.indices.max()}, but there are {len(labels)} labels")
+    if temperature <= 0:
+        raise TaskError(f"the temperature is positive; got {temperature}")
     classes, codes = np.unique(labels, return_inverse=True)
     if len(classes) < 2:
         raise TaskError(f"a vote needs two classes at least; all {len(labels):,} labels are {classes[0]}")
     near = codes[neighbors.indices[:, :k]]
     query = np.arange(len(near))[:, None]
     votes = np.zeros((len(near), len(classes)))
-    np.add.at(votes, (query, near), _vote_weights(neighbors.distances[:, :k], weights))
+    np.add.at(votes, (query, near), _vote_weights(neighbors.distances[:, :k], weights, temperature))
     winning = votes[query, near] == votes.max(axis=1, keepdims=True)
-    return classes[near[query[:, 0], winning.argmax(axis=1)]]
+    return Vote(
+        classes=classes,
+        probabilities=votes / votes.sum(axis=1, keepdims=True),
+        predictions=classes[near[query[:, 0], winning.argmax(axis=1)]],
+    )
+
+
+def knn_predict(
+    neighbors: Neighbors,
+    labels: Shaped[np.ndarray, " row"],
+    *,
+    k: int | None = None,
+    weights: Weights = "uniform",
+) -> Shaped[np.ndarray, " query"]:
+    """The predictions of `knn_vote`, in the labels' dtype; its arguments, its errors."""
+    return knn_vote(neighbors, labels, k=k, weights=weights).predictions
 
 
 def _vote_weights(
-    distances: Float64[np.ndarray, "query k"], weights: Literal["uniform", "distance"]
+    distances: Float64[np.ndarray, "query k"], weights: Weights, temperature: float
 ) -> Float64[np.ndarray, "query k"]:
     if weights == "uniform":
         return np.ones_like(distances)
+    if weights == "similarity":  # but for the nearest one's, which cancels: no exponential overflows
+        return np.exp((distances[:, :1] - distances) / temperature)
     same = distances == 0
     inverse = 1 / np.where(same, 1.0, distances)
     return np.where(same.any(axis=1, keepdims=True), same, inverse)
