@@ -127,6 +127,7 @@ def _report(raw: Mapping[str, Any]) -> Report:
         comparisons=tuple(_comparison(row) for row in raw["comparisons"]),
         failures=tuple(Failure(**row) for row in raw["failures"]),
         provenance=dict(raw["provenance"]),
+        notes=tuple(raw.get("notes", ())),
     )
 
 
@@ -137,7 +138,12 @@ def _result(raw: Mapping[str, Any]) -> Result:
 
 def _comparison(raw: Mapping[str, Any]) -> Comparison:
     return Comparison(
-        **{**raw, "difference": _estimate(raw["difference"]), "p_value": _float(raw["p_value"])},
+        **{
+            **raw,
+            "difference": _estimate(raw["difference"]),
+            "p_value": _float(raw["p_value"]),
+            "p_holm": _float(raw.get("p_holm")),
+        },
     )
 
 

@@ -10,7 +10,8 @@ from sklearn.neighbors import KNeighborsClassifier
 from g2l_core.errors import LeakError, ManifestError, TaskError
 from g2l_core.store import schema
 from g2l_core.store.features import FeatureStore
-from g2l_core.task_data import TaskSpec, gather, parts
+from g2l_core.task_data import gather, parts
+from g2l_core.task_spec import KnnOptions, RobustnessOptions, TaskSpec
 from g2l_core.tasks import BenchSpec, evaluate_task
 
 PATIENTS, PATCHES = 8, 40
@@ -69,7 +70,14 @@ def patch_labels(patients=PATIENTS):
 
 
 STRENGTH = {"teacher": (0.8, 0.0), "weak": (0.1, 0.8), "strong": (0.6, 0.1)}
-SPEC = TaskSpec(name="t", labels="labels.csv", label="kind", split="split", knn_k=5, robustness_k=(3, 5))
+SPEC = TaskSpec(
+    name="t",
+    labels="labels.csv",
+    label="kind",
+    split="split",
+    knn=KnnOptions(k=(5,)),
+    robustness=RobustnessOptions(k=(3, 5)),
+)
 BENCH = BenchSpec(encoders=("teacher", "weak", "strong"), baseline="weak", draws=300)
 
 
@@ -114,7 +122,7 @@ def test_gains_over_the_baseline_have_intervals_above_zero(outcome):
 def test_the_knn_figure_is_scikit_learn_s(planted, outcome):
     folder, store = planted
     rows = gather([store], SPEC, folder)
-    (train, test) = next(parts(rows, SPEC, 0))
+    (train, test) = parts(rows, SPEC, 0)[0]
     features = rows.features("weak").astype(np.float64)
     model = KNeighborsClassifier(5, metric="cosine", algorithm="brute").fit(features[train], rows.label[train])
     assert value(outcome, "knn_accuracy", "weak").value == pytest.approx(model.score(features[test], rows.label[test]))
@@ -150,7 +158,7 @@ def test_the_same_input_gives_the_same_figures(planted, outcome):
 
 def test_slide_labels_serve_without_a_label_file(planted):
     folder, store = planted
-    spec = TaskSpec(name="t", label="medical_center", split="split", metrics=("knn",), knn_k=3)
+    spec = TaskSpec(name="t", label="medical_center", split="split", metrics=("knn",), knn=KnnOptions(k=(3,)))
     rows = gather([store], spec, folder)
     assert set(rows.label) == {"north", "south"}
 
@@ -207,7 +215,7 @@ def test_missing_column_names_those_there_are(planted):
 
 def test_a_failing_metric_costs_itself_alone(planted):
     folder, store = planted
-    found = evaluate_task([store], replace(SPEC, knn_k=5000), BENCH, folder)
+    found = evaluate_task([store], replace(SPEC, knn=KnnOptions(k=(5000,))), BENCH, folder)
     assert {(f.encoder) for f in found.failures} == {"teacher", "weak", "strong"}
     assert all("k = 5000" in f.reason for f in found.failures)
     assert any(r.metric == "probe_auc" for r in found.results)

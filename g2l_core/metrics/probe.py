@@ -110,7 +110,7 @@ def _folds(
 def _choose_c(
     features: Float[np.ndarray, "row dim"],
     codes: Int64[np.ndarray, " row"],
-    parts: Sequence[tuple[Int64[np.ndarray, " fit"], Int64[np.ndarray, " held"]]],
+    parts: Sequence[tuple[Int64[np.ndarray, "_"], Int64[np.ndarray, "_"]]],
     c_values: Sequence[float],
     iterations: int,
 ) -> tuple[float, bool]:

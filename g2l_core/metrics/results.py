@@ -45,6 +45,10 @@ class Comparison:
     """encoder minus reference."""
     p_value: float
     """Two-sided; NaN where no interval can be had."""
+    p_holm: float = nan
+    """Adjusted by Holm's method over the tasks that compare the same encoders by the same metric."""
+    tests: int = 1
+    """How many these are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,3 +89,5 @@ class Report:
     failures: tuple[Failure, ...]
     provenance: Mapping[str, str]
     """Command, software versions, store digests."""
+    notes: tuple[str, ...] = ()
+    """What a reader must know of the rows: copies left out, labels missing, slides that a student was distilled on."""

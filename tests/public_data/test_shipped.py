@@ -8,7 +8,7 @@ import pytest
 from g2l_core.errors import TaskError, UsageError
 from g2l_core.public_data.page import page
 from g2l_core.public_data.table import DATASETS
-from g2l_core.task_data import Expected, TaskSpec, parse_expected
+from g2l_core.task_spec import Expected, TaskSpec, parse_expected
 from pipeline.bench import find_tasks, read_tasks, shipped_tasks
 
 ROOT = Path(__file__).resolve().parents[2]
