@@ -105,9 +105,7 @@ def _mean(features: Float[np.ndarray, "row dim"], lengths: Float64[np.ndarray, "
 
 
 def _first_alike(features: Float[np.ndarray, "row dim"]) -> Int64[np.ndarray, " row"]:
-    digests = np.fromiter(
-        (xxh3_64_intdigest(np.ascontiguousarray(row)) for row in features), np.uint64, count=len(features)
-    )
+    digests = np.fromiter((xxh3_64_intdigest(row.tobytes()) for row in features), np.uint64, count=len(features))
     _, first, codes = np.unique(digests, return_index=True, return_inverse=True)
     alike, rows = first[codes], np.arange(len(features))
     copies = np.flatnonzero(alike != rows)
