@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float, Float64, Int64
+from xxhash import xxh3_64_intdigest
 
 from g2l_core.errors import TaskError
 from g2l_core.metrics.similarity import require_finite, row_blocks
@@ -104,9 +105,15 @@ def _mean(features: Float[np.ndarray, "row dim"], lengths: Float64[np.ndarray, "
 
 
 def _first_alike(features: Float[np.ndarray, "row dim"]) -> Int64[np.ndarray, " row"]:
-    whole = np.ascontiguousarray(features).view(np.dtype((np.void, features.shape[1] * features.itemsize)))
-    _, first, codes = np.unique(whole[:, 0], return_index=True, return_inverse=True)
-    return first[codes]
+    digests = np.fromiter((xxh3_64_intdigest(row.tobytes()) for row in features), np.uint64, count=len(features))
+    _, first, codes = np.unique(digests, return_index=True, return_inverse=True)
+    alike, rows = first[codes], np.arange(len(features))
+    copies = np.flatnonzero(alike != rows)
+    for part in row_blocks(len(copies)):
+        chosen = copies[part]
+        chance = (features[chosen] != features[alike[chosen]]).any(axis=1)  # the same digest, by chance
+        alike[chosen[chance]] = chosen[chance]
+    return alike
 
 
 def gaps(

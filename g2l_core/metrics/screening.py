@@ -140,7 +140,7 @@ class Screen:
         """Upper bounds; -inf for pairs of one group."""
         import torch
 
-        scores = left @ self.reference.values[columns].T
+        scores = _product(left, self.reference.values[columns])
         mine, theirs = self.query.codes[block], self.reference.codes[columns]
         if mine[0] <= theirs[-1] and theirs[0] <= mine[-1]:  # both are sorted
             scores.masked_fill_(torch.from_numpy(mine[:, None] == theirs), -torch.inf)
@@ -204,6 +204,15 @@ class Screen:
         self.crowded.append(self.query.rows[block][many])
         near &= ~many[query]
         return self.query.rows[block][query[near]], self.reference.rows[column[near]]
+
+
+def _product(left: Any, right: Any) -> Any:
+    """All products of rows; those of float32 by NumPy, as PyTorch can be set to round them further."""
+    import torch
+
+    if left.dtype == torch.float32:
+        return torch.from_numpy(left.numpy() @ right.numpy().T)
+    return left @ right.T
 
 
 def _bits(values: Any) -> Any:

@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -127,22 +128,22 @@ def test_most_queries_are_settled_by_the_first_screen(small_tiles, monkeypatch):
     assert asked[1][:2] == ("float32", asked[0][2])
 
 
-def test_scores_are_upper_bounds_within_the_doubt():
-    import torch
-
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+@pytest.mark.parametrize(("rows", "dim"), [(200, 50), (700, 1024)])
+def test_scores_are_upper_bounds_within_the_doubt(precision, rows, dim):
     rng = np.random.default_rng(0)
-    features = outlying(rng, 200, 50)
-    points, base = points_of(features, None, "euclidean")
-    codes = np.arange(200), np.arange(200)
-    sweep = screening.screen((points, base), codes, None, 3, precision="bfloat16", most=100)
-    operand = sweep.reference
-    exact_inputs = operand.left(slice(None)).double() @ operand.values.double().T
-    x = points.of(operand.rows)
-    scores = -((x[:, None] - x) ** 2).sum(axis=-1) / 2
-    excess = exact_inputs.numpy() - scores
-    assert operand.values.dtype == torch.bfloat16
-    assert (excess >= 0).all()
-    assert (excess <= 2 * sweep.rho * (operand.squares[:, None] + operand.squares)).all()
+    points, base = points_of(outlying(rng, rows, dim), None, "euclidean")
+    codes = np.arange(rows), np.arange(rows)
+    sweep = screening.screen((points, base), codes, None, 3, precision=precision, most=100)
+    side = sweep.reference
+    got = screening._product(side.left(slice(None)), side.values)
+    x = points.of(side.rows)
+    squares = np.einsum("ij,ij->i", x, x)
+    exact = -np.maximum(squares[:, None] + squares - 2 * x @ x.T, 0) / 2
+    most = exact + 2 * sweep.rho * (squares[:, None] + squares)
+    assert got.dtype == side.values.dtype
+    for bound, within in ((exact, np.less_equal), (most, np.greater_equal)):
+        assert within(torch.from_numpy(bound).to(got.dtype).double().numpy(), got.double().numpy()).all()
 
 
 @METRICS
