@@ -261,9 +261,7 @@ def refuse_leaks(rows: TaskRows, spec: TaskSpec) -> None:
         )
 
 
-def parts(
-    rows: TaskRows, spec: TaskSpec, seed: int
-) -> list[tuple[Int64[np.ndarray, "_"], Int64[np.ndarray, "_"]]]:
+def parts(rows: TaskRows, spec: TaskSpec, seed: int) -> list[tuple[Int64[np.ndarray, "_"], Int64[np.ndarray, "_"]]]:
     """(Training rows, test rows): the one fixed split, or the folds by cluster.
 
     Raises:

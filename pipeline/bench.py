@@ -13,7 +13,7 @@ from g2l_core.encoders import find_stored, spec_from_json
 from g2l_core.errors import TaskError, UnknownNameError, UsageError
 from g2l_core.metrics.results import Comparison, EncoderFacts, Failure, Report, Result
 from g2l_core.report import write_report
-from g2l_core.report_tables import meaning_of
+from g2l_core.report_tables import meaning_of, split_k
 from g2l_core.store.features import FeatureStore
 from g2l_core.store.provenance import digest, software
 from g2l_core.task_spec import TaskSpec, parse_expected
@@ -21,7 +21,19 @@ from g2l_core.tasks import BenchSpec, adjusted_over_tasks, evaluate_task
 
 SHIPPED = Path(__file__).parent / "tasks"
 
-HEADLINES = ("knn_balanced_accuracy", "probe_balanced_accuracy", "cka_debiased", "robustness_ratio_k5")
+HEADLINES = (
+    "knn_balanced_accuracy",
+    "probe_balanced_accuracy",
+    "slide_probe_balanced_accuracy",
+    "slide_vote_balanced_accuracy",
+    "abmil_balanced_accuracy",
+    "survival_c_index",
+    "regression_pearson",
+    "cka_debiased",
+    "robustness_ratio_k5",
+    "consistency_cosine",
+)
+"""The first of these that a task has stands for it in the summary; of several k, the first."""
 
 
 def shipped_tasks() -> dict[str, Path]:
@@ -230,7 +242,9 @@ def encoder_facts(key: str, facts: Mapping[str, Any]) -> EncoderFacts:
 def summary_sentence(task: str, bench: BenchSpec, results: Sequence[Result]) -> str:
     """One sentence on a task: its headline metric, every encoder."""
     mine = [result for result in results if result.task == task]
-    for metric in HEADLINES:
+    for headline in HEADLINES:
+        named = (r.metric for r in mine if headline in (r.metric, split_k(r.metric)[0]))
+        metric = next(named, "")
         found = {result.encoder: result for result in mine if result.metric == metric}
         if found:
             words = [f"{key} {_figure(found[key])}" for key in bench.encoders if key in found]

@@ -1,7 +1,7 @@
 """`cka` and `similarity`: how much an encoder's features are like the teacher's."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -26,7 +26,7 @@ from g2l_core.metrics.similarity import (
 )
 from g2l_core.metrics.statistics import cluster_codes, cluster_sums, of_sums
 from g2l_core.randomness import keyed_generator
-from g2l_core.task_families.figures import Drawn, Figure, LeftOut, Settings, TaskInput
+from g2l_core.task_families.figures import Drawn, Figure, LeftOut, Settings, TaskInput, chosen_in_words
 from g2l_core.types import Features
 
 
@@ -52,22 +52,26 @@ class _Pair:
             return self
         rows = np.sort(keyed_generator("similarity rows", seed).choice(len(self.x), most, replace=False))
         settings = {**self.settings, "rows_drawn": most}
-        clusters = self.clusters[rows]
-        return _Pair(x=self.x[rows], y=self.y[rows], clusters=clusters, unit=self.unit, settings=settings)
+        return replace(self, x=self.x[rows], y=self.y[rows], clusters=self.clusters[rows], settings=settings)
 
 
 def _pair(given: TaskInput) -> _Pair | None:
-    """None for the teacher itself."""
+    """None for the teacher itself, and where the teacher has failed."""
     if given.reference is None:
         return None
+    own = _with_itself(given)
+    return replace(own, y=given.reference[given.test_rows], settings={"to": given.teacher, **own.settings})
+
+
+def _with_itself(given: TaskInput) -> _Pair:
     chosen = given.test_rows
     clusters = given.rows.cluster[chosen]
     return _Pair(
         x=given.features[chosen],
-        y=given.reference[chosen],
+        y=given.features[chosen],
         clusters=clusters,
         unit=jackknife_unit(clusters, given.rows.cluster_unit),
-        settings={"to": given.teacher, "rows": given.rows_in_words},
+        settings={"rows": given.rows_in_words},
     )
 
 
@@ -98,14 +102,10 @@ def _without_each(figure: Callable[[Bool[np.ndarray, " row"]], float], pair: _Pa
 
 def similarity(given: TaskInput) -> list[Figure]:
     """All other figures of likeness; of the teacher, its effective rank alone."""
-    options, pair = given.spec.similarity, _pair(given)
+    most, pair = given.spec.similarity.rows, _pair(given)
     if pair is None:
-        chosen = given.test_rows
-        own = given.features[chosen]
-        settings: Settings = {"rows": given.rows_in_words}
-        alone = _Pair(x=own, y=own, clusters=given.rows.cluster[chosen], unit="", settings=settings)
-        return [_effective_rank(_with_unit(alone, given).drawn(options.rows, given.seed))]
-    drawn = pair.drawn(options.rows, given.seed)
+        return [_effective_rank(_with_itself(given).drawn(most, given.seed))]
+    drawn = pair.drawn(most, given.seed)
     return [
         _rbf(drawn, given),
         _trimmed(pair, given),
@@ -114,11 +114,6 @@ def similarity(given: TaskInput) -> list[Figure]:
         *_ridge(given),
         _effective_rank(drawn),
     ]
-
-
-def _with_unit(pair: _Pair, given: TaskInput) -> _Pair:
-    unit = jackknife_unit(pair.clusters, given.rows.cluster_unit)
-    return _Pair(x=pair.x, y=pair.y, clusters=pair.clusters, unit=unit, settings=pair.settings)
 
 
 def _rbf(pair: _Pair, given: TaskInput) -> Figure:
@@ -188,7 +183,7 @@ def _ridge(given: TaskInput) -> list[Figure]:
     rows = np.concatenate(tested)
     clusters = given.rows.cluster[rows]
     totals = cluster_sums(np.concatenate(sums), clusters)
-    settings = {"to": given.teacher, "penalty": ", ".join(f"{penalty:g}" for penalty in penalties)}
+    settings = {"to": given.teacher, "penalty": chosen_in_words(penalties)}
     scores = {"ridge_r2": explained_share, "projected_cosine": mean_cosine}
     return [
         Figure(
