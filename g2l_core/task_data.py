@@ -102,9 +102,10 @@ def gather(stores: Sequence[FeatureStore], spec: TaskSpec, folder: Path) -> Task
     table = _LabelTable(folder / spec.labels, stores, spec) if spec.labels else None
     found = [_columns_of(i, slide, spec, table) for i, slide in enumerate(slides)]
     arrays: dict[str, Any] = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+    grouped = bool(arrays.pop("grouped").all())
     extra = {name: arrays.pop(name) for name in list(arrays) if name.startswith(_EXTRA)}
     columns = {name.removeprefix(_EXTRA): values for name, values in extra.items()}
-    rows = TaskRows(slides=tuple(slides), cluster_unit=_cluster_unit(slides, spec), columns=columns, **arrays)
+    rows = TaskRows(slides=tuple(slides), cluster_unit=_cluster_unit(slides, spec, grouped), columns=columns, **arrays)
     if spec.has_fixed_split:
         rows = rows.take(rows.part != "")
     if spec.label:
@@ -125,8 +126,8 @@ def _taking_part(stores: Sequence[FeatureStore], spec: TaskSpec) -> list[StoredS
     return kept
 
 
-def _cluster_unit(slides: Sequence[StoredSlide], spec: TaskSpec) -> str:
-    if all(spec.group in slide.labels for slide in slides):
+def _cluster_unit(slides: Sequence[StoredSlide], spec: TaskSpec, grouped: bool) -> str:
+    if grouped:
         return "patients" if spec.group == "patient_id" else f"groups of {spec.group}"
     return "slides" if all(slide.facts["kind"] == "slide" for slide in slides) else "images"
 
@@ -183,7 +184,8 @@ def _columns_of(index: int, slide: StoredSlide, spec: TaskSpec, table: _LabelTab
 
     wanted = [name for names in spec.extra_columns.values() for name in names]
     cluster = column(spec.group)
-    if not cluster.all():
+    grouped = cluster != ""
+    if not grouped.all():
         names = [slide.slide_id if slide.facts["kind"] == "slide" else f"{slide.slide_id}#{row}" for row in good]
         cluster = np.where(cluster == "", np.array(names, dtype=np.str_), cluster)
     return {
@@ -192,6 +194,7 @@ def _columns_of(index: int, slide: StoredSlide, spec: TaskSpec, table: _LabelTab
         "label": column(spec.label) if spec.label else np.full(len(good), "", dtype="<U1"),
         "center": column(spec.center),
         "cluster": cluster,
+        "grouped": grouped,
         "part": _part(spec, slide, column, len(good)),
         "pixel_hash": slide.pixel_hash[good, 0],
         **{_EXTRA + name: _extra(name, column(name), slide, good) for name in wanted},

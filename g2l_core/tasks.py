@@ -174,5 +174,5 @@ def adjusted_over_tasks(comparisons: Iterable[Comparison]) -> list[Comparison]:
     for members in families.values():
         adjusted = holm(np.array([found[i].p_value for i in members]))
         for i, p_value in zip(members, adjusted.tolist(), strict=True):
-            found[i] = replace(found[i], p_holm=p_value, tests=len(members))
+            found[i] = replace(found[i], p_holm=p_value, tests=int(np.isfinite(adjusted).sum()))
     return found

@@ -101,7 +101,7 @@ def read_task(path: Path, name: str, table: Mapping[str, Any]) -> TaskSpec:
         TaskError: It cannot be evaluated.
     """
     where = f"{path}, [tasks.{name}]"
-    known = _known_keys()
+    known = known_keys()
     plain: dict[str, Any] = {}
     groups: dict[str, dict[str, Any]] = {}
     expected = table.get("expected", {})
@@ -124,7 +124,7 @@ def read_task(path: Path, name: str, table: Mapping[str, Any]) -> TaskSpec:
 _DEFAULTS: Mapping[str, Any] = {field.name: field.default for field in fields(TaskSpec) if field.name != "name"}
 
 
-def _known_keys() -> dict[str, tuple[str, str, Any]]:
+def known_keys() -> dict[str, tuple[str, str, Any]]:
     """What each key of a task sets: the group of options (empty for the task itself), the field, its default."""
     found: dict[str, tuple[str, str, Any]] = {}
     for name, default in _DEFAULTS.items():

@@ -66,6 +66,7 @@ def label_row(p, i):
         "scanner": "north" if p % 2 else "south",
         "spot": f"{p // 2}-{i}",
         "specimen": f"sp{p // 2}",
+        "organ": "breast",
         "x_class": "b" if p % 2 else "a",
     }
 
@@ -316,7 +317,7 @@ def test_survival_is_harrell_s_c_of_a_cox_model(evaluated):
     model = fit_cox(means[~test], times[~test], events[~test] > 0, penalty=1.0)
     pure = concordance_index(times[test], events[test] > 0, model.risks(means[test]))
     assert value(outcome, "survival_c_index") == pytest.approx(pure[0])
-    assert value(outcome, "survival_c_index", "teacher") > 0.75
+    assert value(outcome, "survival_c_index", "teacher") > 0.65
     shown = result(outcome, "survival_c_index")
     assert (shown.n, shown.settings["events"]) == (PATIENTS // 2, int(events[test].sum()))
 
@@ -362,8 +363,18 @@ def test_the_drop_under_bias(evaluated):
     pure = biased_probes(weak, rows.label, rows.center, rows.cluster, design, seed=0)
     drop = average_performance_drop(pure.in_domain.sum(axis=0)[None])[0]
     assert value(outcome, "bias_drop_in_domain") == pytest.approx(drop)
-    assert value(outcome, "bias_drop_in_domain", "weak") < value(outcome, "bias_drop_in_domain", "teacher")
     assert not [r for r in outcome.results if r.metric == "bias_drop_out_of_domain"]  # there is no other centre
+
+
+def test_an_encoder_that_knows_the_centre_loses_under_bias(planted, tmp_path):
+    folder, _ = planted
+    strength = {"teacher": (0.4, 0.0), "weak": (0.4, 1.5), "strong": (0.4, 0.1)}
+    store = make_store(tmp_path / "s.zarr", strength, patients=PATIENTS)
+    options = BiasDropOptions(rows_per_slide=8, repeats=2)
+    spec = TaskSpec(name="t", labels="labels.csv", label="kind", metrics=("bias_drop",), bias_drop=options)
+    outcome = evaluate_task([store], spec, BENCH, folder)
+    drops = {r.encoder: r.estimate.value for r in outcome.results}
+    assert drops["weak"] < -0.1 < drops["strong"]
 
 
 def test_consistency_between_conditions(evaluated):
@@ -439,7 +450,10 @@ def test_options_that_mean_nothing(options, words):
         ({"metrics": ("slide_probe",), "label": "kind"}, "each bag has one kind, but s0 has"),
         ({"metrics": ("regression",), "label": "kind"}, "column 'kind' must hold numbers"),
         ({"metrics": ("prototypes",), "prototypes": PrototypeOptions(shots=(999,))}, "fewer than the 999 shots"),
-        ({"metrics": ("retrieval",), "label": "split"}, "retrieval needs two classes at least; all 320 rows are test"),
+        (
+            {"metrics": ("retrieval",), "label": "organ"},
+            "retrieval needs two classes at least; all 320 rows are breast",
+        ),
         ({"metrics": ("survival",), "survival": SurvivalOptions(event="kind", time="months")}, "has"),
         ({"metrics": ("survival",), "survival": SurvivalOptions(event="grade", time="months")}, "must be 1 or 0"),
         ({"metrics": ("survival",), "survival": SurvivalOptions(event="dead", time="scanner")}, "must hold numbers"),
@@ -452,8 +466,8 @@ def test_options_that_mean_nothing(options, words):
         ),
         ({"metrics": ("bias_drop",), "bias_drop": BiasDropOptions(slides_per_class=5)}, "a multiple of the 2 centres"),
         (
-            {"metrics": ("consistency",), "consistency": ConsistencyOptions(condition="split")},
-            "found ['test']",
+            {"metrics": ("consistency",), "consistency": ConsistencyOptions(condition="organ")},
+            "found ['breast']",
         ),
         (
             {"metrics": ("consistency",), "consistency": ConsistencyOptions(condition="scanner", patch="kind")},

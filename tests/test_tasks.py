@@ -1,5 +1,6 @@
 """Tasks on stores with planted features: joins, splits, leaks, duplicates, and figures that move the right way."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -7,10 +8,11 @@ import pytest
 from sklearn.neighbors import KNeighborsClassifier
 
 from g2l_core.errors import LeakError, ManifestError, TaskError
+from g2l_core.metrics.results import Comparison, Estimate
 from g2l_core.store import schema
 from g2l_core.task_data import gather, parts
 from g2l_core.task_spec import KnnOptions, RobustnessOptions, TaskSpec
-from g2l_core.tasks import BenchSpec, evaluate_task
+from g2l_core.tasks import BenchSpec, adjusted_over_tasks, evaluate_task
 from tests.planted import PATCHES, PATIENTS, make_store, patch_labels, write_labels
 
 STRENGTH = {"teacher": (0.8, 0.0), "weak": (0.1, 0.8), "strong": (0.6, 0.1)}
@@ -201,3 +203,117 @@ def test_unreadable_patches_are_left_out(tmp_path):
 def test_specs_that_cannot_be_evaluated(fields, words):
     with pytest.raises(TaskError, match=words):
         replace(SPEC, **fields)
+
+
+def test_patches_without_a_label_are_left_out_and_noted(planted, tmp_path):
+    _, store = planted
+    write_labels(tmp_path / "labels.csv", [{**row, "kind": row["kind"] * (row["x"] != "16")} for row in patch_labels()])
+    found = evaluate_task([store], SPEC, BENCH, tmp_path)
+    assert found.notes == ["task t: 8 of 320 patches have no kind and were left out"]
+    assert not found.failures
+
+
+def test_no_label_at_all(planted, tmp_path):
+    _, store = planted
+    write_labels(tmp_path / "labels.csv", [{**row, "kind": ""} for row in patch_labels()])
+    found = evaluate_task([store], SPEC, BENCH, tmp_path)
+    assert [f.reason for f in found.failures] == ["task t: no patch has a label 'kind' and a place in the split"]
+
+
+def test_copies_across_the_split_are_noted(tmp_path):
+    store = make_store(tmp_path / "s.zarr", {"teacher": (1, 0)}, duplicates=[((0, 3), (7, 5)), ((1, 1), (0, 5))])
+    write_labels(tmp_path / "labels.csv", patch_labels())
+    found = evaluate_task([store], SPEC, replace(BENCH, encoders=("teacher",), baseline=""), tmp_path)
+    assert found.notes == ["task t: 2 copies of patches were left out, 1 of them training copies of test patches"]
+
+
+def run_folder(path, slides):
+    (path / "student").mkdir(parents=True)
+    (path / "run.json").write_text(json.dumps({"rows": {"train": dict.fromkeys(slides, 40), "held_out": {}}}))
+    return f"run:{path / 'student'}"
+
+
+@pytest.mark.parametrize(
+    ("trained", "notes"),
+    [
+        (("s0", "s1", "s2"), []),
+        (("s0", "s7"), ["task t: 1 of 4 test slides were used to distill teacher: s7"]),
+        (
+            (f"s{p}" for p in range(8)),
+            ["task t: 4 of 4 test slides were used to distill teacher: s4, s5, s6 and 1 more"],
+        ),
+    ],
+)
+def test_slides_of_the_distillation_in_a_test_part_are_named(tmp_path, trained, notes):
+    store = make_store(tmp_path / "s.zarr", {"teacher": (1, 0)}, weights=run_folder(tmp_path / "run", trained))
+    write_labels(tmp_path / "labels.csv", patch_labels())
+    found = evaluate_task([store], SPEC, replace(BENCH, encoders=("teacher",), baseline=""), tmp_path)
+    assert found.notes == notes
+
+
+@pytest.mark.parametrize("content", [None, "{", "{}", "[]", '{"rows": 3}'])
+def test_a_run_that_is_gone_cannot_tell_its_slides(tmp_path, content):
+    store = make_store(tmp_path / "s.zarr", {"teacher": (1, 0)}, weights=f"run:{tmp_path / 'run' / 'student'}")
+    if content:
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "run.json").write_text(content)
+    write_labels(tmp_path / "labels.csv", patch_labels())
+    found = evaluate_task([store], SPEC, replace(BENCH, encoders=("teacher",), baseline=""), tmp_path)
+    (note,) = found.notes
+    assert note.endswith("run.json is not there to tell whether teacher was distilled on slides that it is tested on")
+
+
+def test_rows_that_are_not_finite_are_told_once_an_encoder(tmp_path):
+    store = make_store(tmp_path / "s.zarr", {"teacher": (1, 0), "weak": (0.5, 0)})
+    store.slide("s2")._array("features/weak")[3, 0, 5] = np.nan
+    write_labels(tmp_path / "labels.csv", patch_labels())
+    found = evaluate_task([store], SPEC, replace(BENCH, encoders=("teacher", "weak"), baseline=""), tmp_path)
+    (failure,) = found.failures
+    assert failure.encoder == "weak"
+    assert "features of weak hold NaN or infinity in 1 of 320 rows, first in row 3 of slide s2" in failure.reason
+    assert {r.encoder for r in found.results} == {"teacher"}
+
+
+def test_an_encoder_that_has_fewer_slides(tmp_path):
+    store = make_store(tmp_path / "s.zarr", {"teacher": (1, 0)})
+    store.add_encoder(
+        "part", {"digest": "part", "weights_digest": "part", "name": "part", "weights": "file:p", "dim": 3}
+    )
+    writer = store.slide("s0").writer("part", digest="part", dim=3, n_views=1)
+    (shard,) = writer.missing([0])
+    hashes = store.slide("s0").pixel_hash[:, 0]
+    writer.write(shard, np.ones((PATCHES, 3), np.float32), hashes, np.zeros(PATCHES, np.uint8))
+    write_labels(tmp_path / "labels.csv", patch_labels())
+    found = evaluate_task([store], SPEC, replace(BENCH, encoders=("teacher", "part"), baseline=""), tmp_path)
+    (failure,) = found.failures
+    assert failure.encoder == "part"
+    assert "part" in failure.reason
+    assert "s1" in failure.reason
+    assert "\n" not in failure.reason
+
+
+def test_fewer_members_than_neighbours_or_folds(planted):
+    folder, store = planted
+    found = evaluate_task([store], replace(SPEC, split="", folds=9, metrics=("knn", "cka")), BENCH, folder)
+    assert {f.reason for f in found.failures} == {
+        "knn: task t: class a is in 8 patients, fewer than the 9 folds; use fewer"
+    }
+    assert any(r.metric == "cka_debiased" for r in found.results)
+
+
+def test_p_values_are_adjusted_over_tasks():
+    def compared(task, metric, p_value):
+        nothing = Estimate(value=0.1)
+        return Comparison(task=task, metric=metric, encoder="b", reference="a", difference=nothing, p_value=p_value)
+
+    rows = [
+        compared("x", "m", 0.01),
+        compared("y", "m", 0.04),
+        compared("x", "n", 0.04),
+        compared("z", "m", float("nan")),
+    ]
+    adjusted = adjusted_over_tasks(rows)
+    assert [row.p_holm for row in adjusted[:3]] == [0.02, 0.04, 0.04]
+    assert [row.tests for row in adjusted] == [2, 2, 1, 2]
+    assert np.isnan(adjusted[3].p_holm)
+    assert [row.p_value for row in adjusted[:3]] == [0.01, 0.04, 0.04]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Float, Float64, Int64, Shaped
+from jaxtyping import Float, Float64, Shaped
 
 from g2l_core.errors import TaskError
 from g2l_core.metrics.calibration import brier_score, brier_sums, calibration_error, calibration_sums
@@ -208,7 +208,7 @@ def regression(given: TaskInput) -> list[Figure]:
             given.features[train], truth[train], groups, penalties=options.penalties, folds=folds, seed=given.seed
         )
         predicted.append(found.predict(given.features[test])[:, 0])
-        errors.append(ridge_sums(found, given.features[test], truth[test])[:, :2])
+        errors.append(ridge_sums(found, given.features[test], truth[test]))
         tested.append(test)
         penalties.append(found.penalty)
     order = np.concatenate(tested)
@@ -253,7 +253,7 @@ def retrieval(given: TaskInput) -> list[Figure]:
 
 
 def _mean_figure(
-    metric: str, values: Float64[np.ndarray, " row"], clusters: Int64[np.ndarray, " row"], settings: Settings
+    metric: str, values: Float64[np.ndarray, " row"], clusters: Shaped[np.ndarray, " row"], settings: Settings
 ) -> Figure:
     sums = cluster_sums(np.stack([values, np.ones(len(values))], axis=1), clusters)
     interval = Drawn(statistic=of_sums(lambda totals: totals[:, 0] / totals[:, 1], sums), clusters=clusters)
