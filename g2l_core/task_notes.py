@@ -33,11 +33,26 @@ def notes_on(rows: TaskRows, spec: TaskSpec, stores: Sequence[FeatureStore], enc
         found.append(
             f"{rows.duplicates_dropped:,} copies of patches were left out{across if rows.crossing_duplicates else ''}"
         )
+    found += _rare_classes(rows, spec)
     chosen = rows.part == "test" if spec.has_fixed_split else np.ones(len(rows), bool)
     tested = set(rows.slide_ids[chosen].tolist())
     known = {key: facts for store in reversed(stores) for key, facts in store.encoders.items()}
     found += [note for key in encoders if key in known for note in _distilled(key, known[key], tested)]
     return [f"task {spec.name}: {note}" for note in found]
+
+
+def _rare_classes(rows: TaskRows, spec: TaskSpec) -> list[str]:
+    """Classes that can never have all votes of the nearest neighbours."""
+    if "knn" not in spec.metrics:
+        return []
+    k = max(spec.knn.k)
+    trained = rows.label[rows.part == "train"] if spec.has_fixed_split else rows.label
+    counts = zip(*np.unique(trained, return_counts=True), strict=True)
+    return [
+        f"training patches of class {name} number {n:,}, fewer than the k = {k} that vote"
+        for name, n in counts
+        if n < k
+    ]
 
 
 def _distilled(key: str, facts: Mapping[str, Any], tested: set[str]) -> list[str]:

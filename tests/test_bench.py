@@ -23,7 +23,8 @@ title = "all"
 label = "kind"
 split = "split"
 metrics = [
-    "cka", "similarity", "knn", "probe", "prototypes", "retrieval", "robustness", "robustness_paired", "center", "bias_drop",
+    "cka", "similarity", "knn", "probe", "prototypes", "retrieval", "robustness", "robustness_paired",
+    "center", "bias_drop",
 ]
 similarity_rows = 100
 knn_k = [3, 9]

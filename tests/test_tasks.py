@@ -301,6 +301,18 @@ def test_fewer_members_than_neighbours_or_folds(planted):
     assert any(r.metric == "cka_debiased" for r in found.results)
 
 
+def test_a_class_with_fewer_patches_than_neighbours_is_noted(planted, tmp_path):
+    _, store = planted
+    rows = [
+        {**row, "kind": "c" if row["slide_id"] in ("s0", "s7") and row["x"] == "0" else row["kind"]}
+        for row in patch_labels()
+    ]
+    write_labels(tmp_path / "labels.csv", rows)
+    found = evaluate_task([store], replace(SPEC, metrics=("knn",)), BENCH, tmp_path)
+    assert found.notes == ["task t: training patches of class c number 1, fewer than the k = 5 that vote"]
+    assert not found.failures
+
+
 def test_p_values_are_adjusted_over_tasks():
     def compared(task, metric, p_value):
         nothing = Estimate(value=0.1)
