@@ -1,8 +1,6 @@
 """A benchmark's figures as files: JSON to compute with, CSV, Markdown, and a page that stands on its own.
 
-`results.json` holds the whole report and is what the others are made from. Keys are sorted and floats are
-written by `repr`, so equal reports give equal bytes. JSON has no word for some floats: NaN is null, and the
-infinities are the strings "Infinity" and "-Infinity", which the text of a setting can therefore not be.
+`results.json` holds the whole report and is what the others are made from; equal reports give equal bytes.
 """
 
 import csv
@@ -10,21 +8,17 @@ import io
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
-from math import inf, isnan, nan
+from dataclasses import fields
+from math import isnan
 from pathlib import Path
 from textwrap import wrap
-from typing import Any
 
 from g2l_core.errors import RunError
-from g2l_core.metrics.results import Comparison, EncoderFacts, Estimate, Failure, Report, Result
+from g2l_core.metrics.results import Comparison, Report, Result
 from g2l_core.report_html import page
+from g2l_core.report_json import FORMAT, json_text, report_of
 from g2l_core.report_tables import TaskPart, best, decimals, figure, interval, meaning_of, number, p_text, task_parts
 
-FORMAT = 1
-"""The version of results.json."""
-
-_FLOAT_WORDS: Mapping[str | None, float] = {None: nan, "Infinity": inf, "-Infinity": -inf}
 _GAP = 2
 _MIN_TITLE = 18
 
@@ -47,7 +41,7 @@ def write_report(report: Report, folder: Path) -> list[Path]:
         TaskError: If two results have the same task, metric and encoder.
     """
     texts = {
-        "results.json": _json_text(report),
+        "results.json": json_text(report),
         "results.csv": _results_csv(report.results),
         "comparisons.csv": _comparisons_csv(report.comparisons),
         "results.md": _markdown(report),
@@ -76,26 +70,6 @@ def _publish(texts: Mapping[str, str], folder: Path) -> list[Path]:
     return list(drafts)
 
 
-def _plain(value: Any) -> Any:
-    """Dataclasses and mappings as dicts, tuples as lists, floats that JSON lacks as their words."""
-    if is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and isnan(value):
-        return None
-    if isinstance(value, float) and value in (inf, -inf):
-        return "Infinity" if value > 0 else "-Infinity"
-    return value
-
-
-def _json_text(report: Report) -> str:
-    plain = {"format": FORMAT, **_plain(report)}
-    return json.dumps(plain, sort_keys=True, indent=1, allow_nan=False) + "\n"
-
-
 def read_report(folder: Path) -> Report:
     """Reads the report that `write_report` left in a folder; equal to it but that NaN differs from NaN.
 
@@ -113,40 +87,9 @@ def read_report(folder: Path) -> Report:
     if found != FORMAT:
         raise RunError(f"{path} should be of format {FORMAT}, is {found}; read it with the g2l that wrote it")
     try:
-        return _report(raw)
+        return report_of(raw)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise RunError(f"{path} is not a report ({error!r}); write it again") from error
-
-
-def _report(raw: Mapping[str, Any]) -> Report:
-    return Report(
-        title=raw["title"],
-        summary=tuple(raw["summary"]),
-        encoders=tuple(EncoderFacts(**row) for row in raw["encoders"]),
-        results=tuple(_result(row) for row in raw["results"]),
-        comparisons=tuple(_comparison(row) for row in raw["comparisons"]),
-        failures=tuple(Failure(**row) for row in raw["failures"]),
-        provenance=dict(raw["provenance"]),
-    )
-
-
-def _result(raw: Mapping[str, Any]) -> Result:
-    settings = {key: _FLOAT_WORDS.get(value, value) for key, value in raw["settings"].items()}
-    return Result(**{**raw, "estimate": _estimate(raw["estimate"]), "settings": settings})
-
-
-def _comparison(raw: Mapping[str, Any]) -> Comparison:
-    return Comparison(
-        **{**raw, "difference": _estimate(raw["difference"]), "p_value": _float(raw["p_value"])},
-    )
-
-
-def _estimate(raw: Mapping[str, Any]) -> Estimate:
-    return Estimate(**{**raw, **{name: _float(raw[name]) for name in ("value", "low", "high")}})
-
-
-def _float(word: float | str | None) -> float:
-    return float(_FLOAT_WORDS[word] if word is None or isinstance(word, str) else word)
 
 
 def _csv_text(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

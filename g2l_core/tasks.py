@@ -12,12 +12,13 @@ from jaxtyping import Shaped
 from g2l_core.errors import G2LError, TaskError
 from g2l_core.metrics.neighbors import knn_predict, nearest
 from g2l_core.metrics.probe import accuracy, balanced_accuracy, confusion, linear_probe, macro_auc, macro_f1
-from g2l_core.metrics.results import Comparison, Estimate, Failure, Result
+from g2l_core.metrics.results import Comparison, Estimate, Failure, Pictures, Result
 from g2l_core.metrics.robustness import pathorob_index, ratio_index, robustness_counts
 from g2l_core.metrics.similarity import cka_difference, cka_interval
 from g2l_core.metrics.statistics import cluster_bootstrap, cluster_sums, of_sums, of_weights, paired_bootstrap
 from g2l_core.store.features import FeatureStore
 from g2l_core.task_data import TaskRows, TaskSpec, gather, parts
+from g2l_core.task_pictures import confusion_matrix, task_pictures
 from g2l_core.types import Features
 
 Statistic = Callable[[Any], Any]
@@ -51,6 +52,7 @@ class TaskOutcome:
     results: list[Result] = field(default_factory=list)
     comparisons: list[Comparison] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
+    pictures: Pictures = field(default_factory=Pictures)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +63,8 @@ class _Figure:
     statistic: Statistic
     clusters: Shaped[np.ndarray, " row"]
     settings: Settings
+    confusion: tuple[np.ndarray, np.ndarray] | None = None
+    """Classes, and counts pooled over clusters; kept with one figure of each classifier."""
 
 
 def evaluate_task(stores: Sequence[FeatureStore], spec: TaskSpec, bench: BenchSpec, folder: Path) -> TaskOutcome:
@@ -89,6 +93,7 @@ def evaluate_task(stores: Sequence[FeatureStore], spec: TaskSpec, bench: BenchSp
                 found = _guarded(outcome, spec, encoder, partial(evaluate, rows, values, spec, bench))
                 figures[encoder] += found or []
     _add_intervals(figures, rows, spec, bench, outcome)
+    _add_pictures(figures, rows, features, spec, bench, outcome)
     return outcome
 
 
@@ -195,9 +200,16 @@ def _class_figures(
     prefix: str, truth: np.ndarray, predicted: np.ndarray, clusters: np.ndarray, settings: Settings
 ) -> list[_Figure]:
     matrices = confusion(truth, predicted, clusters)
+    pooled = np.unique(np.concatenate([truth, predicted])), matrices.sum(axis=0)
     scores = {"accuracy": accuracy, "balanced_accuracy": balanced_accuracy, "f1": macro_f1}
     return [
-        _Figure(metric=f"{prefix}_{name}", statistic=of_sums(score, matrices), clusters=clusters, settings=settings)
+        _Figure(
+            metric=f"{prefix}_{name}",
+            statistic=of_sums(score, matrices),
+            clusters=clusters,
+            settings=settings,
+            confusion=pooled if name == "accuracy" else None,
+        )
         for name, score in scores.items()
     ]
 
@@ -280,3 +292,19 @@ def _add_intervals(
                         p_value=pair[1],
                     )
                 )
+
+
+def _add_pictures(
+    figures: Mapping[str, Sequence[_Figure]],
+    rows: TaskRows,
+    features: Mapping[str, Features],
+    spec: TaskSpec,
+    bench: BenchSpec,
+    outcome: TaskOutcome,
+) -> None:
+    outcome.pictures, failures = task_pictures(spec.name, rows, _test_rows(rows, spec), features, bench.seed)
+    outcome.failures += failures
+    for encoder, found in figures.items():
+        for figure in (figure for figure in found if figure.confusion):
+            classifier = figure.metric.partition("_")[0]
+            outcome.pictures += confusion_matrix(spec.name, classifier, encoder, *figure.confusion, figure.settings)

@@ -11,7 +11,7 @@ import numpy as np
 
 from g2l_core.encoders import find_stored, spec_from_json
 from g2l_core.errors import TaskError, UnknownNameError, UsageError
-from g2l_core.metrics.results import Comparison, EncoderFacts, Failure, Report, Result
+from g2l_core.metrics.results import Comparison, EncoderFacts, Failure, Pictures, Report, Result
 from g2l_core.report import write_report
 from g2l_core.report_tables import meaning_of
 from g2l_core.store.features import FeatureStore
@@ -90,11 +90,13 @@ def run_bench(
     results: list[Result] = []
     comparisons: list[Comparison] = []
     failures: list[Failure] = []
+    pictures = Pictures()
     for task in tasks:
         outcome = evaluate_task(stores, task, bench, tasks_path.parent)
         results += outcome.results
         comparisons += outcome.comparisons
         failures += outcome.failures
+        pictures += outcome.pictures
     report = Report(
         title=title,
         summary=tuple(s for task in tasks if (s := summary_sentence(task.name, bench, results))),
@@ -103,6 +105,7 @@ def run_bench(
         comparisons=tuple(comparisons),
         failures=tuple(failures),
         provenance=provenance(tasks_path, stores),
+        pictures=pictures,
     )
     write_report(report, out)
     return report
