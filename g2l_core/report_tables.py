@@ -7,10 +7,12 @@ from math import floor, isfinite, isnan, log10
 from typing import Literal
 
 from g2l_core.errors import TaskError
-from g2l_core.metrics.results import Comparison, Estimate, Failure, Report, Result
+from g2l_core.metrics.results import Comparison, Estimate, ExpectedFigure, Failure, Pictures, Report, Result
 
 _MAX_DECIMALS = 5
 _LARGE = 1e7
+_ROUNDING = 1e-9
+"""A figure that is off by exactly the tolerance is within it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +26,12 @@ class Meaning:
     neutral: float | None = None
     """The value that parts good from bad, where there is one."""
 
+
+HEADLINES = ("knn_balanced_accuracy", "probe_balanced_accuracy", "cka_debiased", "robustness_ratio_k5")
+"""The first of these that a task has stands for it where there is room for one figure only; else its first."""
+
+_UNTOLD = ("duplicates_dropped",)
+"""Settings that say nothing of how a figure is made."""
 
 _SHARE, _ALIKENESS = "share", "alikeness"
 
@@ -117,6 +125,17 @@ class TaskPart:
     """By metric and encoder."""
     comparisons: tuple[Comparison, ...]
     failures: tuple[Failure, ...]
+    expected: tuple[ExpectedFigure, ...]
+    pictures: Pictures
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether there is more to show than failures."""
+        return bool(self.figures or self.comparisons or self.expected or self.pictures.tasks())
+
+    def headline(self) -> str | None:
+        """The metric that stands for the task; None where it has no figure."""
+        return next((metric for metric in (*HEADLINES, *self.figures) if metric in self.figures), None)
 
     def gap(self, encoder: str) -> Literal["failed", "-"]:
         """The word for a figure that is not there."""
@@ -140,6 +159,7 @@ def task_parts(report: Report) -> tuple[TaskPart, ...]:
     """
     kinds: tuple[Iterable[Result | Comparison | Failure], ...] = (report.results, report.comparisons, report.failures)
     names = dict.fromkeys(row.task for rows in kinds for row in rows)
+    names |= dict.fromkeys([*(row.task for row in report.expected), *report.pictures.tasks()])
     order = encoder_order(report)
     return tuple(_task_part(report, name, order) for name in names)
 
@@ -161,7 +181,65 @@ def _task_part(report: Report, name: str, order: Sequence[str]) -> TaskPart:
         figures=figures,
         comparisons=tuple(row for row in report.comparisons if row.task == name),
         failures=failures,
+        expected=tuple(row for row in report.expected if row.task == name),
+        pictures=report.pictures.of_task(name),
     )
+
+
+def support(row: Mapping[str, Result]) -> str:
+    """What a row of figures rests on, as far as it is the same for all encoders: rows and settings."""
+    results = list(row.values())
+    rows = sorted({result.n for result in results})
+    shared = [item for item in results[0].settings.items() if all(item in r.settings.items() for r in results)]
+    told = [_setting(name, value) for name, value in sorted(shared) if name not in _UNTOLD]
+    return ", ".join([f"n = {' to '.join(f'{n:,}' for n in dict.fromkeys((rows[0], rows[-1])))}", *filter(None, told)])
+
+
+def _setting(name: str, value: str | int | float | bool) -> str:
+    if isinstance(value, bool):
+        return name.replace("_", " ") if value else f"not {name.replace('_', ' ')}"
+    return f"{name.replace('_', ' ')} = {value}" if isinstance(value, int | float) else f"{name}: {value}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """A published figure and what was found."""
+
+    expected: ExpectedFigure
+    found: Estimate | None
+    """None where that encoder or metric was not run."""
+
+    @property
+    def within(self) -> bool | None:
+        """Whether the figure found is within the tolerance; None where there is none to judge."""
+        if self.found is None or isnan(self.found.value):
+            return None
+        return abs(self.found.value - self.expected.value) <= self.expected.tolerance + _ROUNDING
+
+    @property
+    def verdict(self) -> str:
+        """In words."""
+        if self.found is None or self.within is None:
+            return "not run here"
+        return "within" if self.within else f"off by {number(self.found.value - self.expected.value, 3, '+')}"
+
+
+def held_texts(held: Held) -> tuple[str, str]:
+    """The figure found with its interval (empty where there is none), and the published one with its tolerance."""
+    published = Estimate(value=held.expected.value)
+    digits = decimals([held.found or published, published], spare=1)
+    found = figure(held.found, digits) if held.found else ""
+    return found, f"{held.expected.value:g} \u00b1 {held.expected.tolerance:g}"
+
+
+def held_against(part: TaskPart, report: Report) -> tuple[Held, ...]:
+    """Each published figure of a task beside the one found, by the encoder's key or name."""
+    keys = {encoder.name: encoder.key for encoder in report.encoders} | {key: key for key in part.encoders}
+    found = []
+    for row in part.expected:
+        result = part.figures.get(row.metric, {}).get(keys.get(row.encoder, row.encoder))
+        found.append(Held(expected=row, found=result.estimate if result else None))
+    return tuple(found)
 
 
 def best(row: Mapping[str, Result]) -> frozenset[str]:

@@ -305,6 +305,8 @@ def _add_pictures(
     outcome.pictures, failures = task_pictures(spec.name, rows, _test_rows(rows, spec), features, bench.seed)
     outcome.failures += failures
     for encoder, found in figures.items():
-        for figure in (figure for figure in found if figure.confusion):
-            classifier = figure.metric.partition("_")[0]
-            outcome.pictures += confusion_matrix(spec.name, classifier, encoder, *figure.confusion, figure.settings)
+        for figure in found:
+            if figure.confusion:
+                classes, counts = figure.confusion
+                classifier = figure.metric.partition("_")[0]
+                outcome.pictures += confusion_matrix(spec.name, classifier, encoder, classes, counts, figure.settings)

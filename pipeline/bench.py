@@ -13,13 +13,11 @@ from g2l_core.encoders import find_stored, spec_from_json
 from g2l_core.errors import TaskError, UnknownNameError, UsageError
 from g2l_core.metrics.results import Comparison, EncoderFacts, Failure, Pictures, Report, Result
 from g2l_core.report import write_report
-from g2l_core.report_tables import meaning_of
+from g2l_core.report_tables import HEADLINES, meaning_of
 from g2l_core.store.features import FeatureStore
 from g2l_core.store.provenance import digest, software
 from g2l_core.task_data import TaskSpec
 from g2l_core.tasks import BenchSpec, evaluate_task
-
-HEADLINES = ("knn_balanced_accuracy", "probe_balanced_accuracy", "cka_debiased", "robustness_ratio_k5")
 
 
 def read_tasks(path: Path) -> tuple[str, list[TaskSpec]]:

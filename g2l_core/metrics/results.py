@@ -186,7 +186,8 @@ class Pictures:
 
     def tasks(self) -> tuple[str, ...]:
         """The tasks that have any, in order of first appearance."""
-        shown = (*self.cka, *self.projections, *self.slides, *self.confusions)
+        shown: tuple[CkaMatrix | Projection | SlideMap | ConfusionMatrix, ...]
+        shown = self.cka + self.projections + self.slides + self.confusions
         return tuple(dict.fromkeys(picture.task for picture in shown))
 
 
