@@ -105,6 +105,7 @@ figcaption { margin-bottom: .75rem; }
 .notes { margin-top: 1.5rem; padding: 1.1rem 1.3rem .7rem; border: 1px solid var(--rule);
   border-left: 4px solid var(--e0); border-radius: 8px; background: var(--soft); }
 .notes h2 { font-size: 1.05rem; margin: 0 0 .5rem; }
+.whole { white-space: nowrap; }
 .within { font-weight: 600; }
 .beyond { font-weight: 600; color: var(--warn); }
 details { margin-top: 1.75rem; }

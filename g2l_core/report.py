@@ -14,10 +14,23 @@ from pathlib import Path
 from textwrap import wrap
 
 from g2l_core.errors import RunError
-from g2l_core.metrics.results import Comparison, Report, Result
+from g2l_core.metrics.results import Comparison, Pictures, Report, Result
 from g2l_core.report_html import page
 from g2l_core.report_json import FORMAT, json_text, report_of
-from g2l_core.report_tables import TaskPart, best, decimals, figure, interval, meaning_of, number, p_text, task_parts
+from g2l_core.report_tables import (
+    Held,
+    TaskPart,
+    best,
+    decimals,
+    figure,
+    held_against,
+    interval,
+    meaning_of,
+    number,
+    p_text,
+    published_text,
+    task_parts,
+)
 
 _GAP = 2
 _MIN_TITLE = 18
@@ -141,8 +154,12 @@ def _md_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]
 
 def _markdown(report: Report) -> str:
     lines = [f"# {_md(report.title)}", "", *(f"{_md(sentence)}\n" for sentence in report.summary)]
+    if report.notes:
+        lines += ["## Before you read the figures", "", *(f"- {_md(note)}" for note in report.notes), ""]
     for part in task_parts(report):
-        lines += [f"## {_md(part.name)}", "", *_md_figures(part), *_md_comparisons(part.comparisons)]
+        if part.is_shown:
+            lines += [f"## {_md(part.name)}", "", *_md_figures(part), *_md_expected(held_against(part, report))]
+            lines += [*_md_comparisons(part.comparisons), *_md_matrices(part.pictures)]
     if report.failures:
         lines += ["## Not evaluated", ""]
         lines += _md_table(
@@ -157,6 +174,36 @@ def _markdown(report: Report) -> str:
     lines += ["## Provenance", ""]
     lines += _md_table(["what", "value"], ([_md(key), _md(text)] for key, text in sorted(report.provenance.items())))
     return "\n".join(lines)
+
+
+def _md_expected(held: Sequence[Held]) -> list[str]:
+    if not held:
+        return []
+    rows = (
+        [
+            _md(meaning_of(row.expected.metric).title),
+            _md(row.expected.encoder),
+            figure(row.found, decimals([row.found], spare=1)) if row.found else "-",
+            published_text(row.expected),
+            row.verdict,
+            _md(row.expected.source),
+        ]
+        for row in held
+    )
+    return _md_table(["figure", "encoder", "found", "published", "tolerance", "source"], rows)
+
+
+def _md_matrices(pictures: Pictures) -> list[str]:
+    lines = []
+    for cka in pictures.cka:
+        names = [*map(_md, cka.encoders)]
+        values = ([name, *(number(v, 2) for v in row)] for name, row in zip(names, cka.values, strict=True))
+        lines += _md_table(["CKA, debiased", *names], values)
+    for matrix in pictures.confusions:
+        names = [*map(_md, matrix.classes)]
+        counts = ([name, *map(str, row)] for name, row in zip(names, matrix.counts, strict=True))
+        lines += _md_table([f"{_md(matrix.classifier)} of {_md(matrix.encoder)}: true, predicted", *names], counts)
+    return lines
 
 
 def _md_figures(part: TaskPart) -> list[str]:
@@ -198,7 +245,7 @@ def terminal_table(report: Report | Sequence[Result], width: int = 80) -> str:
     longer than `width` only where a single figure beside 18 characters of name is.
 
     Args:
-        report: A whole report, whose cautions and failures are told as well, or results alone.
+        report: A whole report, whose notes, cautions and failures are told as well, or results alone.
         width: In characters.
 
     Raises:
@@ -208,7 +255,8 @@ def terminal_table(report: Report | Sequence[Result], width: int = 80) -> str:
         report = Report(
             title="", summary=(), encoders=(), results=tuple(report), comparisons=(), failures=(), provenance={}
         )
-    lines: list[str] = []
+    lines = [line for note in report.notes for line in _lines(f"note: {note}", width)]
+    lines += [""] if lines else []
     for part in task_parts(report):
         if part.figures:
             lines += [*_lines(part.name, width), *_terminal_part(part, width)]

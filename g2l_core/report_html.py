@@ -15,12 +15,13 @@ from g2l_core.report_tables import (
     encoder_order,
     figure,
     held_against,
-    held_texts,
     interval,
     meaning_of,
     number,
     p_text,
     proper,
+    published_text,
+    reasons,
     split_k,
     support,
     task_parts,
@@ -28,6 +29,7 @@ from g2l_core.report_tables import (
 from g2l_core.svg import key_mark
 
 _DIGEST_SHOWN = 12
+_LOWER = "lower is better"
 _VERDICTS = {True: "within", False: "beyond", None: "quiet"}
 
 
@@ -98,10 +100,7 @@ def _overview(shown: Sequence[TaskPart], order: Sequence[str]) -> str:
 def _failures(failures: Sequence[Failure]) -> str:
     if not failures:
         return ""
-    items = "".join(
-        f"<li><b>{escape(row.task)}{escape(f', {row.encoder}') if row.encoder else ''}</b>: {escape(row.reason)}</li>\n"
-        for row in failures
-    )
+    items = "".join(f"<li><b>{escape(where)}</b>: {escape(reason)}</li>\n" for where, reason in reasons(failures))
     return f'<div class="failures"><h2>Not evaluated</h2>\n<ul>{items}</ul></div>\n'
 
 
@@ -145,8 +144,8 @@ def _expected(held: Sequence[Held]) -> str:
         [
             escape(meaning_of(row.expected.metric).title),
             escape(row.expected.encoder),
-            proper(held_texts(row)[0]) or "\u2013",
-            proper(held_texts(row)[1]),
+            _found(row),
+            f'<span class="whole">{escape(proper(published_text(row.expected)))}</span>',
             f'<span class="{_VERDICTS[row.within]}">{escape(proper(row.verdict))}</span>',
             escape(row.expected.source),
         ]
@@ -154,6 +153,14 @@ def _expected(held: Sequence[Held]) -> str:
     )
     header = ("Figure", "Encoder", "Found", "Published", "Tolerance", "Source")
     return f"<h3>Beside published figures</h3>\n{table(header, rows, 'expected')}"
+
+
+def _found(held: Held) -> str:
+    if held.found is None:
+        return "\u2013"
+    digits = decimals([held.found], spare=1)
+    bounds = proper(interval(held.found, digits))
+    return f'{proper(number(held.found.value, digits))}<span class="interval">{bounds}</span>'
 
 
 def _task_table(part: TaskPart, order: Sequence[str], encoders: Sequence[EncoderFacts]) -> str:
@@ -165,17 +172,23 @@ def _task_table(part: TaskPart, order: Sequence[str], encoders: Sequence[Encoder
         pooling, note = (facts[key].pooling, facts[key].note) if key in facts else ("", "")
         told = f'<span class="sub">{escape(pooling)} {_badge(note)}</span>' if pooling or note else ""
         header.append(f'{key_mark(order.index(key))}<span class="name">{escape(key)}</span>{told}')
-    rows = ([_metric_heading(metric, row), *_cells(part, row, part.encoders)] for metric, row in part.figures.items())
-    caption = "Values with 95 % intervals. Bold is the best value of a row, which alone does not make it a lead."
+    rows, above = [], ""
+    for metric, row in part.figures.items():
+        told = support(row)
+        rows.append([_metric_heading(metric, row, told if told != above else ""), *_cells(part, row, part.encoders)])
+        above = told
+    caption = (
+        "Values with 95 % intervals. Bold is the best value of a row, which alone does not make it a lead. Below a "
+        "figure's name stands what it rests on; where nothing does, the same as above."
+    )
     return f'{table(header, rows, "figures")}<p class="quiet">{caption}</p>\n'
 
 
-def _metric_heading(metric: str, row: Mapping[str, Result]) -> str:
+def _metric_heading(metric: str, row: Mapping[str, Result], told: str) -> str:
     meaning = meaning_of(metric)
     higher = next(iter(row.values())).higher_is_better
-    told = escape(support(row)) + ("" if higher else "; lower is better")
-    title = f'<span title="{escape(meaning.sentence or metric)}">{escape(meaning.title)}</span>'
-    return f'{title}<span class="sub">{told}</span>'
+    lines = "".join(f'<span class="sub">{escape(line)}</span>' for line in (told, "" if higher else _LOWER) if line)
+    return f'<span title="{escape(meaning.sentence or metric)}">{escape(meaning.title)}</span>{lines}'
 
 
 def _cells(part: TaskPart, row: Mapping[str, Result], keys: Sequence[str]) -> Iterator[str]:
@@ -254,9 +267,10 @@ def _differences(comparisons: Sequence[Comparison], order: Sequence[str]) -> Ite
         panel = panels.setdefault((row.reference, meaning_of(row.metric).scale), {})
         panel.setdefault(row.metric, []).append(row)
     references = [reference for reference, _ in panels]
-    for i, ((reference, _), panel) in enumerate(panels.items()):
+    together = sorted(panels.items(), key=lambda item: references.index(item[0][0]))
+    for i, ((reference, _), panel) in enumerate(together):
         groups = [_difference_group(metric, rows, order) for metric, rows in panel.items()]
-        first = i == references.index(reference)
+        first = i == 0 or together[i - 1][0][0] != reference
         title = f"<h3>Difference from {escape(reference)}</h3>\n" if first else ""
         caption = "Right of the line: higher than the reference, both taken on the same draws." if first else ""
         yield title + _figure(caption, forest(groups, neutral=0.0, label=f"Differences from {reference}"))

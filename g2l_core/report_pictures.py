@@ -25,7 +25,7 @@ def pictures_of(pictures: Pictures, order: Sequence[str]) -> str:
     """
     parts = [
         *(_cka(matrix, order) for matrix in pictures.cka),
-        _projections(pictures.projections, order),
+        _projections(pictures.projections),
         _slides(pictures.slides, order),
         _confusions(pictures.confusions, order),
     ]
@@ -92,13 +92,14 @@ def _confusion(matrix: ConfusionMatrix, order: Sequence[str]) -> str:
 # Features in the plane
 
 
-def _projections(planes: Sequence[Projection], order: Sequence[str]) -> str:
-    """One section a method; its legends stand once where all encoders have the same classes and centres."""
+def _projections(planes: Sequence[Projection]) -> str:
+    """One section a method. Encoders bear no marks here, as the same marks tell classes and centres apart."""
     methods = dict.fromkeys(plane.method for plane in planes)
-    return "".join(_method(method, [p for p in planes if p.method == method], order) for method in methods)
+    return "".join(_method(method, [p for p in planes if p.method == method]) for method in methods)
 
 
-def _method(method: str, planes: Sequence[Projection], order: Sequence[str]) -> str:
+def _method(method: str, planes: Sequence[Projection]) -> str:
+    """Planes under one legend where all encoders have the same classes and centres."""
     alike = len({(plane.classes, plane.centers) for plane in planes}) == 1
     first = planes[0]
     told = _some(len(first.x), first.of, "patches")
@@ -107,7 +108,7 @@ def _method(method: str, planes: Sequence[Projection], order: Sequence[str]) -> 
         if method == "PCA"
         else "Distances between clusters mean little."
     )
-    figures = "".join(_plane(plane, order, legend=not alike) for plane in planes)
+    figures = "".join(_plane(plane, legend=not alike) for plane in planes)
     return (
         f'<h3>{escape(method)} of the features</h3>\n<p class="quiet">{told[:1].upper()}{told[1:]}, by class and by '
         f"centre. {note}</p>\n{_legends(first) if alike else ''}"
@@ -134,7 +135,7 @@ def _legend(title: str, names: Sequence[str], codes: Sequence[int]) -> str:
     return f'<ul class="legend"><li><b>{title}</b></li>{items}</ul>\n'
 
 
-def _plane(plane: Projection, order: Sequence[str], *, legend: bool) -> str:
+def _plane(plane: Projection, *, legend: bool) -> str:
     shares = ""
     if plane.shares:
         told = " and ".join(f"{100 * share:.0f} %" for share in plane.shares)
@@ -145,7 +146,7 @@ def _plane(plane: Projection, order: Sequence[str], *, legend: bool) -> str:
     )
     legends = _legends(plane) if legend else ""
     return (
-        f"<figure><figcaption>{_encoder(plane.encoder, order)}{shares}</figcaption>{legends}"
+        f'<figure><figcaption><span class="name">{escape(plane.encoder)}</span>{shares}</figcaption>{legends}'
         f'<div class="pair">{panels}</div></figure>\n'
     )
 

@@ -192,7 +192,7 @@ def support(row: Mapping[str, Result]) -> str:
     rows = sorted({result.n for result in results})
     shared = [item for item in results[0].settings.items() if all(item in r.settings.items() for r in results)]
     told = [_setting(name, value) for name, value in sorted(shared) if name not in _UNTOLD]
-    return ", ".join([f"n = {' to '.join(f'{n:,}' for n in dict.fromkeys((rows[0], rows[-1])))}", *filter(None, told)])
+    return "; ".join([f"n = {' to '.join(f'{n:,}' for n in dict.fromkeys((rows[0], rows[-1])))}", *filter(None, told)])
 
 
 def _setting(name: str, value: str | int | float | bool) -> str:
@@ -224,12 +224,9 @@ class Held:
         return "within" if self.within else f"off by {number(self.found.value - self.expected.value, 3, '+')}"
 
 
-def held_texts(held: Held) -> tuple[str, str]:
-    """The figure found with its interval (empty where there is none), and the published one with its tolerance."""
-    published = Estimate(value=held.expected.value)
-    digits = decimals([held.found or published, published], spare=1)
-    found = figure(held.found, digits) if held.found else ""
-    return found, f"{held.expected.value:g} \u00b1 {held.expected.tolerance:g}"
+def published_text(expected: ExpectedFigure) -> str:
+    """`0.95 \u00b1 0.01`."""
+    return f"{expected.value:g} \u00b1 {expected.tolerance:g}"
 
 
 def held_against(part: TaskPart, report: Report) -> tuple[Held, ...]:
@@ -240,6 +237,20 @@ def held_against(part: TaskPart, report: Report) -> tuple[Held, ...]:
         result = part.figures.get(row.metric, {}).get(keys.get(row.encoder, row.encoder))
         found.append(Held(expected=row, found=result.estimate if result else None))
     return tuple(found)
+
+
+def reasons(failures: Sequence[Failure]) -> list[tuple[str, str]]:
+    """Where and why, encoders of one task that failed alike together: ("oral, a and b", "no probe converged")."""
+    alike: dict[tuple[str, str], list[str]] = {}
+    for row in failures:
+        alike.setdefault((row.task, row.reason), []).append(row.encoder)
+    return [(", ".join(filter(None, (task, listed(keys)))), reason) for (task, reason), keys in alike.items()]
+
+
+def listed(words: Sequence[str]) -> str:
+    """`a, b and c`."""
+    named = [word for word in words if word]
+    return " and ".join(filter(None, (", ".join(named[:-1]), *named[-1:])))
 
 
 def best(row: Mapping[str, Result]) -> frozenset[str]:

@@ -13,7 +13,7 @@ from g2l_core.encoders import find_stored, spec_from_json
 from g2l_core.errors import TaskError, UnknownNameError, UsageError
 from g2l_core.metrics.results import Comparison, EncoderFacts, Failure, Pictures, Report, Result
 from g2l_core.report import write_report
-from g2l_core.report_tables import HEADLINES, meaning_of
+from g2l_core.report_tables import HEADLINES, listed, meaning_of
 from g2l_core.store.features import FeatureStore
 from g2l_core.store.provenance import digest, software
 from g2l_core.task_data import TaskSpec
@@ -130,10 +130,14 @@ def summary_sentence(task: str, bench: BenchSpec, results: Sequence[Result]) -> 
     for metric in HEADLINES:
         found = {result.encoder: result for result in mine if result.metric == metric}
         if found:
-            words = [f"{key} {_figure(found[key])}" for key in bench.encoders if key in found]
+            words = [f"{_figure(found[key])} for {key}" for key in bench.encoders if key in found]
+            first = next(iter(found.values()))
+            support = ", ".join(
+                filter(None, (f"k = {k}" if (k := first.settings.get("k")) else "", f"n = {first.n:,}"))
+            )
             dropped = next((r.settings["duplicates_dropped"] for r in mine if "duplicates_dropped" in r.settings), 0)
             copies = f" {dropped} copies of patches were left out." if dropped else ""
-            return f"{task}: {meaning_of(metric).title} is {', '.join(words)}.{copies}"
+            return f"{task}: {meaning_of(metric).title} ({support}) is {listed(words)}.{copies}"
     return ""
 
 
