@@ -92,7 +92,7 @@ figcaption { margin-bottom: .75rem; }
 .legend { display: flex; flex-wrap: wrap; gap: .1rem 1.2rem; list-style: none; padding: 0; margin: 0 0 .2rem;
   font-size: .88rem; }
 .heat { width: auto; font-size: .85rem; }
-.heat th, .heat td { padding: .3rem .55rem; border-bottom: 0; }
+.heat th, .heat td { padding: .3rem .55rem; border-bottom: 0; vertical-align: middle; }
 .heat tbody th { padding-left: 0; max-width: 22rem; }
 .heat td, .heat thead th { text-align: center; min-width: 3.4rem; }
 .heat thead th:first-child { text-align: left; padding-left: 0; }
@@ -105,6 +105,7 @@ figcaption { margin-bottom: .75rem; }
 .notes { margin-top: 1.5rem; padding: 1.1rem 1.3rem .7rem; border: 1px solid var(--rule);
   border-left: 4px solid var(--e0); border-radius: 8px; background: var(--soft); }
 .notes h2 { font-size: 1.05rem; margin: 0 0 .5rem; }
+.expected td:last-child { min-width: 12rem; }
 .whole { white-space: nowrap; }
 .within { font-weight: 600; }
 .beyond { font-weight: 600; color: var(--warn); }
@@ -126,7 +127,7 @@ dd { margin: .1rem 0 0; color: var(--muted); }
   main { max-width: none; padding: 0; } nav { display: none; } .scroll { overflow: visible; } .plot { min-width: 0; }
   th, td { padding-top: .3rem; padding-bottom: .3rem; } .interval { display: inline; margin-left: .5em; }
   section { margin-top: 1.5rem; padding-top: 1rem; } figure, tr, .failures, .notes, dt { break-inside: avoid; }
-  h2, h3, figcaption, thead, dt { break-after: avoid; } a { color: inherit; }
+  h2, h3, figcaption, thead, dt, .over-tiles, .legend { break-after: avoid; } a { color: inherit; }
   .figures tbody th, .figures thead th { position: static; }
   .heat td, .map, .plane { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
   details::details-content { content-visibility: visible; display: block; height: auto; } }

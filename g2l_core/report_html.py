@@ -89,7 +89,7 @@ def _overview(shown: Sequence[TaskPart], order: Sequence[str]) -> str:
     rows = []
     for i, metric in headlines.items():
         row = shown[i].figures[metric]
-        told = f'<span class="sub">{escape(meaning_of(metric).title)}<br>{escape(support(row))}</span>'
+        told = "".join(f'<span class="sub">{escape(line)}</span>' for line in (meaning_of(metric).title, support(row)))
         name = f'<a href="#task-{i}" class="name">{escape(shown[i].name)}</a>{told}'
         rows.append([name, *_cells(shown[i], row, keys)])
     header = ["Task", *(f'{key_mark(order.index(key))}<span class="name">{escape(key)}</span>' for key in keys)]

@@ -6,7 +6,7 @@ from math import floor, isfinite, log10
 
 from g2l_core.html_page import heat_table
 from g2l_core.metrics.results import CkaMatrix, ConfusionMatrix, Pictures, Projection, SlideMap
-from g2l_core.report_tables import number, proper
+from g2l_core.report_tables import number, proper, settings_text
 from g2l_core.svg import dots, key_mark, line_to, picture, text_at
 
 _SIDE, _EDGE = 400, 12
@@ -79,12 +79,11 @@ def _confusion(matrix: ConfusionMatrix, order: Sequence[str]) -> str:
         ]
         rows.append((f'<span class="name">{escape(name)}</span>', cells))
     header = [f'<span class="name">{escape(name)}</span>' for name in matrix.classes]
-    settings = ", ".join(f"{name}={value}" for name, value in sorted(matrix.settings.items()))
     title = escape(_CLASSIFIERS.get(matrix.classifier, matrix.classifier))
     style = "upright" if len(matrix.classes) > 4 else ""
     return (
         f"<figure><figcaption>{_encoder(matrix.encoder, order)} {title}"
-        f'<span class="sub">{escape(settings)}</span></figcaption>\n'
+        f'<span class="sub">{escape(settings_text(matrix.settings))}</span></figcaption>\n'
         f"{heat_table('True class', header, rows, style)}</figure>\n"
     )
 

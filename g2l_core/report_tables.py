@@ -143,12 +143,12 @@ class TaskPart:
 
 
 def encoder_order(report: Report) -> tuple[str, ...]:
-    """The encoders' keys: the described ones first, then any other that has a figure, failure or comparison."""
+    """The encoders' keys: the described ones first, then any other with a figure, failure, comparison or picture."""
     described = [encoder.key for encoder in report.encoders]
     compared = [key for row in report.comparisons for key in (row.encoder, row.reference)]
     measured = [row.encoder for row in report.results]
     failed = [row.encoder for row in report.failures if row.encoder]
-    return tuple(dict.fromkeys(described + measured + failed + compared))
+    return tuple(dict.fromkeys([*described, *measured, *failed, *compared, *report.pictures.encoders()]))
 
 
 def task_parts(report: Report) -> tuple[TaskPart, ...]:
@@ -191,8 +191,16 @@ def support(row: Mapping[str, Result]) -> str:
     results = list(row.values())
     rows = sorted({result.n for result in results})
     shared = [item for item in results[0].settings.items() if all(item in r.settings.items() for r in results)]
-    told = [_setting(name, value) for name, value in sorted(shared) if name not in _UNTOLD]
-    return "; ".join([f"n = {' to '.join(f'{n:,}' for n in dict.fromkeys((rows[0], rows[-1])))}", *filter(None, told)])
+    told = settings_text(
+        {name: value for name, value in shared if (name, value) != ("k", split_k(results[0].metric)[1])}
+    )
+    count = " to ".join(f"{n:,}" for n in dict.fromkeys((rows[0], rows[-1])))
+    return "; ".join(filter(None, (f"n = {count}", told)))
+
+
+def settings_text(settings: Mapping[str, str | int | float | bool]) -> str:
+    """`C = 1.0; converged; split: 5 folds by patients`, in the order of the names."""
+    return "; ".join(_setting(*item) for item in sorted(settings.items()) if item[0] not in _UNTOLD)
 
 
 def _setting(name: str, value: str | int | float | bool) -> str:

@@ -190,6 +190,13 @@ class Pictures:
         shown = self.cka + self.projections + self.slides + self.confusions
         return tuple(dict.fromkeys(picture.task for picture in shown))
 
+    def encoders(self) -> tuple[str, ...]:
+        """The encoders that are in any, in order of first appearance."""
+        of_one: tuple[Projection | SlideMap | ConfusionMatrix, ...]
+        of_one = self.projections + self.slides + self.confusions
+        compared = [key for matrix in self.cka for key in matrix.encoders]
+        return tuple(dict.fromkeys([*compared, *(picture.encoder for picture in of_one)]))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
