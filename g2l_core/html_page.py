@@ -98,7 +98,12 @@ figcaption { margin-bottom: .75rem; }
 .heat thead th:first-child { text-align: left; padding-left: 0; }
 .heat thead th { vertical-align: bottom; border-bottom: 0; max-width: 8rem; }
 .heat.upright thead th:not(:first-child) .name { writing-mode: vertical-rl; transform: rotate(180deg);
-  max-height: 9rem; }
+  max-height: 15rem; white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
+.heat.upright, .heat.upright thead th { font-size: .75rem; }
+.heat td:last-child, .heat thead th:last-child { padding-right: .55rem; }
+.heat.upright th, .heat.upright td, .heat.upright tr > :last-child { padding: .25rem; min-width: 2.1rem; }
+.heat.upright tbody th, .heat.upright thead th:first-child { padding-left: 0; min-width: 8rem; max-width: 10rem; }
+.heat.upright .name { overflow-wrap: break-word; }
 .heat td { background: color-mix(in srgb, var(--e0) calc(var(--share) * 50%), var(--soft));
   border: 1px solid var(--page); }
 .heat td .sub { color: inherit; opacity: .8; font-size: .8em; }

@@ -22,6 +22,7 @@ from g2l_core.report_tables import (
     TaskPart,
     best,
     decimals,
+    encoder_order,
     figure,
     held_against,
     interval,
@@ -29,6 +30,7 @@ from g2l_core.report_tables import (
     number,
     p_text,
     published_text,
+    support,
     task_parts,
 )
 
@@ -156,7 +158,9 @@ def _markdown(report: Report) -> str:
     lines = [f"# {_md(report.title)}", "", *(f"{_md(sentence)}\n" for sentence in report.summary)]
     if report.notes:
         lines += ["## Before you read the figures", "", *(f"- {_md(note)}" for note in report.notes), ""]
-    for part in task_parts(report):
+    parts = task_parts(report)
+    lines += _md_overview(parts, encoder_order(report))
+    for part in parts:
         if part.is_shown:
             lines += [f"## {_md(part.name)}", "", *_md_figures(part), *_md_expected(held_against(part, report))]
             lines += [*_md_comparisons(part.comparisons), *_md_matrices(part.pictures)]
@@ -174,6 +178,18 @@ def _markdown(report: Report) -> str:
     lines += ["## Provenance", ""]
     lines += _md_table(["what", "value"], ([_md(key), _md(text)] for key, text in sorted(report.provenance.items())))
     return "\n".join(lines)
+
+
+def _md_overview(parts: Sequence[TaskPart], order: Sequence[str]) -> list[str]:
+    headlines = [(part, metric, part.figures[metric]) for part in parts if (metric := part.headline())]
+    if len(headlines) < 2:
+        return []
+    keys = [key for key in order if any(key in row for _, _, row in headlines)]
+    rows = (
+        [_md(part.name), _md(meaning_of(metric).title), _md(support(row)), *_md_cells(part, row, keys)]
+        for part, metric, row in headlines
+    )
+    return ["## Overview", "", *_md_table(["task", "figure", "support", *map(_md, keys)], rows)]
 
 
 def _md_expected(held: Sequence[Held]) -> list[str]:
@@ -209,13 +225,15 @@ def _md_matrices(pictures: Pictures) -> list[str]:
 def _md_figures(part: TaskPart) -> list[str]:
     if not part.figures:
         return []
-    rows = ([_md(meaning_of(metric).title), *_md_cells(part, row)] for metric, row in part.figures.items())
+    rows = (
+        [_md(meaning_of(metric).title), *_md_cells(part, row, part.encoders)] for metric, row in part.figures.items()
+    )
     return _md_table(["figure", *map(_md, part.encoders)], rows)
 
 
-def _md_cells(part: TaskPart, row: Mapping[str, Result]) -> Iterator[str]:
+def _md_cells(part: TaskPart, row: Mapping[str, Result], keys: Sequence[str]) -> Iterator[str]:
     digits, leading = decimals((result.estimate for result in row.values()), spare=1), best(row)
-    for key in part.encoders:
+    for key in keys:
         if key not in row:
             yield part.gap(key)
             continue

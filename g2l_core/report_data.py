@@ -1,8 +1,9 @@
 """What a report pictures, as arrays: CKA of all pairs, principal components, cells of a slide in colour."""
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 from itertools import combinations
 
 import numpy as np
@@ -17,6 +18,7 @@ from g2l_core.randomness import keyed_generator
 _LOWEST, _HIGHEST = 0.01, 0.99
 """The quantiles of a component that are drawn darkest and brightest, so that a few odd patches do not dim the rest."""
 _FLAT = 1e-12
+_UMAP_NEIGHBORS = 15
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,16 +124,29 @@ def principal_components(features: Float[np.ndarray, "row dim"], count: int) -> 
 
 
 def umap_plane(features: Float[np.ndarray, "row dim"], seed: int) -> Float64[np.ndarray, "row 2"] | None:
-    """UMAP of features in the plane, with umap-learn's defaults; None where that package is not installed.
+    """UMAP of features in the plane, with umap-learn's defaults.
+
+    Returns:
+        None where that package is not installed, or the rows are no more than its 15 neighbours.
 
     References:
         McInnes, Healy & Melville, UMAP: Uniform Manifold Approximation and Projection (2018).
     """
-    if find_spec("umap") is None:
+    if len(features) <= _UMAP_NEIGHBORS or not _has_umap():
         return None
-    from umap import UMAP
-
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ImportWarning)  # of a part that needs TensorFlow
+        from umap import UMAP
     return np.asarray(UMAP(random_state=seed, n_jobs=1).fit_transform(features.astype(np.float32)), np.float64)
+
+
+def _has_umap() -> bool:
+    """By the name on the package index: another package is imported as `umap` too."""
+    try:
+        version("umap-learn")
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 def within_unit(points: Float64[np.ndarray, "row 2"]) -> Float64[np.ndarray, "row 2"]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from html import escape
-from math import floor, isfinite, log10
+from math import floor, isfinite, log10, nan
 
 from g2l_core.html_page import heat_table
 from g2l_core.metrics.results import CkaMatrix, ConfusionMatrix, Pictures, Projection, SlideMap
@@ -13,6 +13,8 @@ _SIDE, _EDGE = 400, 12
 _LAYERS = 4
 """Classes are drawn in turns, so that the last does not hide the others."""
 _MAP_WIDTH, _MAP_HEIGHT, _BAR_HEIGHT = 300, 300, 26
+_ROOMY_CLASSES = 4
+"""More classes than this are set in small type, their names upright."""
 _CLASSIFIERS = {"knn": "kNN vote", "probe": "Linear probe"}
 
 
@@ -59,8 +61,8 @@ def _confusions(matrices: Sequence[ConfusionMatrix], order: Sequence[str]) -> st
         return ""
     drawn = "".join(_confusion(matrix, order) for matrix in matrices)
     caption = (
-        "Rows are the true classes, columns the predicted ones, pooled over the folds. The shade and the upper figure "
-        "are the share of the row; below it is the number of patches."
+        "Rows are the true classes, columns the predicted ones, pooled over the folds. Shade and figure are the share "
+        "of the row; the number of patches stands below it or, where classes are many, shows when pointed at."
     )
     return (
         f'<details><summary>Confusion matrices</summary>\n<p class="quiet">{caption}</p>\n'
@@ -69,23 +71,25 @@ def _confusions(matrices: Sequence[ConfusionMatrix], order: Sequence[str]) -> st
 
 
 def _confusion(matrix: ConfusionMatrix, order: Sequence[str]) -> str:
-    rows = []
-    for name, line in zip(matrix.classes, matrix.counts, strict=True):
-        total = sum(line)
-        shares = [count / total if total else float("nan") for count in line]
-        cells = [
-            (share, f'{number(share, 2)}<span class="sub">{count:,}</span>')
-            for share, count in zip(shares, line, strict=True)
-        ]
-        rows.append((f'<span class="name">{escape(name)}</span>', cells))
-    header = [f'<span class="name">{escape(name)}</span>' for name in matrix.classes]
+    crowded = len(matrix.classes) > _ROOMY_CLASSES
+    names = [f'<span class="name">{escape(name)}</span>' for name in matrix.classes]
+    rows = [(name, [*_shares(line, crowded)]) for name, line in zip(names, matrix.counts, strict=True)]
     title = escape(_CLASSIFIERS.get(matrix.classifier, matrix.classifier))
-    style = "upright" if len(matrix.classes) > 4 else ""
+    shown = heat_table("True class", names, rows, "upright" if crowded else "")
     return (
         f"<figure><figcaption>{_encoder(matrix.encoder, order)} {title}"
-        f'<span class="sub">{escape(settings_text(matrix.settings))}</span></figcaption>\n'
-        f"{heat_table('True class', header, rows, style)}</figure>\n"
+        f'<span class="sub">{escape(settings_text(matrix.settings))}</span></figcaption>\n{shown}</figure>\n'
     )
+
+
+def _shares(counts: Sequence[int], crowded: bool) -> Iterator[tuple[float, str]]:
+    """Each count's share of its row, and the cell that says both."""
+    total = sum(counts)
+    for count in counts:
+        share = count / total if total else nan
+        text = number(share, 2)
+        below = f'<span class="sub">{count:,}</span>'
+        yield share, f'<span title="{count:,}">{text}</span>' if crowded else text + below
 
 
 # Features in the plane
@@ -103,7 +107,8 @@ def _method(method: str, planes: Sequence[Projection]) -> str:
     first = planes[0]
     told = _some(len(first.x), first.of, "patches")
     note = (
-        "Both axes have one scale. What lies near in the plane need not be near in all dimensions."
+        "Both axes have one scale. What lies near in the plane need not be near in all dimensions. UMAP is shown as "
+        "well where umap-learn is installed."
         if method == "PCA"
         else "Distances between clusters mean little."
     )

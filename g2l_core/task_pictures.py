@@ -27,7 +27,8 @@ from g2l_core.store.slide import StoredSlide
 from g2l_core.task_data import TaskRows
 from g2l_core.types import Features
 
-CKA_ROWS = 20_000
+CKA_ROWS = 10_000
+"""Most rows of the matrix: its cost grows with rows and with pairs."""
 FITTED_ROWS = 3_000
 """Most rows that principal components are fitted on."""
 POINTS = 1_000

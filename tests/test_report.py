@@ -379,6 +379,10 @@ def test_markdown_by_hand(full, tmp_path):
     assert "| kNN accuracy | Teacher | 0.870 [0.830, 0.910] | 0.86 \u00b1 0.01 | within | Table 2 |" in lines
     assert "| teacher | 1.00 | 0.25 |" in lines
     assert "| benign | 3 | 1 |" in lines
+    overview = (
+        "| oral | kNN accuracy | n = 100; k = 3; split: fixed | **0.870** [0.830, 0.910] | 0.700 [0.660, 0.740] |"
+    )
+    assert f"{overview} 0.860 [0.820, 0.900] |" in lines
 
 
 def test_markdown_rows_keep_their_columns_whatever_the_names(full, tmp_path):

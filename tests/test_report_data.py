@@ -1,5 +1,7 @@
 """What reports picture, against definitions written out, scikit-learn, and cases drawn by hand."""
 
+from importlib.metadata import PackageNotFoundError
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -8,6 +10,7 @@ from sklearn.decomposition import PCA
 
 from g2l_core.errors import TaskError
 from g2l_core.report_data import (
+    _has_umap,
     cells_of,
     chosen_rows,
     cka_matrix,
@@ -153,5 +156,20 @@ def test_one_odd_patch_does_not_dim_the_others():
 
 
 def test_without_umap_there_is_no_such_plane(monkeypatch):
-    monkeypatch.setattr("g2l_core.report_data.find_spec", lambda name: None)
+    def absent(name):
+        assert name == "umap-learn"
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("g2l_core.report_data.version", absent)
     assert umap_plane(drawn(30, 4), seed=0) is None
+
+
+def test_umap_parts_what_lies_apart_and_repeats_itself():
+    if not _has_umap():
+        pytest.skip("umap-learn is not installed")
+    features = np.concatenate([drawn(40, 4), drawn(40, 4) + 100]).astype(np.float16)
+    plane = umap_plane(features, seed=0)
+    np.testing.assert_array_equal(plane, umap_plane(features, seed=0))
+    means = plane[:40].mean(axis=0), plane[40:].mean(axis=0)
+    assert np.linalg.norm(means[0] - means[1]) > 2 * plane[:40].std()
+    assert umap_plane(features[:15], seed=0) is None
