@@ -9,12 +9,13 @@ from typing import TypeVar
 import numpy as np
 
 from g2l_core.errors import G2LError, TaskError
-from g2l_core.metrics.results import Comparison, Estimate, Failure, Result
+from g2l_core.metrics.results import Comparison, Estimate, Failure, Pictures, Result
 from g2l_core.metrics.statistics import holm
 from g2l_core.store.features import FeatureStore
 from g2l_core.task_data import TaskRows, gather
 from g2l_core.task_families import FAMILIES, Draws, Figure, TaskInput
 from g2l_core.task_notes import notes_on
+from g2l_core.task_pictures import confusion_matrix, task_pictures
 from g2l_core.task_spec import TaskSpec
 from g2l_core.types import Features
 
@@ -50,6 +51,7 @@ class TaskOutcome:
     failures: list[Failure] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     """What a reader must know of the rows: copies, missing labels, slides that a student was distilled on."""
+    pictures: Pictures = field(default_factory=Pictures)
 
 
 def evaluate_task(stores: Sequence[FeatureStore], spec: TaskSpec, bench: BenchSpec, folder: Path) -> TaskOutcome:
@@ -71,6 +73,7 @@ def evaluate_task(stores: Sequence[FeatureStore], spec: TaskSpec, bench: BenchSp
     features = _features(rows, spec, bench, outcome)
     figures = {encoder: _figures(encoder, rows, features, spec, bench, outcome) for encoder in features}
     _add_intervals(figures, rows, spec, bench, outcome)
+    _add_pictures(figures, rows, features, spec, bench, outcome)
     return outcome
 
 
@@ -176,3 +179,29 @@ def adjusted_over_tasks(comparisons: Iterable[Comparison]) -> list[Comparison]:
         for i, p_value in zip(members, adjusted.tolist(), strict=True):
             found[i] = replace(found[i], p_holm=p_value, tests=int(np.isfinite(adjusted).sum()))
     return found
+
+
+def _add_pictures(
+    figures: Mapping[str, Sequence[Figure]],
+    rows: TaskRows,
+    features: Mapping[str, Features],
+    spec: TaskSpec,
+    bench: BenchSpec,
+    outcome: TaskOutcome,
+) -> None:
+    """Pictures of the rows that nothing was trained on, by class unless the label is a number."""
+    chosen = rows.part == "test" if spec.has_fixed_split else np.ones(len(rows), bool)
+    classed = replace(rows, label=np.full(len(rows), "")) if "regression" in spec.metrics else rows
+    outcome.pictures, failures = task_pictures(spec.name, classed, chosen, features, bench.seed)
+    outcome.failures += failures
+    for encoder, found in figures.items():
+        for figure in (each for each in found if each.confusion):
+            assert figure.confusion
+            outcome.pictures += confusion_matrix(
+                spec.name,
+                figure.confusion.classifier,
+                encoder,
+                figure.confusion.classes,
+                figure.confusion.counts,
+                figure.settings,
+            )

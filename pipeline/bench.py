@@ -3,7 +3,7 @@
 import sys
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,29 +11,15 @@ import numpy as np
 
 from g2l_core.encoders import find_stored, spec_from_json
 from g2l_core.errors import TaskError, UnknownNameError, UsageError
-from g2l_core.metrics.results import Comparison, EncoderFacts, Failure, Report, Result
+from g2l_core.metrics.results import Comparison, EncoderFacts, ExpectedFigure, Failure, Pictures, Report, Result
 from g2l_core.report import write_report
-from g2l_core.report_tables import meaning_of, split_k
+from g2l_core.report_tables import headline, listed, meaning_of
 from g2l_core.store.features import FeatureStore
 from g2l_core.store.provenance import digest, software
-from g2l_core.task_spec import TaskSpec, parse_expected
+from g2l_core.task_spec import Expected, TaskSpec, parse_expected
 from g2l_core.tasks import BenchSpec, adjusted_over_tasks, evaluate_task
 
 SHIPPED = Path(__file__).parent / "tasks"
-
-HEADLINES = (
-    "knn_balanced_accuracy",
-    "probe_balanced_accuracy",
-    "slide_probe_balanced_accuracy",
-    "slide_vote_balanced_accuracy",
-    "abmil_balanced_accuracy",
-    "survival_c_index",
-    "regression_pearson",
-    "cka_debiased",
-    "robustness_ratio_k5",
-    "consistency_cosine",
-)
-"""The first of these that a task has stands for it in the summary; of several k, the first."""
 
 
 def shipped_tasks() -> dict[str, Path]:
@@ -198,7 +184,9 @@ def run_bench(
     results: list[Result] = []
     comparisons: list[Comparison] = []
     failures: list[Failure] = []
+    expected: list[ExpectedFigure] = []
     notes: list[str] = []
+    pictures = Pictures()
     for name, table in tables.items():
         try:
             task = read_task(tasks_file, name, table)
@@ -209,7 +197,9 @@ def run_bench(
         results += outcome.results
         comparisons += outcome.comparisons
         failures += outcome.failures
+        expected += [expected_figure(name, figure) for figure in task.expected]
         notes += outcome.notes
+        pictures += outcome.pictures
     report = Report(
         title=title,
         summary=tuple(s for name in tables if (s := summary_sentence(name, bench, results))),
@@ -219,6 +209,8 @@ def run_bench(
         failures=tuple(failures),
         provenance=provenance(tasks_path, tasks_file, stores),
         notes=tuple(notes),
+        expected=tuple(expected),
+        pictures=pictures,
     )
     write_report(report, out)
     return report
@@ -239,19 +231,22 @@ def encoder_facts(key: str, facts: Mapping[str, Any]) -> EncoderFacts:
     )
 
 
+def expected_figure(task: str, figure: Expected) -> ExpectedFigure:
+    """A published figure as the report has it."""
+    return ExpectedFigure(task=task, **asdict(figure))
+
+
 def summary_sentence(task: str, bench: BenchSpec, results: Sequence[Result]) -> str:
     """One sentence on a task: its headline metric, every encoder."""
     mine = [result for result in results if result.task == task]
-    for headline in HEADLINES:
-        named = (r.metric for r in mine if headline in (r.metric, split_k(r.metric)[0]))
-        metric = next(named, "")
-        found = {result.encoder: result for result in mine if result.metric == metric}
-        if found:
-            words = [f"{key} {_figure(found[key])}" for key in bench.encoders if key in found]
-            dropped = next((r.settings["duplicates_dropped"] for r in mine if "duplicates_dropped" in r.settings), 0)
-            copies = f" {dropped} copies of patches were left out." if dropped else ""
-            return f"{task}: {meaning_of(metric).title} is {', '.join(words)}.{copies}"
-    return ""
+    metric = headline([result.metric for result in mine])
+    if metric is None:
+        return ""
+    found = {result.encoder: result for result in mine if result.metric == metric}
+    words = [f"{_figure(found[key])} for {key}" for key in bench.encoders if key in found]
+    first = next(iter(found.values()))
+    support = ", ".join(filter(None, (f"k = {k}" if (k := first.settings.get("k")) else "", f"n = {first.n:,}")))
+    return f"{task}: {meaning_of(metric).title} ({support}) is {listed(words)}."
 
 
 def _figure(result: Result) -> str:

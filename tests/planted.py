@@ -28,6 +28,7 @@ def make_store(path, strength, *, duplicates=(), patients=PATIENTS, weights="fil
         facts = {
             "kind": "slide",
             "source": "none",
+            "mpp": 0.5,
             "patch_px_level0": 16,
             "level0_size": [PATCHES * 16, 16],
             "labels": {

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Float64, Shaped
+from jaxtyping import Bool, Float64, Int64, Shaped
 
 from g2l_core.metrics.probe import accuracy, balanced_accuracy, confusion, macro_f1
 from g2l_core.metrics.results import Estimate
@@ -79,6 +79,17 @@ class LeftOut(Interval):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Confusion:
+    """How often each class was taken for each, over all clusters."""
+
+    classifier: str
+    """The family, and what tells it from its siblings."""
+    classes: Shaped[np.ndarray, " class"]
+    counts: Int64[np.ndarray, "class class"]
+    """[truth, predicted]."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Figure:
     """One figure of one encoder."""
 
@@ -88,6 +99,8 @@ class Figure:
     """Patches, slides or patients that it rests on."""
     settings: Settings
     higher_is_better: bool = True
+    confusion: Confusion | None = None
+    """With one figure of each classifier that is pictured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,9 +143,12 @@ def class_figures(
     *,
     suffix: str = "",
     n: int | None = None,
+    pictured: bool = True,
 ) -> list[Figure]:
     """Accuracy, balanced accuracy and macro F1 of predictions, named PREFIX_accuracySUFFIX and so on."""
     matrices = confusion(truth, predicted, clusters)
+    classes = np.unique(np.concatenate([truth, predicted]))
+    picture = Confusion(classifier=prefix + suffix, classes=classes, counts=matrices.sum(axis=0))
     scores = {"accuracy": accuracy, "balanced_accuracy": balanced_accuracy, "f1": macro_f1}
     return [
         Figure(
@@ -140,6 +156,7 @@ def class_figures(
             interval=Drawn(statistic=of_sums(score, matrices), clusters=clusters),
             n=len(truth) if n is None else n,
             settings=settings,
+            confusion=picture if pictured and name == "accuracy" else None,
         )
         for name, score in scores.items()
     ]

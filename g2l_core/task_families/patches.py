@@ -39,7 +39,7 @@ def knn(given: TaskInput) -> list[Figure]:
         tested.append(test)
     order = np.concatenate(tested)
     plain = len(options.k) == len(options.votes) == 1
-    figures = []
+    figures: list[Figure] = []
     for vote in options.votes:
         weights, words = _WEIGHTS[vote, options.distance]
         prefix = "knn" if vote == options.votes[0] else f"knn_{vote}"
@@ -47,7 +47,8 @@ def knn(given: TaskInput) -> list[Figure]:
             predicted = np.concatenate([knn_predict(graph, labels, k=k, weights=weights) for graph, labels in graphs])
             settings = {"k": k, "distance": options.distance, "vote": words, **given.split_settings}
             suffix = "" if plain else f"_k{k}"
-            figures += class_figures(prefix, rows.label[order], predicted, rows.cluster[order], settings, suffix=suffix)
+            said = rows.label[order], predicted, rows.cluster[order]
+            figures += class_figures(prefix, *said, settings, suffix=suffix, pictured=not figures)
     return figures
 
 
@@ -176,7 +177,7 @@ def prototype_vote(given: TaskInput) -> list[Figure]:
         settings = {"shots": shots, "repeats": options.repeats, **given.split_settings}
         where = np.concatenate(truth), np.concatenate(predicted), np.concatenate(clusters)
         n = len(where[0]) // options.repeats
-        figures += class_figures("prototypes", *where, settings, suffix=f"_shots{shots}", n=n)
+        figures += class_figures("prototypes", *where, settings, suffix=f"_shots{shots}", n=n, pictured=False)
     return figures
 
 
