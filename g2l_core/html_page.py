@@ -132,7 +132,8 @@ dd { margin: .1rem 0 0; color: var(--muted); }
   main { max-width: none; padding: 0; } nav { display: none; } .scroll { overflow: visible; } .plot { min-width: 0; }
   th, td { padding-top: .3rem; padding-bottom: .3rem; } .interval { display: inline; margin-left: .5em; }
   section { margin-top: 1.5rem; padding-top: 1rem; } figure, tr, .failures, .notes, dt { break-inside: avoid; }
-  h2, h3, figcaption, thead, dt, .over-tiles, .legend { break-after: avoid; } a { color: inherit; }
+  h2, h3, figcaption, thead, dt, summary, h3 + .quiet, summary + .quiet, .over-tiles, .legend { break-after: avoid; }
+  a { color: inherit; }
   .figures tbody th, .figures thead th { position: static; }
   .heat td, .map, .plane { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
   details::details-content { content-visibility: visible; display: block; height: auto; } }
