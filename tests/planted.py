@@ -12,7 +12,7 @@ PATIENTS, PATCHES = 8, 40
 SPEC = {"architecture": "none", "mean": [0.5] * 3, "std": [0.5] * 3, "pooling": "cls", "precision": "fp32", "dim": 12}
 
 
-def make_store(path, strength, *, duplicates=(), patients=PATIENTS, weights="file:none"):
+def make_store(path, strength, *, duplicates=(), patients=PATIENTS, weights="file:none", mpp=None):
     """A store whose features say a patch's class, its centre and its slide's class as strongly as asked.
 
     Patient p has one slide; its centre is p % 2, its slide's class (p // 2) % 2, and its patches' classes alternate.
@@ -28,7 +28,7 @@ def make_store(path, strength, *, duplicates=(), patients=PATIENTS, weights="fil
         facts = {
             "kind": "slide",
             "source": "none",
-            "mpp": 0.5,
+            "mpp": mpp,
             "patch_px_level0": 16,
             "level0_size": [PATCHES * 16, 16],
             "labels": {

@@ -69,7 +69,7 @@ consistency_patch = "spot"
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
-    make_store(folder / "s.zarr", STRENGTH, patients=16)
+    make_store(folder / "s.zarr", STRENGTH, patients=16, mpp=0.5)
     write_labels(folder / "labels.csv", [label_row(p, i) for p in range(16) for i in range(PATCHES)])
     return folder
 

@@ -4,12 +4,15 @@ import numpy as np
 import pytest
 
 from g2l_core.store.features import FeatureStore
-from g2l_core.task_data import TaskSpec, gather
+from g2l_core.task_data import gather
 from g2l_core.task_pictures import task_pictures
+from g2l_core.task_spec import KnnOptions, TaskSpec
 from g2l_core.tasks import BenchSpec, evaluate_task
-from tests.test_tasks import PATCHES, PATIENTS, make_store, patch_labels, write_labels
+from tests.planted import PATCHES, PATIENTS, make_store, patch_labels, write_labels
 
-SPEC = TaskSpec(name="t", label="kind", labels="labels.csv", split="split", metrics=("cka", "knn", "probe"), knn_k=5)
+SPEC = TaskSpec(
+    name="t", label="kind", labels="labels.csv", split="split", metrics=("cka", "knn", "probe"), knn=KnnOptions(k=(5,))
+)
 BENCH = BenchSpec(encoders=("teacher", "by_class", "by_center"), draws=50)
 
 
@@ -108,7 +111,9 @@ def test_patch_images_lie_nowhere(planted, tmp_path):
         slide = store.slide(slide_id)
         slide._set_facts(kind="images")
     write_labels(tmp_path / "labels.csv", patch_labels(4))
-    spec = TaskSpec(name="t", label="kind", labels="labels.csv", split="split", metrics=("knn",), knn_k=5)
+    spec = TaskSpec(
+        name="t", label="kind", labels="labels.csv", split="split", metrics=("knn",), knn=KnnOptions(k=(5,))
+    )
     done = evaluate_task([FeatureStore.open(store.path)], spec, BenchSpec(encoders=("teacher",), draws=20), tmp_path)
     assert done.pictures.slides == ()
     assert done.pictures.cka == ()
