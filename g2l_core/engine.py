@@ -1,7 +1,7 @@
 """Run one function over many items, some ahead of the consumer, and yield what came of each in order."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -40,3 +40,23 @@ def run_ahead(
             yield pending.popleft().result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+_END = object()
+
+
+def in_background(items: Generator[Item, None, None], *, depth: int) -> Generator[Item, None, None]:
+    """Yield the items of a generator that a thread of its own keeps `depth` ahead; the order is the same.
+
+    Raises:
+        Exception: Whatever the generator raises, at its item's turn.
+    """
+    pool = ThreadPoolExecutor(1, thread_name_prefix="g2l-ahead")
+    pending = deque(pool.submit(next, items, _END) for _ in range(depth))
+    try:
+        while (item := pending.popleft().result()) is not _END:
+            pending.append(pool.submit(next, items, _END))
+            yield item  # type: ignore[misc]
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+        items.close()

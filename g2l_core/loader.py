@@ -5,7 +5,7 @@ drawn from the pool. The order is a function of (seed, epoch) alone: not of thre
 was interrupted; a position in it is one integer, the number of batches drawn.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,7 +18,8 @@ from g2l_core.epochs import EpochPlan, plan_epoch
 from g2l_core.errors import ReadError, StoreCorruptError, StoreMismatchError, StoreMissingError, UsageError
 from g2l_core.grid import GridSpec, blocks
 from g2l_core.laying import require_same_slide
-from g2l_core.patches import open_patches, render_block
+from g2l_core.open_slides import OpenSlides
+from g2l_core.patches import PatchReader, open_patches, render_block
 from g2l_core.pixel_cache import PixelCache
 from g2l_core.randomness import keyed_generator
 from g2l_core.store.features import FeatureStore, StoredSlide
@@ -80,22 +81,18 @@ class Batch:
 
 @dataclass(frozen=True)
 class _Block:
-    slide: "_OpenSlide"
+    slide: "_SlideTables"
     rows: Int64[np.ndarray, " row"]
     """Stored rows, increasing."""
 
 
-class _OpenSlide:
-    """A slide's reader and its small tables."""
+class _SlideTables:
+    """A slide's small tables, and a check that its file is the one that was cached."""
 
-    def __init__(self, stored: StoredSlide, grid: GridSpec, views: ViewSpec, cache: PixelCache | None = None) -> None:
+    def __init__(self, stored: StoredSlide, grid: GridSpec, views: ViewSpec) -> None:
         require_same_slide(stored, Path(stored.facts["source"]))
         self.slide_id = stored.slide_id
         self.stored = stored
-        self.reader = open_patches(stored, grid)
-        if cache:
-            key = f"{stored.facts['fingerprint']} {stored.slide_id} {grid}"
-            self.reader = cache.wrap(self.reader, key, len(stored), grid.patch_px)
         self.params, self.hashes = stored.view_params, stored.pixel_hash
         self.cells = blocks(stored.coords, Level0Px(stored.facts["patch_px_level0"]), grid)
         self.targets: dict[int, np.ndarray] = {}
@@ -164,17 +161,19 @@ class ReplayLoader:
 
     def _open(
         self, store: FeatureStore, rows: Mapping[str, Int64[np.ndarray, " _"]]
-    ) -> list[tuple[_OpenSlide, Int64[np.ndarray, " _"]]]:
+    ) -> list[tuple[_SlideTables, Int64[np.ndarray, " _"]]]:
         grid, found = GridSpec(**store.grid), []
         for slide_id, chosen in sorted(rows.items()):
             stored = store.slide(slide_id)
             if self.spec.encoder is not None:
                 for view in range(1, 1 + self.spec.n_augmented):
                     stored.require_complete(self.spec.encoder, view)
-            found.append((_OpenSlide(stored, grid, self._views, self._reading.pixel_cache), chosen))
+            found.append((_SlideTables(stored, grid, self._views), chosen))
+        tables = {slide.slide_id: slide for slide, _ in found}
+        self._slides = OpenSlides(lambda slide_id: _open(tables[slide_id].stored, grid, self._reading.pixel_cache))
         return found
 
-    def _hold_targets(self, slides: list[tuple[_OpenSlide, Int64[np.ndarray, " _"]]]) -> None:
+    def _hold_targets(self, slides: list[tuple[_SlideTables, Int64[np.ndarray, " _"]]]) -> None:
         """Read the targets into memory if they fit, and refuse those that are not finite before training starts."""
         encoder = self.spec.encoder
         if encoder is None:
@@ -208,7 +207,7 @@ class ReplayLoader:
             epoch=epoch,
         )
 
-    def batches(self, start: int = 0) -> Iterator[Batch]:
+    def batches(self, start: int = 0) -> Generator[Batch, None, None]:
         """Yield this rank's part of the batches without end, from position `start` on."""
         rendered = run_ahead(
             self._render,
@@ -248,7 +247,8 @@ class ReplayLoader:
         slide, rows = block.slide, block.rows[within]
         views = self._views_of(slide, rows, epoch)
         params, known = slide.view_params(rows, views), slide.known_hashes(rows, views)
-        rendered = render_block(slide.reader, rows.tolist(), params, np.zeros(len(rows), np.uint8), self._views)
+        with self._slides.reading(slide.slide_id) as reader:
+            rendered = render_block(reader, rows.tolist(), params, np.zeros(len(rows), np.uint8), self._views)
         if rendered.reasons:
             raise ReadError(
                 f"slide {slide.slide_id}: a patch that stage one read cannot be read now, "
@@ -259,7 +259,7 @@ class ReplayLoader:
             return within, rendered.pixels[:, 0], np.empty((len(rows), 0), np.float16)
         return within, rendered.pixels[:, 0], _targets(slide, self.spec.encoder, rows, views)
 
-    def _views_of(self, slide: _OpenSlide, rows: Int64[np.ndarray, " row"], epoch: int) -> Int64[np.ndarray, " row"]:
+    def _views_of(self, slide: _SlideTables, rows: Int64[np.ndarray, " row"], epoch: int) -> Int64[np.ndarray, " row"]:
         """Which view of each patch this epoch shows: an epoch mixes views, and none repeats before all were shown."""
         if not self.spec.n_augmented:
             return np.full(len(rows), 1 + epoch)
@@ -267,7 +267,15 @@ class ReplayLoader:
         return 1 + turn.astype(np.int64)
 
 
-def _blocks_of(slide: _OpenSlide, chosen: Int64[np.ndarray, " row"]) -> list[_Block]:
+def _open(stored: StoredSlide, grid: GridSpec, cache: PixelCache | None) -> PatchReader:
+    """A slide's patches, through the cache of decoded ones where there is one."""
+    if cache is None:
+        return open_patches(stored, grid)
+    key = f"{stored.facts['fingerprint']} {stored.slide_id} {grid}"
+    return cache.wrap(lambda: open_patches(stored, grid), key, len(stored), grid.patch_px)
+
+
+def _blocks_of(slide: _SlideTables, chosen: Int64[np.ndarray, " row"]) -> list[_Block]:
     """A slide's blocks with the chosen rows that lie in them."""
     chosen = np.sort(chosen)
     edges = np.searchsorted(chosen, slide.cells)
@@ -281,7 +289,7 @@ def _by_row(
 
 
 def _require_same_pixels(
-    slide: _OpenSlide, rows: np.ndarray, views: np.ndarray, known: np.ndarray, hashes: np.ndarray
+    slide: _SlideTables, rows: np.ndarray, views: np.ndarray, known: np.ndarray, hashes: np.ndarray
 ) -> None:
     """Refuse pixels that the teacher did not see. Hashing costs 4 % of augmenting, so every view is checked."""
     other = np.flatnonzero((known != hashes) & (known != UNKNOWN_HASH))
@@ -294,7 +302,7 @@ def _require_same_pixels(
         )
 
 
-def _targets(slide: _OpenSlide, encoder: str, rows: np.ndarray, views: np.ndarray) -> Float16[np.ndarray, "row dim"]:
+def _targets(slide: _SlideTables, encoder: str, rows: np.ndarray, views: np.ndarray) -> Float16[np.ndarray, "row dim"]:
     """The teacher's features: from memory, or one contiguous read for each view that occurs."""
     start, stop = int(rows.min()), int(rows.max()) + 1
     out = np.empty((len(rows), slide.stored.features_array(encoder).shape[2]), np.float16)
@@ -308,7 +316,7 @@ def _targets(slide: _OpenSlide, encoder: str, rows: np.ndarray, views: np.ndarra
     return out
 
 
-def _require_finite(slide: _OpenSlide, encoder: str, rows: np.ndarray, features: np.ndarray) -> None:
+def _require_finite(slide: _SlideTables, encoder: str, rows: np.ndarray, features: np.ndarray) -> None:
     bad = ~np.isfinite(features).all(axis=1)
     if bad.any():
         raise StoreCorruptError(
@@ -346,8 +354,10 @@ def read_canonical(
         first += len(chosen)
         if not len(mine):
             continue
-        slide = _OpenSlide(store.slide(slide_id), GridSpec(**store.grid), spec)
-        block = render_block(slide.reader, mine.tolist(), slide.params[mine, :1], np.zeros(len(mine), np.uint8), spec)
+        slide = _SlideTables(store.slide(slide_id), GridSpec(**store.grid), spec)
+        reader = open_patches(slide.stored, GridSpec(**store.grid))
+        block = render_block(reader, mine.tolist(), slide.params[mine, :1], np.zeros(len(mine), np.uint8), spec)
+        reader.close()
         canonical = np.zeros(len(mine), np.int64)
         _require_same_pixels(slide, mine, canonical, slide.known_hashes(mine, canonical)[:, 0], block.hashes[:, 0])
         pixels.append(block.pixels[:, 0])
@@ -355,7 +365,7 @@ def read_canonical(
     return CanonicalSet(pixels=np.concatenate(pixels), targets=np.concatenate(targets))
 
 
-def _canonical_targets(slide: _OpenSlide, encoder: str | None, rows: np.ndarray) -> Float16[np.ndarray, "row dim"]:
+def _canonical_targets(slide: _SlideTables, encoder: str | None, rows: np.ndarray) -> Float16[np.ndarray, "row dim"]:
     if encoder is None:
         return np.empty((len(rows), 0), np.float16)
     features = slide.stored.features(encoder)[rows]

@@ -31,6 +31,9 @@ class PatchReader(Protocol):
             ReadError: Its pixels cannot be had.
         """
 
+    def close(self) -> None:
+        """Give its files back; nothing is read after that."""
+
 
 class SlidePatches:
     """The patches of an open slide."""
@@ -43,6 +46,10 @@ class SlidePatches:
         x, y = self._coords[row].tolist()
         return self._slide.read_patch(x, y, self._side, self._patch_px)
 
+    def close(self) -> None:
+        """Close the slide."""
+        self._slide.close()
+
 
 class ImagePatches:
     """Patches that are image files of their own."""
@@ -53,6 +60,9 @@ class ImagePatches:
     def read(self, row: int) -> Rgb:
         """The row's image as it is: it must have the store's patch size, nothing is resampled."""
         return read_image(self._folder / self._names[row], self._patch_px)
+
+    def close(self) -> None:
+        """No file stays open."""
 
 
 def read_image(path: Path, patch_px: int) -> Rgb:

@@ -5,6 +5,7 @@ patch counts only if its pixels have its hash, so one that a kill tore is read f
 """
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from threading import Lock
 
@@ -39,17 +40,17 @@ class PixelCache:
         self._folder, self._limit, self._lock = folder, gb * 1e9, Lock()
         self._held = sum(path.stat().st_blocks * 512 for path in folder.glob("*.pixels"))
 
-    def wrap(self, reader: PatchReader, key: str, n: int, patch_px: int) -> "CachedPatches":
+    def wrap(self, open_reader: Callable[[], PatchReader], key: str, n: int, patch_px: int) -> "CachedPatches":
         """A reader that keeps what it reads.
 
         Args:
-            reader: Where patches come from that are not kept yet.
+            open_reader: Opens the slide, once a patch is wanted that is not kept yet.
             key: Names the slide's content and its patches.
             n: Patches of the slide.
             patch_px: Their side.
         """
         name = hashlib.sha256(key.encode()).hexdigest()[:24]
-        return CachedPatches(reader, self, self._folder / name, n, patch_px)
+        return CachedPatches(open_reader, self, self._folder / name, n, patch_px)
 
     def admit(self, size: int) -> bool:
         """Whether `size` more bytes fit; they are counted then."""
@@ -62,8 +63,11 @@ class PixelCache:
 class CachedPatches:
     """One slide's patches, from the cache where they are in it."""
 
-    def __init__(self, reader: PatchReader, cache: PixelCache, path: Path, n: int, patch_px: int) -> None:
-        self._reader, self._cache = reader, cache
+    def __init__(
+        self, open_reader: Callable[[], PatchReader], cache: PixelCache, path: Path, n: int, patch_px: int
+    ) -> None:
+        self._open_reader, self._cache, self._lock = open_reader, cache, Lock()
+        self._reader: PatchReader | None = None
         shape = (n, patch_px, patch_px, 3)
         self._pixels = _mapped(path.with_suffix(".pixels"), np.uint8, shape)
         self._hashes = _mapped(path.with_suffix(".hashes"), np.uint64, (n,))
@@ -79,11 +83,21 @@ class CachedPatches:
             patch = np.array(self._pixels[row])
             if _hash(patch) == known:
                 return patch
-        patch = self._reader.read(row)
+        patch = self._slide().read(row)
         if self._cache.admit(0 if known else patch.nbytes):
             self._pixels[row] = patch
             self._hashes[row] = _hash(patch)
         return patch
+
+    def _slide(self) -> PatchReader:
+        with self._lock:
+            self._reader = self._reader or self._open_reader()
+            return self._reader
+
+    def close(self) -> None:
+        """Close the slide; the maps go with the last array that looks into them."""
+        if self._reader is not None:
+            self._reader.close()
 
 
 def _mapped(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Stage two's loop: student and projector learn a teacher's features of the very pixels that they see."""
 
 import csv
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from math import isfinite
@@ -11,14 +11,19 @@ from time import perf_counter
 import torch
 from torch import Tensor, nn
 
+from g2l_core.board import Board
 from g2l_core.checkpoints import RunState, restore, save, save_best
 from g2l_core.distiller import Average, Distiller
+from g2l_core.engine import in_background
 from g2l_core.errors import RunError, UsageError
 from g2l_core.loader import Batch
 from g2l_core.objectives import Objective, ObjectiveSpec
 from g2l_core.optimisation import EarlyStop, OptimSpec, anneal, build_optimizer
 
 Figures = Mapping[str, float]
+
+BATCHES_AHEAD = 2
+"""Batches put together while one is trained on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +34,8 @@ class TrainSettings:
     objective: ObjectiveSpec = field(default_factory=ObjectiveSpec)
     optim: OptimSpec = field(default_factory=OptimSpec)
     projector: str = "linear"
-    checkpoint_gradients: bool = False
+    grad_checkpoint: bool = False
+    """Recompute activations in the backward pass: less memory, slower."""
     validate_every: int = 200
     checkpoint_every: int = 200
     best_by: str = "cka_debiased"
@@ -46,7 +52,7 @@ class TrainSettings:
 class Loop:
     """What the loop is given from outside: data, devices, and whoever watches."""
 
-    batches: Callable[[int], Iterator[Batch]]
+    batches: Callable[[int], Generator[Batch, None, None]]
     """Gives the stream of batches from a position on; the position of step s is s times `accumulate`."""
     device: torch.device
     autocast: torch.dtype | None
@@ -77,6 +83,15 @@ class TrainOutcome:
     last_loss: float
     best_step: int
     warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A batch ready for the device."""
+
+    epoch: int
+    pixels: Tensor
+    targets: Tensor
 
 
 class Trainee(nn.Module):
@@ -116,19 +131,23 @@ def train(
     logs = _Logs(folder, state.step) if loop.leads else None
     if state.step == 0 and logs:
         _watch(state, logs, settings, folder, loop)
-    stream = loop.batches(state.step * settings.optim.accumulate)
+    prepared = _prepared(loop.batches(state.step * settings.optim.accumulate), loop.device)
+    stream = in_background(prepared, depth=BATCHES_AHEAD)
     while state.step < settings.steps and not state.stopped:
         row = train_step(state, trainee, stream, settings, loop)
         state.stopped = state.early_stop.update(state.loss)
         state.step += 1
         if logs:
-            logs.steps.write(row)
+            logs.step(row)
         done = state.stopped or state.step == settings.steps
         if logs and (done or state.step % settings.validate_every == 0):
             _watch(state, logs, settings, folder, loop)
         if logs and (done or state.step % settings.checkpoint_every == 0):
             save(folder, state)
         loop.report(state.step, state.loss)
+    stream.close()
+    if logs:
+        logs.close()
     outcome = TrainOutcome(
         steps=state.step, stopped_early=state.stopped, last_loss=state.loss, best_step=state.best_step,
         warnings=tuple(state.said),
@@ -149,7 +168,7 @@ def _begin(distiller: Distiller, settings: TrainSettings, folder: Path) -> RunSt
 
 
 def train_step(
-    state: RunState, trainee: nn.Module, stream: Iterator[Batch], settings: TrainSettings, loop: Loop
+    state: RunState, trainee: nn.Module, stream: Iterator[Prepared], settings: TrainSettings, loop: Loop
 ) -> dict[str, float]:
     """One update from `accumulate` batches: forward in training mode, backward, clip, step. Returns its log row."""
     begin, waited, total = perf_counter(), 0.0, 0.0
@@ -185,12 +204,25 @@ def train_step(
     }
 
 
-def _on_device(batch: Batch, loop: Loop) -> tuple[Tensor, Tensor]:
+def _prepared(batches: Generator[Batch, None, None], device: torch.device) -> Generator[Prepared, None, None]:
+    """Batches as tensors, in page-locked memory where a GPU takes them: its copies then need not wait."""
+    pinned = device.type == "cuda"
+    try:
+        for batch in batches:
+            pixels, targets = torch.from_numpy(batch.pixels), torch.from_numpy(batch.targets)
+            if pinned:
+                pixels, targets = pixels.pin_memory(), targets.pin_memory()
+            yield Prepared(epoch=batch.epoch, pixels=pixels, targets=targets)
+    finally:
+        batches.close()
+
+
+def _on_device(batch: Prepared, loop: Loop) -> tuple[Tensor, Tensor]:
     """A batch's pixels and its targets: stored ones, or the teacher's of these pixels."""
-    pixels = torch.from_numpy(batch.pixels).to(loop.device, non_blocking=True)
+    pixels = batch.pixels.to(loop.device, non_blocking=True)
     if loop.targets_of is not None:
         return pixels, loop.targets_of(pixels)
-    return pixels, torch.from_numpy(batch.targets).to(loop.device, non_blocking=True).float()
+    return pixels, batch.targets.to(loop.device, non_blocking=True).float()
 
 
 def _without_sync(trainee: nn.Module) -> AbstractContextManager[None]:
@@ -211,17 +243,32 @@ def _finite(loss: float, step: int) -> float:
 
 
 class _Logs:
-    """log.csv and validation.csv, cut back to where a resumed run goes on."""
+    """log.csv and validation.csv, cut back to where a resumed run goes on, and TensorBoard where it is installed."""
 
     def __init__(self, folder: Path, step: int) -> None:
-        self.steps = CsvLog(folder / "log.csv", keep_below=step)
-        self.validation = CsvLog(folder / "validation.csv", keep_below=step + 1 if step else 0)
+        self._steps = CsvLog(folder / "log.csv", keep_below=step)
+        self._validation = CsvLog(folder / "validation.csv", keep_below=step + 1 if step else 0)
+        self._board = Board(folder, step)
+
+    def step(self, row: Mapping[str, float]) -> None:
+        """One step."""
+        self._steps.write(row)
+        self._board.add("train", row)
+
+    def validation(self, row: Mapping[str, float]) -> None:
+        """One validation."""
+        self._validation.write(row)
+        self._board.add("held out", row)
+
+    def close(self) -> None:
+        """No more comes."""
+        self._board.close()
 
 
 def _watch(state: RunState, logs: _Logs, settings: TrainSettings, folder: Path, loop: Loop) -> None:
     """Measure the watched network on held-out patches; keep it if it is the best so far."""
     figures = loop.validate(state.watched)
-    logs.validation.write({"step": state.step, **figures})
+    logs.validation({"step": state.step, **figures})
     if figures[settings.best_by] > state.best:
         state.best, state.best_step = figures[settings.best_by], state.step
         save_best(folder, state)

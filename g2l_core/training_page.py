@@ -64,7 +64,7 @@ def line_chart(lines: Sequence[Line], *, x_label: str, label: str) -> str:
         parts += [shape(line.series, xs.at(x), ys.at(y), 4) for x, y in points if line.marked]
     for y, (_, i) in zip(_spread([y for y, _ in ends]), ends, strict=True):
         parts += [shape(lines[i].series, _RIGHT + 16, y), text_at(_RIGHT + 28, y + 5, lines[i].label, "label")]
-    return picture(WIDTH, _BOTTOM + 48, label, parts)
+    return f'<div class="scroll" tabindex="0">{picture(WIDTH, _BOTTOM + 48, label, parts)}</div>'
 
 
 def _spread(heights: Sequence[float]) -> list[float]:
@@ -134,7 +134,7 @@ def _averaged(points: Sequence[tuple[float, float]]) -> tuple[tuple[float, float
 
 def _before_after(result: Mapping[str, Any]) -> str:
     before, after = result["before"], result["after"]
-    rows = ([escape(words), f"{before[name]:.3f}", f"{after[name]:.3f}"] for name, words in HELD_OUT.items())
+    rows = ([escape(words), *(proper(number(f[name], 3)) for f in (before, after))] for name, words in HELD_OUT.items())
     return table(("figure", "before", "after"), rows)
 
 

@@ -6,16 +6,18 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int64
+from jaxtyping import Float, Float32, Float64, Int64
 
 from g2l_core.distiller import Distiller
 from g2l_core.loader import CanonicalSet
-from g2l_core.losses import standardize
 from g2l_core.metrics.neighbors import nearest
 from g2l_core.metrics.similarity import cka_center, cka_moments, linear_cka
 
 OVERLAP_K = 10
 """Neighbours of the mutual overlap, as in Huh et al. 2024 (arXiv 2405.07987)."""
+
+DEAD = 1e-3
+"""A dimension whose deviation is a smaller share than this of the largest does not count."""
 
 STALLED_VALIDATIONS = 5
 STALLED_GAIN = 0.005
@@ -30,19 +32,27 @@ def held_out_figures(
     Returns:
         Linear CKA of student and teacher, debiased and biased; the same of the projected student; mutual kNN overlap
         of student and teacher; and of projected student and teacher, both standardised over the held-out patches: the
-        mean cosine, and the explained variance R^2 = 1 - mean (s - t)^2.
+        mean cosine, and the explained variance R^2, the squared correlation of each dimension, averaged.
     """
     student, projected = _encode(distiller, held_out, device, batch_size)
     teacher = held_out.targets.astype(np.float32)
-    s, t = (standardize(torch.from_numpy(z)) for z in (projected, teacher))
-    alive = t.var(dim=0, unbiased=False) > 0.5  # a dimension that is constant over the patches explains nothing
+    alive = teacher.std(axis=0) > DEAD * teacher.std(axis=0).max()  # a constant dimension explains nothing
+    s, t = (_standardised(z[:, alive]) for z in (projected, teacher))
+    cosines = (s * t).sum(axis=1) / np.maximum(np.linalg.norm(s, axis=1) * np.linalg.norm(t, axis=1), 1e-12)
     return {
         **_cka(student, teacher, ""),
         **_cka(projected, teacher, "_projected"),
-        "cosine_projected": float(torch.nn.functional.cosine_similarity(s, t, dim=1).mean()),
-        "r2_projected": float(1 - (s - t)[:, alive].square().mean()),
+        "cosine_projected": float(cosines.mean()),
+        "r2_projected": float(np.square((s * t).mean(axis=0)).mean()),
         "knn_overlap": neighbour_overlap(student, teacher, OVERLAP_K),
     }
+
+
+def _standardised(z: Float32[np.ndarray, "n dim"]) -> Float64[np.ndarray, "n dim"]:
+    """Each dimension with mean 0 and variance 1 whatever its scale; 0 where it is constant."""
+    centred = z.astype(np.float64) - z.mean(axis=0, dtype=np.float64)
+    deviation = centred.std(axis=0)
+    return centred / np.where(deviation > 0, deviation, 1)
 
 
 def _encode(

@@ -61,13 +61,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-app.add_typer(cli_store.app, name="store")
-app.command()(cli_plan.plan)
-app.command()(cli_models.models)
-app.command()(cli_distill.distill)
-app.command()(cli_distill.sweep)
-app.command(name="export-student")(cli_distill.export_student)
-app.command()(cli_datasets.datasets)
 
 
 def show_version(asked: bool) -> None:
@@ -250,6 +243,9 @@ def _list_losses(*losses: dict[str, str]) -> None:
             typer.echo(f"failed  and {len(group) - SHOWN_REASONS} more; g2l store info lists all", err=True)
 
 
+app.command()(cli_distill.distill)
+
+
 @app.command()
 def bench(
     tasks: Annotated[Path, typer.Argument(help="The task file (TOML), or a shipped one's name.", show_default=False)],
@@ -279,6 +275,14 @@ def bench(
     if not as_json:
         typer.echo(f"report: {out / 'report.html'}")
     raise typer.Exit(EXIT_SOME_FAILED if report.failures else EXIT_DONE)
+
+
+app.command()(cli_distill.sweep)
+app.command(name="export-student")(cli_distill.export_student)
+app.command()(cli_plan.plan)
+app.command()(cli_models.models)
+app.command()(cli_datasets.datasets)
+app.add_typer(cli_store.app, name="store")
 
 
 @app.command()

@@ -7,13 +7,17 @@ import typer
 
 from pipeline.cli_options import Device, Seed, Weights, Workers
 
+LOSS, SCHEDULE, DATA, MACHINE = "Loss", "Schedule", "Data", "Machine"
+
 Folder = Annotated[Path, typer.Option(help="The feature store.", show_default=False)]
-TargetsGb = Annotated[float, typer.Option(help="Targets of up to so many GB are held in memory.")]
+TargetsGb = Annotated[
+    float, typer.Option(help="Targets of up to so many GB are held in memory.", rich_help_panel=MACHINE)
+]
 PixelCacheDir = Annotated[
     Path | None,
     typer.Option("--pixel-cache", help="Keep decoded patches in this fast local folder.", show_default=False),
 ]
-PixelCacheGb = Annotated[float, typer.Option(help="Most GB of them.")]
+PixelCacheGb = Annotated[float, typer.Option(help="Most GB of them.", rich_help_panel=MACHINE)]
 
 
 def _take_recipe(context: typer.Context, value: str | None) -> str | None:
@@ -42,46 +46,101 @@ def distill(
     ] = None,
     weights: Weights = None,
     loss: Annotated[
-        str, typer.Option(help="logsum, logsum_corr, mse, smooth_l1, cosine, kl, kl_queue or rkd.")
+        str,
+        typer.Option(help="logsum, logsum_corr, mse, smooth_l1, cosine, kl, kl_queue or rkd.", rich_help_panel=LOSS),
     ] = "logsum",
-    alpha: Annotated[float, typer.Option(help="Exponent of the Log-Sum losses.")] = 4.0,
-    temperature: Annotated[float | None, typer.Option(help="Of kl (1), kl_queue (0.07).", show_default=False)] = None,
-    teacher_norm: Annotated[str, typer.Option(help="Targets standardised over batch, dataset or none.")] = "auto",
-    student_norm: Annotated[str, typer.Option(help="batch or none; auto follows the teacher.")] = "auto",
-    reduce: Annotated[str, typer.Option(help="Log-Sum over ranks: per-rank, global; or per-sample.")] = "per-rank",
-    batch_statistics: Annotated[str, typer.Option(help="A batch's statistics: per-rank or global.")] = "per-rank",
-    projector: Annotated[str, typer.Option(help="linear or mlp.")] = "linear",
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training patches.")] = 10,
-    steps: Annotated[int | None, typer.Option(min=1, help="Steps, in place of --epochs.", show_default=False)] = None,
-    batch_size: Annotated[int, typer.Option(min=2, help="Patches a step and rank.")] = 32,
-    lr: Annotated[float, typer.Option(help="Learning rate at the start; cosine-annealed.")] = 1e-4,
-    weight_decay: Annotated[float, typer.Option(help="Weight decay at the start; cosine-annealed.")] = 0.05,
-    warmup: Annotated[int, typer.Option(min=0, help="Steps over which the learning rate rises.")] = 0,
-    clip: Annotated[float, typer.Option(min=0, help="Largest norm of the gradient; 0 clips nothing.")] = 0.0,
-    accumulate: Annotated[int, typer.Option(min=1, help="Batches whose gradients make a step.")] = 1,
-    layer_decay: Annotated[float, typer.Option(help="A block's learning rate as a share of the next one's.")] = 1.0,
-    ema: Annotated[float, typer.Option(help="Decay of averaged weights, which are kept then; 0 keeps none.")] = 0.0,
-    checkpoint_gradients: Annotated[bool, typer.Option("--checkpoint-gradients", help="Less memory, slower.")] = False,
-    early_stop: Annotated[
-        int, typer.Option(min=0, help="Stop after more than this many steps in a row above the mean; 0 never.")
+    alpha: Annotated[float, typer.Option(help="Exponent of the Log-Sum losses.", rich_help_panel=LOSS)] = 4.0,
+    temperature: Annotated[
+        float | None, typer.Option(help="Of kl (1), kl_queue (0.07).", show_default=False, rich_help_panel=LOSS)
+    ] = None,
+    teacher_norm: Annotated[
+        str, typer.Option(help="Targets standardised over batch, dataset or none.", rich_help_panel=LOSS)
+    ] = "auto",
+    student_norm: Annotated[
+        str, typer.Option(help="batch or none; auto follows the teacher.", rich_help_panel=LOSS)
+    ] = "auto",
+    reduce: Annotated[
+        str, typer.Option(help="Log-Sum over ranks: per-rank, global; or per-sample.", rich_help_panel=LOSS)
+    ] = "per-rank",
+    batch_statistics: Annotated[
+        str, typer.Option(help="A batch's statistics: per-rank or global.", rich_help_panel=LOSS)
+    ] = "per-rank",
+    projector: Annotated[str, typer.Option(help="linear or mlp.", rich_help_panel=LOSS)] = "linear",
+    epochs: Annotated[
+        int, typer.Option(min=1, help="Passes over the training patches.", rich_help_panel=SCHEDULE)
     ] = 10,
-    early_stop_window: Annotated[int, typer.Option(min=1, help="Steps of that mean.")] = 100,
-    keep: Annotated[str, typer.Option(help="Weights of the student: last, or best by held-out CKA.")] = "last",
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Steps, in place of --epochs.", show_default=False, rich_help_panel=SCHEDULE),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=2, help="Patches a step and rank.", rich_help_panel=SCHEDULE)] = 32,
+    lr: Annotated[
+        float, typer.Option(help="Learning rate at the start; cosine-annealed.", rich_help_panel=SCHEDULE)
+    ] = 1e-4,
+    weight_decay: Annotated[
+        float, typer.Option(help="Weight decay at the start; cosine-annealed.", rich_help_panel=SCHEDULE)
+    ] = 0.05,
+    warmup: Annotated[
+        int, typer.Option(min=0, help="Steps over which the learning rate rises.", rich_help_panel=SCHEDULE)
+    ] = 0,
+    clip: Annotated[
+        float, typer.Option(min=0, help="Largest norm of the gradient; 0 clips nothing.", rich_help_panel=SCHEDULE)
+    ] = 0.0,
+    accumulate: Annotated[
+        int, typer.Option(min=1, help="Batches whose gradients make a step.", rich_help_panel=SCHEDULE)
+    ] = 1,
+    layer_decay: Annotated[
+        float, typer.Option(help="A block's learning rate as a share of the next one's.", rich_help_panel=SCHEDULE)
+    ] = 1.0,
+    ema: Annotated[
+        float,
+        typer.Option(help="Decay of averaged weights, which are kept then; 0 keeps none.", rich_help_panel=SCHEDULE),
+    ] = 0.0,
+    grad_checkpoint: Annotated[
+        bool, typer.Option("--grad-checkpoint", help="Less memory, slower.", rich_help_panel=MACHINE)
+    ] = False,
+    early_stop: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Stop after more than this many steps in a row above the mean; 0 never.",
+            rich_help_panel=SCHEDULE,
+        ),
+    ] = 10,
+    early_stop_window: Annotated[int, typer.Option(min=1, help="Steps of that mean.", rich_help_panel=SCHEDULE)] = 100,
+    keep: Annotated[
+        str, typer.Option(help="Weights of the student: last, or best by held-out CKA.", rich_help_panel=SCHEDULE)
+    ] = "last",
     where: Annotated[
-        list[str] | None, typer.Option(help="Use only slides with COLUMN=PATTERN; repeatable.", show_default=False)
+        list[str] | None,
+        typer.Option(help="Use only slides with COLUMN=PATTERN; repeatable.", show_default=False, rich_help_panel=DATA),
     ] = None,
-    hold_out: Annotated[str, typer.Option(help="Share of the patients to watch on, or COLUMN=PATTERN.")] = "0.1",
-    slides: Annotated[int | None, typer.Option(min=1, help="Train on so many slides.", show_default=False)] = None,
+    hold_out: Annotated[
+        str, typer.Option(help="Share of the patients to watch on, or COLUMN=PATTERN.", rich_help_panel=DATA)
+    ] = "0.1",
+    slides: Annotated[
+        int | None, typer.Option(min=1, help="Train on so many slides.", show_default=False, rich_help_panel=DATA)
+    ] = None,
     views: Annotated[
-        int | None, typer.Option(min=0, help="Replay so many views; 0: new ones (--online).", show_default=False)
+        int | None,
+        typer.Option(
+            min=0, help="Replay so many views; 0: new ones (--online).", show_default=False, rich_help_panel=DATA
+        ),
     ] = None,
-    online: Annotated[bool, typer.Option("--online", help="Run the teacher on every batch, for comparison.")] = False,
+    online: Annotated[
+        bool, typer.Option("--online", help="Run the teacher on every batch, for comparison.", rich_help_panel=DATA)
+    ] = False,
     teacher_weights: Annotated[
-        str | None, typer.Option(help="Of a teacher that runs live, as --weights.", show_default=False)
+        str | None,
+        typer.Option(help="Of a teacher that runs live, as --weights.", show_default=False, rich_help_panel=DATA),
     ] = None,
-    validate_every: Annotated[int, typer.Option(min=1, help="Steps between validations.")] = 200,
-    checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 200,
-    pool_blocks: Annotated[int, typer.Option(min=1, help="Blocks of 64 patches that batches are drawn from.")] = 256,
+    validate_every: Annotated[int, typer.Option(min=1, help="Steps between validations.", rich_help_panel=DATA)] = 200,
+    checkpoint_every: Annotated[
+        int, typer.Option(min=1, help="Steps between checkpoints.", rich_help_panel=DATA)
+    ] = 200,
+    pool_blocks: Annotated[
+        int, typer.Option(min=1, help="Blocks of 64 patches that batches are drawn from.", rich_help_panel=DATA)
+    ] = 256,
     seed: Seed = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     device: Device = "auto",

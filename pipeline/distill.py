@@ -188,7 +188,8 @@ def _teacher(store: FeatureStore, teacher: str | EncoderSpec, settings: DistillS
         return _Teacher(facts=store.encoders[key], key=key)
     if not isinstance(teacher, EncoderSpec):
         raise UsageError("a live teacher is given by its spec")
-    live = load_encoder(teacher, device=str(group.device))
+    stored = (facts["precision"] for facts in store.encoders.values() if facts["name"] == teacher.name)
+    live = load_encoder(teacher, device=str(group.device), precision=next(stored, "auto"))
     return _Teacher(facts={**live.facts, "online": True}, key=None, live=live)
 
 
@@ -238,7 +239,7 @@ def _held_out(store: FeatureStore, split: Split, source: _Teacher, seed: int, ba
 
 def _distiller(student: LoadedEncoder, held_out: CanonicalSet, training: TrainSettings) -> Distiller:
     module = student.module.requires_grad_(True)
-    if training.checkpoint_gradients:
+    if training.grad_checkpoint:
         checkpoint_gradients(module)
     width = held_out.targets.shape[1]
     return Distiller(module, student.dim, width, training.seed, training.projector).to(student.device)

@@ -140,7 +140,7 @@ def run_sweep(
 
 def name_of(run: Mapping[str, Any]) -> str:
     """A run's folder: its varied options."""
-    return ",".join(f"{name}={value}" for name, value in run.items()).replace("/", "_")
+    return ",".join(f"{name}={value}" for name, value in run.items()).replace("/", "_") or "run"
 
 
 def _result(folder: Path) -> dict[str, Any] | None:

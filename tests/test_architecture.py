@@ -19,7 +19,8 @@ RANKS = [
     {"encoder_table", "encoder_files", "hub"},
     {"encoders", "encoder_docs"},
     {"encoder_loading", "patches"},
-    {"laying", "students", "datasets", "repair", "pixel_cache", "distiller", "objectives", "public_data"},
+    {"laying", "students", "datasets", "repair", "pixel_cache", "open_slides", "distiller", "objectives", "board"}
+    | {"public_data"},
     {"loader", "batching", "task_data", "optimisation", "ranks", "target_statistics", "student_export"},
     {"caching", "checkpoints", "watching", "task_families", "task_notes", "task_pictures"},
     {"training", "tasks"},

@@ -311,8 +311,41 @@ def test_a_run_is_not_overwritten_and_resumes_with_its_own_settings(cached_store
     assert first.returncode == 0, first.stderr
     assert "cka_debiased" in first.stdout
     refused(distill(cached_store, tmp_path / "run"), "holds a run already", "--resume")
-    refused(distill(cached_store, tmp_path / "run", "--resume", "--lr", "0.5"), "settings.train.lr was 0.0001, now 0.5")
+    refused(
+        distill(cached_store, tmp_path / "run", "--resume", "--lr", "0.5"),
+        "settings.train.optim.lr was 0.0001, now 0.5",
+    )
     assert distill(cached_store, tmp_path / "run", "--resume").returncode == 0
+
+
+def test_a_recipe_stands_where_the_command_line_gives_nothing(cached_store, tmp_path):
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text(f'teacher = "{KEY}"\nstudent = "{TEACHER}"\nlr = 1e-3\nsteps = 2\nwhere = ["slide_id=p0*"]\n')
+    common = ("distill", "--config", recipe, "--store", cached_store, "--weights", "random:1", "--batch-size", "8")
+    done = g2l(*common, "--out", tmp_path / "run", "--lr", "5e-4")
+    assert done.returncode == 0, done.stderr
+    chosen = json.loads((tmp_path / "run" / "run.json").read_text())["settings"]
+    assert (chosen["train"]["optim"]["lr"], chosen["train"]["steps"], chosen["where"]) == (5e-4, 2, ["slide_id=p0*"])
+    recipe.write_text("lrr = 1e-3\n")
+    refused(g2l(*common, "--out", tmp_path / "other"), "unknown option in", "'lrr'", "lr")
+    refused(g2l("distill", "--config", "brest", "--out", tmp_path / "other"), "unknown recipe 'brest'", "breast")
+
+
+def test_a_student_is_exported_and_swept_from_the_command_line(cached_store, tmp_path):
+    assert distill(cached_store, tmp_path / "run").returncode == 0
+    done = g2l("export-student", tmp_path / "run", "--format", "torchscript")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run-torchscript" / "model.pt").exists()
+    refused(g2l("export-student", tmp_path / "nothing"), "nothing")
+    fixed = [f for option in ("steps=1", "batch_size=8", "seed=0", "loss=mse") for f in ("--set", option)]
+    done = g2l(
+        *("sweep", "losses", "--store", cached_store, "--teacher", KEY, "--student", TEACHER, "--weights", "random:1"),
+        *("--out", tmp_path / "sweep", *fixed),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Log-Sum against standard losses" in done.stdout
+    assert (tmp_path / "sweep" / "run" / "student").is_dir()
+    refused(g2l("sweep", "loses", *map(str, done.args[2:])), "unknown recipe 'loses'", "losses")
 
 
 def test_an_output_folder_that_is_something_else(cached_store, tmp_path):

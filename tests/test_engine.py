@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from g2l_core.engine import run_ahead
+from g2l_core.engine import in_background, run_ahead
 from g2l_core.errors import ReadError
 
 
@@ -115,3 +115,42 @@ def test_a_consumer_that_stops_early_stops_the_work():
     outcomes.close()
     assert engine_threads() == 0
     assert len(started) < 50
+
+
+def test_a_background_keeps_the_order_and_is_ahead():
+    made = []
+
+    def items():
+        for i in range(20):
+            made.append(i)
+            yield i
+
+    stream = in_background(items(), depth=3)
+    assert next(stream) == 0
+    deadline = time.monotonic() + 5
+    while len(made) < 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert made == [0, 1, 2, 3]
+    assert list(stream) == list(range(1, 20))
+
+
+def test_a_background_raises_at_its_item_s_turn_and_closes_what_it_reads():
+    closed = []
+
+    def items(fails):
+        try:
+            for i in range(5):
+                if i == fails:
+                    raise ReadError("the third")
+                yield i
+        finally:
+            closed.append(True)
+
+    stream = in_background(items(3), depth=2)
+    assert [next(stream) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(ReadError, match="the third"):
+        next(stream)
+    stream = in_background(items(9), depth=2)
+    next(stream)
+    stream.close()
+    assert closed == [True, True]

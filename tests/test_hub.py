@@ -61,6 +61,8 @@ class Hub:
     """Addresses whose content breaks off half-way."""
     refused: dict[str, tuple[int, str]] = field(default_factory=dict)
     """Status and X-Error-Code by the beginning of the address."""
+    token: str = ""
+    """What opens /lab/locked/."""
     asked: list[str] = field(default_factory=list)
 
     def answer(self, path: str) -> tuple[int, str, bytes]:
@@ -84,6 +86,8 @@ def hub() -> Iterator[Hub]:
         def respond(self) -> None:
             state.asked.append(f"{self.command} {self.path}")
             status, code, content = state.answer(self.path)
+            if self.path.startswith("/lab/locked/") and self.headers["Authorization"] != f"Bearer {state.token}":
+                status, code, content = 401, "GatedRepo", b""
             self.send_response(status)
             self.send_header("Content-Length", str(len(content)))
             self.send_header("X-Repo-Commit", COMMIT)
@@ -177,3 +181,16 @@ def test_a_hub_that_is_down(tmp_path):
     (outcome,) = load(tmp_path / "home", closed_port(), "hub:lab/open")
     assert outcome.startswith("hubbed: the hub cannot be reached and lab/open is not in the cache")
     assert "--weights FILE" in outcome
+
+
+def test_a_token_opens_what_is_gated_and_a_file_can_be_named(hub, tmp_path):
+    hub.token = "hf_of_the_test"
+    torch.save(build_network(SPEC).state_dict(), tmp_path / "w.pth")
+    hub.files["/lab/locked/resolve/v1/weights.pth"] = (tmp_path / "w.pth").read_bytes()
+    (closed,) = load(tmp_path / "home", hub.url, "hub:lab/locked@v1#weights.pth")
+    assert closed.startswith("hubbed: access to lab/locked is gated")
+    opened, absent = load(
+        tmp_path / "home", hub.url, "hub:lab/locked@v1#weights.pth", "hub:lab/locked@v1#other.pth", HF_TOKEN=hub.token
+    )
+    assert opened == load_encoder(SPEC).weights_digest
+    assert absent == "hubbed: lab/locked has no other.pth"

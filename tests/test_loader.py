@@ -1,6 +1,7 @@
 """The replayed stream: a permutation, a function of (seed, epoch), resumable anywhere, checked against the store."""
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from g2l_core.epochs import plan_epoch
 from g2l_core.errors import StoreCorruptError, StoreMismatchError, StoreMissingError, UsageError
 from g2l_core.loader import Reading, ReplayLoader, ReplaySpec, good_rows, read_canonical
+from g2l_core.open_slides import OpenSlides
 from g2l_core.pixel_cache import PixelCache
 from g2l_core.store.features import FeatureStore
 from g2l_core.views import pixel_hash
@@ -226,8 +228,7 @@ def test_the_pixel_cache_gives_the_same_batches_without_the_slides(store, rows, 
     cached = ReplayLoader(store, rows, spec(), Reading(workers=2, pixel_cache=PixelCache(tmp_path, 1.0)))
     assert same_batches(first(cached, 30), wanted)
     again = ReplayLoader(store, rows, spec(), Reading(workers=2, pixel_cache=PixelCache(tmp_path, 1.0)))
-    for block in again._blocks:
-        monkeypatch.setattr(block.slide.reader, "_reader", None)  # what is kept must not be read again
+    monkeypatch.setattr("g2l_core.loader.open_patches", None)  # what is kept needs no slide
     per_epoch = again.batches_per_epoch
     assert same_batches(first(again, min(30, per_epoch)), wanted[:per_epoch])
 
@@ -248,3 +249,42 @@ def test_a_pixel_cache_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="cannot make the pixel cache"):
         PixelCache(tmp_path / "file" / "cache", 1.0)
+
+
+class Counted:
+    """A reader that knows how many are open."""
+
+    open = 0
+    most = 0
+
+    def __init__(self):
+        Counted.open += 1
+        Counted.most = max(Counted.most, Counted.open)
+        self.closed = False
+
+    def read(self, row):
+        assert not self.closed
+        return row
+
+    def close(self):
+        assert not self.closed
+        self.closed = True
+        Counted.open -= 1
+
+
+def test_no_more_slides_are_open_than_may_be_and_none_is_closed_while_read():
+    Counted.open = Counted.most = 0
+    slides = OpenSlides(lambda _: Counted(), most=4)
+
+    def read(i):
+        with slides.reading(f"s{i * 7 % 30}") as reader:
+            return reader.read(i)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(read, range(3000))) == list(range(3000))
+    assert Counted.open <= 4
+    assert Counted.most <= 4 + 2 * 8  # those being read, and those opened twice at once
+    with slides.reading("kept") as reader:
+        for i in range(50):
+            read(i)
+        assert reader.read(1) == 1

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -16,6 +17,13 @@ from g2l_core.losses import LOSSES, cosine, logsum, loss_by_name, mse, per_eleme
 def gaussians(n: int, d: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(n, d, generator=generator), torch.randn(n, d, generator=generator)
+
+
+def loss_of(name: str, d: int):
+    """The loss by its name; kl_queue with a bank of as many dimensions."""
+    if name != "kl_queue":
+        return LOSSES[name]
+    return partial(LOSSES[name], bank=torch.randn(50, d, generator=torch.Generator().manual_seed(9)))
 
 
 def gradient(loss_fn, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
@@ -114,10 +122,11 @@ def test_losses_are_float32_under_autocast_and_from_half_inputs(name, dtype):
     student, teacher = gaussians(32, 256, 3)
     low = student.to(dtype), teacher.to(dtype)
     wide = low[0].float(), low[1].float()
-    expected = LOSSES[name](*wide), LOSSES[name](*map(standardize, wide))
+    loss = loss_of(name, 256)
+    expected = loss(*wide), loss(*map(standardize, wide))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = LOSSES[name](*low), LOSSES[name](*map(standardize, low))
-    assert [loss.dtype for loss in found] == [torch.float32, torch.float32]
+        found = loss(*low), loss(*map(standardize, low))
+    assert [value.dtype for value in found] == [torch.float32, torch.float32]
     assert list(map(torch.equal, found, expected)) == [True, True]
 
 
@@ -185,7 +194,8 @@ def test_alpha_two_is_the_log_of_the_sum_of_squares(seed):
 @given(seeds)
 def test_every_loss_prefers_the_closer_student(seed):
     teacher, noise = (standardize(z) for z in gaussians(16, 12, seed))
-    for loss_fn in LOSSES.values():
+    for name in LOSSES:
+        loss_fn = loss_of(name, 12)
         assert loss_fn(teacher + 0.1 * noise, teacher) < loss_fn(teacher + 0.5 * noise, teacher)
 
 
@@ -208,4 +218,4 @@ def test_an_impossible_alpha_is_refused(alpha):
 def test_shapes_that_would_broadcast_are_refused(name):
     unchecked = inspect.unwrap(LOSSES[name])  # as users run it, without the tests' shape checks
     with pytest.raises(UsageError, match="one shape"):
-        unchecked(torch.zeros(4, 3), torch.zeros(4, 1))
+        unchecked(torch.zeros(4, 3), torch.zeros(4, 1), **({"bank": torch.zeros(5, 3)} if name == "kl_queue" else {}))

@@ -347,3 +347,24 @@ def test_a_live_teacher_replaces_stored_targets(tmp_path):
 def test_settings_of_the_optimiser_that_cannot_run(bad):
     with pytest.raises(UsageError):
         settings(**bad)
+
+
+def test_tensorboard_has_the_figures_and_a_resumed_run_hides_what_it_writes_again(tmp_path):
+    pytest.importorskip("tensorboard", reason="TensorBoard is not installed (the extra board)")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(tmp_path, 5)
+    run(tmp_path)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    found = {event.step: event.value for event in events.Scalars("train/loss")}
+    log = {int(row["step"]): float(row["loss"]) for row in rows(tmp_path / "log.csv")}
+    assert found.keys() == log.keys()
+    assert all(found[step] == pytest.approx(loss, rel=1e-6) for step, loss in log.items())
+    assert {event.step for event in events.Scalars("held out/figure")} == {0, 3, 6}
+
+
+def test_without_tensorboard_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr("g2l_core.board.importlib.util.find_spec", lambda _: None)
+    run(tmp_path)
+    assert not (tmp_path / "tensorboard").exists()

@@ -1,0 +1,83 @@
+"""Held-out figures against scikit-learn, and the warnings of a run's curves, drawn by hand."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LinearRegression
+from sklearn.metrics import r2_score
+from sklearn.neighbors import NearestNeighbors
+
+from g2l_core.distiller import Distiller
+from g2l_core.encoder_loading import load_encoder
+from g2l_core.encoders import resolve_encoder
+from g2l_core.loader import CanonicalSet
+from g2l_core.watching import Curves, held_out_figures, neighbour_overlap, warnings_of
+
+
+def overlap_by_sklearn(x, y, k):
+    def near(z):
+        z = z / np.linalg.norm(z, axis=1, keepdims=True)
+        found = NearestNeighbors(n_neighbors=k + 1, algorithm="brute").fit(z).kneighbors(z, return_distance=False)
+        return [set(row.tolist()) - {i} for i, row in enumerate(found)]
+
+    return np.mean([len(a & b) / k for a, b in zip(near(x), near(y), strict=True)])
+
+
+def test_neighbour_overlap_is_sklearn_s():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(60, 8)).astype(np.float32)
+    y = (x @ rng.normal(size=(8, 5)) + 0.5 * rng.normal(size=(60, 5))).astype(np.float32)
+    assert neighbour_overlap(x, y, 10) == pytest.approx(overlap_by_sklearn(x, y, 10))
+    assert neighbour_overlap(x, 2 * x, 10) == 1
+    assert neighbour_overlap(x[:4], y[:4], 10) == 1  # no more than three others
+
+
+def test_figures_of_held_out_patches():
+    student = load_encoder(resolve_encoder("timm:mobilenetv3_small_050@64", weights="random:0"))
+    distiller = Distiller(student.module, student.dim, 16, seed=0).train()
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (40, 64, 64, 3), np.uint8)
+    with torch.inference_mode():
+        distiller.eval()
+        projected = distiller(torch.from_numpy(pixels)).numpy()
+        distiller.train()
+    targets = (projected + projected.std(0) * rng.normal(size=projected.shape)).astype(np.float16)
+    found = held_out_figures(distiller, CanonicalSet(pixels=pixels, targets=targets), torch.device("cpu"), 16)
+    assert distiller.training
+    s, t = ((z - z.mean(0)) / z.std(0) for z in (projected, targets.astype(np.float32)))
+    calibrated = [LinearRegression().fit(s[:, [d]], t[:, d]).predict(s[:, [d]]) for d in range(16)]
+    assert found["r2_projected"] == pytest.approx(r2_score(t, np.stack(calibrated, axis=1)), abs=1e-3)
+    cosines = (s * t).sum(1) / np.linalg.norm(s, axis=1) / np.linalg.norm(t, axis=1)
+    assert found["cosine_projected"] == pytest.approx(cosines.mean(), abs=1e-3)
+    assert found["cka_debiased"] < found["cka_biased"] <= 1
+
+
+def curves(cka, r2=None, losses=None, steps=1000, every=100):
+    r2 = r2 if r2 is not None else np.linspace(0, 0.5, len(cka))
+    rows = [
+        {"step": float(every * i), "cka_debiased": c, "r2_projected": float(r)}
+        for i, (c, r) in enumerate(zip(cka, r2, strict=True))
+    ]
+    losses = losses if losses is not None else np.linspace(2, 1, every * max(0, len(cka) - 1)).tolist()
+    return Curves(validations=rows, losses=losses, steps=steps)
+
+
+def test_a_healthy_run_warns_of_nothing():
+    assert warnings_of(curves([0.1, 0.3, 0.4, 0.5, 0.55, 0.6, 0.64])) == []
+    assert warnings_of(curves([0.1])) == []
+    assert warnings_of(curves([])) == []
+
+
+def test_a_stalled_cka_is_told():
+    flat = [0.1, 0.3, 0.301, 0.299, 0.302, 0.3, 0.301]
+    assert "CKA to the teacher has stalled at 0.301" in warnings_of(curves(flat))[0]
+    assert warnings_of(curves(flat, steps=700)) == []  # the annealed end leaves no room
+    assert warnings_of(curves([0.95 + 0.001 * (i % 2) for i in range(7)])) == []  # near the top there is none either
+
+
+def test_curves_that_part_are_told():
+    cka, falling = [0.1, 0.2, 0.3, 0.4, 0.5], [0.1, 0.4, 0.35, 0.3, 0.2]
+    assert "training loss falls while held-out R^2 has fallen 3 times" in warnings_of(curves(cka, falling))[0]
+    rising_loss = np.linspace(1, 2, 400).tolist()
+    assert warnings_of(curves(cka, falling, rising_loss)) == []
+    assert warnings_of(curves(cka, [0.1, 0.4, 0.35, 0.36, 0.2])) == []
