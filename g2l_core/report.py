@@ -132,10 +132,11 @@ def _results_csv(results: Sequence[Result]) -> str:
 
 def _comparisons_csv(comparisons: Sequence[Comparison]) -> str:
     header = ["task", "metric", "encoder", "reference", "difference", "low", "high", "p_value", "method"]
+    header += ["p_holm", "tests"]
     rows = (
         [
             *(row.task, row.metric, row.encoder, row.reference, row.difference.value, row.difference.low),
-            *(row.difference.high, row.p_value, row.difference.method),
+            *(row.difference.high, row.p_value, row.difference.method, row.p_holm, row.tests),
         ]
         for row in comparisons
     )
@@ -250,10 +251,11 @@ def _md_comparisons(comparisons: Sequence[Comparison]) -> list[str]:
             f"{_md(row.encoder)} - {_md(row.reference)}",
             figure(row.difference, decimals([row.difference], spare=1), "+"),
             p_text(row.p_value),
+            p_text(row.p_holm) + (f" over {row.tests} tasks" if row.tests > 1 else ""),
         ]
         for row in comparisons
     )
-    return _md_table(["figure", "difference", "value", "p"], rows)
+    return _md_table(["figure", "difference", "value", "p", "adjusted (Holm)"], rows)
 
 
 def terminal_table(report: Report | Sequence[Result], width: int = 80) -> str:

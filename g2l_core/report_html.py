@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
+from math import isnan
 
 from g2l_core.html_page import document, table
 from g2l_core.metrics.results import Comparison, EncoderFacts, Failure, Report, Result
@@ -272,8 +273,13 @@ def _differences(comparisons: Sequence[Comparison], order: Sequence[str]) -> Ite
         groups = [_difference_group(metric, rows, order) for metric, rows in panel.items()]
         first = i == 0 or together[i - 1][0][0] != reference
         title = f"<h3>Difference from {escape(reference)}</h3>\n" if first else ""
-        caption = "Right of the line: higher than the reference, both taken on the same draws." if first else ""
-        yield title + _figure(caption, forest(groups, neutral=0.0, label=f"Differences from {reference}"))
+        caption = (
+            "Right of the line: higher than the reference, both taken on the same draws. p is adjusted by Holm's "
+            "method over the tasks that compare the same two encoders by the same figure."
+        )
+        yield title + _figure(
+            caption if first else "", forest(groups, neutral=0.0, label=f"Differences from {reference}")
+        )
 
 
 def _difference_group(metric: str, comparisons: Sequence[Comparison], order: Sequence[str]) -> Group:
@@ -284,7 +290,7 @@ def _difference_group(metric: str, comparisons: Sequence[Comparison], order: Seq
             encoder=order.index(row.encoder),
             estimate=row.difference,
             text=figure(row.difference, digits, "+"),
-            aside=p_text(row.p_value),
+            aside=p_text(row.p_value if isnan(row.p_holm) else row.p_holm),
         )
         for row in comparisons
     )

@@ -78,6 +78,8 @@ def full():
                 reference="teacher",
                 difference=estimate(-0.01, 0.02),
                 p_value=0.321,
+                p_holm=0.642,
+                tests=2,
             ),
         ),
         failures=(Failure(task="breast", encoder="before", reason="no probe converged"),),
@@ -244,6 +246,7 @@ def test_csv_holds_every_figure_exactly(full, tmp_path):
     assert read[0]["settings.k"] == "3"
     [difference] = rows_of(tmp_path / "comparisons.csv")
     assert (difference["difference"], difference["p_value"]) == ("-0.01", "0.321")
+    assert (difference["p_holm"], difference["tests"]) == ("0.642", "2")
     assert (difference["encoder"], difference["reference"]) == ("after", "teacher")
 
 
@@ -374,7 +377,7 @@ def test_markdown_by_hand(full, tmp_path):
     lines = (tmp_path / "results.md").read_text().splitlines()
     assert "| kNN accuracy | **0.870** [0.830, 0.910] | 0.700 [0.660, 0.740] | 0.860 [0.820, 0.900] |" in lines
     assert "| kNN accuracy | **0.870** [0.830, 0.910] | failed | 0.860 [0.820, 0.900] |" in lines
-    assert "| kNN accuracy | after - teacher | -0.010 [-0.030, +0.010] | p = 0.321 |" in lines
+    assert "| kNN accuracy | after - teacher | -0.010 [-0.030, +0.010] | p = 0.321 | p = 0.642 over 2 tasks |" in lines
     assert "| breast | before | no probe converged |" in lines
     assert "- 3 slides of oral were distilled on." in lines
     assert "| kNN accuracy | Teacher | 0.870 [0.830, 0.910] | 0.86 \u00b1 0.01 | within | Table 2 |" in lines
