@@ -74,6 +74,46 @@ figcaption { margin-bottom: .75rem; }
 .bar { stroke: currentColor; stroke-width: 2.25; stroke-linecap: round; }
 .track { stroke: currentColor; stroke-width: 1.75; stroke-linejoin: round; opacity: .6; }
 .mark { fill: currentColor; stroke: var(--page); stroke-width: 1; vector-effect: non-scaling-stroke; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)); gap: 1.5rem 2rem;
+  margin-top: 1rem; align-items: start; }
+.tiles.small { grid-template-columns: repeat(auto-fill, minmax(min(100%, 15rem), 1fr)); }
+.tiles figure { min-width: 0; }
+.tiles figcaption { font-size: .88rem; margin-bottom: .4rem; }
+.over-tiles { margin: 1.5rem 0 0; font-size: .92rem; overflow-wrap: anywhere; }
+.pair { display: flex; gap: .75rem; }
+.pair div { flex: 1 1 0; min-width: 0; max-width: 19rem; }
+.plane, .map { display: block; width: 100%; height: auto; }
+.plane { background: var(--soft); border: 1px solid var(--rule); border-radius: 4px; }
+.map { max-width: 19rem; }
+.map text { font-size: 13px; fill: var(--muted); }
+.cells { shape-rendering: crispEdges; }
+.dots { fill: currentColor; opacity: .7; }
+.scalebar { stroke: var(--ink); stroke-width: 3; fill: none; }
+.legend { display: flex; flex-wrap: wrap; gap: .1rem 1.2rem; list-style: none; padding: 0; margin: 0 0 .2rem;
+  font-size: .88rem; }
+.heat { width: auto; font-size: .85rem; }
+.heat th, .heat td { padding: .3rem .55rem; border-bottom: 0; vertical-align: middle; }
+.heat tbody th { padding-left: 0; max-width: 22rem; }
+.heat td, .heat thead th { text-align: center; min-width: 3.4rem; }
+.heat thead th:first-child { text-align: left; padding-left: 0; }
+.heat thead th { vertical-align: bottom; border-bottom: 0; max-width: 8rem; }
+.heat.upright thead th:not(:first-child) .name { writing-mode: vertical-rl; transform: rotate(180deg);
+  max-height: 15rem; white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
+.heat.upright, .heat.upright thead th { font-size: .75rem; }
+.heat td:last-child, .heat thead th:last-child { padding-right: .55rem; }
+.heat.upright th, .heat.upright td, .heat.upright tr > :last-child { padding: .25rem; min-width: 2.1rem; }
+.heat.upright tbody th, .heat.upright thead th:first-child { padding-left: 0; min-width: 8rem; max-width: 10rem; }
+.heat.upright .name { overflow-wrap: break-word; }
+.heat td { background: color-mix(in srgb, var(--e0) calc(var(--share) * 50%), var(--soft));
+  border: 1px solid var(--page); }
+.heat td .sub { color: inherit; opacity: .8; font-size: .8em; }
+.notes { margin-top: 1.5rem; padding: 1.1rem 1.3rem .7rem; border: 1px solid var(--rule);
+  border-left: 4px solid var(--e0); border-radius: 8px; background: var(--soft); }
+.notes h2 { font-size: 1.05rem; margin: 0 0 .5rem; }
+.expected td:last-child { min-width: 12rem; }
+.whole { white-space: nowrap; }
+.within { font-weight: 600; }
+.beyond { font-weight: 600; color: var(--warn); }
 details { margin-top: 1.75rem; }
 summary { cursor: pointer; color: var(--muted); font-size: .92rem; }
 details .scroll { margin-top: .75rem; }
@@ -91,9 +131,11 @@ dd { margin: .1rem 0 0; color: var(--muted); }
 @media print { @page { margin: 16mm 15mm; } html { font-size: 9.5pt; } body { font-size: 1rem; }
   main { max-width: none; padding: 0; } nav { display: none; } .scroll { overflow: visible; } .plot { min-width: 0; }
   th, td { padding-top: .3rem; padding-bottom: .3rem; } .interval { display: inline; margin-left: .5em; }
-  section { margin-top: 1.5rem; padding-top: 1rem; } figure, tr, .failures, dt { break-inside: avoid; }
-  h2, h3, figcaption, thead, dt { break-after: avoid; } a { color: inherit; }
+  section { margin-top: 1.5rem; padding-top: 1rem; } figure, tr, .failures, .notes, dt { break-inside: avoid; }
+  h2, h3, figcaption, thead, dt, summary, h3 + .quiet, summary + .quiet, .over-tiles, .legend { break-after: avoid; }
+  a { color: inherit; }
   .figures tbody th, .figures thead th { position: static; }
+  .heat td, .map, .plane { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
   details::details-content { content-visibility: visible; display: block; height: auto; } }
 """
 
@@ -131,3 +173,31 @@ def table(header: Iterable[str], rows: Iterable[Iterable[str]], style: str = "")
 def _table_row(cells: Iterable[str]) -> str:
     first, *rest = cells
     return f'<th scope="row">{first}</th>' + "".join(f"<td>{cell}</td>" for cell in rest)
+
+
+def heat_table(
+    corner: str, header: Iterable[str], rows: Iterable[tuple[str, Iterable[tuple[float, str]]]], style: str = ""
+) -> str:
+    """A table whose cells are shaded by a share from 0 to 1, and say it.
+
+    Args:
+        corner: HTML of the cell above the rows' headings.
+        header: HTML of the columns' headings.
+        rows: HTML of a heading, and of each cell its share (beyond 0 and 1, as these; NaN as 0) and its HTML.
+        style: Classes besides "heat".
+    """
+    head = "".join(f'<th scope="col">{cell}</th>' for cell in (corner, *header))
+    body = "".join(
+        f'<tr><th scope="row">{name}</th>'
+        + "".join(f'<td style="--share:{_shade(share)}">{cell}</td>' for share, cell in cells)
+        + "</tr>\n"
+        for name, cells in rows
+    )
+    return (
+        f'<div class="scroll" tabindex="0"><table class="{f"heat {style}".rstrip()}">\n<thead><tr>{head}</tr></thead>\n'
+        f"<tbody>\n{body}</tbody></table></div>\n"
+    )
+
+
+def _shade(share: float) -> str:
+    return f"{min(max(share, 0.0), 1.0):.2f}" if share == share else "0"

@@ -160,9 +160,10 @@ def _manifest_source(slide_id: SlideId, rows: Sequence[Mapping[str, str]], manif
     paths = [manifest.parent / row["path"] for row in rows]
     labels = _shared_labels(rows)
     mpp = _mpp_of(rows, slide_id, manifest)
-    if len(paths) == 1 and paths[0].suffix.lower() not in IMAGE_SUFFIXES:
+    images = [_is_image(row) for row in rows]
+    if len(paths) == 1 and not images[0]:
         return Source(slide_id=slide_id, path=paths[0], mpp=mpp, labels=labels)
-    if any(path.suffix.lower() not in IMAGE_SUFFIXES for path in paths):
+    if not all(images):
         raise ManifestError(f"{manifest} names slide_id {slide_id!r} more than once: {paths[0]}, {paths[1]}")
     root = manifest.parent
     names = tuple(row["path"] for row in rows)
@@ -170,6 +171,11 @@ def _manifest_source(slide_id: SlideId, rows: Sequence[Mapping[str, str]], manif
     if repeated:
         raise ManifestError(f"{manifest} names {repeated[0]} more than once")
     return Source(slide_id=slide_id, path=root, patch_ids=names, mpp=mpp, labels=labels)
+
+
+def _is_image(row: Mapping[str, str]) -> bool:
+    """Whether a row is a patch image: by its suffix, or, as a TIFF may be either, by a value in patch_id."""
+    return bool(row.get("patch_id")) or Path(row["path"]).suffix.lower() in IMAGE_SUFFIXES
 
 
 def _mpp_of(rows: Sequence[Mapping[str, str]], slide_id: str, manifest: Path) -> float | None:

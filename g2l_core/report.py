@@ -1,8 +1,6 @@
 """A benchmark's figures as files: JSON to compute with, CSV, Markdown, and a page that stands on its own.
 
-`results.json` holds the whole report and is what the others are made from. Keys are sorted and floats are
-written by `repr`, so equal reports give equal bytes. JSON has no word for some floats: NaN is null, and the
-infinities are the strings "Infinity" and "-Infinity", which the text of a setting can therefore not be.
+`results.json` holds the whole report and is what the others are made from; equal reports give equal bytes.
 """
 
 import csv
@@ -10,21 +8,32 @@ import io
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
-from math import inf, isnan, nan
+from dataclasses import fields
+from math import isnan
 from pathlib import Path
 from textwrap import wrap
-from typing import Any
 
 from g2l_core.errors import RunError
-from g2l_core.metrics.results import Comparison, EncoderFacts, Estimate, Failure, Report, Result
+from g2l_core.metrics.results import Comparison, Pictures, Report, Result
 from g2l_core.report_html import page
-from g2l_core.report_tables import TaskPart, best, decimals, figure, interval, meaning_of, number, p_text, task_parts
+from g2l_core.report_json import FORMAT, json_text, report_of
+from g2l_core.report_tables import (
+    Held,
+    TaskPart,
+    best,
+    decimals,
+    encoder_order,
+    figure,
+    held_against,
+    interval,
+    meaning_of,
+    number,
+    p_text,
+    published_text,
+    support,
+    task_parts,
+)
 
-FORMAT = 1
-"""The version of results.json."""
-
-_FLOAT_WORDS: Mapping[str | None, float] = {None: nan, "Infinity": inf, "-Infinity": -inf}
 _GAP = 2
 _MIN_TITLE = 18
 
@@ -47,7 +56,7 @@ def write_report(report: Report, folder: Path) -> list[Path]:
         TaskError: If two results have the same task, metric and encoder.
     """
     texts = {
-        "results.json": _json_text(report),
+        "results.json": json_text(report),
         "results.csv": _results_csv(report.results),
         "comparisons.csv": _comparisons_csv(report.comparisons),
         "results.md": _markdown(report),
@@ -76,26 +85,6 @@ def _publish(texts: Mapping[str, str], folder: Path) -> list[Path]:
     return list(drafts)
 
 
-def _plain(value: Any) -> Any:
-    """Dataclasses and mappings as dicts, tuples as lists, floats that JSON lacks as their words."""
-    if is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and isnan(value):
-        return None
-    if isinstance(value, float) and value in (inf, -inf):
-        return "Infinity" if value > 0 else "-Infinity"
-    return value
-
-
-def _json_text(report: Report) -> str:
-    plain = {"format": FORMAT, **_plain(report)}
-    return json.dumps(plain, sort_keys=True, indent=1, allow_nan=False) + "\n"
-
-
 def read_report(folder: Path) -> Report:
     """Reads the report that `write_report` left in a folder; equal to it but that NaN differs from NaN.
 
@@ -113,40 +102,9 @@ def read_report(folder: Path) -> Report:
     if found != FORMAT:
         raise RunError(f"{path} should be of format {FORMAT}, is {found}; read it with the g2l that wrote it")
     try:
-        return _report(raw)
+        return report_of(raw)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise RunError(f"{path} is not a report ({error!r}); write it again") from error
-
-
-def _report(raw: Mapping[str, Any]) -> Report:
-    return Report(
-        title=raw["title"],
-        summary=tuple(raw["summary"]),
-        encoders=tuple(EncoderFacts(**row) for row in raw["encoders"]),
-        results=tuple(_result(row) for row in raw["results"]),
-        comparisons=tuple(_comparison(row) for row in raw["comparisons"]),
-        failures=tuple(Failure(**row) for row in raw["failures"]),
-        provenance=dict(raw["provenance"]),
-    )
-
-
-def _result(raw: Mapping[str, Any]) -> Result:
-    settings = {key: _FLOAT_WORDS.get(value, value) for key, value in raw["settings"].items()}
-    return Result(**{**raw, "estimate": _estimate(raw["estimate"]), "settings": settings})
-
-
-def _comparison(raw: Mapping[str, Any]) -> Comparison:
-    return Comparison(
-        **{**raw, "difference": _estimate(raw["difference"]), "p_value": _float(raw["p_value"])},
-    )
-
-
-def _estimate(raw: Mapping[str, Any]) -> Estimate:
-    return Estimate(**{**raw, **{name: _float(raw[name]) for name in ("value", "low", "high")}})
-
-
-def _float(word: float | str | None) -> float:
-    return float(_FLOAT_WORDS[word] if word is None or isinstance(word, str) else word)
 
 
 def _csv_text(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -174,10 +132,11 @@ def _results_csv(results: Sequence[Result]) -> str:
 
 def _comparisons_csv(comparisons: Sequence[Comparison]) -> str:
     header = ["task", "metric", "encoder", "reference", "difference", "low", "high", "p_value", "method"]
+    header += ["p_holm", "tests"]
     rows = (
         [
             *(row.task, row.metric, row.encoder, row.reference, row.difference.value, row.difference.low),
-            *(row.difference.high, row.p_value, row.difference.method),
+            *(row.difference.high, row.p_value, row.difference.method, row.p_holm, row.tests),
         ]
         for row in comparisons
     )
@@ -198,8 +157,14 @@ def _md_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]
 
 def _markdown(report: Report) -> str:
     lines = [f"# {_md(report.title)}", "", *(f"{_md(sentence)}\n" for sentence in report.summary)]
-    for part in task_parts(report):
-        lines += [f"## {_md(part.name)}", "", *_md_figures(part), *_md_comparisons(part.comparisons)]
+    if report.notes:
+        lines += ["## Before you read the figures", "", *(f"- {_md(note)}" for note in report.notes), ""]
+    parts = task_parts(report)
+    lines += _md_overview(parts, encoder_order(report))
+    for part in parts:
+        if part.is_shown:
+            lines += [f"## {_md(part.name)}", "", *_md_figures(part), *_md_expected(held_against(part, report))]
+            lines += [*_md_comparisons(part.comparisons), *_md_matrices(part.pictures)]
     if report.failures:
         lines += ["## Not evaluated", ""]
         lines += _md_table(
@@ -216,16 +181,60 @@ def _markdown(report: Report) -> str:
     return "\n".join(lines)
 
 
+def _md_overview(parts: Sequence[TaskPart], order: Sequence[str]) -> list[str]:
+    headlines = [(part, metric, part.figures[metric]) for part in parts if (metric := part.headline())]
+    if len(headlines) < 2:
+        return []
+    keys = [key for key in order if any(key in row for _, _, row in headlines)]
+    rows = (
+        [_md(part.name), _md(meaning_of(metric).title), _md(support(row)), *_md_cells(part, row, keys)]
+        for part, metric, row in headlines
+    )
+    return ["## Overview", "", *_md_table(["task", "figure", "support", *map(_md, keys)], rows)]
+
+
+def _md_expected(held: Sequence[Held]) -> list[str]:
+    if not held:
+        return []
+    rows = (
+        [
+            _md(meaning_of(row.expected.metric).title),
+            _md(row.expected.encoder),
+            figure(row.found, decimals([row.found], spare=1)) if row.found else "-",
+            published_text(row.expected),
+            row.verdict,
+            _md(row.expected.source),
+        ]
+        for row in held
+    )
+    return _md_table(["figure", "encoder", "found", "published", "tolerance", "source"], rows)
+
+
+def _md_matrices(pictures: Pictures) -> list[str]:
+    lines = []
+    for cka in pictures.cka:
+        names = [*map(_md, cka.encoders)]
+        values = ([name, *(number(v, 2) for v in row)] for name, row in zip(names, cka.values, strict=True))
+        lines += _md_table(["CKA, debiased", *names], values)
+    for matrix in pictures.confusions:
+        names = [*map(_md, matrix.classes)]
+        counts = ([name, *map(str, row)] for name, row in zip(names, matrix.counts, strict=True))
+        lines += _md_table([f"{_md(matrix.classifier)} of {_md(matrix.encoder)}: true, predicted", *names], counts)
+    return lines
+
+
 def _md_figures(part: TaskPart) -> list[str]:
     if not part.figures:
         return []
-    rows = ([_md(meaning_of(metric).title), *_md_cells(part, row)] for metric, row in part.figures.items())
+    rows = (
+        [_md(meaning_of(metric).title), *_md_cells(part, row, part.encoders)] for metric, row in part.figures.items()
+    )
     return _md_table(["figure", *map(_md, part.encoders)], rows)
 
 
-def _md_cells(part: TaskPart, row: Mapping[str, Result]) -> Iterator[str]:
+def _md_cells(part: TaskPart, row: Mapping[str, Result], keys: Sequence[str]) -> Iterator[str]:
     digits, leading = decimals((result.estimate for result in row.values()), spare=1), best(row)
-    for key in part.encoders:
+    for key in keys:
         if key not in row:
             yield part.gap(key)
             continue
@@ -242,10 +251,11 @@ def _md_comparisons(comparisons: Sequence[Comparison]) -> list[str]:
             f"{_md(row.encoder)} - {_md(row.reference)}",
             figure(row.difference, decimals([row.difference], spare=1), "+"),
             p_text(row.p_value),
+            p_text(row.p_holm) + (f" over {row.tests} tasks" if row.tests > 1 else ""),
         ]
         for row in comparisons
     )
-    return _md_table(["figure", "difference", "value", "p"], rows)
+    return _md_table(["figure", "difference", "value", "p", "adjusted (Holm)"], rows)
 
 
 def terminal_table(report: Report | Sequence[Result], width: int = 80) -> str:
@@ -255,7 +265,7 @@ def terminal_table(report: Report | Sequence[Result], width: int = 80) -> str:
     longer than `width` only where a single figure beside 18 characters of name is.
 
     Args:
-        report: A whole report, whose cautions and failures are told as well, or results alone.
+        report: A whole report, whose notes, cautions and failures are told as well, or results alone.
         width: In characters.
 
     Raises:
@@ -265,7 +275,8 @@ def terminal_table(report: Report | Sequence[Result], width: int = 80) -> str:
         report = Report(
             title="", summary=(), encoders=(), results=tuple(report), comparisons=(), failures=(), provenance={}
         )
-    lines: list[str] = []
+    lines = [line for note in report.notes for line in _lines(f"note: {note}", width)]
+    lines += [""] if lines else []
     for part in task_parts(report):
         if part.figures:
             lines += [*_lines(part.name, width), *_terminal_part(part, width)]

@@ -2,27 +2,36 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
+from math import isnan
 
 from g2l_core.html_page import document, table
 from g2l_core.metrics.results import Comparison, EncoderFacts, Failure, Report, Result
+from g2l_core.report_pictures import pictures_of
 from g2l_core.report_plots import Curve, Group, Row, curves, forest
 from g2l_core.report_tables import (
+    Held,
     TaskPart,
     best,
     decimals,
     encoder_order,
     figure,
+    held_against,
     interval,
     meaning_of,
     number,
     p_text,
     proper,
+    published_text,
+    reasons,
     split_k,
+    support,
     task_parts,
 )
 from g2l_core.svg import key_mark
 
 _DIGEST_SHOWN = 12
+_LOWER = "lower is better"
+_VERDICTS = {True: "within", False: "beyond", None: "quiet"}
 
 
 def page(report: Report) -> str:
@@ -33,13 +42,14 @@ def page(report: Report) -> str:
     """
     parts = task_parts(report)
     order = encoder_order(report)
-    notes = {facts.key: facts.note for facts in report.encoders if facts.note}
-    shown = [part for part in parts if part.figures or part.comparisons]
+    shown = [part for part in parts if part.is_shown]
     body = [
         _head(report, shown),
+        _notes(report.notes),
         _failures(report.failures),
+        _overview(shown, order),
         _encoders(report.encoders, order),
-        *(_task(part, i, order, notes) for i, part in enumerate(shown)),
+        *(_task(part, i, order, report) for i, part in enumerate(shown)),
         _glossary(shown),
         _provenance(report.provenance),
     ]
@@ -64,13 +74,34 @@ def _head(report: Report, shown: Sequence[TaskPart]) -> str:
     return f'<header><p class="over">G2L benchmark</p>\n<h1>{escape(report.title)}</h1>\n{lead}{nav}</header>\n'
 
 
+def _notes(notes: Sequence[str]) -> str:
+    if not notes:
+        return ""
+    items = "".join(f"<li>{escape(note)}</li>\n" for note in notes)
+    return f'<div class="notes"><h2>Before you read the figures</h2>\n<ul>{items}</ul></div>\n'
+
+
+def _overview(shown: Sequence[TaskPart], order: Sequence[str]) -> str:
+    """One figure a task and encoder; of a single task, its own table says as much."""
+    headlines = {i: metric for i, part in enumerate(shown) if (metric := part.headline())}
+    if len(headlines) < 2:
+        return ""
+    keys = [key for key in order if any(key in shown[i].figures[metric] for i, metric in headlines.items())]
+    rows = []
+    for i, metric in headlines.items():
+        row = shown[i].figures[metric]
+        told = "".join(f'<span class="sub">{escape(line)}</span>' for line in (meaning_of(metric).title, support(row)))
+        name = f'<a href="#task-{i}" class="name">{escape(shown[i].name)}</a>{told}'
+        rows.append([name, *_cells(shown[i], row, keys)])
+    header = ["Task", *(f'{key_mark(order.index(key))}<span class="name">{escape(key)}</span>' for key in keys)]
+    caption = "One figure a task with its 95 % interval; all others are in the tasks' own tables."
+    return f'<section>\n<h2>Overview</h2>\n{table(header, rows, "figures")}<p class="quiet">{caption}</p>\n</section>\n'
+
+
 def _failures(failures: Sequence[Failure]) -> str:
     if not failures:
         return ""
-    items = "".join(
-        f"<li><b>{escape(row.task)}{escape(f', {row.encoder}') if row.encoder else ''}</b>: {escape(row.reason)}</li>\n"
-        for row in failures
-    )
+    items = "".join(f"<li><b>{escape(where)}</b>: {escape(reason)}</li>\n" for where, reason in reasons(failures))
     return f'<div class="failures"><h2>Not evaluated</h2>\n<ul>{items}</ul></div>\n'
 
 
@@ -97,36 +128,73 @@ def _encoder_heading(facts: EncoderFacts, number_on_page: int) -> str:
     return f'{key_mark(number_on_page)}<span class="name">{escape(facts.key)}</span> {_badge(facts.note)}{name}'
 
 
-def _task(part: TaskPart, i: int, order: Sequence[str], notes: Mapping[str, str]) -> str:
+def _task(part: TaskPart, i: int, order: Sequence[str], report: Report) -> str:
     return (
-        f'<section id="task-{i}">\n<h2>{escape(part.name)}</h2>\n{_task_table(part, order, notes)}'
+        f'<section id="task-{i}">\n<h2>{escape(part.name)}</h2>\n{_task_table(part, order, report.encoders)}'
+        f"{_expected(held_against(part, report))}"
         f"{''.join(_over_k(part, order))}{''.join(_intervals(part, order))}"
-        f"{''.join(_differences(part.comparisons, order))}{_how_made(part)}</section>\n"
+        f"{''.join(_differences(part.comparisons, order))}{pictures_of(part.pictures, order)}"
+        f"{_how_made(part)}</section>\n"
     )
 
 
-def _task_table(part: TaskPart, order: Sequence[str], notes: Mapping[str, str]) -> str:
+def _expected(held: Sequence[Held]) -> str:
+    if not held:
+        return ""
+    rows = (
+        [
+            escape(meaning_of(row.expected.metric).title),
+            escape(row.expected.encoder),
+            _found(row),
+            f'<span class="whole">{escape(proper(published_text(row.expected)))}</span>',
+            f'<span class="{_VERDICTS[row.within]}">{escape(proper(row.verdict))}</span>',
+            escape(row.expected.source),
+        ]
+        for row in held
+    )
+    header = ("Figure", "Encoder", "Found", "Published", "Tolerance", "Source")
+    return f"<h3>Beside published figures</h3>\n{table(header, rows, 'expected')}"
+
+
+def _found(held: Held) -> str:
+    if held.found is None:
+        return "\u2013"
+    digits = decimals([held.found], spare=1)
+    bounds = proper(interval(held.found, digits))
+    return f'{proper(number(held.found.value, digits))}<span class="interval">{bounds}</span>'
+
+
+def _task_table(part: TaskPart, order: Sequence[str], encoders: Sequence[EncoderFacts]) -> str:
     if not part.figures:
         return ""
+    facts = {encoder.key: encoder for encoder in encoders}
     header = ["Figure"]
     for key in part.encoders:
-        note = f'<span class="sub">{_badge(notes[key])}</span>' if key in notes else ""
-        header.append(f'{key_mark(order.index(key))}<span class="name">{escape(key)}</span>{note}')
-    rows = ([_metric_heading(metric, row), *_cells(part, row)] for metric, row in part.figures.items())
-    caption = "Values with 95 % intervals. Bold is the best value of a row, which alone does not make it a lead."
+        pooling, note = (facts[key].pooling, facts[key].note) if key in facts else ("", "")
+        told = f'<span class="sub">{escape(pooling)} {_badge(note)}</span>' if pooling or note else ""
+        header.append(f'{key_mark(order.index(key))}<span class="name">{escape(key)}</span>{told}')
+    rows, above = [], ""
+    for metric, row in part.figures.items():
+        told = support(row)
+        rows.append([_metric_heading(metric, row, told if told != above else ""), *_cells(part, row, part.encoders)])
+        above = told
+    caption = (
+        "Values with 95 % intervals. Bold is the best value of a row, which alone does not make it a lead. Below a "
+        "figure's name stands what it rests on; where nothing does, the same as above."
+    )
     return f'{table(header, rows, "figures")}<p class="quiet">{caption}</p>\n'
 
 
-def _metric_heading(metric: str, row: Mapping[str, Result]) -> str:
+def _metric_heading(metric: str, row: Mapping[str, Result], told: str) -> str:
     meaning = meaning_of(metric)
     higher = next(iter(row.values())).higher_is_better
-    direction = "" if higher else '<span class="sub">lower is better</span>'
-    return f'<span title="{escape(meaning.sentence or metric)}">{escape(meaning.title)}</span>{direction}'
+    lines = "".join(f'<span class="sub">{escape(line)}</span>' for line in (told, "" if higher else _LOWER) if line)
+    return f'<span title="{escape(meaning.sentence or metric)}">{escape(meaning.title)}</span>{lines}'
 
 
-def _cells(part: TaskPart, row: Mapping[str, Result]) -> Iterator[str]:
+def _cells(part: TaskPart, row: Mapping[str, Result], keys: Sequence[str]) -> Iterator[str]:
     digits, leading = decimals((result.estimate for result in row.values()), spare=1), best(row)
-    for key in part.encoders:
+    for key in keys:
         if key in row:
             value = proper(number(row[key].estimate.value, digits))
             bounds = proper(interval(row[key].estimate, digits))
@@ -200,12 +268,18 @@ def _differences(comparisons: Sequence[Comparison], order: Sequence[str]) -> Ite
         panel = panels.setdefault((row.reference, meaning_of(row.metric).scale), {})
         panel.setdefault(row.metric, []).append(row)
     references = [reference for reference, _ in panels]
-    for i, ((reference, _), panel) in enumerate(panels.items()):
+    together = sorted(panels.items(), key=lambda item: references.index(item[0][0]))
+    for i, ((reference, _), panel) in enumerate(together):
         groups = [_difference_group(metric, rows, order) for metric, rows in panel.items()]
-        first = i == references.index(reference)
+        first = i == 0 or together[i - 1][0][0] != reference
         title = f"<h3>Difference from {escape(reference)}</h3>\n" if first else ""
-        caption = "Right of the line: higher than the reference, both taken on the same draws." if first else ""
-        yield title + _figure(caption, forest(groups, neutral=0.0, label=f"Differences from {reference}"))
+        caption = (
+            "Right of the line: higher than the reference, both taken on the same draws. p is adjusted by Holm's "
+            "method over the tasks that compare the same two encoders by the same figure."
+        )
+        yield title + _figure(
+            caption if first else "", forest(groups, neutral=0.0, label=f"Differences from {reference}")
+        )
 
 
 def _difference_group(metric: str, comparisons: Sequence[Comparison], order: Sequence[str]) -> Group:
@@ -216,7 +290,7 @@ def _difference_group(metric: str, comparisons: Sequence[Comparison], order: Seq
             encoder=order.index(row.encoder),
             estimate=row.difference,
             text=figure(row.difference, digits, "+"),
-            aside=p_text(row.p_value),
+            aside=p_text(row.p_value if isnan(row.p_holm) else row.p_holm),
         )
         for row in comparisons
     )

@@ -7,87 +7,32 @@ from math import floor, isfinite, isnan, log10
 from typing import Literal
 
 from g2l_core.errors import TaskError
-from g2l_core.metrics.results import Comparison, Estimate, Failure, Report, Result
+from g2l_core.metrics.results import Comparison, Estimate, ExpectedFigure, Failure, Pictures, Report, Result
+from g2l_core.report_meanings import METRICS, Meaning
 
 _MAX_DECIMALS = 5
 _LARGE = 1e7
+_ROUNDING = 1e-9
+"""A figure that is off by exactly the tolerance is within it."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Meaning:
-    """What a figure is called and says."""
+HEADLINES = (
+    "knn_balanced_accuracy",
+    "probe_balanced_accuracy",
+    "slide_probe_balanced_accuracy",
+    "slide_vote_balanced_accuracy",
+    "abmil_balanced_accuracy",
+    "survival_c_index",
+    "regression_pearson",
+    "cka_debiased",
+    "robustness_ratio_k5",
+    "consistency_cosine",
+)
+"""The first of these that a task has stands for it where there is room for one figure only; of several k, the first;
+else its first figure."""
 
-    title: str
-    sentence: str = ""
-    scale: str
-    """Figures of one scale are drawn on one axis."""
-    neutral: float | None = None
-    """The value that parts good from bad, where there is one."""
-
-
-_SHARE, _ALIKENESS = "share", "alikeness"
-
-METRICS: Mapping[str, Meaning] = {
-    "cka_debiased": Meaning(
-        title="CKA, debiased",
-        sentence="Linear centred kernel alignment with the reference encoder's features: 1 where the two agree up to "
-        "rotation and scale, about 0 where they are unrelated.",
-        scale=_ALIKENESS,
-    ),
-    "cka_biased": Meaning(
-        title="CKA, biased",
-        sentence="The common form of CKA; it stays above 0 even for unrelated features, the more so the fewer the "
-        "patches.",
-        scale=_ALIKENESS,
-    ),
-    "knn_accuracy": Meaning(
-        title="kNN accuracy",
-        sentence="Share of patches whose nearest neighbours in the training part vote for the right class; nothing "
-        "is fitted.",
-        scale=_SHARE,
-    ),
-    "knn_balanced_accuracy": Meaning(
-        title="kNN balanced accuracy",
-        sentence="As kNN accuracy, but the mean over classes, so that a common class weighs no more than a rare one.",
-        scale=_SHARE,
-    ),
-    "knn_f1": Meaning(
-        title="kNN macro F1", sentence="Mean over classes of the F1 score of the kNN vote.", scale=_SHARE
-    ),
-    "probe_accuracy": Meaning(
-        title="Probe accuracy",
-        sentence="Share of patches that a logistic regression on the frozen features classifies rightly.",
-        scale=_SHARE,
-    ),
-    "probe_balanced_accuracy": Meaning(
-        title="Probe balanced accuracy",
-        sentence="Mean over classes of the share that a logistic regression on the frozen features gets right.",
-        scale=_SHARE,
-    ),
-    "probe_f1": Meaning(
-        title="Probe macro F1", sentence="Mean over classes of the F1 score of the linear probe.", scale=_SHARE
-    ),
-    "probe_auc": Meaning(
-        title="Probe AUC",
-        sentence="Chance that the linear probe ranks a patch of a class above one of another; mean over classes.",
-        scale=_SHARE,
-    ),
-    "robustness_ratio": Meaning(
-        title="Robustness ratio",
-        sentence="Neighbours of the same tissue class over neighbours of the same medical centre: above 1, biology "
-        "outweighs the centre.",
-        scale="ratio",
-        neutral=1.0,
-    ),
-    "robustness_pathorob": Meaning(
-        title="PathoROB index",
-        sentence="Of the neighbours that share either class or centre but not both, the share with the same class: "
-        "above 0.5, biology outweighs the centre.",
-        scale="index",
-        neutral=0.5,
-    ),
-}
-"""By the first part of a metric's name; what follows it (`_k5`) is added to the title in words."""
+_UNTOLD = ("duplicates_dropped",)
+"""Settings that say nothing of how a figure is made."""
 
 
 def meaning_of(metric: str) -> Meaning:
@@ -117,19 +62,39 @@ class TaskPart:
     """By metric and encoder."""
     comparisons: tuple[Comparison, ...]
     failures: tuple[Failure, ...]
+    expected: tuple[ExpectedFigure, ...]
+    pictures: Pictures
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether there is more to show than failures."""
+        return bool(self.figures or self.comparisons or self.expected or self.pictures.tasks())
+
+    def headline(self) -> str | None:
+        """The metric that stands for the task; None where it has no figure."""
+        return headline(tuple(self.figures))
 
     def gap(self, encoder: str) -> Literal["failed", "-"]:
         """The word for a figure that is not there."""
         return "failed" if any(failure.encoder == encoder for failure in self.failures) else "-"
 
 
+def headline(metrics: Sequence[str]) -> str | None:
+    """The metric that stands for the others; None where there is none."""
+    for wanted in HEADLINES:
+        for metric in metrics:
+            if wanted in (metric, split_k(metric)[0]):
+                return metric
+    return metrics[0] if metrics else None
+
+
 def encoder_order(report: Report) -> tuple[str, ...]:
-    """The encoders' keys: the described ones first, then any other that has a figure, failure or comparison."""
+    """The encoders' keys: the described ones first, then any other with a figure, failure, comparison or picture."""
     described = [encoder.key for encoder in report.encoders]
     compared = [key for row in report.comparisons for key in (row.encoder, row.reference)]
     measured = [row.encoder for row in report.results]
     failed = [row.encoder for row in report.failures if row.encoder]
-    return tuple(dict.fromkeys(described + measured + failed + compared))
+    return tuple(dict.fromkeys([*described, *measured, *failed, *compared, *report.pictures.encoders()]))
 
 
 def task_parts(report: Report) -> tuple[TaskPart, ...]:
@@ -140,6 +105,7 @@ def task_parts(report: Report) -> tuple[TaskPart, ...]:
     """
     kinds: tuple[Iterable[Result | Comparison | Failure], ...] = (report.results, report.comparisons, report.failures)
     names = dict.fromkeys(row.task for rows in kinds for row in rows)
+    names |= dict.fromkeys([*(row.task for row in report.expected), *report.pictures.tasks()])
     order = encoder_order(report)
     return tuple(_task_part(report, name, order) for name in names)
 
@@ -161,7 +127,84 @@ def _task_part(report: Report, name: str, order: Sequence[str]) -> TaskPart:
         figures=figures,
         comparisons=tuple(row for row in report.comparisons if row.task == name),
         failures=failures,
+        expected=tuple(row for row in report.expected if row.task == name),
+        pictures=report.pictures.of_task(name),
     )
+
+
+def support(row: Mapping[str, Result]) -> str:
+    """What a row of figures rests on, as far as it is the same for all encoders: rows and settings."""
+    results = list(row.values())
+    rows = sorted({result.n for result in results})
+    shared = [item for item in results[0].settings.items() if all(item in r.settings.items() for r in results)]
+    told = settings_text(
+        {name: value for name, value in shared if (name, value) != ("k", split_k(results[0].metric)[1])}
+    )
+    count = " to ".join(f"{n:,}" for n in dict.fromkeys((rows[0], rows[-1])))
+    return "; ".join(filter(None, (f"n = {count}", told)))
+
+
+def settings_text(settings: Mapping[str, str | int | float | bool]) -> str:
+    """`C = 1.0; converged; split: 5 folds by patients`, in the order of the names."""
+    return "; ".join(_setting(*item) for item in sorted(settings.items()) if item[0] not in _UNTOLD)
+
+
+def _setting(name: str, value: str | int | float | bool) -> str:
+    if isinstance(value, bool):
+        return name.replace("_", " ") if value else f"not {name.replace('_', ' ')}"
+    return f"{name.replace('_', ' ')} = {value}" if isinstance(value, int | float) else f"{name}: {value}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """A published figure and what was found."""
+
+    expected: ExpectedFigure
+    found: Estimate | None
+    """None where that encoder or metric was not run."""
+
+    @property
+    def within(self) -> bool | None:
+        """Whether the figure found is within the tolerance; None where there is none to judge."""
+        if self.found is None or isnan(self.found.value):
+            return None
+        return abs(self.found.value - self.expected.value) <= self.expected.tolerance + _ROUNDING
+
+    @property
+    def verdict(self) -> str:
+        """In words."""
+        if self.found is None or self.within is None:
+            return "not run here"
+        return "within" if self.within else f"off by {number(self.found.value - self.expected.value, 3, '+')}"
+
+
+def published_text(expected: ExpectedFigure) -> str:
+    """`0.95 \u00b1 0.01`."""
+    return f"{expected.value:g} \u00b1 {expected.tolerance:g}"
+
+
+def held_against(part: TaskPart, report: Report) -> tuple[Held, ...]:
+    """Each published figure of a task beside the one found, by the encoder's key or name."""
+    keys = {encoder.name: encoder.key for encoder in report.encoders} | {key: key for key in part.encoders}
+    found = []
+    for row in part.expected:
+        result = part.figures.get(row.metric, {}).get(keys.get(row.encoder, row.encoder))
+        found.append(Held(expected=row, found=result.estimate if result else None))
+    return tuple(found)
+
+
+def reasons(failures: Sequence[Failure]) -> list[tuple[str, str]]:
+    """Where and why, encoders of one task that failed alike together: ("oral, a and b", "no probe converged")."""
+    alike: dict[tuple[str, str], list[str]] = {}
+    for row in failures:
+        alike.setdefault((row.task, row.reason), []).append(row.encoder)
+    return [(", ".join(filter(None, (task, listed(keys)))), reason) for (task, reason), keys in alike.items()]
+
+
+def listed(words: Sequence[str]) -> str:
+    """`a, b and c`."""
+    named = [word for word in words if word]
+    return " and ".join(filter(None, (", ".join(named[:-1]), *named[-1:])))
 
 
 def best(row: Mapping[str, Result]) -> frozenset[str]:

@@ -21,6 +21,17 @@ SHAPES = (
 )
 """Within about 1.2 of the origin. As 6 colours and 7 shapes share no divisor, 42 encoders differ."""
 
+DOTS = (
+    "m-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0",
+    "m-4-4h8v8h-8z",
+    "m0-5 5 5-5 5-5-5z",
+    "m0-5 5 9h-10z",
+    "m0 5 5-9h-10z",
+    "m-2-5h4v3h3v4h-3v3h-4v-3h-3v-4h3z",
+    "m0-5 5 4-2 6h-6l-2-6z",
+)
+"""The same shapes from their middles, in relative commands alone, within about 5."""
+
 WIDTH = 920
 DRAWABLE = 1e12
 
@@ -67,14 +78,17 @@ def line_to(x1: float, y1: float, x2: float, y2: float, style: str) -> str:
 
 
 def shortened(text: str, chars: int) -> str:
-    """Text of at most so many characters."""
-    return text if len(text) <= chars else text[: chars - 1] + "\u2026"
+    """Text of at most so many characters; what is cut is in the middle, as names often differ at their ends."""
+    if len(text) <= chars:
+        return text
+    tail = (chars - 1) // 2
+    return f"{text[: chars - 1 - tail]}\u2026{text[len(text) - tail :]}"
 
 
-def picture(width: float, height: float, label: str, parts: Iterable[str]) -> str:
+def picture(width: float, height: float, label: str, parts: Iterable[str], style: str = "plot") -> str:
     """One svg element; the label is for screen readers."""
     return (
-        f'<svg class="plot" role="img" aria-label="{escape(label)}" viewBox="0 0 {width} {height}">'
+        f'<svg class="{style}" role="img" aria-label="{escape(label)}" viewBox="0 0 {width} {height}">'
         f"{''.join(parts)}</svg>"
     )
 
@@ -85,6 +99,12 @@ def shape(encoder: int, x: float = 0, y: float = 0, size: float = 5) -> str:
         f'<path class="mark e{encoder % COLORS}" d="{SHAPES[encoder % len(SHAPES)]}" '
         f'transform="translate({x} {y}) scale({size})"/>'
     )
+
+
+def dots(series: int, points: Iterable[tuple[int, int]]) -> str:
+    """Small marks of one series as a single path, so that a thousand points stay small on the page."""
+    mark = DOTS[series % len(DOTS)]
+    return f'<path class="dots e{series % COLORS}" d="{"".join(f"M{x} {y}{mark}" for x, y in points)}"/>'
 
 
 def key_mark(encoder: int) -> str:

@@ -1,7 +1,7 @@
 """The rows that a benchmark task speaks of: stored patches joined with labels, parted without leaks."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,55 +12,13 @@ from sklearn.model_selection import StratifiedGroupKFold
 
 from g2l_core.errors import LeakError, ManifestError, TaskError
 from g2l_core.manifest import fits, parse_condition, read_table
+from g2l_core.metrics.bags import bag_values
 from g2l_core.store.features import FeatureStore, StoredSlide
 from g2l_core.store.schema import STATUS, UNKNOWN_HASH
+from g2l_core.task_spec import TaskSpec
 from g2l_core.types import Features
 
-METRICS = ("cka", "knn", "probe", "robustness")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TaskSpec:
-    """One table of a task file."""
-
-    name: str
-    metrics: tuple[str, ...] = METRICS
-    label: str = ""
-    """Column of the biological class; not needed for CKA alone."""
-    labels: str = ""
-    """A CSV with that column, by slide_id, by slide_id and patch_id, or by slide_id, x and y. Relative to the task
-    file. Columns that it has not are those that the store's manifest gave; empty, all are."""
-    split: str = ""
-    """Column that says train or test; other values are left out."""
-    train: str = ""
-    """COLUMN=PATTERN in place of a split column, with `test`."""
-    test: str = ""
-    folds: int = 0
-    """Folds by group in place of a fixed split."""
-    group: str = "patient_id"
-    center: str = "medical_center"
-    where: tuple[str, ...] = ()
-    """Conditions COLUMN=PATTERN that a slide must fit to take part."""
-    knn_k: int = 20
-    robustness_k: tuple[int, ...] = (3, 5, 10, 20)
-    probe_c: tuple[float, ...] = (1.0,)
-
-    def __post_init__(self) -> None:
-        """Refuse a task that cannot be evaluated."""
-        unknown = [metric for metric in self.metrics if metric not in METRICS]
-        if unknown:
-            raise TaskError(f"task {self.name}: unknown metric {unknown[0]!r}; known: {', '.join(METRICS)}")
-        ways = [bool(self.split), bool(self.train or self.test), bool(self.folds)]
-        needs_split = {"knn", "probe"} & set(self.metrics)
-        if needs_split and sum(ways) != 1:
-            raise TaskError(
-                f"task {self.name}: {', '.join(sorted(needs_split))} need exactly one of split = COLUMN, "
-                f"train and test = CONDITION, or folds = N; found {sum(ways)}"
-            )
-        if bool(self.train) != bool(self.test):
-            raise TaskError(f"task {self.name}: train and test conditions come together")
-        if set(self.metrics) - {"cka"} and not self.label:
-            raise TaskError(f"task {self.name}: give label = COLUMN, the biological class")
+_EXTRA = "extra: "
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +38,13 @@ class TaskRows:
     part: Shaped[np.ndarray, " row"]
     """train, test, or empty where the split says neither or folds will part them."""
     pixel_hash: UInt64[np.ndarray, " row"]
+    columns: Mapping[str, Shaped[np.ndarray, " row"]]
+    """Those that the task's families ask for beyond label and centre, as text; empty where a patch has none."""
     duplicates_dropped: int = 0
+    crossing_duplicates: int = 0
+    """Of these, training patches whose copy is in the test part."""
+    unlabelled: int = 0
+    """Patches left out because they have no label."""
 
     def __len__(self) -> int:
         return len(self.row)
@@ -93,13 +57,15 @@ class TaskRows:
     def take(self, keep: Bool[np.ndarray, " row"] | Int64[np.ndarray, " kept"]) -> "TaskRows":
         """Some of the rows."""
         fields = ("slide_index", "row", "label", "center", "cluster", "part", "pixel_hash")
-        return replace(self, **{field: getattr(self, field)[keep] for field in fields})
+        columns = {name: values[keep] for name, values in self.columns.items()}
+        return replace(self, columns=columns, **{field: getattr(self, field)[keep] for field in fields})
 
     def features(self, encoder: str) -> Features:
         """The canonical view's features of each row, float16.
 
         Raises:
             StoreMissingError: A slide has none of this encoder.
+            TaskError: A row holds NaN or infinity.
         """
         parts: list[np.ndarray] = []
         order: list[np.ndarray] = []
@@ -109,6 +75,13 @@ class TaskRows:
             order.append(mine)
         out = np.empty((len(self), parts[0].shape[1]), np.float16)
         out[np.concatenate(order)] = np.concatenate(parts)
+        bad = np.flatnonzero(~np.isfinite(out).all(axis=1))
+        if len(bad):
+            slide = self.slides[self.slide_index[bad[0]]].slide_id
+            raise TaskError(
+                f"the features of {encoder} hold NaN or infinity in {len(bad):,} of {len(self):,} rows, first in row "
+                f"{self.row[bad[0]]} of slide {slide}; g2l store verify finds all, g2l embed makes them anew"
+            )
         return out
 
 
@@ -127,13 +100,16 @@ def gather(stores: Sequence[FeatureStore], spec: TaskSpec, folder: Path) -> Task
     """
     slides = _taking_part(stores, spec)
     table = _LabelTable(folder / spec.labels, stores, spec) if spec.labels else None
-    columns = [_columns_of(i, slide, spec, table) for i, slide in enumerate(slides)]
-    arrays: dict[str, Any] = {name: np.concatenate([part[name] for part in columns]) for name in columns[0]}
-    rows = TaskRows(slides=tuple(slides), cluster_unit=_cluster_unit(slides, spec), **arrays)
-    if spec.label:
-        rows = rows.take(rows.label != "")
-    if spec.split or spec.train:
+    found = [_columns_of(i, slide, spec, table) for i, slide in enumerate(slides)]
+    arrays: dict[str, Any] = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+    grouped = bool(arrays.pop("grouped").all())
+    extra = {name: arrays.pop(name) for name in list(arrays) if name.startswith(_EXTRA)}
+    columns = {name.removeprefix(_EXTRA): values for name, values in extra.items()}
+    rows = TaskRows(slides=tuple(slides), cluster_unit=_cluster_unit(slides, spec, grouped), columns=columns, **arrays)
+    if spec.has_fixed_split:
         rows = rows.take(rows.part != "")
+    if spec.label:
+        rows = replace(rows.take(rows.label != ""), unlabelled=int((rows.label == "").sum()))
     if not len(rows):
         raise TaskError(f"task {spec.name}: no patch has a label {spec.label!r} and a place in the split")
     rows = without_duplicates(rows)
@@ -150,8 +126,8 @@ def _taking_part(stores: Sequence[FeatureStore], spec: TaskSpec) -> list[StoredS
     return kept
 
 
-def _cluster_unit(slides: Sequence[StoredSlide], spec: TaskSpec) -> str:
-    if all(spec.group in slide.labels for slide in slides):
+def _cluster_unit(slides: Sequence[StoredSlide], spec: TaskSpec, grouped: bool) -> str:
+    if grouped:
         return "patients" if spec.group == "patient_id" else f"groups of {spec.group}"
     return "slides" if all(slide.facts["kind"] == "slide" for slide in slides) else "images"
 
@@ -160,6 +136,11 @@ class _LabelTable:
     """Label rows by slide, by patch of a slide, or by corner of a patch."""
 
     def __init__(self, path: Path, stores: Sequence[FeatureStore], spec: TaskSpec) -> None:
+        if not path.is_file():
+            raise ManifestError(
+                f"there is no label file {path}; it lies beside the task file, for a shipped task in the current "
+                "folder, where g2l datasets NAME --root DIR writes it"
+            )
         rows = read_table(path)
         if not rows or "slide_id" not in rows[0]:
             raise ManifestError(f"the label file {path} needs a column slide_id and rows")
@@ -201,8 +182,10 @@ def _columns_of(index: int, slide: StoredSlide, spec: TaskSpec, table: _LabelTab
     def column(name: str) -> np.ndarray:
         return np.array([own[row].get(name) or labels.get(name, "") for row in good], dtype=np.str_)
 
+    wanted = [name for names in spec.extra_columns.values() for name in names]
     cluster = column(spec.group)
-    if not cluster.all():
+    grouped = cluster != ""
+    if not grouped.all():
         names = [slide.slide_id if slide.facts["kind"] == "slide" else f"{slide.slide_id}#{row}" for row in good]
         cluster = np.where(cluster == "", np.array(names, dtype=np.str_), cluster)
     return {
@@ -211,9 +194,20 @@ def _columns_of(index: int, slide: StoredSlide, spec: TaskSpec, table: _LabelTab
         "label": column(spec.label) if spec.label else np.full(len(good), "", dtype="<U1"),
         "center": column(spec.center),
         "cluster": cluster,
+        "grouped": grouped,
         "part": _part(spec, slide, column, len(good)),
         "pixel_hash": slide.pixel_hash[good, 0],
+        **{_EXTRA + name: _extra(name, column(name), slide, good) for name in wanted},
     }
+
+
+def _extra(name: str, values: np.ndarray, slide: StoredSlide, good: np.ndarray) -> np.ndarray:
+    """A column, or what the store itself knows of a patch where there is no column of that name."""
+    if not values.any() and name == "patch_id" and slide.patch_ids:
+        return np.array(slide.patch_ids, dtype=np.str_)[good]
+    if not values.any() and name == "corner":
+        return np.array([f"{x},{y}" for x, y in slide.coords[good].tolist()], dtype=np.str_)
+    return values
 
 
 def _part(spec: TaskSpec, slide: StoredSlide, column: Callable[[str], np.ndarray], n: int) -> np.ndarray:
@@ -244,7 +238,9 @@ def without_duplicates(rows: TaskRows) -> TaskRows:
             keep[order[start:stop]] = True
         elif (labels[start:stop] == labels[start]).all():
             keep[order[start]] = True
-    return replace(rows.take(keep), duplicates_dropped=int((~keep).sum()))
+    in_test = set(hashes[(rows.part[order] == "test") & (hashes != UNKNOWN_HASH)].tolist())
+    crossing = [rows.pixel_hash[i] in in_test for i in np.flatnonzero(~keep & (rows.part == "train"))]
+    return replace(rows.take(keep), duplicates_dropped=int((~keep).sum()), crossing_duplicates=sum(crossing))
 
 
 def refuse_leaks(rows: TaskRows, spec: TaskSpec) -> None:
@@ -254,7 +250,7 @@ def refuse_leaks(rows: TaskRows, spec: TaskSpec) -> None:
         LeakError: Names the patient.
         TaskError: A part is empty.
     """
-    if not (spec.split or spec.train):
+    if not spec.has_fixed_split:
         return
     sides = {part: set(rows.cluster[rows.part == part].tolist()) for part in ("train", "test")}
     for part, clusters in sides.items():
@@ -268,23 +264,78 @@ def refuse_leaks(rows: TaskRows, spec: TaskSpec) -> None:
         )
 
 
-def parts(
-    rows: TaskRows, spec: TaskSpec, seed: int
-) -> Iterator[tuple[Int64[np.ndarray, " train"], Int64[np.ndarray, " test"]]]:
-    """Yield (training rows, test rows): the one fixed split, or the folds by cluster.
+def parts(rows: TaskRows, spec: TaskSpec, seed: int) -> list[tuple[Int64[np.ndarray, "_"], Int64[np.ndarray, "_"]]]:
+    """(Training rows, test rows): the one fixed split, or the folds by cluster.
+
+    Raises:
+        TaskError: As `split_parts`.
+    """
+    return split_parts(rows.label, rows.cluster, rows.part, spec, rows.cluster_unit, seed)
+
+
+def split_parts(
+    strata: Shaped[np.ndarray, " item"],
+    clusters: Shaped[np.ndarray, " item"],
+    part: Shaped[np.ndarray, " item"],
+    spec: TaskSpec,
+    unit: str,
+    seed: int,
+) -> list[tuple[Int64[np.ndarray, "_"], Int64[np.ndarray, "_"]]]:
+    """Parts patches, slides or patients: by the fixed split, or into folds that hold the strata about equally.
+
+    Args:
+        strata: The class of each.
+        clusters: The patient of each; none is on both sides.
+        part: train or test of each; not read where there are folds.
+        spec: The task.
+        unit: What a cluster is, in the plural, for the message.
+        seed: Deals the clusters into folds.
 
     Raises:
         TaskError: A class has fewer clusters than there are folds.
     """
     if not spec.folds:
-        yield np.flatnonzero(rows.part == "train"), np.flatnonzero(rows.part == "test")
-        return
-    for name in np.unique(rows.label):
-        members = len(np.unique(rows.cluster[rows.label == name]))
+        return [(np.flatnonzero(part == "train"), np.flatnonzero(part == "test"))]
+    for name in np.unique(strata):
+        members = len(np.unique(clusters[strata == name]))
         if members < spec.folds:
             raise TaskError(
-                f"task {spec.name}: class {name} is in {members} {rows.cluster_unit}, fewer than the "
-                f"{spec.folds} folds; use fewer"
+                f"task {spec.name}: class {name} is in {members} {unit}, fewer than the {spec.folds} folds; use fewer"
             )
     splitter = StratifiedGroupKFold(n_splits=spec.folds, shuffle=True, random_state=seed)
-    yield from splitter.split(np.empty((len(rows), 0)), rows.label, rows.cluster)
+    return list(splitter.split(np.empty((len(strata), 0)), strata, clusters))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bags:
+    """Slides or patients, which share a label; in the order of their sorted names."""
+
+    of_row: Shaped[np.ndarray, " row"]
+    """The bag of each patch."""
+    names: Shaped[np.ndarray, " bag"]
+    label: Shaped[np.ndarray, " bag"]
+    cluster: Shaped[np.ndarray, " bag"]
+    part: Shaped[np.ndarray, " bag"]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def rows(self, chosen: Int64[np.ndarray, " chosen"]) -> Int64[np.ndarray, " row"]:
+        """The patches of some bags."""
+        return np.flatnonzero(np.isin(self.of_row, self.names[chosen]))
+
+
+def bags(rows: TaskRows, spec: TaskSpec) -> Bags:
+    """The bags of a task.
+
+    Raises:
+        TaskError: The patches of a bag differ in label, patient or part.
+    """
+    of_row = rows.slide_ids if spec.bag == "slide" else rows.cluster
+    return Bags(
+        of_row=of_row,
+        names=np.unique(of_row),
+        label=bag_values(rows.label, of_row, spec.label),
+        cluster=bag_values(rows.cluster, of_row, spec.group),
+        part=bag_values(rows.part, of_row, "part of the split"),
+    )

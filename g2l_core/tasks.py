@@ -1,27 +1,25 @@
 """A benchmark task: stored features, labels and a split rule in, figures with intervals out. Loads no model."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
-from jaxtyping import Shaped
 
 from g2l_core.errors import G2LError, TaskError
-from g2l_core.metrics.neighbors import knn_predict, nearest
-from g2l_core.metrics.probe import accuracy, balanced_accuracy, confusion, linear_probe, macro_auc, macro_f1
-from g2l_core.metrics.results import Comparison, Estimate, Failure, Result
-from g2l_core.metrics.robustness import pathorob_index, ratio_index, robustness_counts
-from g2l_core.metrics.similarity import cka_difference, cka_interval
-from g2l_core.metrics.statistics import cluster_bootstrap, cluster_sums, of_sums, of_weights, paired_bootstrap
+from g2l_core.metrics.results import Comparison, Estimate, Failure, Pictures, Result
+from g2l_core.metrics.statistics import holm
 from g2l_core.store.features import FeatureStore
-from g2l_core.task_data import TaskRows, TaskSpec, gather, parts
+from g2l_core.task_data import TaskRows, gather
+from g2l_core.task_families import FAMILIES, Draws, Figure, TaskInput
+from g2l_core.task_notes import notes_on
+from g2l_core.task_pictures import confusion_matrix, task_pictures
+from g2l_core.task_spec import TaskSpec
 from g2l_core.types import Features
 
-Statistic = Callable[[Any], Any]
-Settings = Mapping[str, str | int | float | bool]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,16 +49,9 @@ class TaskOutcome:
     results: list[Result] = field(default_factory=list)
     comparisons: list[Comparison] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Figure:
-    """One figure of one encoder before its interval: a statistic over clusters."""
-
-    metric: str
-    statistic: Statistic
-    clusters: Shaped[np.ndarray, " row"]
-    settings: Settings
+    notes: list[str] = field(default_factory=list)
+    """What a reader must know of the rows: copies, missing labels, slides that a student was distilled on."""
+    pictures: Pictures = field(default_factory=Pictures)
 
 
 def evaluate_task(stores: Sequence[FeatureStore], spec: TaskSpec, bench: BenchSpec, folder: Path) -> TaskOutcome:
@@ -78,26 +69,20 @@ def evaluate_task(stores: Sequence[FeatureStore], spec: TaskSpec, bench: BenchSp
     except G2LError as error:
         outcome.failures.append(Failure(task=spec.name, reason=str(error)))
         return outcome
+    outcome.notes += notes_on(rows, spec, stores, bench.encoders)
     features = _features(rows, spec, bench, outcome)
-    if "cka" in spec.metrics:
-        _guarded(outcome, spec, "", lambda: _cka(rows, spec, bench, features, outcome))
-    figures: dict[str, list[_Figure]] = {}
-    for encoder, values in features.items():
-        figures[encoder] = []
-        for metric, evaluate in _FAMILIES.items():
-            if metric in spec.metrics:
-                found = _guarded(outcome, spec, encoder, partial(evaluate, rows, values, spec, bench))
-                figures[encoder] += found or []
+    figures = {encoder: _figures(encoder, rows, features, spec, bench, outcome) for encoder in features}
     _add_intervals(figures, rows, spec, bench, outcome)
+    _add_pictures(figures, rows, features, spec, bench, outcome)
     return outcome
 
 
-def _guarded(outcome: TaskOutcome, spec: TaskSpec, encoder: str, evaluate: Callable[[], Any]) -> Any:
+def _guarded(outcome: TaskOutcome, spec: TaskSpec, encoder: str, family: str, evaluate: Callable[[], T]) -> T | None:
     """What `evaluate` gives, or None with its failure recorded."""
     try:
         return evaluate()
     except TaskError as error:
-        outcome.failures.append(Failure(task=spec.name, reason=str(error), encoder=encoder))
+        outcome.failures.append(Failure(task=spec.name, reason=f"{family}: {error}", encoder=encoder))
         return None
 
 
@@ -111,164 +96,50 @@ def _features(rows: TaskRows, spec: TaskSpec, bench: BenchSpec, outcome: TaskOut
     return found
 
 
-def _test_rows(rows: TaskRows, spec: TaskSpec) -> np.ndarray:
-    """Rows that nothing was trained on: the test part, or all where there is no fixed split."""
-    return rows.part == "test" if spec.split or spec.train else np.ones(len(rows), bool)
-
-
-def _cka(
-    rows: TaskRows, spec: TaskSpec, bench: BenchSpec, features: Mapping[str, Features], outcome: TaskOutcome
-) -> None:
-    """CKA of every encoder to the teacher on the test rows, and the differences to the baseline."""
+def _figures(
+    encoder: str,
+    rows: TaskRows,
+    features: Mapping[str, Features],
+    spec: TaskSpec,
+    bench: BenchSpec,
+    outcome: TaskOutcome,
+) -> list[Figure]:
+    """The figures of one encoder, family by family."""
     teacher = bench.encoders[0]
-    chosen = _test_rows(rows, spec)
-    clusters, unit = rows.cluster[chosen], rows.cluster_unit
-    of = {encoder: values[chosen] for encoder, values in features.items()}
-    for encoder in [e for e in bench.encoders[1:] if e in of and teacher in of]:
-        for kind in ("debiased", "biased"):
-            estimate = cka_interval(of[encoder], of[teacher], clusters, debiased=kind == "debiased", unit=unit)
-            outcome.results.append(
-                Result(
-                    task=spec.name,
-                    metric=f"cka_{kind}",
-                    encoder=encoder,
-                    estimate=estimate,
-                    n=int(chosen.sum()),
-                    settings={"to": teacher, "rows": "test" if spec.split or spec.train else "all"},
-                )
-            )
-        if bench.baseline in of and encoder != bench.baseline:
-            difference, p = cka_difference(
-                of[encoder], of[bench.baseline], of[teacher], clusters, debiased=True, unit=unit
-            )
-            outcome.comparisons.append(
-                Comparison(
-                    task=spec.name,
-                    metric="cka_debiased",
-                    encoder=encoder,
-                    reference=bench.baseline,
-                    difference=difference,
-                    p_value=p,
-                )
-            )
-
-
-def _knn(rows: TaskRows, features: Features, spec: TaskSpec, bench: BenchSpec) -> list[_Figure]:
-    """The vote of the nearest: accuracy and balanced accuracy."""
-    truth, predicted, clusters = [], [], []
-    for train, test in parts(rows, spec, bench.seed):
-        found = nearest(features[train], features[test], spec.knn_k)
-        predicted.append(knn_predict(found, rows.label[train]))
-        truth.append(rows.label[test])
-        clusters.append(rows.cluster[test])
-    settings = {"k": spec.knn_k, "distance": "cosine", "vote": "uniform", **_split_settings(rows, spec)}
-    return _class_figures("knn", np.concatenate(truth), np.concatenate(predicted), np.concatenate(clusters), settings)
-
-
-def _probe(rows: TaskRows, features: Features, spec: TaskSpec, bench: BenchSpec) -> list[_Figure]:
-    """Linear probe: accuracy, balanced accuracy, F1 and AUC."""
-    truth, predicted, clusters, probabilities, converged, chosen = [], [], [], [], True, []
-    for train, test in parts(rows, spec, bench.seed):
-        result = linear_probe(
-            features[train],
-            rows.label[train],
-            features[test],
-            c_values=spec.probe_c,
-            groups=rows.cluster[train],
-            seed=bench.seed,
-        )
-        truth.append(rows.label[test])
-        predicted.append(result.predictions)
-        clusters.append(rows.cluster[test])
-        probabilities.append(result.probabilities)
-        chosen.append(result.c)
-        converged = converged and result.converged
-    settings = {"C": chosen[0], "converged": converged, **_split_settings(rows, spec)}
-    labels, groups = np.concatenate(truth), np.concatenate(clusters)
-    figures = _class_figures("probe", labels, np.concatenate(predicted), groups, settings)
-    scores, classes = np.concatenate(probabilities), result.classes
-    auc = of_weights(lambda weights: macro_auc(labels, scores, classes, weights), groups)
-    return [*figures, _Figure(metric="probe_auc", statistic=auc, clusters=groups, settings=settings)]
-
-
-def _class_figures(
-    prefix: str, truth: np.ndarray, predicted: np.ndarray, clusters: np.ndarray, settings: Settings
-) -> list[_Figure]:
-    matrices = confusion(truth, predicted, clusters)
-    scores = {"accuracy": accuracy, "balanced_accuracy": balanced_accuracy, "f1": macro_f1}
-    return [
-        _Figure(metric=f"{prefix}_{name}", statistic=of_sums(score, matrices), clusters=clusters, settings=settings)
-        for name, score in scores.items()
-    ]
-
-
-def _robustness(rows: TaskRows, features: Features, spec: TaskSpec, bench: BenchSpec) -> list[_Figure]:
-    """Robustness indices over k on the test rows, neighbours of the same slide left out."""
-    chosen = _test_rows(rows, spec)
-    if not rows.center[chosen].astype(bool).all():
-        raise TaskError(f"robustness needs the column {spec.center!r} for every slide; give it in the manifest")
-    found = nearest(features[chosen], None, max(spec.robustness_k), groups=rows.slide_ids[chosen])
-    clusters = rows.cluster[chosen]
-    figures = []
-    for k in spec.robustness_k:
-        counts = robustness_counts(found, rows.label[chosen], rows.center[chosen], k=k)
-        sums = cluster_sums(counts, clusters)
-        settings: Settings = {"k": k, "distance": "cosine", "neighbours": "of other slides"}
-        for name, index in (("ratio", ratio_index), ("pathorob", pathorob_index)):
-            metric = f"robustness_{name}_k{k}"
-            figures.append(_Figure(metric=metric, statistic=of_sums(index, sums), clusters=clusters, settings=settings))
+    given = TaskInput(
+        rows=rows,
+        features=features[encoder],
+        spec=spec,
+        seed=bench.seed,
+        teacher=teacher,
+        reference=features.get(teacher) if encoder != teacher else None,
+    )
+    figures: list[Figure] = []
+    for family, evaluate in FAMILIES.items():
+        if family in spec.metrics:
+            figures += _guarded(outcome, spec, encoder, family, partial(evaluate, given)) or []
     return figures
 
 
-_FAMILIES: Mapping[str, Callable[[TaskRows, Features, TaskSpec, BenchSpec], list[_Figure]]] = {
-    "knn": _knn,
-    "probe": _probe,
-    "robustness": _robustness,
-}
-
-
-def _split_settings(rows: TaskRows, spec: TaskSpec) -> dict[str, str | int]:
-    how = f"{spec.folds} folds by {rows.cluster_unit}" if spec.folds else f"fixed, {spec.split or spec.test}"
-    return {"split": how, "duplicates_dropped": rows.duplicates_dropped}
-
-
 def _add_intervals(
-    figures: Mapping[str, Sequence[_Figure]],
+    figures: Mapping[str, Sequence[Figure]],
     rows: TaskRows,
     spec: TaskSpec,
     bench: BenchSpec,
     outcome: TaskOutcome,
 ) -> None:
-    """Bootstrap every figure, and every difference on the same draws."""
-    bootstrap = partial(cluster_bootstrap, unit=rows.cluster_unit, draws=bench.draws, seed=bench.seed)
-    paired = partial(paired_bootstrap, unit=rows.cluster_unit, draws=bench.draws, seed=bench.seed)
+    """An interval for every figure, and for every difference on the same draws."""
+    how = Draws(unit=rows.cluster_unit, draws=bench.draws, seed=bench.seed)
     for encoder, found in figures.items():
         for figure in found:
-            estimate: Estimate | None = _guarded(
-                outcome, spec, encoder, partial(bootstrap, figure.statistic, figure.clusters)
-            )
+            estimate = _guarded(outcome, spec, encoder, figure.metric, partial(figure.interval.estimate, how))
             if estimate:
-                outcome.results.append(
-                    Result(
-                        task=spec.name,
-                        metric=figure.metric,
-                        encoder=encoder,
-                        estimate=estimate,
-                        n=len(figure.clusters),
-                        settings=figure.settings,
-                    )
-                )
+                outcome.results.append(_result(spec, encoder, figure, estimate))
     for encoder, reference in bench.pairs:
         theirs = {figure.metric: figure for figure in figures.get(reference, [])}
-        for figure in figures.get(encoder, []):
-            if figure.metric not in theirs:
-                continue
-            pair = _guarded(
-                outcome,
-                spec,
-                encoder,
-                partial(paired, figure.statistic, theirs[figure.metric].statistic, figure.clusters),
-            )
+        for figure in (mine for mine in figures.get(encoder, []) if mine.metric in theirs):
+            other = theirs[figure.metric].interval
+            pair = _guarded(outcome, spec, encoder, figure.metric, partial(figure.interval.difference, other, how))
             if pair:
                 outcome.comparisons.append(
                     Comparison(
@@ -280,3 +151,57 @@ def _add_intervals(
                         p_value=pair[1],
                     )
                 )
+
+
+def _result(spec: TaskSpec, encoder: str, figure: Figure, estimate: Estimate) -> Result:
+    return Result(
+        task=spec.name,
+        metric=figure.metric,
+        encoder=encoder,
+        estimate=estimate,
+        n=figure.n,
+        settings=figure.settings,
+        higher_is_better=figure.higher_is_better,
+    )
+
+
+def adjusted_over_tasks(comparisons: Iterable[Comparison]) -> list[Comparison]:
+    """Every comparison with Holm's p-value over the tasks.
+
+    A family is one metric of one encoder against one reference; its tests are the tasks that have it.
+    """
+    found = list(comparisons)
+    families: dict[tuple[str, str, str], list[int]] = {}
+    for i, row in enumerate(found):
+        families.setdefault((row.metric, row.encoder, row.reference), []).append(i)
+    for members in families.values():
+        adjusted = holm(np.array([found[i].p_value for i in members]))
+        for i, p_value in zip(members, adjusted.tolist(), strict=True):
+            found[i] = replace(found[i], p_holm=p_value, tests=int(np.isfinite(adjusted).sum()))
+    return found
+
+
+def _add_pictures(
+    figures: Mapping[str, Sequence[Figure]],
+    rows: TaskRows,
+    features: Mapping[str, Features],
+    spec: TaskSpec,
+    bench: BenchSpec,
+    outcome: TaskOutcome,
+) -> None:
+    """Pictures of the rows that nothing was trained on, by class unless the label is a number."""
+    chosen = rows.part == "test" if spec.has_fixed_split else np.ones(len(rows), bool)
+    classed = replace(rows, label=np.full(len(rows), "")) if "regression" in spec.metrics else rows
+    outcome.pictures, failures = task_pictures(spec.name, classed, chosen, features, bench.seed)
+    outcome.failures += failures
+    for encoder, found in figures.items():
+        for figure in (each for each in found if each.confusion):
+            assert figure.confusion
+            outcome.pictures += confusion_matrix(
+                spec.name,
+                figure.confusion.classifier,
+                encoder,
+                figure.confusion.classes,
+                figure.confusion.counts,
+                figure.settings,
+            )

@@ -13,7 +13,7 @@ import typer
 
 from g2l_core import __version__
 from g2l_core.errors import G2LError, UsageError
-from pipeline import cli_distill, cli_models, cli_plan, cli_store
+from pipeline import cli_datasets, cli_distill, cli_models, cli_plan, cli_store
 from pipeline.cli_options import (
     AcceptMpp,
     Artefacts,
@@ -248,7 +248,7 @@ app.command()(cli_distill.distill)
 
 @app.command()
 def bench(
-    tasks: Annotated[Path, typer.Argument(help="The task file (TOML).", show_default=False)],
+    tasks: Annotated[Path, typer.Argument(help="The task file (TOML), or a shipped one's name.", show_default=False)],
     store: Annotated[list[Path], typer.Option(help="A feature store; repeatable.", show_default=False)],
     encoders: Annotated[
         str, typer.Option(help="Names, keys or run folders, by comma; the teacher first.", show_default=False)
@@ -281,6 +281,7 @@ app.command()(cli_distill.sweep)
 app.command(name="export-student")(cli_distill.export_student)
 app.command()(cli_plan.plan)
 app.command()(cli_models.models)
+app.command()(cli_datasets.datasets)
 app.add_typer(cli_store.app, name="store")
 
 

@@ -183,6 +183,19 @@ def test_ids_of_paths_outside_the_manifests_folder(tmp_path):
     }
 
 
+def test_a_value_in_patch_id_makes_tiff_files_patch_images(tmp_path):
+    text = "slide_id,path,patch_id,kind\nA,a/1.tif,a/1.tif,x\nA,a/2.tif,a/2.tif,x\nB,b/1.tif,b/1.tif,y\nC,c.tif,,z\n"
+    (tmp_path / "m.csv").write_text(text)
+    found = {source.slide_id: source for source in read_sources([tmp_path / "m.csv"])}
+    assert {name: source.patch_ids for name, source in found.items()} == {
+        "A": ("a/1.tif", "a/2.tif"),
+        "B": ("b/1.tif",),
+        "C": (),
+    }
+    assert found["A"].labels == {"kind": "x"}
+    assert found["C"].path == tmp_path / "c.tif"
+
+
 def test_patch_images_of_a_manifest_are_grouped_by_slide_or_folder(tmp_path):
     manifest = write(
         tmp_path / "m.csv",

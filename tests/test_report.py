@@ -14,10 +14,24 @@ from hypothesis import strategies as st
 
 from g2l_core import report as module
 from g2l_core.errors import RunError, TaskError
-from g2l_core.metrics.results import Comparison, EncoderFacts, Estimate, Failure, Report, Result
+from g2l_core.metrics.results import (
+    CkaMatrix,
+    Comparison,
+    ConfusionMatrix,
+    EncoderFacts,
+    Estimate,
+    ExpectedFigure,
+    Failure,
+    Pictures,
+    Projection,
+    Report,
+    Result,
+    SlideMap,
+)
 from g2l_core.report import read_report, terminal_table, write_report
 from g2l_core.report_html import page
-from g2l_core.report_tables import METRICS, best, decimals, figure, meaning_of, number, p_text, split_k, task_parts
+from g2l_core.report_meanings import METRICS
+from g2l_core.report_tables import best, decimals, figure, meaning_of, number, p_text, split_k, task_parts
 
 FILES = ["results.json", "results.csv", "comparisons.csv", "results.md", "report.html"]
 NASTY = "<script>alert('x')</script> & \"q\" | `c` *b* [l](u)"
@@ -64,11 +78,46 @@ def full():
                 reference="teacher",
                 difference=estimate(-0.01, 0.02),
                 p_value=0.321,
+                p_holm=0.642,
+                tests=2,
             ),
         ),
         failures=(Failure(task="breast", encoder="before", reason="no probe converged"),),
         provenance={"command": "g2l bench a.toml", "g2l": "0.1.0"},
+        notes=("3 slides of oral were distilled on.",),
+        expected=(
+            ExpectedFigure(
+                task="oral", metric="knn_accuracy", encoder="Teacher", value=0.86, tolerance=0.01, source="Table 2"
+            ),
+        ),
+        pictures=Pictures(cka=(cka(),), projections=(projection(),), slides=(slide_map(),), confusions=(confusion(),)),
     )
+
+
+def cka(**more):
+    values = ((1.0, 0.25), (0.25, math.nan))
+    return CkaMatrix(
+        **{"task": "oral", "encoders": ("teacher", "after"), "values": values, "rows": "test", "n": 9, "of": 40, **more}
+    )
+
+
+def projection(**more):
+    told = {"task": "oral", "encoder": "teacher", "method": "PCA", "shares": (0.5, 0.25), "of": 300}
+    places = {"x": (0.0, -1.0, 0.5), "y": (0.0, 0.5, -1.0)}
+    names = {"classes": ("benign", "tumour"), "class_of": (0, 1, 1), "centers": ("north",), "center_of": (0, 0, 0)}
+    return Projection(**{**told, **places, **names, **more})
+
+
+def slide_map(**more):
+    cells = {"columns": (0, 1, 0), "rows": (0, 0, 1), "colors": ("f00", "0f0", "f00")}
+    return SlideMap(
+        **{"task": "oral", "encoder": "teacher", "slide": "a/s1", "cell_mm": 0.128, "patches": 3, **cells, **more}
+    )
+
+
+def confusion(**more):
+    told = {"task": "oral", "classifier": "knn", "encoder": "teacher", "classes": ("benign", "tumour")}
+    return ConfusionMatrix(**{**told, "counts": ((3, 1), (0, 4)), "settings": {"k": 20}, **more})
 
 
 def spelled(value):
@@ -101,6 +150,11 @@ records = st.fixed_dictionaries(
         "comparisons": st.lists(st.builds(Comparison, difference=estimates, p_value=floats), max_size=2).map(tuple),
         "failures": st.lists(st.builds(Failure, encoder=texts), max_size=2).map(tuple),
         "provenance": st.dictionaries(texts, texts, max_size=2),
+        "notes": st.lists(texts, max_size=2).map(tuple),
+        "expected": st.lists(
+            st.builds(ExpectedFigure, metric=metrics, value=floats, tolerance=floats, source=texts), max_size=2
+        ).map(tuple),
+        "pictures": st.tuples(texts, texts, floats, floats, st.booleans()),
     }
 )
 
@@ -110,7 +164,22 @@ def built(record):
         Result(task=task, metric=metric, encoder=key, estimate=value, n=n, settings=told, higher_is_better=higher)
         for (task, metric, key), (value, n, told, higher) in record["results"].items()
     )
-    return Report(**{**record, "results": results})
+    return Report(**{**record, "results": results, "pictures": drawn(*record["pictures"])})
+
+
+def drawn(task, name, one, other, is_empty):
+    """Pictures of any names and numbers, or none."""
+    if is_empty:
+        return Pictures()
+    return Pictures(
+        cka=(cka(task=task, encoders=(name, f"{name}2"), values=((one, other), (other, one))),),
+        projections=(
+            projection(task=task, encoder=name, x=(one, other, 0.5), classes=("", name), shares=()),
+            projection(task=task, encoder=name, method=name, classes=("",), class_of=(0, 0, 0), centers=("",)),
+        ),
+        slides=(slide_map(task=task, slide=name, cell_mm=one),),
+        confusions=(confusion(task=task, classifier=name, counts=((0, 0), (1, 2)), settings={name: other}),),
+    )
 
 
 @given(records)
@@ -177,6 +246,7 @@ def test_csv_holds_every_figure_exactly(full, tmp_path):
     assert read[0]["settings.k"] == "3"
     [difference] = rows_of(tmp_path / "comparisons.csv")
     assert (difference["difference"], difference["p_value"]) == ("-0.01", "0.321")
+    assert (difference["p_holm"], difference["tests"]) == ("0.642", "2")
     assert (difference["encoder"], difference["reference"]) == ("after", "teacher")
 
 
@@ -212,6 +282,15 @@ def test_a_folder_that_is_a_file_is_refused(full, tmp_path):
         write_report(full, tmp_path / "out")
 
 
+BARE = '{"format": 1, "title": "t", "summary": [], "encoders": [], "results": [], "comparisons": [], "failures": [], '
+BARE += '"provenance": {}}'
+
+
+def test_a_report_without_pictures_is_read(tmp_path):
+    (tmp_path / "results.json").write_text(BARE)
+    assert read_report(tmp_path) == report(title="t")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -221,6 +300,7 @@ def test_a_folder_that_is_a_file_is_refused(full, tmp_path):
         ('{"format": 2}', "should be of format 1, is 2"),
         ('{"format": 1}', "is not a report"),
         ('{"format": 1, "title": "", "summary": [], "encoders": [{"colour": 1}]}', "is not a report"),
+        (BARE.replace("}}", '}, "pictures": {"cka": [{}]}}'), "is not a report"),
     ],
 )
 def test_what_is_not_a_report_is_refused(text, message, tmp_path):
@@ -266,6 +346,11 @@ def test_terminal_table_tells_cautions_and_failures(full):
     assert re.split(r"\s{2,}", row) == ["kNN accuracy", "0.87 [0.83, 0.91]", "failed", "0.86 [0.82, 0.90]"]
 
 
+def test_terminal_table_begins_with_the_notes(full):
+    plain = terminal_table(replace(full, notes=()))
+    assert terminal_table(full) == f"note: {full.notes[0]}\n\n{plain}"
+
+
 def test_terminal_table_hides_control_characters():
     assert "\x1b" not in terminal_table([result(task="a\x1b[31mb", encoder="\x1b[2Jc")])
 
@@ -292,8 +377,16 @@ def test_markdown_by_hand(full, tmp_path):
     lines = (tmp_path / "results.md").read_text().splitlines()
     assert "| kNN accuracy | **0.870** [0.830, 0.910] | 0.700 [0.660, 0.740] | 0.860 [0.820, 0.900] |" in lines
     assert "| kNN accuracy | **0.870** [0.830, 0.910] | failed | 0.860 [0.820, 0.900] |" in lines
-    assert "| kNN accuracy | after - teacher | -0.010 [-0.030, +0.010] | p = 0.321 |" in lines
+    assert "| kNN accuracy | after - teacher | -0.010 [-0.030, +0.010] | p = 0.321 | p = 0.642 over 2 tasks |" in lines
     assert "| breast | before | no probe converged |" in lines
+    assert "- 3 slides of oral were distilled on." in lines
+    assert "| kNN accuracy | Teacher | 0.870 [0.830, 0.910] | 0.86 \u00b1 0.01 | within | Table 2 |" in lines
+    assert "| teacher | 1.00 | 0.25 |" in lines
+    assert "| benign | 3 | 1 |" in lines
+    overview = (
+        "| oral | kNN accuracy | n = 100; k = 3; split: fixed | **0.870** [0.830, 0.910] | 0.700 [0.660, 0.740] |"
+    )
+    assert f"{overview} 0.860 [0.820, 0.900] |" in lines
 
 
 def test_markdown_rows_keep_their_columns_whatever_the_names(full, tmp_path):
@@ -431,6 +524,8 @@ def test_every_text_is_escaped_and_shown(full):
     shown = "".join(reader.texts) + "".join(str(v) for _, attributes in reader.tags for v in attributes.values())
     told = [bad.title, *bad.summary, bad.failures[0].reason, *bad.provenance, *bad.provenance.values()]
     told += [bad.results[0].task, bad.results[0].encoder, bad.results[0].metric, bad.results[0].estimate.method]
+    told += [*bad.notes, bad.expected[0].encoder, bad.expected[0].source, bad.pictures.slides[0].slide]
+    told += [*bad.pictures.projections[0].classes, *bad.pictures.confusions[0].classes, bad.pictures.cka[0].encoders[1]]
     told += [getattr(row, name) for row in bad.encoders for name in ("key", "name", "weights", "digest", "pooling")]
     for text in told:
         assert text in shown

@@ -1,6 +1,6 @@
 """Tasks on stores with planted features: joins, splits, leaks, duplicates, and figures that move the right way."""
 
-import csv
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -8,68 +8,22 @@ import pytest
 from sklearn.neighbors import KNeighborsClassifier
 
 from g2l_core.errors import LeakError, ManifestError, TaskError
+from g2l_core.metrics.results import Comparison, Estimate
 from g2l_core.store import schema
-from g2l_core.store.features import FeatureStore
-from g2l_core.task_data import TaskSpec, gather, parts
-from g2l_core.tasks import BenchSpec, evaluate_task
-
-PATIENTS, PATCHES = 8, 40
-
-
-def make_store(path, strength=None, *, duplicates=(), patients=PATIENTS):
-    """A store whose features say the class (and centre) as strongly as asked; `teacher` is given, others derive."""
-    rng = np.random.default_rng(0)
-    store = FeatureStore.create(path, grid={"patch_px": 16}, views={"seed": 0})
-    for key in strength:
-        store.add_encoder(key, {"digest": key, "weights_digest": key, "name": key, "weights": f"file:{key}", "dim": 12})
-    directions = rng.normal(size=(2, 12))
-    for p in range(patients):
-        kinds = np.arange(PATCHES) % 2
-        coords = np.stack([np.arange(PATCHES) * 16, np.zeros(PATCHES)], axis=1).astype(np.int32)
-        facts = {
-            "kind": "slide",
-            "source": "none",
-            "patch_px_level0": 16,
-            "level0_size": [PATCHES * 16, 16],
-            "labels": {
-                "patient_id": f"p{p}",
-                "medical_center": "north" if p % 2 else "south",
-                "split": "test" if p >= patients // 2 else "train",
-            },
-        }
-        params = np.zeros((PATCHES, 1, 2), np.float32)
-        slide = store.lay_slide(f"s{p}", facts, coords=coords, view_params=params, columns=["a", "b"], patch_ids=None)
-        hashes = (1 + p * PATCHES + np.arange(PATCHES)).astype(np.uint64)
-        for mine, theirs in duplicates:
-            if mine[0] == p:
-                hashes[mine[1]] = 1 + theirs[0] * PATCHES + theirs[1]
-        noise = rng.normal(size=(PATCHES, 12))
-        for key, (of_class, of_center) in strength.items():
-            features = noise + of_class * directions[0] * (2 * kinds[:, None] - 1)
-            features = features + of_center * directions[1] * (2 * (p % 2) - 1)
-            writer = slide.writer(key, digest=key, dim=12, n_views=1)
-            (shard,) = writer.missing([0])
-            writer.write(shard, features.astype(np.float32), hashes, np.zeros(PATCHES, np.uint8))
-    return store
-
-
-def write_labels(path, rows):
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def patch_labels(patients=PATIENTS):
-    return [
-        {"slide_id": f"s{p}", "x": str(i * 16), "y": "0", "kind": "ab"[i % 2]}
-        for p in range(patients)
-        for i in range(PATCHES)
-    ]
-
+from g2l_core.task_data import gather, parts
+from g2l_core.task_spec import KnnOptions, RobustnessOptions, TaskSpec
+from g2l_core.tasks import BenchSpec, adjusted_over_tasks, evaluate_task
+from tests.planted import PATCHES, PATIENTS, make_store, patch_labels, write_labels
 
 STRENGTH = {"teacher": (0.8, 0.0), "weak": (0.1, 0.8), "strong": (0.6, 0.1)}
-SPEC = TaskSpec(name="t", labels="labels.csv", label="kind", split="split", knn_k=5, robustness_k=(3, 5))
+SPEC = TaskSpec(
+    name="t",
+    labels="labels.csv",
+    label="kind",
+    split="split",
+    knn=KnnOptions(k=(5,)),
+    robustness=RobustnessOptions(k=(3, 5)),
+)
 BENCH = BenchSpec(encoders=("teacher", "weak", "strong"), baseline="weak", draws=300)
 
 
@@ -114,7 +68,7 @@ def test_gains_over_the_baseline_have_intervals_above_zero(outcome):
 def test_the_knn_figure_is_scikit_learn_s(planted, outcome):
     folder, store = planted
     rows = gather([store], SPEC, folder)
-    (train, test) = next(parts(rows, SPEC, 0))
+    (train, test) = parts(rows, SPEC, 0)[0]
     features = rows.features("weak").astype(np.float64)
     model = KNeighborsClassifier(5, metric="cosine", algorithm="brute").fit(features[train], rows.label[train])
     assert value(outcome, "knn_accuracy", "weak").value == pytest.approx(model.score(features[test], rows.label[test]))
@@ -150,7 +104,7 @@ def test_the_same_input_gives_the_same_figures(planted, outcome):
 
 def test_slide_labels_serve_without_a_label_file(planted):
     folder, store = planted
-    spec = TaskSpec(name="t", label="medical_center", split="split", metrics=("knn",), knn_k=3)
+    spec = TaskSpec(name="t", label="medical_center", split="split", metrics=("knn",), knn=KnnOptions(k=(3,)))
     rows = gather([store], spec, folder)
     assert set(rows.label) == {"north", "south"}
 
@@ -186,6 +140,12 @@ def test_a_shared_patient_is_a_leak(planted, tmp_path):
         gather([store], SPEC, tmp_path)
 
 
+def test_a_label_file_that_is_elsewhere(planted, tmp_path):
+    _, store = planted
+    with pytest.raises(ManifestError, match=r"there is no label file .*labels\.csv; it lies beside the task file"):
+        gather([store], SPEC, tmp_path)
+
+
 def test_a_label_file_with_absent_slides(planted, tmp_path):
     _, store = planted
     write_labels(tmp_path / "labels.csv", [*patch_labels(), {"slide_id": "zz", "x": "0", "y": "0", "kind": "a"}])
@@ -201,7 +161,7 @@ def test_missing_column_names_those_there_are(planted):
 
 def test_a_failing_metric_costs_itself_alone(planted):
     folder, store = planted
-    found = evaluate_task([store], replace(SPEC, knn_k=5000), BENCH, folder)
+    found = evaluate_task([store], replace(SPEC, knn=KnnOptions(k=(5000,))), BENCH, folder)
     assert {(f.encoder) for f in found.failures} == {"teacher", "weak", "strong"}
     assert all("k = 5000" in f.reason for f in found.failures)
     assert any(r.metric == "probe_auc" for r in found.results)
@@ -243,3 +203,129 @@ def test_unreadable_patches_are_left_out(tmp_path):
 def test_specs_that_cannot_be_evaluated(fields, words):
     with pytest.raises(TaskError, match=words):
         replace(SPEC, **fields)
+
+
+def test_patches_without_a_label_are_left_out_and_noted(planted, tmp_path):
+    _, store = planted
+    write_labels(tmp_path / "labels.csv", [{**row, "kind": row["kind"] * (row["x"] != "16")} for row in patch_labels()])
+    found = evaluate_task([store], SPEC, BENCH, tmp_path)
+    assert found.notes == ["task t: 8 of 320 patches have no kind and were left out"]
+    assert not found.failures
+
+
+def test_no_label_at_all(planted, tmp_path):
+    _, store = planted
+    write_labels(tmp_path / "labels.csv", [{**row, "kind": ""} for row in patch_labels()])
+    found = evaluate_task([store], SPEC, BENCH, tmp_path)
+    assert [f.reason for f in found.failures] == ["task t: no patch has a label 'kind' and a place in the split"]
+
+
+def test_copies_across_the_split_are_noted(tmp_path):
+    store = make_store(tmp_path / "s.zarr", {"teacher": (1, 0)}, duplicates=[((0, 3), (7, 5)), ((1, 1), (0, 5))])
+    write_labels(tmp_path / "labels.csv", patch_labels())
+    found = evaluate_task([store], SPEC, replace(BENCH, encoders=("teacher",), baseline=""), tmp_path)
+    assert found.notes == ["task t: 2 copies of patches were left out, 1 of them training copies of test patches"]
+
+
+def run_folder(path, slides):
+    (path / "student").mkdir(parents=True)
+    (path / "run.json").write_text(json.dumps({"rows": {"train": dict.fromkeys(slides, 40), "held_out": {}}}))
+    return f"run:{path / 'student'}"
+
+
+@pytest.mark.parametrize(
+    ("trained", "notes"),
+    [
+        (("s0", "s1", "s2"), []),
+        (("s0", "s7"), ["task t: 1 of 4 test slides were used to distill teacher: s7"]),
+        (
+            (f"s{p}" for p in range(8)),
+            ["task t: 4 of 4 test slides were used to distill teacher: s4, s5, s6 and 1 more"],
+        ),
+    ],
+)
+def test_slides_of_the_distillation_in_a_test_part_are_named(tmp_path, trained, notes):
+    store = make_store(tmp_path / "s.zarr", {"teacher": (1, 0)}, weights=run_folder(tmp_path / "run", trained))
+    write_labels(tmp_path / "labels.csv", patch_labels())
+    found = evaluate_task([store], SPEC, replace(BENCH, encoders=("teacher",), baseline=""), tmp_path)
+    assert found.notes == notes
+
+
+@pytest.mark.parametrize("content", [None, "{", "{}", "[]", '{"rows": 3}'])
+def test_a_run_that_is_gone_cannot_tell_its_slides(tmp_path, content):
+    store = make_store(tmp_path / "s.zarr", {"teacher": (1, 0)}, weights=f"run:{tmp_path / 'run' / 'student'}")
+    if content:
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "run.json").write_text(content)
+    write_labels(tmp_path / "labels.csv", patch_labels())
+    found = evaluate_task([store], SPEC, replace(BENCH, encoders=("teacher",), baseline=""), tmp_path)
+    (note,) = found.notes
+    assert note.endswith("run.json is not there to tell whether teacher was distilled on slides that it is tested on")
+
+
+def test_rows_that_are_not_finite_are_told_once_an_encoder(tmp_path):
+    store = make_store(tmp_path / "s.zarr", {"teacher": (1, 0), "weak": (0.5, 0)})
+    store.slide("s2")._array("features/weak")[3, 0, 5] = np.nan
+    write_labels(tmp_path / "labels.csv", patch_labels())
+    found = evaluate_task([store], SPEC, replace(BENCH, encoders=("teacher", "weak"), baseline=""), tmp_path)
+    (failure,) = found.failures
+    assert failure.encoder == "weak"
+    assert "features of weak hold NaN or infinity in 1 of 320 rows, first in row 3 of slide s2" in failure.reason
+    assert {r.encoder for r in found.results} == {"teacher"}
+
+
+def test_an_encoder_that_has_fewer_slides(tmp_path):
+    store = make_store(tmp_path / "s.zarr", {"teacher": (1, 0)})
+    store.add_encoder(
+        "part", {"digest": "part", "weights_digest": "part", "name": "part", "weights": "file:p", "dim": 3}
+    )
+    writer = store.slide("s0").writer("part", digest="part", dim=3, n_views=1)
+    (shard,) = writer.missing([0])
+    hashes = store.slide("s0").pixel_hash[:, 0]
+    writer.write(shard, np.ones((PATCHES, 3), np.float32), hashes, np.zeros(PATCHES, np.uint8))
+    write_labels(tmp_path / "labels.csv", patch_labels())
+    found = evaluate_task([store], SPEC, replace(BENCH, encoders=("teacher", "part"), baseline=""), tmp_path)
+    (failure,) = found.failures
+    assert failure.encoder == "part"
+    assert "part" in failure.reason
+    assert "s1" in failure.reason
+    assert "\n" not in failure.reason
+
+
+def test_fewer_members_than_neighbours_or_folds(planted):
+    folder, store = planted
+    found = evaluate_task([store], replace(SPEC, split="", folds=9, metrics=("knn", "cka")), BENCH, folder)
+    assert {f.reason for f in found.failures} == {
+        "knn: task t: class a is in 8 patients, fewer than the 9 folds; use fewer"
+    }
+    assert any(r.metric == "cka_debiased" for r in found.results)
+
+
+def test_a_class_with_fewer_patches_than_neighbours_is_noted(planted, tmp_path):
+    _, store = planted
+    rows = [
+        {**row, "kind": "c" if row["slide_id"] in ("s0", "s7") and row["x"] == "0" else row["kind"]}
+        for row in patch_labels()
+    ]
+    write_labels(tmp_path / "labels.csv", rows)
+    found = evaluate_task([store], replace(SPEC, metrics=("knn",)), BENCH, tmp_path)
+    assert found.notes == ["task t: training patches of class c number 1, fewer than the k = 5 that vote"]
+    assert not found.failures
+
+
+def test_p_values_are_adjusted_over_tasks():
+    def compared(task, metric, p_value):
+        nothing = Estimate(value=0.1)
+        return Comparison(task=task, metric=metric, encoder="b", reference="a", difference=nothing, p_value=p_value)
+
+    rows = [
+        compared("x", "m", 0.01),
+        compared("y", "m", 0.04),
+        compared("x", "n", 0.04),
+        compared("z", "m", float("nan")),
+    ]
+    adjusted = adjusted_over_tasks(rows)
+    assert [row.p_holm for row in adjusted[:3]] == [0.02, 0.04, 0.04]
+    assert [row.tests for row in adjusted] == [2, 2, 1, 2]
+    assert np.isnan(adjusted[3].p_holm)
+    assert [row.p_value for row in adjusted[:3]] == [0.01, 0.04, 0.04]

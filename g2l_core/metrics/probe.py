@@ -4,22 +4,20 @@ Scores take a leading axis of draws, so that a bootstrap computes thousands at o
 for those of a confusion matrix, `statistics.of_weights` for the area under the ROC curve).
 """
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float, Float64, Int64, Num, Shaped
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import log_loss
 from sklearn.model_selection import StratifiedGroupKFold
-from sklearn.pipeline import Pipeline, make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from g2l_core.errors import TaskError
+from g2l_core.metrics import logistic
 from g2l_core.metrics.similarity import require_finite
-from g2l_core.metrics.statistics import cluster_codes, require_aligned
+from g2l_core.metrics.statistics import Statistic, cluster_codes, of_weights, require_aligned
+
+_COUNTED_CLUSTERS = 512
+"""Up to so many clusters, counting the pairs of each two costs less than 1,000 draws."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +30,7 @@ class ProbeResult:
     c: float
     """The inverse penalty that was used: scikit-learn's C."""
     converged: bool
-    """False where L-BFGS stopped early in any fit, those of the folds included."""
+    """False where L-BFGS stopped before `logistic.GRADIENT_TOLERANCE` in any fit, those of the folds included."""
 
     @property
     def predictions(self) -> Shaped[np.ndarray, " test"]:
@@ -54,7 +52,7 @@ def linear_probe(
     """Multinomial logistic regression on features standardised with the training part's mean and deviation.
 
     Args:
-        train: Features of the training rows; cast to float64.
+        train: Features of the training rows: up to 4 million values are fitted in float64, more in float32.
         labels: The class of each.
         test: Features of the test rows.
         c_values: The inverse L2 penalty, against the *sum* of the training losses. Of several, the one with
@@ -73,34 +71,22 @@ def linear_probe(
     require_aligned(train_dim=train.shape[1], test_dim=test.shape[1])
     require_finite(train, "the training features")
     require_finite(test, "the test features")
-    classes = np.unique(labels)
+    classes, codes = np.unique(labels, return_inverse=True)
     if len(classes) < 2:
         raise TaskError(f"a probe needs two classes at least; all {len(labels):,} labels are {classes[0]}")
-    train = train.astype(np.float64)
     c, folds_converged = c_values[0], True
     if len(c_values) > 1:
         parts = _folds(labels, groups, folds, seed)
-        c, folds_converged = _choose_c(train, labels, parts, sorted(c_values), max_iterations)
-    model, converged = _fit(train, labels, c, max_iterations)
+        c, folds_converged = _choose_c(train, codes, parts, sorted(c_values), max_iterations)
+    scaling = logistic.scaling_of(train)
+    design = logistic.design_of(train, codes, len(classes), scaling)
+    weights, converged = logistic.fit(design, c, max_iterations=max_iterations)
     return ProbeResult(
         classes=classes,
-        probabilities=model.predict_proba(test.astype(np.float64)),
+        probabilities=logistic.probabilities(test, scaling, weights),
         c=c,
         converged=converged and folds_converged,
     )
-
-
-def _fit(
-    features: Float64[np.ndarray, "row dim"], labels: Shaped[np.ndarray, " row"], c: float, iterations: int
-) -> tuple[Pipeline, bool]:
-    """The fitted model, and whether L-BFGS reached its tolerance."""
-    model = make_pipeline(StandardScaler(), LogisticRegression(C=c, tol=1e-6, max_iter=iterations))
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        model.fit(features, labels)
-    for other in (w for w in caught if not issubclass(w.category, ConvergenceWarning)):
-        warnings.warn_explicit(other.message, other.category, other.filename, other.lineno)
-    return model, not any(issubclass(w.category, ConvergenceWarning) for w in caught)
 
 
 def _folds(
@@ -122,21 +108,23 @@ def _folds(
 
 
 def _choose_c(
-    features: Float64[np.ndarray, "row dim"],
-    labels: Shaped[np.ndarray, " row"],
-    parts: Sequence[tuple[Int64[np.ndarray, " fit"], Int64[np.ndarray, " held"]]],
+    features: Float[np.ndarray, "row dim"],
+    codes: Int64[np.ndarray, " row"],
+    parts: Sequence[tuple[Int64[np.ndarray, "_"], Int64[np.ndarray, "_"]]],
     c_values: Sequence[float],
     iterations: int,
 ) -> tuple[float, bool]:
-    """The C with the least mean log loss, and whether every fit converged."""
-    losses, converged = [], True
-    for c in c_values:
-        loss = 0.0
-        for fit, held in parts:
-            model, reached = _fit(features[fit], labels[fit], c, iterations)
-            loss += log_loss(labels[held], model.predict_proba(features[held]), labels=model.classes_)
+    """The C with the least mean log loss, and whether every fit converged; each starts from the C before."""
+    losses, converged = np.zeros(len(c_values)), True
+    for fit, held in parts:
+        scaling = logistic.scaling_of(features[fit])
+        design = logistic.design_of(features[fit], codes[fit], int(codes.max()) + 1, scaling)
+        weights = None
+        for i, c in enumerate(c_values):
+            weights, reached = logistic.fit(design, c, start=weights, max_iterations=iterations)
+            logs = logistic.log_probabilities(features[held], scaling, weights)
+            losses[i] -= logs[np.arange(len(held)), codes[held]].mean()
             converged &= reached
-        losses.append(loss)
     return c_values[int(np.argmin(losses))], converged
 
 
@@ -236,6 +224,54 @@ def macro_auc(
     parts = [_pair_counts(truth == classes[c], probabilities[:, c], weights) for c in columns]
     concordant, pairs = (np.stack(values, axis=1) for values in zip(*parts, strict=True))
     return _mean_of_defined(concordant, pairs)
+
+
+def auc_statistic(
+    truth: Shaped[np.ndarray, " row"],
+    probabilities: Float64[np.ndarray, "probability_row column"],
+    classes: Shaped[np.ndarray, " class"],
+    clusters: Shaped[np.ndarray, " cluster_row"],
+) -> Statistic:
+    """`macro_auc` for the cluster bootstrap.
+
+    Of up to 512 clusters, the ordered pairs between each two are counted once; a draw that takes them u and v times
+    has u v times as many. Of more, each draw counts anew.
+
+    Raises:
+        TaskError: As `macro_auc`.
+    """
+    macro_auc(truth, probabilities, classes)
+    require_aligned(truth=len(truth), clusters=len(clusters))
+    codes, count = cluster_codes(clusters)
+    if count > _COUNTED_CLUSTERS:
+        return of_weights(lambda weights: macro_auc(truth, probabilities, classes, weights), clusters)
+    columns = [1] if len(classes) == 2 else range(len(classes))
+    parts = [_cluster_pairs(truth == classes[c], probabilities[:, c], codes, count) for c in columns]
+    concordant, pairs = (np.stack(values) for values in zip(*parts, strict=True))
+
+    def statistic(drawn: Int64[np.ndarray, "draw cluster"]) -> Float64[np.ndarray, " draw"]:
+        times = drawn.astype(np.float64)
+        return _mean_of_defined(*(((times @ counts) * times).sum(axis=2).T for counts in (concordant, pairs)))
+
+    return statistic
+
+
+def _cluster_pairs(
+    positive: Bool[np.ndarray, " row"],
+    scores: Float64[np.ndarray, " row"],
+    codes: Int64[np.ndarray, " row"],
+    count: int,
+) -> tuple[Float64[np.ndarray, "cluster cluster"], Float64[np.ndarray, "cluster cluster"]]:
+    """Pairs of a positive row of one cluster and a negative of another: those in order (ties one half), and all."""
+    order = np.argsort(scores)
+    above = order[positive[order]]
+    concordant = np.zeros((count, count))
+    for cluster in range(count):
+        below = np.sort(scores[~positive & (codes == cluster)])
+        twice = np.searchsorted(below, scores[above]) + np.searchsorted(below, scores[above], side="right")
+        concordant[:, cluster] = np.bincount(codes[above], weights=twice / 2, minlength=count)
+    sizes = [np.bincount(codes[chosen], minlength=count).astype(np.float64) for chosen in (positive, ~positive)]
+    return concordant, np.outer(*sizes)
 
 
 def _pair_counts(

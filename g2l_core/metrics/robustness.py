@@ -8,14 +8,24 @@ Of a query's k nearest neighbours, those of its own slide left out, count
 
 Sums of these counts over queries give both indices, so a bootstrap over slides or patients only sums again;
 the neighbours stay those of the whole data.
+
+Neighbours are sought among all rows, or in the paired design: within balanced subsets of two classes and two
+centres. There SO and OS are equally likely by chance, if a slide holds one class: 1/2 means that neither
+dominates. (Where slides hold both classes, leaving out the query's slide takes some OS away.)
 """
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations, product
+
 import numpy as np
-from jaxtyping import Float64, Int64, Num, Shaped
+from jaxtyping import Bool, Float, Float64, Int64, Num, Shaped
 
 from g2l_core.errors import TaskError
-from g2l_core.metrics.neighbors import Neighbors
-from g2l_core.metrics.statistics import require_aligned
+from g2l_core.metrics.neighbors import Neighbors, knn_predict, nearest
+from g2l_core.metrics.probe import balanced_accuracy, confusion
+from g2l_core.metrics.statistics import cluster_codes, require_aligned
+from g2l_core.randomness import keyed_generator
 
 
 def robustness_counts(
@@ -52,6 +62,12 @@ def robustness_counts(
             "no neighbour is of its query's medical centre; "
             "as those of the same slide are left out, some centre needs two slides at least"
         )
+    return _count_kinds(same_class, same_center)
+
+
+def _count_kinds(
+    same_class: Bool[np.ndarray, "row k"], same_center: Bool[np.ndarray, "row k"]
+) -> Int64[np.ndarray, "row 3"]:
     kinds = (same_class & same_center, same_class & ~same_center, ~same_class & same_center)
     return np.stack([kind.sum(axis=1) for kind in kinds], axis=1)
 
@@ -92,3 +108,185 @@ def pathorob_index(totals: Num[np.ndarray, "draw 3"]) -> Float64[np.ndarray, " d
 
 def _ratio(above: Num[np.ndarray, " draw"], below: Num[np.ndarray, " draw"]) -> Float64[np.ndarray, " draw"]:
     return np.divide(above, below, out=np.full(len(above), np.nan), where=below > 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Combination:
+    """A balanced subset: two classes in two centres, equally many rows of each of the four strata."""
+
+    classes: Shaped[np.ndarray, "2"]
+    centers: Shaped[np.ndarray, "2"]
+    rows: Int64[np.ndarray, " row"]
+    """Ascending."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairedCounts:
+    """Neighbours of each kind in the paired design, for one k."""
+
+    counts: Int64[np.ndarray, "row 3"]
+    """SS, SO and OS of each row, summed over the combinations that it is in: what a bootstrap sums."""
+    combinations: Int64[np.ndarray, "combination 3"]
+    """The same, summed over the rows of each combination."""
+    occurrences: int
+    """Rows, each counted as often as it is in a combination."""
+    informative: int
+    """Those of them that have a neighbour of kind SO or OS among the k."""
+    class_accuracy: float
+    """Balanced accuracy of the k nearest neighbours' vote for the class, the mean over combinations."""
+
+    @property
+    def support(self) -> float:
+        """The share of occurrences that the index rests on; an index over a thin support says little."""
+        return self.informative / self.occurrences
+
+
+def paired_combinations(
+    biological_classes: Shaped[np.ndarray, " row"],
+    medical_centers: Shaped[np.ndarray, " center_row"],
+    slides: Shaped[np.ndarray, " slide_row"],
+    *,
+    k: int,
+    rows_per_stratum: int | None = None,
+    seed: int,
+) -> tuple[Combination, ...]:
+    """All pairs of classes with all pairs of centres, as balanced subsets: PathoROB's 2x2 design.
+
+    A stratum is the rows of one class in one centre. It takes part if it has two slides at least, else a query
+    in it has no neighbour of kind SS. The four strata of a combination give as many rows as the smallest has,
+    taken from their slides by turns, in an order that the seed and the stratum's name decide.
+
+    Args:
+        biological_classes: The tissue class of each row.
+        medical_centers: The centre of each row.
+        slides: The slide (or patient) of each row.
+        k: Combinations in which some query would have fewer than k rows of other slides are left out.
+        rows_per_stratum: At most so many rows of each stratum, 2 at least; None is no limit.
+        seed: Of the draw of rows.
+
+    Raises:
+        TaskError: If the lengths differ, a number is too small, or no combination is left.
+
+    References:
+        Kömen et al. (2025), arXiv 2507.17845, section on the robustness index (TCGA-2x2).
+    """
+    require_aligned(classes=len(biological_classes), centers=len(medical_centers), slides=len(slides))
+    if k < 1 or (rows_per_stratum is not None and rows_per_stratum < 2):
+        raise TaskError(f"k is at least 1 and rows_per_stratum at least 2; got {k} and {rows_per_stratum}")
+    strata = _strata(biological_classes, medical_centers, slides, seed)
+    class_pairs = combinations(np.unique(biological_classes), 2)
+    center_pairs = list(combinations(np.unique(medical_centers), 2))
+    found = []
+    for classes, centers in product(class_pairs, center_pairs):
+        names = list(product(classes, centers))
+        if all(name in strata for name in names):
+            size = min([len(strata[name]) for name in names] + [rows_per_stratum or len(slides)])
+            rows = np.sort(np.concatenate([strata[name][:size] for name in names]))
+            if len(rows) - np.unique(slides[rows], return_counts=True)[1].max() >= k:
+                found.append(Combination(classes=np.array(classes), centers=np.array(centers), rows=rows))
+    if not found:
+        raise TaskError(
+            "the paired design needs two classes that both occur in two centres, on two slides at least in each, "
+            f"with {k} rows of other slides for every query; no four strata do (use a smaller k, or the unpaired index)"
+        )
+    return tuple(found)
+
+
+def _strata(
+    classes: Shaped[np.ndarray, " row"],
+    centers: Shaped[np.ndarray, " row"],
+    slides: Shaped[np.ndarray, " row"],
+    seed: int,
+) -> dict[tuple[object, object], Int64[np.ndarray, " member"]]:
+    """The rows of each (class, centre) on two slides at least, in the order in which they are taken."""
+    strata = {}
+    for name in product(np.unique(classes), np.unique(centers)):
+        rows = np.flatnonzero((classes == name[0]) & (centers == name[1]))
+        if len(np.unique(slides[rows])) > 1:
+            drawn = keyed_generator("paired design", seed, *map(str, name)).permutation(rows)
+            strata[name] = drawn[np.argsort(_turns(slides[drawn]), kind="stable")]
+    return strata
+
+
+def _turns(slides: Shaped[np.ndarray, " row"]) -> Int64[np.ndarray, " row"]:
+    """How many rows of the same slide come before each row."""
+    codes, _ = cluster_codes(slides)
+    order = np.argsort(codes, kind="stable")
+    turns = np.empty(len(codes), np.int64)
+    turns[order] = np.arange(len(codes)) - np.searchsorted(codes[order], codes[order])
+    return turns
+
+
+def paired_counts(
+    features: Float[np.ndarray, "row dim"],
+    biological_classes: Shaped[np.ndarray, " row"],
+    medical_centers: Shaped[np.ndarray, " row"],
+    slides: Shaped[np.ndarray, " row"],
+    design: Sequence[Combination],
+    *,
+    ks: Sequence[int],
+) -> Mapping[int, PairedCounts]:
+    """Counts neighbours by the cosine within each combination, those of the query's slide left out.
+
+    The index of the design is `pathorob_index` of the summed `counts`: evidence is pooled over combinations,
+    every neighbour of kind SO or OS weighing the same. So does croma (1.0), which however lets a query with
+    fewer than k rows of other slides vote with fewer; here that is an error. PathoROB's published code keeps
+    only the last combination of a patch that is in several, so it agrees where no two share a patch.
+
+    Args:
+        features: Of any float type, not normalised.
+        biological_classes: The tissue class of each row.
+        medical_centers: The centre of each row.
+        slides: The slide (or patient) of each row.
+        design: From `paired_combinations`, for the greatest of `ks`.
+        ks: Numbers of neighbours.
+
+    Returns:
+        The counts at each k.
+
+    Raises:
+        TaskError: If there is no k or no combination, a query has too few rows to choose from, or a row is
+            zero or NaN.
+    """
+    if not ks or not design:
+        raise TaskError(f"paired counts need a k and a combination; got ks {list(ks)}, {len(design)} combinations")
+    parts = [
+        _within(features[rows], biological_classes[rows], medical_centers[rows], slides[rows], ks)
+        for rows in (combination.rows for combination in design)
+    ]
+    return {k: _pooled([part[k] for part in parts], design, len(features)) for k in ks}
+
+
+def _within(
+    features: Float[np.ndarray, "row dim"],
+    classes: Shaped[np.ndarray, " row"],
+    centers: Shaped[np.ndarray, " row"],
+    slides: Shaped[np.ndarray, " row"],
+    ks: Sequence[int],
+) -> dict[int, tuple[Int64[np.ndarray, "row 3"], float]]:
+    """For each k, every row's counts within one combination, and the balanced accuracy of the class's vote."""
+    graph = nearest(features, None, max(ks), groups=slides)
+    same_class = classes[graph.indices] == classes[:, None]
+    same_center = centers[graph.indices] == centers[:, None]
+    return {
+        k: (
+            _count_kinds(same_class[:, :k], same_center[:, :k]),
+            float(balanced_accuracy(confusion(classes, knn_predict(graph, classes, k=k)))[0]),
+        )
+        for k in ks
+    }
+
+
+def _pooled(
+    parts: Sequence[tuple[Int64[np.ndarray, "_ 3"], float]], design: Sequence[Combination], rows: int
+) -> PairedCounts:
+    counts = np.zeros((rows, 3), np.int64)
+    for combination, (found, _) in zip(design, parts, strict=True):
+        counts[combination.rows] += found
+    return PairedCounts(
+        counts=counts,
+        combinations=np.stack([found.sum(axis=0) for found, _ in parts]),
+        occurrences=sum(len(found) for found, _ in parts),
+        informative=sum(int(found[:, 1:].any(axis=1).sum()) for found, _ in parts),
+        class_accuracy=float(np.mean([accuracy for _, accuracy in parts])),
+    )

@@ -216,7 +216,7 @@ def linear_cka(moments: CkaMoments, *, debiased: bool) -> float:
     return hsic(moments, 0, 1) / (sqrt(own[0]) * sqrt(own[1]))
 
 
-def _leave_out_each(
+def leave_out_each(
     x: Float[np.ndarray, "row dim_x"],
     y: Float[np.ndarray, "row_y dim_y"],
     clusters: Shaped[np.ndarray, " cluster_row"],
@@ -224,13 +224,13 @@ def _leave_out_each(
 ) -> tuple[float, Float64[np.ndarray, " group"]]:
     """CKA of all rows, and without each group of clusters."""
     require_aligned(x=len(x), y=len(y), clusters=len(clusters))
-    groups, count = _groups(clusters)
+    groups, count = jackknife_groups(clusters)
     by_kernel = len(x) <= x.shape[1] + y.shape[1]  # whichever matrices are the smaller
     whole, without = (_leave_out_of_kernels if by_kernel else _leave_out_of_moments)(x, y, groups, count, debiased)
     return whole, np.array(without if count > 1 else [])
 
 
-def _groups(clusters: Shaped[np.ndarray, " row"]) -> tuple[Int64[np.ndarray, " row"], int]:
+def jackknife_groups(clusters: Shaped[np.ndarray, " row"]) -> tuple[Int64[np.ndarray, " row"], int]:
     """The clusters themselves, or, where they are many, `MOST_GROUPS` equal random groups of whole clusters."""
     codes, count = cluster_codes(clusters)
     if count <= MOST_GROUPS:
@@ -265,8 +265,8 @@ def _leave_out_of_kernels(
     require_finite(y, "y")
     kernels = [_kernel(features) for features in (x, y)]
     kept = [np.flatnonzero(groups != g) for g in range(count)] if count > 1 else []
-    without = [_kernel_cka(*(k[np.ix_(rows, rows)] for k in kernels), debiased=debiased) for rows in kept]
-    return _kernel_cka(kernels[0], kernels[1], debiased=debiased), without
+    without = [kernel_cka(*(k[np.ix_(rows, rows)] for k in kernels), debiased=debiased) for rows in kept]
+    return kernel_cka(kernels[0], kernels[1], debiased=debiased), without
 
 
 def _kernel(features: Float[np.ndarray, "row dim"]) -> Float64[np.ndarray, "row row"]:
@@ -274,8 +274,17 @@ def _kernel(features: Float[np.ndarray, "row dim"]) -> Float64[np.ndarray, "row 
     return centred @ centred.T
 
 
-def _kernel_cka(k: Float64[np.ndarray, "row row"], other: Float64[np.ndarray, "row row"], *, debiased: bool) -> float:
-    """The same figure as `linear_cka`, from the kernels K = XX' and L = YY' of the same rows."""
+def kernel_cka(k: Float64[np.ndarray, "row row"], other: Float64[np.ndarray, "row row"], *, debiased: bool) -> float:
+    """Centred kernel alignment of two kernels; of XX' and YY', the same figure as `linear_cka`.
+
+    Args:
+        k: The kernel of each two rows in one encoder.
+        other: That of the same rows in the other.
+        debiased: See `linear_cka`.
+
+    Raises:
+        TaskError: If there are fewer than four rows, or a kernel is constant but for rounding.
+    """
     n = len(k)
     if n < 4:
         raise TaskError(f"CKA needs at least 4 rows; got {n}")
@@ -306,13 +315,13 @@ def _hollow_hsic(k: Float64[np.ndarray, "row row"], other: Float64[np.ndarray, "
     return float(np.vdot(k, other) + correction)
 
 
-def _unit(clusters: Shaped[np.ndarray, " row"], unit: str) -> str:
+def jackknife_unit(clusters: Shaped[np.ndarray, " row"], unit: str) -> str:
     """What is left out at a time, in words."""
     _, count = cluster_codes(clusters)
     return unit if count <= MOST_GROUPS else f"groups of {count} {unit}"
 
 
-def _jackknife(value: float, without: Float64[np.ndarray, " cluster"], unit: str) -> tuple[Estimate, float]:
+def jackknife(value: float, without: Float64[np.ndarray, " cluster"], unit: str) -> tuple[Estimate, float]:
     """The t interval and two-sided p-value (against 0) from the figures without each cluster."""
     count = len(without)
     if count < 2:
@@ -357,7 +366,7 @@ def cka_interval(
         Efron & Tibshirani, An Introduction to the Bootstrap (1993), equation 11.5; U-statistics: Arvesen,
         Jackknifing U-Statistics (1969).
     """
-    return _jackknife(*_leave_out_each(x, y, clusters, debiased), _unit(clusters, unit))[0]
+    return jackknife(*leave_out_each(x, y, clusters, debiased), jackknife_unit(clusters, unit))[0]
 
 
 def cka_difference(
@@ -388,6 +397,6 @@ def cka_difference(
     Raises:
         TaskError: As `cka_interval`.
     """
-    value, without = _leave_out_each(x, y, clusters, debiased)
-    reference_value, reference_without = _leave_out_each(reference, y, clusters, debiased)
-    return _jackknife(value - reference_value, without - reference_without, _unit(clusters, unit))
+    value, without = leave_out_each(x, y, clusters, debiased)
+    reference_value, reference_without = leave_out_each(reference, y, clusters, debiased)
+    return jackknife(value - reference_value, without - reference_without, jackknife_unit(clusters, unit))

@@ -6,10 +6,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 from sklearn import metrics as sk
+from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedGroupKFold
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from g2l_core.errors import TaskError
-from g2l_core.metrics.probe import accuracy, balanced_accuracy, confusion, linear_probe, macro_auc, macro_f1
+from g2l_core.metrics import logistic, probe
+from g2l_core.metrics.probe import (
+    accuracy,
+    auc_statistic,
+    balanced_accuracy,
+    confusion,
+    linear_probe,
+    macro_auc,
+    macro_f1,
+)
+from g2l_core.metrics.statistics import of_weights
 
 
 def problem(seed, classes=3, n=150, dim=6, noise=1.5):
@@ -50,6 +63,28 @@ def test_probabilities_are_those_of_the_penalised_maximum(c):
     np.testing.assert_allclose(result.probabilities, expected, atol=1e-4)
     assert result.converged
     assert result.c == c
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+@pytest.mark.parametrize("c", [0.01, 1.0, 100.0])
+@pytest.mark.parametrize("doubles", [0, 1 << 22])
+def test_equals_scikit_learn_in_either_precision(classes, c, doubles, monkeypatch):
+    monkeypatch.setattr(logistic, "_DOUBLE_VALUES", doubles)
+    features, labels = problem(8, classes, n=400, dim=20, noise=2.0)
+    features = features.astype(np.float16)
+    result = linear_probe(features[:300], labels[:300], features[300:], c_values=(c,), seed=0)
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=c, tol=1e-9, max_iter=5000))
+    expected = model.fit(features[:300].astype(np.float64), labels[:300]).predict_proba(features[300:].astype(float))
+    assert result.converged
+    np.testing.assert_allclose(result.probabilities, expected, atol=1e-4)
+
+
+def test_nearly_collinear_features_take_few_iterations():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(3, size=600)
+    shared = rng.standard_normal((600, 1)) * 30
+    features = (shared + rng.standard_normal((600, 40)) + rng.standard_normal((3, 40))[labels]).astype(np.float32)
+    assert linear_probe(features, labels, features, max_iterations=60, seed=0).converged
 
 
 def test_scale_and_shift_of_a_feature_do_not_matter():
@@ -166,6 +201,28 @@ def test_macro_auc_equals_scikit_learns_own():
     result = linear_probe(features[:100], labels[:100], features[100:], seed=0)
     expected = sk.roc_auc_score(labels[100:], result.probabilities, multi_class="ovr", average="macro")
     assert macro_auc(labels[100:], result.probabilities, result.classes)[0] == pytest.approx(expected, abs=1e-12)
+
+
+@given(seed=st.integers(0, 2**32 - 1), classes=st.integers(2, 4), decimals=st.sampled_from([1, 9]))
+def test_counted_pairs_of_clusters_equal_weighted_rows(seed, classes, decimals):
+    rng = np.random.default_rng(seed)
+    truth = np.r_[np.arange(classes), rng.integers(classes, size=50)]
+    scores = np.round(rng.dirichlet(np.ones(classes), size=len(truth)), decimals)
+    patients = rng.integers(6, size=len(truth))
+    count = len(np.unique(patients))
+    drawn = rng.multinomial(count, np.full(count, 1 / count), size=20)
+    got = auc_statistic(truth, scores, np.arange(classes), patients)(drawn)
+    expected = of_weights(lambda w: macro_auc(truth, scores, np.arange(classes), w), patients)(drawn)
+    np.testing.assert_allclose(got, expected, atol=1e-12)
+
+
+def test_many_clusters_are_weighted_row_by_row(monkeypatch):
+    rng = np.random.default_rng(0)
+    truth, scores = rng.integers(3, size=90), rng.dirichlet(np.ones(3), size=90)
+    drawn = rng.multinomial(30, np.full(30, 1 / 30), size=20)
+    counted = auc_statistic(truth, scores, np.arange(3), np.arange(90) % 30)(drawn)
+    monkeypatch.setattr(probe, "_COUNTED_CLUSTERS", 29)
+    np.testing.assert_allclose(auc_statistic(truth, scores, np.arange(3), np.arange(90) % 30)(drawn), counted)
 
 
 def test_of_two_classes_the_second_ones_score_counts():

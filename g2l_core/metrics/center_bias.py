@@ -1,0 +1,273 @@
+"""What the medical centre does to a probe: how well features tell it, and what a biased training set costs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Float64, Int64, Num, Shaped
+from scipy.stats.contingency import association
+
+from g2l_core.errors import TaskError
+from g2l_core.metrics.folds import stratified_group_folds
+from g2l_core.metrics.probe import balanced_accuracy, linear_probe
+from g2l_core.metrics.statistics import cluster_codes, require_aligned
+from g2l_core.randomness import keyed_generator
+
+
+def predict_centers(
+    features: Float[np.ndarray, "row dim"],
+    medical_centers: Shaped[np.ndarray, " center_row"],
+    slides: Shaped[np.ndarray, " slide_row"],
+    *,
+    c: float = 1.0,
+    folds: int = 5,
+    seed: int,
+) -> Shaped[np.ndarray, " row"]:
+    """The centre that a linear probe, fitted on other slides, predicts for each row.
+
+    `probe.confusion(medical_centers, predicted, slides)` gives the sums for `probe.balanced_accuracy` and its
+    interval over slides. By chance it is 1 / the number of centres; beside it stands `centers_told_by_class`.
+    (By neighbours instead: `neighbors.nearest` with the slides as groups, then `neighbors.knn_predict`.)
+
+    Args:
+        features: Of any float type.
+        medical_centers: The centre of each row.
+        slides: The slide, better the patient, of each row: none is fitted on and predicted.
+        c: The probe's inverse penalty (`probe.linear_probe`).
+        folds: Number of folds over slides.
+        seed: Deals the slides into folds.
+
+    Raises:
+        TaskError: If there is one centre only, a centre has fewer slides than folds, the lengths differ, or a
+            feature is not finite.
+    """
+    require_aligned(features=len(features), centers=len(medical_centers), slides=len(slides))
+    predicted = np.empty_like(medical_centers)
+    for fit, held in stratified_group_folds(medical_centers, slides, folds, seed=seed):
+        probe = linear_probe(features[fit], medical_centers[fit], features[held], c_values=(c,), seed=seed)
+        predicted[held] = probe.predictions
+    return predicted
+
+
+def centers_told_by_class(
+    medical_centers: Shaped[np.ndarray, " row"], biological_classes: Shaped[np.ndarray, " class_row"]
+) -> float:
+    """The best balanced accuracy of predicting the centre from the class alone.
+
+    Where centres have different classes, features that hold nothing but biology tell the centre this well; what
+    is above it cannot come from the class. It is 1 / centres where the classes are spread alike.
+
+    Args:
+        medical_centers: The centre of each row.
+        biological_classes: The tissue class of each row.
+
+    Returns:
+        The mean over centres of the share of rows that the rule "each class to the centre with the greatest
+        share of it" gets right: (1 / centres) times the sum over classes of max P(class | centre).
+
+    Raises:
+        TaskError: If the lengths differ.
+    """
+    require_aligned(centers=len(medical_centers), classes=len(biological_classes))
+    center, centers = cluster_codes(medical_centers)
+    klass, classes = cluster_codes(biological_classes)
+    table = np.zeros((classes, centers))
+    np.add.at(table, (klass, center), 1)
+    return float((table / table.sum(axis=0)).max(axis=1).sum() / centers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BiasDesign:
+    """How training sets of growing centre bias are made, all of the same size and class balance."""
+
+    centers: Sequence[object]
+    """In the domain: trained and tested on. No more than there are classes, so that each can stand for one."""
+    slides_per_class: int
+    """Slides of each class in every training set; a multiple of the number of centres."""
+    rows_per_slide: int
+    """Rows of each class that a slide gives; one with fewer is not used for the class."""
+    test_slides: int = 1
+    """Slides of each class and centre that are held out."""
+    levels: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    """Bias b, ascending from 0: a class takes the share (1 - b) / centres + b from the centre that stands for
+    it, and (1 - b) / centres from every other."""
+    repeats: int = 20
+    """Times that slides are dealt out anew, and that classes are assigned to centres."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BiasedProbes:
+    """What probes that were fitted on sets of growing bias make of test sets that stay the same."""
+
+    cramers_v: Float64[np.ndarray, " level"]
+    """Of class and centre in the training set, as slides allow it, mean over repeats: 0 to 1."""
+    in_domain: Int64[np.ndarray, "slide level repeat class class"]
+    """Counts [truth, predicted] on held-out slides of the training centres; slides in sorted order."""
+    out_of_domain: Int64[np.ndarray, "slide level repeat class class"]
+    """The same on all rows of other centres; all 0 where there is none."""
+
+
+def biased_probes(
+    features: Float[np.ndarray, "row dim"],
+    biological_classes: Shaped[np.ndarray, " class_row"],
+    medical_centers: Shaped[np.ndarray, " center_row"],
+    slides: Shaped[np.ndarray, " slide_row"],
+    design: BiasDesign,
+    *,
+    c: float = 1.0,
+    seed: int,
+) -> BiasedProbes:
+    """Fits a probe for the class at each level of centre bias, and tests all of a repeat on the same rows.
+
+    In a repeat, every centre holds out `test_slides` slides of each class; the rest are put in an order, and each
+    level takes as many from the front as its shares say. So the number of slides, of rows and of rows of a class
+    does not change with the bias, and test rows have every class equally often from every centre.
+
+    It is PathoROB's experiment for any numbers of classes and centres, with the probe of `probe.linear_probe`
+    at a fixed penalty; PathoROB has a table of counts for each data set, does not standardise features, and
+    chooses the penalty on rows as biased as the training set.
+
+    Args:
+        features: Of any float type.
+        biological_classes: What the probe predicts.
+        medical_centers: The centre of each row.
+        slides: The slide, better the patient, of each row: none is fitted on and tested.
+        design: How the training sets are made.
+        c: The probe's inverse penalty.
+        seed: Deals out slides, rows, and classes to centres.
+
+    Raises:
+        TaskError: If the design cannot be met: the message says by which class in which centre.
+
+    References:
+        Kömen et al. (2025), arXiv 2507.17845, section on the average performance drop.
+    """
+    require_aligned(
+        features=len(features), classes=len(biological_classes), centers=len(medical_centers), slides=len(slides)
+    )
+    classes, truth = np.unique(biological_classes, return_inverse=True)
+    _require_design(design, classes)
+    slide, count = cluster_codes(slides)
+    shape = (count, len(design.levels), design.repeats, len(classes), len(classes))
+    inside, outside = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    bias = np.zeros(len(design.levels))
+    others = np.flatnonzero(~np.isin(medical_centers, np.array(design.centers)))
+    for repeat in range(design.repeats):
+        rng = keyed_generator("centre bias", seed, repeat)
+        train, test = _deal(truth, medical_centers, slide, classes, design, rng)
+        stands_for = rng.permutation(len(classes)) % len(design.centers)
+        for level, b in enumerate(design.levels):
+            shares = _slides_of_strata(b, stands_for, design)
+            bias[level] += association(shares, method="cramer") / design.repeats
+            fit = np.concatenate([train[stratum][: shares[stratum]].ravel() for stratum in train])
+            rows = np.concatenate([test, others])
+            probe = linear_probe(features[fit], truth[fit], features[rows], c_values=(c,), seed=seed)
+            said = probe.predictions.astype(np.int64)
+            np.add.at(inside[:, level, repeat], (slide[test], truth[test], said[: len(test)]), 1)
+            np.add.at(outside[:, level, repeat], (slide[others], truth[others], said[len(test) :]), 1)
+    return BiasedProbes(cramers_v=bias, in_domain=inside, out_of_domain=outside)
+
+
+def _require_design(design: BiasDesign, classes: Shaped[np.ndarray, " class"]) -> None:
+    centers, levels = len(set(design.centers)), np.array(design.levels, float)
+    if not 2 <= centers <= len(classes) or centers < len(design.centers):
+        raise TaskError(
+            f"name 2 to {len(classes)} different centres, no more than there are classes; got {list(design.centers)}"
+        )
+    if design.slides_per_class < 1 or design.slides_per_class % centers:
+        raise TaskError(f"slides_per_class is a multiple of the {centers} centres; got {design.slides_per_class}")
+    if len(levels) < 2 or levels[0] != 0 or levels[-1] > 1 or (np.diff(levels) <= 0).any():
+        raise TaskError(f"bias levels ascend from 0 to at most 1, with two at least; got {levels.tolist()}")
+    if min(design.rows_per_slide, design.test_slides, design.repeats) < 1:
+        raise TaskError("rows_per_slide, test_slides and repeats are at least 1")
+
+
+def _slides_of_strata(
+    b: float, stands_for: Int64[np.ndarray, " class"], design: BiasDesign
+) -> Int64[np.ndarray, "class center"]:
+    """How many slides of each class and centre are trained on; every class has `slides_per_class`."""
+    centers = len(design.centers)
+    others = round(design.slides_per_class * (1 - b) / centers)
+    slides = np.full((len(stands_for), centers), others, np.int64)
+    slides[np.arange(len(stands_for)), stands_for] = design.slides_per_class - others * (centers - 1)
+    return slides
+
+
+def _deal(
+    truth: Int64[np.ndarray, " row"],
+    centers: Shaped[np.ndarray, " row"],
+    slide: Int64[np.ndarray, " row"],
+    classes: Shaped[np.ndarray, " class"],
+    design: BiasDesign,
+    rng: np.random.Generator,
+) -> tuple[dict[tuple[int, int], Int64[np.ndarray, "slide each"]], Int64[np.ndarray, " test"]]:
+    """Training rows of each (class, centre), slide by slide in the order in which they are taken; test rows."""
+    most = int(_slides_of_strata(max(design.levels), np.zeros(1, np.int64), design).max())
+    train, test = {}, []
+    for number, center in enumerate(design.centers):
+        rows = rng.permutation(np.flatnonzero(centers == center))
+        order = rng.permutation(np.unique(slide[rows]))
+        gives = [_rows_of_slides(rows[truth[rows] == klass], slide, design) for klass in range(len(classes))]
+        held = _held_out(order, gives, design.test_slides)
+        for klass, mine in enumerate(gives):
+            tested = [mine[s] for s in order if s in mine and s in held][: design.test_slides]
+            fitted = [mine[s] for s in order if s in mine and s not in held]
+            if len(tested) < design.test_slides or len(fitted) < most:
+                raise TaskError(
+                    f"class {classes[klass]} in centre {center} has {len(mine)} slides with "
+                    f"{design.rows_per_slide} rows, of which {len(fitted)} are left to train on; wanted are "
+                    f"{most} and {design.test_slides} to test (lower slides_per_class, rows_per_slide or the bias)"
+                )
+            test += tested
+            train[klass, number] = np.stack(fitted)
+    return train, np.concatenate(test)
+
+
+def _rows_of_slides(
+    rows: Int64[np.ndarray, " class_row"], slide: Int64[np.ndarray, " row"], design: BiasDesign
+) -> dict[int, Int64[np.ndarray, " each"]]:
+    """The first rows of each slide that has enough."""
+    order = np.argsort(slide[rows], kind="stable")
+    names, starts = np.unique(slide[rows][order], return_index=True)
+    parts = dict(zip(names.tolist(), np.split(rows[order], starts[1:]), strict=True)) if len(rows) else {}
+    return {name: part[: design.rows_per_slide] for name, part in parts.items() if len(part) >= design.rows_per_slide}
+
+
+def _held_out(
+    order: Int64[np.ndarray, " slide"], gives: Sequence[dict[int, Int64[np.ndarray, " each"]]], wanted: int
+) -> set[int]:
+    """Slides from the front of the order until every class has enough: few, as one may hold several classes."""
+    held: set[int] = set()
+    for name in order.tolist():
+        short = [mine for mine in gives if sum(s in mine for s in held) < wanted]
+        if any(name in mine for mine in short):
+            held.add(name)
+    return held
+
+
+def average_performance_drop(
+    matrices: Num[np.ndarray, "draw level repeat class class"],
+) -> Float64[np.ndarray, " draw"]:
+    """PathoROB's APD: the mean over repeats of mean over levels b > 0 of accuracy(b) / accuracy(0), minus 1.
+
+    Accuracy is the balanced accuracy over classes. 0 where the bias costs nothing, -0.3 where it costs 30 %.
+    An interval over slides (`statistics.of_sums` with the counts of `BiasedProbes`) says how it depends on the
+    slides tested; the probes stay as they were fitted.
+
+    Args:
+        matrices: Counts [truth, predicted], summed over the slides of each draw.
+
+    Returns:
+        The drop of each draw, over the repeats in which all accuracies are defined and that at b = 0 is not
+        0; NaN where there is none.
+
+    References:
+        Kömen et al. (2025), arXiv 2507.17845, equation of the average performance drop.
+    """
+    draws, levels, repeats, classes, _ = matrices.shape
+    values = balanced_accuracy(matrices.reshape(-1, classes, classes)).reshape(draws, levels, repeats)
+    defined = np.isfinite(values).all(axis=1) & (values[:, 0] > 0)
+    unbiased = np.where(defined, values[:, 0], 1.0)
+    drops = np.where(defined, values[:, 1:].mean(axis=1) / unbiased - 1, 0.0)
+    count = defined.sum(axis=1)
+    return np.divide(drops.sum(axis=1), count, out=np.full(draws, np.nan), where=count > 0)

@@ -1,0 +1,141 @@
+"""Few-shot classification by prototypes, and retrieval of patches of the same class."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Float64, Int64, Shaped
+
+from g2l_core.errors import TaskError
+from g2l_core.metrics.neighbors import Neighbors
+from g2l_core.metrics.similarity import require_finite, row_blocks
+from g2l_core.metrics.statistics import cluster_codes, require_aligned
+
+
+def draw_shots(
+    labels: Shaped[np.ndarray, " row"], patients: Shaped[np.ndarray, " patient_row"], shots: int, *, seed: int
+) -> Int64[np.ndarray, " shot"]:
+    """Draws so many rows of each class, each of another patient where there are enough.
+
+    The patients of a class are taken in random order, one row of each at random, then a second one of each, and so on:
+    rows of one patient say little that is new.
+
+    Args:
+        labels: The class of each row.
+        patients: The patient of each.
+        shots: Rows of each class.
+        seed: The same seed gives the same rows; draw several for repeats.
+
+    Returns:
+        The rows, class by class.
+
+    Raises:
+        TaskError: If the lengths differ, shots is below 1, or a class has fewer rows.
+    """
+    require_aligned(labels=len(labels), patients=len(patients))
+    if shots < 1:
+        raise TaskError(f"shots is at least 1; got {shots}")
+    rng = np.random.default_rng(seed)
+    codes, count = cluster_codes(patients)
+    order, drawn = rng.permutation(count), []
+    for name in np.unique(labels):
+        rows = rng.permutation(np.flatnonzero(labels == name))
+        if len(rows) < shots:
+            raise TaskError(f"class {name} has {len(rows)} rows, fewer than the {shots} shots wanted")
+        rows = rows[np.argsort(order[codes[rows]], kind="stable")]
+        _, first, sizes = np.unique(order[codes[rows]], return_index=True, return_counts=True)
+        turn = np.arange(len(rows)) - np.repeat(first, sizes)
+        drawn.append(rows[np.argsort(turn, kind="stable")[:shots]])
+    return np.concatenate(drawn)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prototypes:
+    """The means of the classes among centred rows of unit length."""
+
+    classes: Shaped[np.ndarray, " class"]
+    center: Float64[np.ndarray, " dim"]
+    means: Float64[np.ndarray, "class dim"]
+
+    def similarities(self, features: Float[np.ndarray, "row dim"]) -> Float64[np.ndarray, "row class"]:
+        """Minus the squared distance of each row, centred and of unit length, to each prototype."""
+        found = np.empty((len(features), len(self.classes)))
+        for rows in row_blocks(len(features)):
+            unit = _centred_unit(features[rows], self.center)
+            found[rows] = 2 * unit @ self.means.T - 1 - (self.means**2).sum(axis=1)
+        return found
+
+    def predict(self, features: Float[np.ndarray, "row dim"]) -> Shaped[np.ndarray, " row"]:
+        """The class of the nearest prototype."""
+        return self.classes[self.similarities(features).argmax(axis=1)]
+
+
+def _centred_unit(
+    features: Float[np.ndarray, "row dim"], center: Float64[np.ndarray, " dim"]
+) -> Float64[np.ndarray, "row dim"]:
+    centred = features - center
+    lengths = np.linalg.norm(centred, axis=1, keepdims=True)
+    return centred / np.where(lengths > 0, lengths, 1.0)
+
+
+def prototypes(
+    features: Float[np.ndarray, "row dim"],
+    labels: Shaped[np.ndarray, " label"],
+    center: Float64[np.ndarray, " center_dim"] | None = None,
+) -> Prototypes:
+    """SimpleShot's classifier "CL2N": centre, scale to unit length, average by class.
+
+    Args:
+        features: Of the shots.
+        labels: The class of each.
+        center: The mean of the rows the shots were drawn from, as in the paper; None: that of the shots.
+
+    Raises:
+        TaskError: If the lengths differ, a row holds NaN, or there is one class only.
+
+    References:
+        Wang et al., SimpleShot: Revisiting Nearest-Neighbor Classification for Few-Shot Learning (2019), section 3.
+    """
+    require_aligned(features=len(features), labels=len(labels))
+    require_finite(features, "the shots")
+    classes, codes = np.unique(labels, return_inverse=True)
+    if len(classes) < 2:
+        raise TaskError(f"prototypes need two classes at least; all {len(labels):,} labels are {classes[0]}")
+    center = features.mean(axis=0, dtype=np.float64) if center is None else center
+    require_aligned(dim=features.shape[1], center=len(center))
+    unit = _centred_unit(features, center)
+    means = np.stack([unit[codes == code].mean(axis=0) for code in range(len(classes))])
+    return Prototypes(classes=classes, center=center, means=means)
+
+
+def retrieval_sums(
+    neighbors: Neighbors, labels: Shaped[np.ndarray, " row"], k: Sequence[int]
+) -> Float64[np.ndarray, "row column"]:
+    """Of each query: for each k, whether a row of its class is among the first k; and the average precision at k.
+
+    Average precision at k is the mean of the precisions at the ranks, up to k, of rows of the query's class; 0 where
+    there is none. Averaged over queries, the figures are the top-k hit rate and mAP@k: of the columns, the first
+    half and the second.
+
+    Args:
+        neighbors: From `nearest` with `queries` None, the slides or patients left out as `groups`.
+        labels: The class of each row.
+        k: One or several.
+
+    Raises:
+        TaskError: If the lengths differ, or a k is outside what was found.
+
+    References:
+        Manning et al., Introduction to Information Retrieval (2008), section 8.4; over the relevant rows among the
+        first k, as the total of relevant rows depends on the archive.
+    """
+    require_aligned(rows=len(neighbors.indices), labels=len(labels))
+    found = neighbors.indices.shape[1]
+    if not k or min(k) < 1 or max(k) > found:
+        raise TaskError(f"k must lie between 1 and the {found} neighbours found; got {list(k)}")
+    hits = (labels[neighbors.indices] == labels[:, None]).astype(np.float64)
+    counts = hits.cumsum(axis=1)
+    gained = (hits * counts / np.arange(1, found + 1)).cumsum(axis=1)
+    ends = np.asarray(k) - 1
+    precisions = gained[:, ends] / np.maximum(counts[:, ends], 1)
+    return np.concatenate([(counts[:, ends] > 0).astype(np.float64), precisions], axis=1)

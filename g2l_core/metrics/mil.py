@@ -1,0 +1,268 @@
+"""Attention-based multiple-instance learning on stored features: one label a bag, and no label of any patch."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+from jaxtyping import Float, Float64, Int64, Shaped
+
+from g2l_core.errors import TaskError
+from g2l_core.metrics.bags import bag_rows
+from g2l_core.metrics.folds import stratified_group_folds
+from g2l_core.metrics.similarity import require_finite, row_blocks
+from g2l_core.metrics.statistics import require_aligned
+from g2l_core.randomness import keyed_generator
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class AbmilSettings:
+    """How gated attention is trained; the defaults are for some hundred bags."""
+
+    width: int = 128
+    """Of a patch's embedding h: one layer with ReLU on the standardised features."""
+    attention_width: int = 64
+    """Rows of V and U."""
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-2
+    """AdamW's."""
+    bags_per_step: int = 4
+    """A step follows the mean loss of so many."""
+    most_epochs: int = 100
+    patience: int = 15
+    """Epochs without a lower validation loss before training stops."""
+    most_patches: int = 4096
+    """Of a training or validation bag; of a larger one so many are drawn. Test bags are read whole."""
+    class_balanced: bool = True
+    """A bag's loss counts 1 / its class's share, so that classes weigh the same."""
+    folds: int = 5
+    """One of so many folds of the training patients is the validation part."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AbmilResult:
+    """What the trained network says of the test bags."""
+
+    classes: Shaped[np.ndarray, " class"]
+    """Sorted; the columns of `probabilities`."""
+    bags: Shaped[np.ndarray, " bag"]
+    """Sorted test bags."""
+    probabilities: Float64[np.ndarray, "bag class"]
+    attention: Float64[np.ndarray, " row"]
+    """Of each test patch; sums to 1 over its bag."""
+    epochs: int
+    """After which the validation loss was least: those weights are used."""
+    validation_loss: float
+    """There, the mean cross-entropy of the validation bags, weighted like training."""
+
+    @property
+    def predictions(self) -> Shaped[np.ndarray, " bag"]:
+        """The most probable class of each test bag."""
+        return self.classes[self.probabilities.argmax(axis=1)]
+
+
+def train_abmil(
+    train: Float[np.ndarray, "train dim"],
+    train_bags: Shaped[np.ndarray, " train_row"],
+    labels: Shaped[np.ndarray, " bag"],
+    patients: Shaped[np.ndarray, " patient_bag"],
+    test: Float[np.ndarray, "test test_dim"],
+    test_bags: Shaped[np.ndarray, " test_row"],
+    *,
+    settings: AbmilSettings | None = None,
+    seed: int,
+) -> AbmilResult:
+    """Trains gated attention on the training bags and applies it to the test bags; on the CPU.
+
+    With h_k the embedding of patch k: a_k = softmax over the bag of w' (tanh(V h_k) * sigmoid(U h_k)), the bag
+    is z = sum a_k h_k, and its classes follow linearly from z.
+
+    The same seed gives the same bits with the same number of threads. The order of patches in a bag, and of
+    bags, changes rounding only, as long as no bag is larger than `most_patches`.
+
+    Args:
+        train: Features of the training patches; any float type. Standardised with their own mean and
+            deviation, all patches alike.
+        train_bags: The bag of each.
+        labels: The class of each training bag, in the order of their sorted names (`bags.bag_values`).
+        patients: The patient of each training bag: none is trained on and validated on.
+        test: Features of the test patches.
+        test_bags: The bag of each.
+        settings: None is the defaults.
+        seed: Of the first weights, the validation part, the order of bags and the patches drawn.
+
+    Raises:
+        TaskError: If there is one class only, a class has fewer patients than folds, the lengths or widths
+            differ, a feature is not finite, a setting is below 1, or the loss is never finite.
+
+    References:
+        Ilse, Tomczak & Welling, Attention-based Deep Multiple Instance Learning (2018), equations 7 and 9.
+    """
+    settings = settings or AbmilSettings()
+    counts = (settings.width, settings.attention_width, settings.bags_per_step, settings.most_epochs)
+    if min(*counts, settings.patience, settings.most_patches) < 1:
+        raise TaskError(f"widths, bags, epochs, patience and patches are at least 1; got {settings}")
+    require_aligned(train=len(train), train_bags=len(train_bags))
+    require_aligned(test=len(test), test_bags=len(test_bags))
+    require_aligned(train_dim=train.shape[1], test_dim=test.shape[1])
+    require_finite(train, "the training features")
+    require_finite(test, "the test features")
+    members = bag_rows(train_bags)
+    require_aligned(training_bags=len(members), labels=len(labels), patients=len(patients))
+    classes, codes = np.unique(labels, return_inverse=True)
+    fit, held = stratified_group_folds(labels, patients, settings.folds, seed=seed)[0]
+    members = [_drawn(rows, settings.most_patches, seed, name) for name, rows in enumerate(members)]
+    scale = _Scale.of(train)
+    weights = len(fit) / (len(classes) * np.bincount(codes[fit])) if settings.class_balanced else np.ones(len(classes))
+    task = _Task(features=train, members=members, scale=scale, codes=codes, weights=weights, fit=fit, held=held)
+    network, epochs, loss = _train(task, settings, seed)
+    probabilities, attention = _apply(network, test, bag_rows(test_bags), scale)
+    return AbmilResult(
+        classes=classes,
+        bags=np.unique(test_bags),
+        probabilities=probabilities,
+        attention=attention,
+        epochs=epochs,
+        validation_loss=loss,
+    )
+
+
+def _drawn(rows: Int64[np.ndarray, " member"], most: int, seed: int, number: int) -> Int64[np.ndarray, " drawn"]:
+    if len(rows) <= most:
+        return rows
+    return np.sort(keyed_generator("abmil patches", seed, number).choice(rows, most, replace=False))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Scale:
+    """Standardises features to float32 tensors."""
+
+    mean: Float64[np.ndarray, " dim"]
+    deviation: Float64[np.ndarray, " dim"]
+
+    @classmethod
+    def of(cls, features: Float[np.ndarray, "row dim"]) -> "_Scale":
+        mean = features.mean(axis=0, dtype=np.float64)
+        squares = sum(
+            np.square(features[rows].astype(np.float64) - mean).sum(axis=0) for rows in row_blocks(len(features))
+        )
+        deviation = np.sqrt(squares / len(features))
+        return cls(mean=mean, deviation=np.where(deviation > 0, deviation, 1.0))
+
+    def tensor(self, features: Float[np.ndarray, "row dim"]) -> "torch.Tensor":
+        import torch
+
+        centered = features.astype(np.float32) - self.mean.astype(np.float32)
+        return torch.from_numpy(centered / self.deviation.astype(np.float32))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Task:
+    features: Float[np.ndarray, "row dim"]
+    """As they were given: one step's bags at a time are standardised, in float32."""
+    members: Sequence[Int64[np.ndarray, "_"]]
+    """The rows of each bag."""
+    scale: _Scale
+    codes: Int64[np.ndarray, " bag"]
+    weights: Float64[np.ndarray, " class"]
+    """Of the loss."""
+    fit: Int64[np.ndarray, " fit"]
+    held: Int64[np.ndarray, " held"]
+
+
+_Network: TypeAlias = Mapping[str, "torch.Tensor"]
+
+
+def _first_weights(dim: int, classes: int, settings: AbmilSettings, seed: int) -> dict[str, "torch.Tensor"]:
+    """Glorot's uniform weights and no bias."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {
+        "embed": (settings.width, dim),
+        "V": (settings.attention_width, settings.width),
+        "U": (settings.attention_width, settings.width),
+        "w": (1, settings.attention_width),
+        "classify": (classes, settings.width),
+    }
+    network = {name: torch.empty(shape) for name, shape in shapes.items()}
+    for weight in network.values():
+        torch.nn.init.xavier_uniform_(weight, generator=generator)
+    biases = {f"{name}_bias": torch.zeros(shapes[name][0]) for name in ("embed", "V", "U", "classify")}
+    return {name: value.requires_grad_() for name, value in (network | biases).items()}
+
+
+def _forward(network: _Network, patches: "torch.Tensor", sizes: Sequence[int]) -> tuple["torch.Tensor", "torch.Tensor"]:
+    """The logits of bags (bag, class) whose patches stand one bag after another, and the attention (patch,)."""
+    import torch
+    from torch.nn.functional import linear
+
+    h = linear(patches, network["embed"], network["embed_bias"]).relu()
+    tangent = linear(h, network["V"], network["V_bias"]).tanh()
+    gate = linear(h, network["U"], network["U_bias"]).sigmoid()
+    scores = linear(tangent * gate, network["w"])[:, 0].split(sizes)
+    attention = [part.softmax(dim=0) for part in scores]
+    z = torch.stack([a @ part for a, part in zip(attention, h.split(sizes), strict=True)])
+    return linear(z, network["classify"], network["classify_bias"]), torch.cat(attention)
+
+
+def _losses(network: _Network, task: _Task, numbers: Int64[np.ndarray, " bag"]) -> "torch.Tensor":
+    """The weighted cross-entropy of each bag (bag,)."""
+    import torch
+
+    rows = [task.members[number] for number in numbers]
+    patches = task.scale.tensor(task.features[np.concatenate(rows)])
+    logits, _ = _forward(network, patches, [len(part) for part in rows])
+    codes = task.codes[numbers]
+    chosen = logits.log_softmax(dim=1)[torch.arange(len(codes)), torch.from_numpy(codes)]
+    return -chosen * torch.from_numpy(task.weights[codes])
+
+
+def _train(task: _Task, settings: AbmilSettings, seed: int) -> tuple[_Network, int, float]:
+    """The weights of the epoch with the least validation loss, that epoch, and that loss."""
+    import torch
+
+    network = _first_weights(task.features.shape[1], len(task.weights), settings, seed)
+    optimiser = torch.optim.AdamW(list(network.values()), lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    best, best_epoch, least = network, 0, np.inf
+    for epoch in range(1, settings.most_epochs + 1):
+        order = keyed_generator("abmil order", seed, epoch).permutation(task.fit)
+        for step in _chunks(order, settings.bags_per_step):
+            optimiser.zero_grad()
+            _losses(network, task, step).mean().backward()
+            optimiser.step()
+        with torch.no_grad():
+            parts = [_losses(network, task, step) for step in _chunks(task.held, settings.bags_per_step)]
+        loss = float(torch.cat(parts).mean())
+        if loss < least:
+            best, best_epoch, least = {name: value.detach().clone() for name, value in network.items()}, epoch, loss
+        elif epoch - best_epoch >= settings.patience:
+            break
+    if not best_epoch:
+        raise TaskError(f"the validation loss was never finite; lower the learning rate of {settings.learning_rate}")
+    return best, best_epoch, least
+
+
+def _chunks(numbers: Int64[np.ndarray, " bag"], size: int) -> list[Int64[np.ndarray, "_"]]:
+    return np.split(numbers, range(size, len(numbers), size))
+
+
+def _apply(
+    network: _Network,
+    features: Float[np.ndarray, "row dim"],
+    members: Sequence[Int64[np.ndarray, "_"]],
+    scale: _Scale,
+) -> tuple[Float64[np.ndarray, "bag class"], Float64[np.ndarray, " row"]]:
+    import torch
+
+    attention = np.empty(len(features))
+    probabilities = []
+    with torch.no_grad():
+        for rows in members:
+            logits, weights = _forward(network, scale.tensor(features[rows]), [len(rows)])
+            probabilities.append(logits.double().softmax(dim=1).numpy())
+            attention[rows] = weights.double().numpy()
+    return np.concatenate(probabilities), attention

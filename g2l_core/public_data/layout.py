@@ -1,0 +1,174 @@
+"""Reading folders and tables as published, and saying what is wrong with them in one line."""
+
+import csv
+import re
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
+from io import StringIO
+from itertools import islice
+from pathlib import Path
+from xml.etree import ElementTree
+
+from g2l_core.errors import ManifestError
+
+SHOWN = 5
+SPREADSHEET = "{http://schemas.openxmlformats.org/spreadsheetml/2006/main}"
+TCGA_PATIENT = re.compile(r"TCGA-\w{2}-\w{4}")
+
+
+def wrong(root: Path, expected: str) -> ManifestError:
+    """The error for a folder with another layout: what was expected, and what is there."""
+    if not root.is_dir():
+        return ManifestError(f"expected {expected} in {root}, which is no folder")
+    names = sorted(path.name + ("/" if path.is_dir() else "") for path in root.iterdir())
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ManifestError(f"expected {expected} in {root}; found {', '.join(names[:SHOWN]) or 'nothing'}{more}")
+
+
+def base_folder(root: Path, *inside: str, holding: str) -> Path:
+    """The folder that holds `holding`: the root, or one of the folders that the archive unpacks to.
+
+    Args:
+        root: What the user gave.
+        inside: Folders of the archive to look into, relative to the root.
+        holding: A file or folder that must be there, relative; a glob pattern.
+
+    Raises:
+        ManifestError: Neither has it.
+    """
+    for base in (root, *(root / name for name in inside)):
+        if base.is_dir() and next(base.glob(holding), None) is not None:
+            return base
+    raise wrong(root, f"{' or '.join([holding, *(f'{name}/{holding}' for name in inside)])}")
+
+
+def files(folder: Path, *suffixes: str) -> list[Path]:
+    """Files with one of the suffixes anywhere below a folder, sorted; hidden ones left out."""
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
+    return sorted(path for path in found if not path.name.startswith(".") and path.is_file())
+
+
+def class_folders(folder: Path, classes: Iterable[str]) -> Iterator[tuple[str, Path]]:
+    """The class folders in a folder, each with its class.
+
+    Raises:
+        ManifestError: One is missing.
+    """
+    names = list(classes)
+    for name in names:
+        if not (folder / name).is_dir():
+            raise wrong(folder, f"the class folders {', '.join(names)}")
+        yield name, folder / name
+
+
+def some(found: Sequence[Path], folder: Path, expected: str) -> Sequence[Path]:
+    """The files again.
+
+    Raises:
+        ManifestError: There are none.
+    """
+    if not found:
+        raise wrong(folder, expected)
+    return found
+
+
+def table(path: Path, columns: Sequence[str], delimiter: str = ",", comment: str = "\0") -> list[dict[str, str]]:
+    """The rows of a published table, under its own column names.
+
+    Raises:
+        ManifestError: It cannot be read, or lacks a column.
+    """
+    if not path.is_file():
+        raise wrong(path.parent, path.name)
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ManifestError(f"cannot read {path}: {error}") from error
+    lines = (line for line in StringIO(text, newline="") if not line.startswith(comment))
+    try:
+        rows = list(csv.DictReader(lines, delimiter=delimiter))
+    except csv.Error as error:
+        raise ManifestError(f"{path} is no table: {error}") from error
+    have = list(rows[0]) if rows else []
+    missing = [column for column in columns if column not in have]
+    if missing:
+        raise ManifestError(f"{path} has no column {missing[0]!r}; found {', '.join(map(str, have)) or 'no rows'}")
+    short = next((i for i, row in enumerate(rows) if any(row[column] is None for column in columns)), None)
+    if short is not None:
+        raise ManifestError(f"{path}: row {short + 1} is cut short; is the file complete?")
+    return rows
+
+
+def require_files(paths: Sequence[Path], listed_in: Path) -> None:
+    """Refuse a dataset whose table names files that are not there.
+
+    Raises:
+        ManifestError: Says how many, and the first.
+    """
+    absent = list(islice((path for path in paths if not path.is_file()), 1))
+    if absent:
+        count = sum(not path.is_file() for path in paths)
+        raise ManifestError(f"{listed_in} names {count} of {len(paths)} files that are not there, first {absent[0]}")
+
+
+def spreadsheet(path: Path, sheet: str, columns: Sequence[str]) -> list[dict[str, str]]:
+    """The rows of one sheet of an .xlsx file, by the names in its first row, all values as text.
+
+    Raises:
+        ManifestError: It cannot be read, or lacks the sheet or a column.
+    """
+    try:
+        with zipfile.ZipFile(path) as book:
+            grid = _cells(book, sheet)
+    except (OSError, zipfile.BadZipFile, KeyError, ElementTree.ParseError) as error:
+        raise ManifestError(f"cannot read the sheet {sheet} of {path}: {error}") from error
+    header = {column: name.strip() for column, name in grid[0].items()} if grid else {}
+    missing = [column for column in columns if column not in header.values()]
+    if missing:
+        raise ManifestError(f"sheet {sheet} of {path} has no column {missing[0]!r}; found {', '.join(header.values())}")
+    return [{name: row.get(column, "").strip() for column, name in header.items()} for row in grid[1:]]
+
+
+def _cells(book: zipfile.ZipFile, sheet: str) -> list[dict[str, str]]:
+    """The sheet's rows as {column letters: text} (ECMA-376, part 1, section 18.3)."""
+    relation = "{http://schemas.openxmlformats.org/officeDocument/2006/relationships}id"
+    sheets = ElementTree.fromstring(book.read("xl/workbook.xml")).iter(f"{SPREADSHEET}sheet")
+    ids = {element.get("name"): element.get(relation) for element in sheets}
+    targets = {
+        e.get("Id"): e.get("Target", "") for e in ElementTree.fromstring(book.read("xl/_rels/workbook.xml.rels"))
+    }
+    shared = _shared_strings(book)
+    place = targets[ids[sheet]].removeprefix("/xl/")
+    rows = ElementTree.fromstring(book.read(f"xl/{place}")).iter(f"{SPREADSHEET}row")
+    return [
+        {(cell.get("r") or "").rstrip("0123456789"): _text(cell, shared) for cell in row.iter(f"{SPREADSHEET}c")}
+        for row in rows
+    ]
+
+
+def _shared_strings(book: zipfile.ZipFile) -> list[str]:
+    if "xl/sharedStrings.xml" not in book.namelist():
+        return []
+    items = ElementTree.fromstring(book.read("xl/sharedStrings.xml")).iter(f"{SPREADSHEET}si")
+    return ["".join(part.text or "" for part in item.iter(f"{SPREADSHEET}t")) for item in items]
+
+
+def _text(cell: ElementTree.Element, shared: Sequence[str]) -> str:
+    if cell.get("t") == "inlineStr":
+        return "".join(part.text or "" for part in cell.iter(f"{SPREADSHEET}t"))
+    value = cell.findtext(f"{SPREADSHEET}v") or ""
+    return shared[int(value)] if cell.get("t") == "s" else value
+
+
+def tcga_labels(name: str) -> dict[str, str]:
+    """patient_id (TCGA-XX-XXXX) and medical_center (the tissue source site XX) of a file or barcode.
+
+    The barcode: https://docs.gdc.cancer.gov/Encyclopedia/pages/TCGA_Barcode.
+
+    Raises:
+        ManifestError: It has no TCGA barcode.
+    """
+    found = TCGA_PATIENT.search(name)
+    if not found:
+        raise ManifestError(f"{name!r} has no TCGA barcode such as TCGA-A2-A0CM")
+    return {"patient_id": found[0], "medical_center": found[0].split("-")[1]}

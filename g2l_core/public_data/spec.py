@@ -1,0 +1,77 @@
+"""What a public dataset is, and what its reader finds."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from g2l_core.types import Rgb
+
+Cell = tuple[int, int, str]
+"""Top-left corner of a patch in level-0 pixels, x and y, and its label."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One slide or one image of a dataset."""
+
+    slide_id: str
+    path: Path
+    """The file; of an image that has to be written first, its place below the images' folder, without suffix."""
+    labels: Mapping[str, str]
+    """patient_id, medical_center, split and the label columns, by their manifest names; empty where not known."""
+    is_image: bool = True
+    """A patch image of its own; else a slide that stage one tiles."""
+    mpp: float | None = None
+    """Micrometres per pixel of the file, where its authors state it."""
+    pixels: Callable[[], Rgb] | None = None
+    """Gives the patch, uint8 (side, side, 3), where the published file is no image that stage one takes."""
+    cells: Callable[[], Iterable[Cell]] | None = None
+    """Gives the labelled patches of a slide, from its masks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What a reader finds in a folder."""
+
+    records: Iterable[Record]
+    left_out: tuple[str, ...] = ()
+    """What is not in the manifest and why, in words."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """The facts of a public dataset, and its reader."""
+
+    name: str
+    title: str
+    organ: str
+    suite: str
+    """The shipped task file that has its tasks; empty if none has."""
+    url: str
+    """Where to get it."""
+    licence: str
+    unit: str
+    """What one row of the manifest is."""
+    published: int
+    """How many such rows the whole dataset gives; 0 where that depends on what was downloaded."""
+    labels: Mapping[str, tuple[str, ...]]
+    """Label columns, each with its classes; no classes where the values are numbers."""
+    split: str
+    """Where the column `split` comes from."""
+    patients: str
+    """What `patient_id` is, or what unit there is in its place."""
+    layout: str
+    """The tree that --root must have."""
+    source: str
+    """What documents the layout."""
+    read: Callable[[Path], Reading]
+    patch_px: int = 0
+    """Side of its patch images in pixels; 0 for slides, which stage one tiles."""
+    mpp: float | None = None
+    """Micrometres per pixel of the published files, where stated."""
+    label_file: bool = False
+    """Whether images of one slide differ in label or split, so that stage three needs them by image."""
+    cell_label: str = ""
+    """The label column that masks give by patch; its slides are tiled with stage one's own grid."""
+    notes: tuple[str, ...] = field(default_factory=tuple)
+    """What one must know before believing a figure."""

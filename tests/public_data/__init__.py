@@ -1,0 +1,1 @@
+"""Public datasets: their folders in miniature, and the task files that ship."""

@@ -1,0 +1,184 @@
+"""g2l bench from a task file to a report: every family at once, equal bytes, and tasks that fail alone."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from g2l_core.errors import TaskError, UnknownNameError, UsageError
+from g2l_core.report import read_report
+from g2l_core.task_spec import NEEDS
+from pipeline.bench import known_keys, read_tasks, run_bench
+from tests.planted import PATCHES, make_store, write_labels
+from tests.test_task_families import label_row
+
+STRENGTH = {"teacher": (0.8, 0.0, 0.9), "weak": (0.1, 0.8, 0.1), "strong": (0.6, 0.1, 0.7)}
+
+HEAD = 'labels = "labels.csv"\n'
+EVERYTHING = f"""
+title = "all"
+
+[tasks.patches]
+{HEAD}
+label = "kind"
+split = "split"
+metrics = [
+    "cka", "similarity", "knn", "probe", "prototypes", "retrieval", "robustness", "robustness_paired",
+    "center", "bias_drop",
+]
+similarity_rows = 100
+knn_k = [3, 9]
+knn_votes = ["majority", "weighted"]
+probe_c = 1
+prototypes_shots = 2
+prototypes_repeats = 3
+robustness_k = [3, 5]
+center_probe_folds = 4
+bias_drop_slides_per_class = 2
+bias_drop_rows_per_slide = 5
+bias_drop_repeats = 2
+
+[tasks.numbers]
+{HEAD}
+label = "score"
+folds = 4
+metrics = ["regression"]
+
+[tasks.slides]
+{HEAD}
+label = "grade"
+split = "split"
+metrics = ["slide_probe", "slide_vote", "abmil", "survival"]
+probe_c = [0.1, 1.0]
+abmil_width = 8
+abmil_most_epochs = 3
+abmil_folds = 2
+survival_event = "dead"
+survival_time = "months"
+survival_penalties = 1.0
+
+[tasks.scanners]
+{HEAD}
+group = "specimen"
+metrics = ["consistency"]
+consistency_condition = "scanner"
+consistency_patch = "spot"
+"""
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bench")
+    make_store(folder / "s.zarr", STRENGTH, patients=16, mpp=0.5)
+    write_labels(folder / "labels.csv", [label_row(p, i) for p in range(16) for i in range(PATCHES)])
+    return folder
+
+
+def bench(folder, tasks, out):
+    path = folder / "tasks.toml"
+    path.write_text(tasks)
+    return run_bench(path, [folder / "s.zarr"], list(STRENGTH), out, baseline="weak", draws=50)
+
+
+def test_the_same_input_gives_the_same_bytes_for_every_family(planted, tmp_path):
+    report = bench(planted, EVERYTHING, tmp_path / "one")
+    assert not report.failures
+    told = {metric for spec in read_tasks(planted / "tasks.toml")[1] for metric in spec.metrics}
+    assert told == set(NEEDS)
+    bench(planted, EVERYTHING, tmp_path / "two")
+    for name in ("results.json", "results.csv", "comparisons.csv"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    assert read_report(tmp_path / "one") == report
+    assert all(result.settings for result in report.results)
+
+
+def test_tasks_that_cannot_be_read_or_evaluated_cost_themselves_alone(planted, tmp_path):
+    tasks = f"""
+[tasks.unknown]
+metrics = ["knnn"]
+
+[tasks.option]
+{HEAD}
+label = "kind"
+split = "split"
+knn_k = 0
+
+[tasks.several]
+{HEAD}
+label = "kind"
+split = "split"
+metrics = ["cka", "survival"]
+survival_event = "dead"
+survival_time = "scanner"
+
+[tasks.one]
+{HEAD}
+metrics = ["cka"]
+"""
+    report = bench(planted, tasks, tmp_path / "out")
+    assert {(r.task, r.metric) for r in report.results} == {
+        (task, f"cka_{kind}") for task in ("several", "one") for kind in ("debiased", "biased")
+    }
+    reasons = {failure.task: failure.reason for failure in report.failures}
+    assert reasons["unknown"].startswith("task unknown: unknown metric 'knnn'; known: cka, similarity, knn")
+    assert reasons["option"] == "task option: knn_k must be different whole numbers of at least 1; got [0]"
+    assert reasons["several"].startswith("survival: column 'scanner' must hold numbers")
+    assert all("\n" not in reason for reason in reasons.values())
+
+
+def test_p_values_are_adjusted_over_the_tasks_of_a_run(planted, tmp_path):
+    tasks = "".join(
+        f'[tasks.{name}]\n{HEAD}label = "{label}"\nsplit = "split"\nmetrics = ["knn"]\nknn_k = 5\n'
+        for name, label in (("a", "kind"), ("b", "grade"))
+    )
+    report = bench(planted, tasks, tmp_path / "out")
+    for metric in ("knn_accuracy", "knn_f1"):
+        rows = [c for c in report.comparisons if (c.metric, c.encoder, c.reference) == (metric, "strong", "weak")]
+        first, second = sorted(rows, key=lambda row: row.p_value)
+        assert first.tests == second.tests == 2
+        assert first.p_holm == min(1, 2 * first.p_value)
+        assert second.p_holm == max(first.p_holm, second.p_value)
+    stored = json.loads((tmp_path / "out" / "results.json").read_text())["comparisons"]
+    assert {row["tests"] for row in stored} == {2}
+
+
+@pytest.mark.parametrize(
+    ("line", "error", "words"),
+    [
+        ("knn_k = 'three'", UsageError, "knn_k must be a whole number, or a list of such, not 'three'"),
+        ("knn_k = [3, 2.5]", UsageError, "knn_k must be a whole number, or a list of such"),
+        ("knn_distance = 3", UsageError, "knn_distance must be text, not 3"),
+        ("probe_c = true", UsageError, "probe_c must be a number"),
+        ("abmil_class_balanced = 1", UsageError, "abmil_class_balanced must be true or false, not 1"),
+        ("survival_event = ['a']", UsageError, "survival_event must be text"),
+        ("knn_kk = 3", UnknownNameError, "Did you mean knn_k"),
+        ("expected = 3", UsageError, "expected must be a table of metrics, not 3"),
+        ("probe_folds = 1", TaskError, "task t: probe_folds must be at least 2; got 1"),
+    ],
+)
+def test_keys_that_cannot_be_read(tmp_path, line, error, words):
+    path = tmp_path / "tasks.toml"
+    path.write_text(f'[tasks.t]\nmetrics = ["cka"]\n{line}\n')
+    with pytest.raises(error) as refused:
+        read_tasks(path)
+    assert words in str(refused.value)
+
+
+def test_every_key_is_in_the_page_about_tasks():
+    page = Path(__file__).parents[1].joinpath("docs", "tasks.md").read_text(encoding="utf-8")
+    for family in NEEDS:
+        assert f"| `{family}` |" in page
+    for key, (group, option, _) in known_keys().items():
+        assert f"`{key}" in page or (group and f"`_{option}`" in page), key
+
+
+@pytest.mark.parametrize(("metric", "family"), [("slide_probe_auc", "slide_probe"), ("survival_c_index", "survival")])
+def test_published_figures_of_every_family_are_taken(tmp_path, metric, family):
+    path = tmp_path / "tasks.toml"
+    text = f'[tasks.t]\nmetrics = ["{family}"]\nlabel = "x"\nfolds = 3\nsurvival_event = "e"\nsurvival_time = "t"\n'
+    figure = '{ encoder = "g2l", value = 0.9, tolerance = 0.01, source = "the article" }'
+    path.write_text(f"{text}expected.{metric} = {figure}\n")
+    assert read_tasks(path)[1][0].expected[0].metric == metric
+    path.write_text(f"{text}expected.probe_auc = {figure}\n")
+    with pytest.raises(TaskError, match="expected.probe_auc is of none of its metrics"):
+        read_tasks(path)
