@@ -223,9 +223,9 @@ def _views(store: FeatureStore, split: Split, source: _Teacher, settings: Distil
     stored = min(slide.features_array(source.key).shape[1] for slide in slides) - 1
     wanted = settings.views or max(stored, 1)
     if stored < wanted:
+        there = f"{stored} augmented views, not {wanted}," if stored else "only the canonical view"
         raise StoreMissingError(
-            f"{store.path} has {stored} augmented views of {source.key}, not {wanted}: "
-            f"run g2l cache-teacher with --views {max(wanted, 2)}"
+            f"{store.path} has {there} of {source.key}: run g2l cache-teacher with --views {max(wanted, 2)}"
         )
     return wanted
 

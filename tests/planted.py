@@ -44,11 +44,12 @@ def make_store(path, strength, *, duplicates=(), patients=PATIENTS, weights="fil
             if mine[0] == p:
                 hashes[mine[1]] = 1 + theirs[0] * PATCHES + theirs[1]
         noise = rng.normal(size=(PATCHES, 12))
-        for key, (of_class, of_center, *of_slide) in strength.items():
+        for more, (key, (of_class, of_center, *of_slide)) in enumerate(strength.items()):
             features = noise + of_class * directions[0] * (2 * kinds[:, None] - 1)
             features = features + of_center * directions[1] * (2 * (p % 2) - 1)
             features = features + sum(of_slide) * directions[2] * (2 * (p // 2 % 2) - 1)
-            writer = slide.writer(key, digest=key, dim=12, n_views=1)
+            features = np.pad(features, ((0, 0), (0, more)))  # encoders have features of different sizes
+            writer = slide.writer(key, digest=key, dim=12 + more, n_views=1)
             (shard,) = writer.missing([0])
             writer.write(shard, features.astype(np.float32), hashes, np.zeros(PATCHES, np.uint8))
     return store

@@ -64,7 +64,7 @@ def test_online_needs_no_features_and_has_new_views_every_epoch(cached_store, tm
     ("options", "message"),
     [
         ({"views": 0}, "--views must be at least 1; 0, new views every epoch, needs --online"),
-        ({"views": 3}, "has 2 augmented views of .*, not 3: run g2l cache-teacher with --views 3"),
+        ({"views": 3}, "has 2 augmented views, not 3, of .*: run g2l cache-teacher with --views 3"),
         ({"online": True, "loss": "kl_queue"}, "a live teacher has no stored targets"),
         ({"keep": "first"}, "unknown weights to keep 'first'"),
         ({"slides": 99}, "--slides 99: there are 3 slides to train on"),

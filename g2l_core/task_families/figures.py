@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Float64, Int64, Shaped
+from jaxtyping import Bool, Float16, Float64, Int64, Shaped
 
 from g2l_core.metrics.probe import accuracy, balanced_accuracy, confusion, macro_f1
 from g2l_core.metrics.results import Estimate
@@ -113,7 +113,7 @@ class TaskInput:
     seed: int
     teacher: str
     """The key of the encoder that similarity is to."""
-    reference: Features | None
+    reference: Float16[np.ndarray, "patch reference_dim"] | None
     """The teacher's features of the same rows; None where this encoder is the teacher, or the teacher has failed."""
 
     @property

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
-from jaxtyping import Bool, Float64, Int64, Shaped
+from jaxtyping import Bool, Float16, Float64, Int64, Shaped
 
 from g2l_core.errors import TaskError
 from g2l_core.metrics.alignment import (
@@ -35,7 +35,7 @@ class _Pair:
     """An encoder and the teacher on rows that nothing was trained on."""
 
     x: Features
-    y: Features
+    y: Float16[np.ndarray, "patch dim_y"]
     clusters: Shaped[np.ndarray, " row"]
     unit: str
     """What is left out at a time."""
