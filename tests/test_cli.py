@@ -234,6 +234,20 @@ def test_an_unknown_encoder_suggests_the_nearest(slides, tmp_path):
     refused(done, "vit_tiny_patch16_224")
 
 
+def test_patches_at_another_scale_are_encoded_only_when_forced(slides, tmp_path):
+    spec = tmp_path / "fine.toml"
+    spec.write_text(
+        'architecture = "mobilenetv3_small_050"\nweights = "random:0"\ninput_px = 64\nmpp = 0.25\n'
+        "mean = [0.5, 0.5, 0.5]\nstd = [0.5, 0.5, 0.5]\n"
+    )
+    common = ("cache-teacher", slides, "--store", tmp_path / "s.zarr", "--teacher", spec, "--views", "0")
+    refused(g2l(*common), "fine expects 0.25 um/px", "have 0.5", "--force-mpp")
+    assert not (tmp_path / "s.zarr").exists()
+    done = g2l(*common, "--force-mpp")
+    assert done.returncode == 0, done.stderr
+    assert list(FeatureStore.open(tmp_path / "s.zarr").encoders) == ["fine-random0"]
+
+
 def test_an_architecture_without_weights(slides, tmp_path):
     done = g2l("cache-teacher", slides, "--store", tmp_path / "s.zarr", "--teacher", TEACHER)
     refused(done, "without weights", "random:SEED")
@@ -346,6 +360,16 @@ def test_a_student_is_exported_and_swept_from_the_command_line(cached_store, tmp
     assert "Log-Sum against standard losses" in done.stdout
     assert (tmp_path / "sweep" / "run" / "student").is_dir()
     refused(g2l("sweep", "loses", *map(str, done.args[2:])), "unknown recipe 'loses'", "losses")
+
+
+def test_decoded_patches_are_kept_where_asked(cached_store, tmp_path):
+    done = distill(cached_store, tmp_path / "run", "--pixel-cache", tmp_path / "pixels", "--targets-gb", "0")
+    assert done.returncode == 0, done.stderr
+    assert any(np.fromfile(path, np.uint64).any() for path in (tmp_path / "pixels").glob("*.hashes"))
+    plain = distill(cached_store, tmp_path / "plain")
+    assert plain.returncode == 0, plain.stderr
+    losses = [(tmp_path / name / "log.csv").read_text().split(",")[9] for name in ("run", "plain")]
+    assert losses[0] == losses[1]
 
 
 def test_an_output_folder_that_is_something_else(cached_store, tmp_path):
