@@ -11,7 +11,9 @@ from jaxtyping import Float, Float64, Int64, Shaped
 from scipy.linalg import eigh
 
 from g2l_core.errors import TaskError
-from g2l_core.metrics.similarity import cka_center, cka_moments, linear_cka, require_finite
+from g2l_core.metrics.moments import cka_center, cka_moments
+from g2l_core.metrics.rows import require_finite
+from g2l_core.metrics.similarity import linear_cka
 from g2l_core.metrics.statistics import require_aligned
 from g2l_core.randomness import keyed_generator
 

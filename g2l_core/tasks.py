@@ -32,6 +32,8 @@ class BenchSpec:
     """A second encoder that the others' differences are taken from: the student before distillation."""
     draws: int = 1000
     seed: int = 0
+    device: str = "cpu"
+    """Where CKA's sums over rows are taken: "cpu" or a torch device, which changes last digits."""
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
@@ -112,6 +114,7 @@ def _figures(
         spec=spec,
         seed=bench.seed,
         teacher=teacher,
+        device=bench.device,
         reference=features.get(teacher) if encoder != teacher else None,
     )
     figures: list[Figure] = []

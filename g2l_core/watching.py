@@ -10,8 +10,9 @@ from jaxtyping import Float, Float32, Float64, Int64
 
 from g2l_core.distiller import Distiller
 from g2l_core.loader import CanonicalSet
+from g2l_core.metrics.moments import cka_center, cka_moments
 from g2l_core.metrics.neighbors import nearest
-from g2l_core.metrics.similarity import cka_center, cka_moments, linear_cka
+from g2l_core.metrics.similarity import linear_cka
 
 OVERLAP_K = 10
 """Neighbours of the mutual overlap, as in Huh et al. 2024 (arXiv 2405.07987)."""

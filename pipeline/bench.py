@@ -158,6 +158,7 @@ def run_bench(
     baseline: str = "",
     draws: int = 1000,
     seed: int = 0,
+    device: str = "cpu",
 ) -> Report:
     """Evaluate all tasks and write the report.
 
@@ -169,6 +170,7 @@ def run_bench(
         baseline: A second encoder to take differences from.
         draws: Bootstrap resamples.
         seed: Of folds and bootstrap.
+        device: Where CKA's sums over rows are taken: cpu, cuda, or auto, which is the GPU where there is one.
 
     Raises:
         G2LError: Nothing could be started. A task that fails is a `Failure` of the report instead.
@@ -178,7 +180,13 @@ def run_bench(
     stores = [FeatureStore.open(path) for path in store_paths]
     known = {key: facts for store in reversed(stores) for key, facts in store.encoders.items()}
     keys = tuple(find_stored(text, known) for text in encoders)
-    bench = BenchSpec(encoders=keys, baseline=find_stored(baseline, known) if baseline else "", draws=draws, seed=seed)
+    bench = BenchSpec(
+        encoders=keys,
+        baseline=find_stored(baseline, known) if baseline else "",
+        draws=draws,
+        seed=seed,
+        device=_sums_device(device),
+    )
     if len(set(keys)) < len(keys):
         raise UsageError(f"--encoders names one encoder twice: {', '.join(keys)}")
     results: list[Result] = []
@@ -214,6 +222,19 @@ def run_bench(
     )
     write_report(report, out)
     return report
+
+
+def _sums_device(asked: str) -> str:
+    """The device a user means; the CPU's answer costs no import of torch.
+
+    Raises:
+        UsageError: It is unknown or absent.
+    """
+    if asked == "cpu":
+        return asked
+    from g2l_core.encoder_loading import choose_device
+
+    return str(choose_device(asked))
 
 
 def encoder_facts(key: str, facts: Mapping[str, Any]) -> EncoderFacts:

@@ -259,6 +259,7 @@ def bench(
     ] = "",
     draws: Annotated[int, typer.Option(min=100, help="Bootstrap resamples.")] = 1000,
     seed: Seed = 0,
+    device: Annotated[str, typer.Option(help="Where CKA's sums are taken: cpu, cuda or auto.")] = "cpu",
     as_json: Json = False,
 ) -> None:
     """Stage three: CKA, kNN, linear probe and robustness from stored features alone, with intervals."""
@@ -266,7 +267,7 @@ def bench(
     from pipeline.bench import refuse_no_results, run_bench
 
     names = [name.strip() for name in encoders.split(",") if name.strip()]
-    report = run_bench(tasks, store, names, out, baseline=baseline, draws=draws, seed=seed)
+    report = run_bench(tasks, store, names, out, baseline=baseline, draws=draws, seed=seed, device=device)
     for failure in report.failures:
         who = f" ({failure.encoder})" if failure.encoder else ""
         typer.echo(f"failed  {failure.task}{who}: {failure.reason}", err=True)

@@ -454,6 +454,11 @@ def test_a_bad_task_file(cached_store, tmp_path):
     refused(bench(cached_store, "title = 'no tasks'\n", tmp_path), "[tasks.NAME]")
 
 
+def test_a_device_that_bench_has_not(cached_store, tmp_path):
+    tasks = '[tasks.t]\nmetrics = ["cka"]\n'
+    refused(bench(cached_store, tasks, tmp_path, "--device", "gpu"), "unknown device 'gpu'", "cpu")
+
+
 # -- looking -----------------------------------------------------------------------------------------------
 
 

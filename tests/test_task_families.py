@@ -19,11 +19,12 @@ from g2l_core.metrics.center_bias import (
 )
 from g2l_core.metrics.consistency import consistency_sums, pair_means
 from g2l_core.metrics.mil import AbmilSettings, train_abmil
+from g2l_core.metrics.moments import cka_center, cka_moments
 from g2l_core.metrics.neighbors import knn_predict, nearest
 from g2l_core.metrics.probe import balanced_accuracy, confusion, linear_probe
 from g2l_core.metrics.ridge import fit_ridge
 from g2l_core.metrics.robustness import paired_combinations, paired_counts, pathorob_index
-from g2l_core.metrics.similarity import cka_center, cka_interval, cka_moments
+from g2l_core.metrics.similarity import cka_interval
 from g2l_core.metrics.survival import concordance_index, fit_cox
 from g2l_core.task_data import bags, gather, parts
 from g2l_core.task_families import FAMILIES
@@ -129,6 +130,21 @@ def test_cka_is_the_pure_function_s_with_its_interval(evaluated):
         pure = cka_interval(weak, teacher, rows.cluster, debiased=kind == "debiased", unit="patients")
         assert result(outcome, f"cka_{kind}").estimate == pure
     assert compared(outcome, "cka_debiased") == {("strong", "weak")}
+
+
+def test_a_torch_device_takes_the_sums_of_every_cka_and_gives_the_same_figures(evaluated, planted):
+    """With as many rows as planted here the moments serve, not the kernels."""
+    folder, store = planted
+    spec, outcome, *_ = evaluated("cka", "similarity")
+    again = evaluate_task([store], spec, replace(BENCH, device="cpu:0"), folder)
+    assert not again.failures
+    for found in (r for r in outcome.results if r.encoder == "strong"):
+        other = next(r.estimate for r in again.results if (r.metric, r.encoder) == (found.metric, "strong"))
+        assert (other.value, other.low) == pytest.approx((found.estimate.value, found.estimate.low), abs=1e-10)
+    assert {r.metric for r in again.results} == {r.metric for r in outcome.results}
+    for family in ("cka", "similarity"):  # the device is really asked for
+        with pytest.raises(RuntimeError, match="nowhere"):
+            evaluate_task([store], replace(spec, metrics=(family,)), replace(BENCH, device="nowhere"), folder)
 
 
 def test_similarity(evaluated):

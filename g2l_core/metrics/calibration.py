@@ -4,7 +4,7 @@ import numpy as np
 from jaxtyping import Float64, Shaped
 
 from g2l_core.errors import TaskError
-from g2l_core.metrics.similarity import require_finite
+from g2l_core.metrics.rows import require_finite
 from g2l_core.metrics.statistics import cluster_sums, require_aligned
 
 BINS = 15

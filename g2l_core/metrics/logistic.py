@@ -9,7 +9,7 @@ from scipy.linalg import cholesky, solve_triangular
 from scipy.optimize import OptimizeResult, minimize
 
 from g2l_core.metrics.points import widened
-from g2l_core.metrics.similarity import row_blocks
+from g2l_core.metrics.rows import row_blocks
 
 GRADIENT_TOLERANCE = 1e-7
 """L-BFGS stops where no element of the mean objective's gradient is larger; scikit-learn's default is 1e-4."""

@@ -10,7 +10,7 @@ from jaxtyping import Float, Float64, Int64, Shaped
 from g2l_core.errors import TaskError
 from g2l_core.metrics.bags import bag_rows
 from g2l_core.metrics.folds import stratified_group_folds
-from g2l_core.metrics.similarity import require_finite, row_blocks
+from g2l_core.metrics.rows import require_finite, row_blocks
 from g2l_core.metrics.statistics import require_aligned
 from g2l_core.randomness import keyed_generator
 

@@ -8,8 +8,8 @@ from jaxtyping import Float, Float64, Int64, Shaped
 
 from g2l_core.errors import TaskError
 from g2l_core.metrics.points import Metric, Points, gap_bounds, gaps, points_of
+from g2l_core.metrics.rows import row_blocks
 from g2l_core.metrics.screening import Precision, bfloat16_is_fast, screen
-from g2l_core.metrics.similarity import row_blocks
 from g2l_core.metrics.statistics import require_aligned
 
 Weights = Literal["uniform", "distance", "similarity"]

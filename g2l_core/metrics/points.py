@@ -10,7 +10,7 @@ from jaxtyping import Float, Float64, Int64
 from xxhash import xxh3_64_intdigest
 
 from g2l_core.errors import TaskError
-from g2l_core.metrics.similarity import require_finite, row_blocks
+from g2l_core.metrics.rows import require_finite, row_blocks
 
 Metric = Literal["cosine", "euclidean"]
 

@@ -13,7 +13,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 
 from g2l_core.errors import TaskError
 from g2l_core.metrics import logistic
-from g2l_core.metrics.similarity import require_finite
+from g2l_core.metrics.rows import require_finite
 from g2l_core.metrics.statistics import Statistic, cluster_codes, of_weights, require_aligned
 
 _COUNTED_CLUSTERS = 512

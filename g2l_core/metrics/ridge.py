@@ -7,7 +7,8 @@ import numpy as np
 from jaxtyping import Float, Float64, Shaped
 
 from g2l_core.errors import TaskError
-from g2l_core.metrics.similarity import CkaMoments, cka_center, cka_moments, require_finite, row_blocks
+from g2l_core.metrics.moments import CkaMoments, cka_center, cka_moments
+from g2l_core.metrics.rows import require_finite, row_blocks
 from g2l_core.metrics.statistics import cluster_codes, require_aligned
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float32, Float64, Int32, Int64
 
 from g2l_core.metrics.points import Points
-from g2l_core.metrics.similarity import row_blocks
+from g2l_core.metrics.rows import row_blocks
 
 Precision = Literal["bfloat16", "float32"]
 

@@ -1,20 +1,19 @@
 """How alike the features of two encoders are: linear CKA, exact in one pass, with intervals over clusters."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from functools import partial
 from math import nan, sqrt
-from typing import Literal
 
 import numpy as np
 from jaxtyping import Float, Float64, Int64, Shaped
 from scipy.special import stdtr, stdtrit
 
 from g2l_core.errors import TaskError
+from g2l_core.metrics.moments import CkaMoments, Side, cka_center, cka_moments
 from g2l_core.metrics.results import Estimate
+from g2l_core.metrics.rows import require_finite
 from g2l_core.metrics.statistics import cluster_codes, require_aligned
 from g2l_core.randomness import keyed_generator
 
-_BLOCK_ROWS = 4096
 _DIGITS_LOST = 1e-11
 """A sum of squares smaller than this share of the terms it is the difference of has under five digits left."""
 
@@ -22,150 +21,15 @@ MOST_GROUPS = 32
 """More clusters than this are left out by groups: the t quantile of 31 degrees of freedom is within 4 % of the normal
 one, and each group left out costs a CKA."""
 
-_Side = Literal[0, 1]
 
-
-def row_blocks(rows: int) -> Iterator[slice]:
-    """Slices that cut `rows` rows into blocks small enough to be cast to float64."""
-    for start in range(0, rows, _BLOCK_ROWS):
-        yield slice(start, start + _BLOCK_ROWS)
-
-
-def require_finite(features: Float[np.ndarray, "row dim"], name: str) -> None:
-    """Checks that every feature is a finite number.
-
-    Args:
-        features: Features of any float type.
-        name: What to call them in the message.
-
-    Raises:
-        TaskError: Naming how many rows are not.
-    """
-    bad = sum(int((~np.isfinite(features[rows]).all(axis=1)).sum()) for rows in row_blocks(len(features)))
-    if bad:
-        raise TaskError(
-            f"{bad:,} of {len(features):,} rows of {name} hold NaN or infinity; "
-            "leave out the rows whose patch_status is not 0"
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class CkaMoments:
-    """Sums over rows z = [x | y] - center from which linear CKA follows exactly.
-
-    Moments with the same center add up (`+`) in any order and can be taken away again (`-`), so they can be
-    gathered batch by batch and slide by slide. 2,560 columns take 52 MB, however many the rows.
-    """
-
-    n: int
-    """Rows."""
-    dim_x: int
-    """How many of the columns are x's."""
-    center: Float64[np.ndarray, " dim"]
-    total: Float64[np.ndarray, " dim"]
-    """Sum of z."""
-    gram: Float64[np.ndarray, "dim dim"]
-    """Sum of z z'; its blocks are X'X, X'Y and Y'Y."""
-    norm_total: Float64[np.ndarray, "2 dim"]
-    """Sum of |x|^2 z, and of |y|^2 z."""
-    norm_gram: Float64[np.ndarray, "2 2"]
-    """Sums of |x|^4, |x|^2 |y|^2, |y|^4."""
-
-    def __add__(self, other: "CkaMoments") -> "CkaMoments":
-        """The moments of both sets of rows."""
-        return self._combined(other, 1)
-
-    def __sub__(self, other: "CkaMoments") -> "CkaMoments":
-        """The moments of the rows that are not among `other`'s."""
-        return self._combined(other, -1)
-
-    def _combined(self, other: "CkaMoments", sign: int) -> "CkaMoments":
-        if self.dim_x != other.dim_x or not np.array_equal(self.center, other.center):
-            raise TaskError(
-                f"moments combine only if taken about the same center, of the same widths; got x of width "
-                f"{self.dim_x} and {other.dim_x} in {len(self.center)} and {len(other.center)} columns"
-            )
-        return replace(
-            self,
-            n=self.n + sign * other.n,
-            total=self.total + sign * other.total,
-            gram=self.gram + sign * other.gram,
-            norm_total=self.norm_total + sign * other.norm_total,
-            norm_gram=self.norm_gram + sign * other.norm_gram,
-        )
-
-    def columns(self, side: _Side) -> slice:
-        """The columns of x (0) or y (1)."""
-        return slice(self.dim_x, None) if side else slice(0, self.dim_x)
-
-
-def cka_center(x: Float[np.ndarray, "row dim_x"], y: Float[np.ndarray, "row_y dim_y"]) -> Float64[np.ndarray, " dim"]:
-    """The mean of [x | y], about which `cka_moments` loses no digits; that of a first batch does as well.
-
-    Raises:
-        TaskError: If the lengths differ.
-    """
-    require_aligned(x=len(x), y=len(y))
-    return np.concatenate([x.mean(axis=0, dtype=np.float64), y.mean(axis=0, dtype=np.float64)])
-
-
-def cka_moments(
-    x: Float[np.ndarray, "row dim_x"],
-    y: Float[np.ndarray, "row_y dim_y"],
-    *,
-    center: Float64[np.ndarray, " dim"] | None = None,
-) -> CkaMoments:
-    """Gathers what linear CKA needs from a batch of rows, in float64 and in blocks of 4,096 rows.
-
-    CKA does not change when x or y is shifted, but every sum does: where the mean is large, the sums are
-    large and their differences, which are the answer, lose their digits. With the mean m standard
-    deviations away from zero, some m^-4 of them is left. So give a center.
-
-    Args:
-        x: Features of one encoder; float16, float32 or float64.
-        y: Features of the other on the same patches.
-        center: About which to take the sums: see `cka_center`. None is the origin.
-
-    Raises:
-        TaskError: If the lengths differ, the center's is not the width of both, or a row holds NaN or
-            infinity.
-    """
-    require_aligned(x=len(x), y=len(y))
-    require_finite(x, "x")
-    require_finite(y, "y")
-    dim, dim_x = x.shape[1] + y.shape[1], x.shape[1]
-    center = np.zeros(dim) if center is None else center
-    require_aligned(columns=dim, center=len(center))
-    total, gram = np.zeros(dim), np.zeros((dim, dim))
-    norm_total, norm_gram = np.zeros((2, dim)), np.zeros((2, 2))
-    for rows in row_blocks(len(x)):
-        z = np.concatenate([x[rows], y[rows]], axis=1, dtype=np.float64)
-        z -= center
-        squares = z * z
-        norms = np.stack([squares[:, :dim_x].sum(axis=1), squares[:, dim_x:].sum(axis=1)])
-        total += z.sum(axis=0)
-        gram += z.T @ z
-        norm_total += norms @ z
-        norm_gram += norms @ norms.T
-    return CkaMoments(
-        n=len(x),
-        dim_x=dim_x,
-        center=center,
-        total=total,
-        gram=gram,
-        norm_total=norm_total,
-        norm_gram=norm_gram,
-    )
-
-
-def _biased_hsic(moments: CkaMoments, left: _Side, right: _Side) -> float:
+def _biased_hsic(moments: CkaMoments, left: Side, right: Side) -> float:
     """tr(KHLH) = |X'HY|^2, the biased HSIC but for a factor that cancels in CKA."""
     p, q = moments.columns(left), moments.columns(right)
     cross = moments.gram[p, q] - np.outer(moments.total[p], moments.total[q]) / moments.n
     return float(np.vdot(cross, cross))
 
 
-def _debiased_hsic(moments: CkaMoments, left: _Side, right: _Side) -> float:
+def _debiased_hsic(moments: CkaMoments, left: Side, right: Side) -> float:
     """HSIC1 of Song et al. (2012, equation 5) but for a factor 1 / (n (n - 3)) that cancels in CKA.
 
     K and L have their diagonals k_i = |x_i|^2, l_i = |y_i|^2 set to zero, and with s = sum x, t = sum y:
@@ -221,12 +85,19 @@ def leave_out_each(
     y: Float[np.ndarray, "row_y dim_y"],
     clusters: Shaped[np.ndarray, " cluster_row"],
     debiased: bool,
+    device: str = "cpu",
 ) -> tuple[float, Float64[np.ndarray, " group"]]:
-    """CKA of all rows, and without each group of clusters."""
+    """CKA of all rows, and without each group of clusters.
+
+    Sums over rows are taken on the device (see `moments.cka_moments`); kernels of few rows, which cost little, on
+    the CPU.
+    """
     require_aligned(x=len(x), y=len(y), clusters=len(clusters))
     groups, count = jackknife_groups(clusters)
-    by_kernel = len(x) <= x.shape[1] + y.shape[1]  # whichever matrices are the smaller
-    whole, without = (_leave_out_of_kernels if by_kernel else _leave_out_of_moments)(x, y, groups, count, debiased)
+    if len(x) <= x.shape[1] + y.shape[1]:  # whichever matrices are the smaller
+        whole, without = _leave_out_of_kernels(x, y, groups, count, debiased)
+    else:
+        whole, without = _leave_out_of_moments(x, y, groups, count, debiased, device)
     return whole, np.array(without if count > 1 else [])
 
 
@@ -245,11 +116,12 @@ def _leave_out_of_moments(
     groups: Int64[np.ndarray, " row"],
     count: int,
     debiased: bool,
+    device: str,
 ) -> tuple[float, list[float]]:
     """By differences of moments; a second pass keeps only one group's in memory."""
-    center = cka_center(x, y)
-    whole = cka_moments(x, y, center=center)
-    parts = (cka_moments(x[groups == g], y[groups == g], center=center) for g in range(count if count > 1 else 0))
+    moments = partial(cka_moments, center=cka_center(x, y), device=device)
+    whole = moments(x, y)
+    parts = (moments(x[groups == g], y[groups == g]) for g in range(count if count > 1 else 0))
     return linear_cka(whole, debiased=debiased), [linear_cka(whole - part, debiased=debiased) for part in parts]
 
 

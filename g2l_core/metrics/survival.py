@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Float64, Int64, Num
 from sklearn.model_selection import StratifiedKFold
 
 from g2l_core.errors import TaskError
-from g2l_core.metrics.similarity import require_finite
+from g2l_core.metrics.rows import require_finite
 from g2l_core.metrics.statistics import require_aligned
 
 _BLOCK_PAIRS = 1 << 22

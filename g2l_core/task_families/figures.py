@@ -113,6 +113,8 @@ class TaskInput:
     seed: int
     teacher: str
     """The key of the encoder that similarity is to."""
+    device: str
+    """Where CKA's sums over rows are taken: "cpu" or a torch device."""
     reference: Float16[np.ndarray, "patch reference_dim"] | None
     """The teacher's features of the same rows; None where this encoder is the teacher, or the teacher has failed."""
 

@@ -15,15 +15,10 @@ from g2l_core.metrics.alignment import (
     procrustes_similarity,
     rbf_cka,
 )
+from g2l_core.metrics.moments import cka_center, cka_moments
 from g2l_core.metrics.neighbors import nearest
 from g2l_core.metrics.ridge import RidgeMap, explained_share, fit_ridge, mean_cosine, ridge_sums
-from g2l_core.metrics.similarity import (
-    cka_center,
-    cka_moments,
-    jackknife_groups,
-    jackknife_unit,
-    leave_out_each,
-)
+from g2l_core.metrics.similarity import jackknife_groups, jackknife_unit, leave_out_each
 from g2l_core.metrics.statistics import cluster_codes, cluster_sums, of_sums
 from g2l_core.randomness import keyed_generator
 from g2l_core.task_families.figures import Drawn, Figure, LeftOut, Settings, TaskInput, chosen_in_words
@@ -40,6 +35,8 @@ class _Pair:
     unit: str
     """What is left out at a time."""
     settings: Settings
+    device: str
+    """Where sums over rows are taken."""
 
     @property
     def groups(self) -> Int64[np.ndarray, " row"]:
@@ -72,6 +69,7 @@ def _with_itself(given: TaskInput) -> _Pair:
         clusters=clusters,
         unit=jackknife_unit(clusters, given.rows.cluster_unit),
         settings={"rows": given.rows_in_words},
+        device=given.device,
     )
 
 
@@ -82,7 +80,7 @@ def cka(given: TaskInput) -> list[Figure]:
 
 
 def _linear(metric: str, pair: _Pair, debiased: bool) -> Figure:
-    value, without = leave_out_each(pair.x, pair.y, pair.groups, debiased)
+    value, without = leave_out_each(pair.x, pair.y, pair.groups, debiased, pair.device)
     return _left_out(metric, value, without, pair, pair.settings)
 
 
@@ -130,7 +128,7 @@ def _trimmed(pair: _Pair, given: TaskInput) -> Figure:
     groups = pair.groups
     if len(np.unique(groups[kept])) < len(np.unique(groups)):
         raise TaskError(f"a share of {share} of all rows is all of a patient's; lower similarity_trim")
-    value, without = leave_out_each(pair.x[kept], pair.y[kept], groups[kept], True)
+    value, without = leave_out_each(pair.x[kept], pair.y[kept], groups[kept], True, pair.device)
     settings = {**pair.settings, "trimmed_share": share, "rows_left_out": int((~kept).sum()), "debiased": True}
     return _left_out("similarity_trimmed_cka", value, without, pair, settings)
 
@@ -157,10 +155,10 @@ def _mean_share(shared: Int64[np.ndarray, " row"], k: int, clusters: Shaped[np.n
 
 
 def _procrustes(pair: _Pair) -> Figure:
-    center, groups = cka_center(pair.x, pair.y), pair.groups
-    whole = cka_moments(pair.x, pair.y, center=center)
+    moments, groups = partial(cka_moments, center=cka_center(pair.x, pair.y), device=pair.device), pair.groups
+    whole = moments(pair.x, pair.y)
     names = np.unique(groups)
-    parts = (cka_moments(pair.x[groups == g], pair.y[groups == g], center=center) for g in names if len(names) > 1)
+    parts = (moments(pair.x[groups == g], pair.y[groups == g]) for g in names if len(names) > 1)
     without = np.array([procrustes_similarity(whole - part) for part in parts])
     return _left_out("similarity_procrustes", procrustes_similarity(whole), without, pair, pair.settings)
 

@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 
 from g2l_core.errors import StoreCorruptError, StoreError, StoreMissingError, UnknownNameError
+from g2l_core.metrics.cohort import lazy_cka_moments
+from g2l_core.metrics.moments import cka_center, cka_moments
+from g2l_core.metrics.similarity import linear_cka
 from g2l_core.store.features import FeatureStore, Shard
 from g2l_core.store.interchange import dask_features, dask_rows, export_trident, magnification
 from tests.store.toy import DIM, ENCODER, create, facts, features_of, fill, lay
@@ -58,6 +61,17 @@ def test_dask_reads_only_what_is_computed(cohort_store):
     assert np.array_equal(array[:20].compute(scheduler="synchronous"), features_of("a/x", 20, 2)[:, 0])
     with pytest.raises(StoreCorruptError, match="slide b/x"):
         array[:21].compute(scheduler="synchronous")
+
+
+def test_cka_of_a_cohort_leaves_unreadable_patches_out(cohort_store):
+    lazy = lazy_cka_moments(dask_features(cohort_store, ENCODER), dask_features(cohort_store, ENCODER, view=1))
+    found = lazy.compute(scheduler="threads")
+    slides = list(cohort_store.slides())
+    x, y = (np.concatenate([s.features(ENCODER, view=view) for s in slides]) for view in (0, 1))
+    known = np.concatenate([s.patch_status == 0 for s in slides])
+    expected = cka_moments(x[known], y[known], center=cka_center(x[known], y[known]))
+    assert found.n == 75
+    assert linear_cka(found, debiased=True) == pytest.approx(linear_cka(expected, debiased=True), abs=1e-10)
 
 
 def test_dask_array_travels_and_computes_in_threads(cohort_store):
