@@ -19,6 +19,8 @@ _Codes: TypeAlias = tuple[Int64[np.ndarray, " query"], Int64[np.ndarray, " row"]
 
 _BLOCK_SCORES = 1 << 25
 """Most scores held at a time: 128 MiB of float32."""
+_MANY_TIMES_K = 3
+"""A distance takes a third less in float32: of fewer pairs than this many times k a query, float64 measures all."""
 _MANY_PAIRS = 1 << 27
 """From so many pairs on, a screen of low precision pays."""
 
@@ -77,21 +79,17 @@ def _settle(
     queries: Int64[np.ndarray, " pair"],
     rows: Int64[np.ndarray, " pair"],
 ) -> None:
-    """Enters the k nearest of queries, given pairs that hold them: measured in float32, then those in doubt in float64.
+    """Enters the k nearest of queries, given pairs that hold them, those of one query together.
 
-    Equal pairs are measured once. 1 - cos = |u - v|^2 / 2, which is exactly 0 for equal rows.
+    All are measured in float64; where they are many, float32 leaves those in doubt. Equal pairs are measured once.
+    1 - cos = |u - v|^2 / 2, which is exactly 0 for equal rows.
     """
-    k, count = found.indices.shape[1], len(base.alike)
-    pairs, copies = np.unique(asked.alike[queries] * count + base.alike[rows], return_inverse=True)
-    low, high = gap_bounds(gaps(asked, base, *np.divmod(pairs, count), np.float32), asked, base)
-    order = np.lexsort((high[copies], queries))
-    settled, first, counts = np.unique(queries[order], return_index=True, return_counts=True)
-    limit = np.empty(len(queries))
-    limit[order] = np.repeat(high[copies[order[first + k - 1]]], counts)
-    near = np.flatnonzero(low[copies] <= limit)
-    queries, rows = queries[near], rows[near]
-    kept, copies = np.unique(copies[near], return_inverse=True)
-    squares = gaps(asked, base, *np.divmod(pairs[kept], count), np.float64)[copies]
+    k = found.indices.shape[1]
+    settled = np.unique(queries)
+    if len(queries) > _MANY_TIMES_K * k * len(settled):
+        queries, rows = _in_doubt(asked, base, queries, rows, k)
+    pairs, copies = _unlike_pairs(asked, base, queries, rows)
+    squares = gaps(asked, base, *pairs, np.float64)[copies]
     order = np.lexsort((rows, squares, queries))
     best = order[np.searchsorted(queries[order], settled)[:, None] + np.arange(k)]
     found.indices[settled] = rows[best]
@@ -99,6 +97,29 @@ def _settle(
         found.distances[settled] = squares[best] / 2
     else:
         found.distances[settled] = np.sqrt(squares[best]) * base.lengths[0]
+
+
+def _in_doubt(
+    asked: Points, base: Points, queries: Int64[np.ndarray, " pair"], rows: Int64[np.ndarray, " pair"], k: int
+) -> tuple[Int64[np.ndarray, " near"], Int64[np.ndarray, " near"]]:
+    """The pairs that may be among the k nearest of their query, measured in float32."""
+    pairs, copies = _unlike_pairs(asked, base, queries, rows)
+    low, high = gap_bounds(gaps(asked, base, *pairs, np.float32), asked, base)
+    order = np.lexsort((high[copies], queries))
+    _, first, counts = np.unique(queries[order], return_index=True, return_counts=True)
+    limit = np.empty(len(queries))
+    limit[order] = np.repeat(high[copies[order[first + k - 1]]], counts)
+    near = low[copies] <= limit
+    return queries[near], rows[near]
+
+
+def _unlike_pairs(
+    asked: Points, base: Points, queries: Int64[np.ndarray, " pair"], rows: Int64[np.ndarray, " pair"]
+) -> tuple[tuple[Int64[np.ndarray, " unlike"], Int64[np.ndarray, " unlike"]], Int64[np.ndarray, " pair"]]:
+    """Pairs of which no two hold the same bytes, and which of them each pair is."""
+    count = len(base.alike)
+    pairs, copies = np.unique(asked.alike[queries] * count + base.alike[rows], return_inverse=True)
+    return np.divmod(pairs, count), copies
 
 
 def _screened(
