@@ -119,11 +119,11 @@ def _csv_text(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 def _results_csv(results: Sequence[Result]) -> str:
     names = sorted({name for row in results for name in row.settings})
-    header = ["task", "metric", "encoder", "value", "low", "high", "n", "method", "higher_is_better"]
+    header = ["task", "metric", "encoder", "value", "low", "high", "n", "method", "better"]
     rows = (
         [
             *(row.task, row.metric, row.encoder, row.estimate.value, row.estimate.low, row.estimate.high),
-            *(row.n, row.estimate.method, row.higher_is_better, *map(row.settings.get, names)),
+            *(row.n, row.estimate.method, row.better, *map(row.settings.get, names)),
         ]
         for row in results
     )

@@ -5,7 +5,7 @@ from html import escape
 from math import isnan
 
 from g2l_core.html_page import document, table
-from g2l_core.metrics.results import Comparison, EncoderFacts, Failure, Report, Result
+from g2l_core.metrics.results import Better, Comparison, EncoderFacts, Failure, Report, Result
 from g2l_core.report_pictures import pictures_of
 from g2l_core.report_plots import Curve, Group, Row, curves, forest
 from g2l_core.report_tables import (
@@ -30,7 +30,7 @@ from g2l_core.report_tables import (
 from g2l_core.svg import key_mark
 
 _DIGEST_SHOWN = 12
-_LOWER = "lower is better"
+_BETTER: Mapping[Better, str] = {"higher": "", "lower": "lower is better", "neither": "neither way is better"}
 _VERDICTS = {True: "within", False: "beyond", None: "quiet"}
 
 
@@ -187,8 +187,8 @@ def _task_table(part: TaskPart, order: Sequence[str], encoders: Sequence[Encoder
 
 def _metric_heading(metric: str, row: Mapping[str, Result], told: str) -> str:
     meaning = meaning_of(metric)
-    higher = next(iter(row.values())).higher_is_better
-    lines = "".join(f'<span class="sub">{escape(line)}</span>' for line in (told, "" if higher else _LOWER) if line)
+    direction = _BETTER[next(iter(row.values())).better]
+    lines = "".join(f'<span class="sub">{escape(line)}</span>' for line in (told, direction) if line)
     return f'<span title="{escape(meaning.sentence or metric)}">{escape(meaning.title)}</span>{lines}'
 
 

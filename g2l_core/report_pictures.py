@@ -165,7 +165,7 @@ def _points(plane: Projection, title: str, codes: Sequence[int]) -> str:
     half = _SIDE / 2 - _EDGE
     groups: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for i, (x, y, code) in enumerate(zip(plane.x, plane.y, codes, strict=True)):
-        if isfinite(x) and isfinite(y):
+        if abs(x) <= 1 and abs(y) <= 1:  # NaN is not
             place = (round(_SIDE / 2 + half * x), round(_SIDE / 2 - half * y))
             groups.setdefault((i % _LAYERS, code), []).append(place)
     parts = [dots(code, points) for (_, code), points in sorted(groups.items())]

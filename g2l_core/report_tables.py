@@ -208,11 +208,12 @@ def listed(words: Sequence[str]) -> str:
 
 
 def best(row: Mapping[str, Result]) -> frozenset[str]:
-    """The encoders with the best value of one metric; none where fewer than two have a value."""
+    """The encoders with the best value of one metric; none where fewer than two have a value, or none is better."""
     values = {key: result.estimate.value for key, result in row.items() if not isnan(result.estimate.value)}
-    if len(values) < 2:
+    better = next(iter(row.values())).better
+    if len(values) < 2 or better == "neither":
         return frozenset()
-    top = (max if next(iter(row.values())).higher_is_better else min)(values.values())
+    top = (max if better == "higher" else min)(values.values())
     return frozenset(key for key, value in values.items() if value == top)
 
 

@@ -130,7 +130,7 @@ def model_card(card: ModelCard, spec: EncoderSpec) -> str:
         "",
         "| figure | before | after |",
         "|---|---|---|",
-        *(f"| {name} | {card.before[name]:.3f} | {card.after[name]:.3f} |" for name in measured),
+        *(f"| {name} | {card.before[name]:z.3f} | {card.after[name]:z.3f} |" for name in measured),
         "",
         "These figures say how near the student is to its teacher, not how good either is at a task.",
         "",

@@ -164,7 +164,7 @@ def _result(spec: TaskSpec, encoder: str, figure: Figure, estimate: Estimate) ->
         estimate=estimate,
         n=figure.n,
         settings=figure.settings,
-        higher_is_better=figure.higher_is_better,
+        better=figure.better,
     )
 
 

@@ -169,7 +169,7 @@ def groups_of(result: SweepResult) -> dict[tuple[tuple[str, Any], ...], list[Run
 
 def _spread(values: Sequence[float]) -> str:
     """Mean, and the standard deviation over seeds where there are several."""
-    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
+    return f"{mean(values):z.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
 
 
 def sweep_text(result: SweepResult, out: Path) -> str:
@@ -177,7 +177,7 @@ def sweep_text(result: SweepResult, out: Path) -> str:
     shown = ("cka_debiased", "r2_projected", "knn_overlap")
     lines = [result.sweep.title, f"{'':30}{'runs':>5}" + "".join(f"{_short(name):>15}" for name in shown)]
     first = result.finished[0].before
-    lines.append(f"{'before':30}{'':5}" + "".join(f"{first[name]:>15.3f}" for name in shown))
+    lines.append(f"{'before':30}{'':5}" + "".join(f"{first[name]:>z15.3f}" for name in shown))
     for key, runs in groups_of(result).items():
         figures = "".join(f"{_spread([run.after[name] for run in runs]):>15}" for name in shown)
         lines.append(f"{_words(key)[:29]:30}{len(runs):>5}{figures}")
@@ -210,7 +210,7 @@ def _page(result: SweepResult) -> str:
     groups = groups_of(result)
     header = ("", "runs", *HELD_OUT.values())
     first = result.finished[0].before
-    rows = [["before", "", *(f"{first[name]:.3f}" for name in HELD_OUT)]]
+    rows = [["before", "", *(f"{first[name]:z.3f}" for name in HELD_OUT)]]
     rows += [
         [escape(_words(key)), str(len(runs)), *(_spread([run.after[name] for run in runs]) for name in HELD_OUT)]
         for key, runs in groups.items()

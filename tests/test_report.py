@@ -140,7 +140,9 @@ metrics = texts | st.sampled_from(["robustness_ratio_k3", "robustness_ratio_k5",
 settings = st.dictionaries(texts, settings_values, max_size=3)
 places = st.tuples(texts, metrics, texts)
 # Records that hold containers are built in the tests: the run-time checks of their types draw random items.
-figures = st.dictionaries(places, st.tuples(estimates, st.integers(0), settings, st.booleans()), max_size=6)
+figures = st.dictionaries(
+    places, st.tuples(estimates, st.integers(0), settings, st.sampled_from(["higher", "lower", "neither"])), max_size=6
+)
 records = st.fixed_dictionaries(
     {
         "title": texts,
@@ -161,8 +163,8 @@ records = st.fixed_dictionaries(
 
 def built(record):
     results = tuple(
-        Result(task=task, metric=metric, encoder=key, estimate=value, n=n, settings=told, higher_is_better=higher)
-        for (task, metric, key), (value, n, told, higher) in record["results"].items()
+        Result(task=task, metric=metric, encoder=key, estimate=value, n=n, settings=told, better=better)
+        for (task, metric, key), (value, n, told, better) in record["results"].items()
     )
     return Report(**{**record, "results": results, "pictures": drawn(*record["pictures"])})
 
@@ -440,7 +442,8 @@ def test_metrics_are_named_by_their_beginning():
 def test_best_follows_the_direction_and_takes_ties():
     row = {key: result(encoder=key, value=value) for key, value in {"a": 1.0, "b": 2.0, "c": 2.0}.items()}
     assert best(row) == {"b", "c"}
-    assert best({key: replace(r, higher_is_better=False) for key, r in row.items()}) == {"a"}
+    assert best({key: replace(r, better="lower") for key, r in row.items()}) == {"a"}
+    assert best({key: replace(r, better="neither") for key, r in row.items()}) == frozenset()
     assert best({"a": row["a"], "d": result(value=math.nan)}) == frozenset()
 
 
@@ -508,7 +511,8 @@ def test_the_page_needs_nothing_from_outside_and_runs_nothing(full):
 def nasty(value):
     """The same report with every text replaced by one that would run, break out of an attribute or a table."""
     if is_dataclass(value):
-        return replace(value, **{f.name: nasty(getattr(value, f.name)) for f in fields(value)})
+        texts = (f.name for f in fields(value) if f.name != "better")  # one of three words
+        return replace(value, **{name: nasty(getattr(value, name)) for name in texts})
     if isinstance(value, dict):
         return {key + NASTY: nasty(item) for key, item in value.items()}
     if isinstance(value, tuple):

@@ -217,8 +217,8 @@ def test_probe_scores_are_scikit_learn_s(evaluated):
     shown = result(outcome, "probe_ece")
     assert shown.settings["C"] == probe.c
     assert shown.settings["C_chosen_by"] == "log loss on 5 folds of the training part"
-    assert not shown.higher_is_better
-    assert result(outcome, "probe_auc").higher_is_better
+    assert shown.better == "lower"
+    assert result(outcome, "probe_auc").better == "higher"
 
 
 def test_one_training_patient_of_a_class_leaves_no_choice_of_c(planted, tmp_path):
@@ -368,7 +368,7 @@ def test_the_centre_is_told_beside_chance(evaluated):
     assert shown.estimate.value == pytest.approx(balanced_accuracy(confusion(rows.center, said))[0])
     assert shown.settings["chance"] == 0.5
     assert shown.settings["told_by_class"] == pytest.approx(centers_told_by_class(rows.center, rows.label))
-    assert not shown.higher_is_better
+    assert shown.better == "lower"
     assert shown.estimate.value > value(outcome, "center_balanced_accuracy", "teacher")
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import nan
+from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,6 +15,10 @@ class Estimate:
     high: float = nan
     method: str = "none"
     """How the interval was made, for people: "bootstrap over 8 patients, 1,000 draws"."""
+
+
+Better = Literal["higher", "lower", "neither"]
+"""Which values of a figure are the better ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +35,7 @@ class Result:
     """Rows that the figure rests on."""
     settings: Mapping[str, str | int | float | bool] = field(default_factory=dict)
     """What must be known to read the figure: k, C, split, the reference encoder, ..."""
-    higher_is_better: bool = True
+    better: Better = "higher"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -107,7 +107,7 @@ def center(given: TaskInput) -> list[Figure]:
     statistic = of_sums(balanced_accuracy, confusion(rows.center, predicted, rows.cluster))
     interval = Drawn(statistic=statistic, clusters=rows.cluster)
     metric = "center_balanced_accuracy"
-    return [Figure(metric=metric, interval=interval, n=len(rows), settings=settings, higher_is_better=False)]
+    return [Figure(metric=metric, interval=interval, n=len(rows), settings=settings, better="lower")]
 
 
 def bias_drop(given: TaskInput) -> list[Figure]:

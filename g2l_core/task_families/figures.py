@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Float16, Float64, Int64, Shaped
 
 from g2l_core.metrics.probe import accuracy, balanced_accuracy, confusion, macro_f1
-from g2l_core.metrics.results import Estimate
+from g2l_core.metrics.results import Better, Estimate
 from g2l_core.metrics.similarity import jackknife
 from g2l_core.metrics.statistics import Statistic, cluster_bootstrap, of_sums, paired_bootstrap
 from g2l_core.task_data import TaskRows
@@ -98,7 +98,7 @@ class Figure:
     n: int
     """Patches, slides or patients that it rests on."""
     settings: Settings
-    higher_is_better: bool = True
+    better: Better = "higher"
     confusion: Confusion | None = None
     """With one figure of each classifier that is pictured."""
 

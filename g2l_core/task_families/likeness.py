@@ -166,7 +166,8 @@ def _procrustes(pair: _Pair) -> Figure:
 def _effective_rank(pair: _Pair) -> Figure:
     without = _without_each(lambda kept: effective_rank(pair.x[kept]), pair)
     settings = {name: value for name, value in pair.settings.items() if name != "to"}
-    return _left_out("similarity_effective_rank", effective_rank(pair.x), without, pair, settings)
+    figure = _left_out("similarity_effective_rank", effective_rank(pair.x), without, pair, settings)
+    return replace(figure, better="neither")
 
 
 def _ridge(given: TaskInput) -> list[Figure]:

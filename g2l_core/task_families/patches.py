@@ -99,7 +99,7 @@ class Predicted:
                 interval=Drawn(statistic=statistic, clusters=self.clusters),
                 n=len(self.truth),
                 settings=settings,
-                higher_is_better=name == "auc",
+                better="higher" if name == "auc" else "lower",
             )
             for name, statistic in of_probabilities.items()
         ]
