@@ -71,10 +71,18 @@ def test_timm_loads_the_student_and_gives_the_encoder_s_features(run):
     encoder = load_encoder(resolve_encoder(str(out)))
     pixels = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
     config = network.pretrained_cfg
+    written = json.loads((out / "student" / "config.json").read_text())
+    older = import_timm().create_model(  # as versions do that know no local-dir
+        written["architecture"],
+        num_classes=0,
+        checkpoint_path=str(out / "student" / "model.safetensors"),
+        **written["model_args"],
+    )
     mean, std = (torch.tensor(config[name]).view(1, 3, 1, 1) for name in ("mean", "std"))
     with torch.inference_mode():
         images = (torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255 - mean) / std
         expected = network(images).numpy()
+        assert np.array_equal(older.eval()(images).numpy(), expected)
     assert tuple(config["input_size"]) == (3, 64, 64)
     np.testing.assert_allclose(encode_all(encoder, pixels, 2), expected, rtol=1e-4, atol=1e-4)
     assert encoder.key.startswith("student-a-")
