@@ -14,6 +14,8 @@ from g2l_core.metrics.rows import row_blocks
 GRADIENT_TOLERANCE = 1e-7
 """L-BFGS stops where no element of the mean objective's gradient is larger; scikit-learn's default is 1e-4."""
 
+_ROWS = 1024
+"""Taken at a time: their float64 copies stay in the processor's cache."""
 _DOUBLE_VALUES = 1 << 22
 """Up to so many scaled values are kept in float64 (32 MiB), more in float32. All arithmetic is in float64: a loss with
 the noise of float32 ends line searches far from the minimum."""
@@ -29,7 +31,7 @@ class Scaling:
     def apply(self, features: Float[np.ndarray, "row dim"], kind: Any = np.float64) -> Float[np.ndarray, "row dim"]:
         """The scaled features, in the type `kind`."""
         scaled = np.empty(features.shape, kind)
-        for rows in row_blocks(len(features)):
+        for rows in row_blocks(len(features), _ROWS):
             scaled[rows] = (widened(features[rows]) - self.mean) / self.deviation
         return scaled
 
@@ -128,7 +130,7 @@ def _mean_loss(
 ) -> tuple[float, Float64[np.ndarray, "column class"]]:
     """The mean log loss and its gradient."""
     slope, loss = np.zeros(weights.shape), 0.0
-    for part in row_blocks(len(design.rows)):
+    for part in row_blocks(len(design.rows), _ROWS):
         rows, codes = design.rows[part].astype(np.float64, copy=False), design.codes[part]
         logs = _log_softmax(rows @ weights[:-1] + weights[-1])
         own = np.arange(len(codes)), codes

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float32, Float64, Int32, Int64
 
 from g2l_core.metrics.points import Points
-from g2l_core.metrics.rows import row_blocks
+from g2l_core.metrics.rows import over_blocks
 
 Precision = Literal["bfloat16", "float32"]
 
@@ -61,17 +61,27 @@ def _rounded(
 
     values = torch.zeros((len(rows), 2 * _OFFSETS + points.features.shape[1]), dtype=getattr(torch, precision))
     values[:, _OFFSETS : 2 * _OFFSETS] = 1
-    squares, worst = np.empty(len(rows)), 0.0
-    for part in row_blocks(len(rows)):
+    squares, kept = np.empty(len(rows)), _bits(values)
+
+    def enter(part: slice) -> float:
         block = points.of(rows[part])
-        rounded = torch.from_numpy(block).to(values.dtype)
-        values[part, 2 * _OFFSETS :] = rounded
         squares[part] = np.einsum("ij,ij->i", block, block)
-        block -= rounded.double().numpy()
+        bits = _rounded_bits(block, precision)
+        kept[part, 2 * _OFFSETS :] = bits
+        block -= _floats(bits)
         lost = np.einsum("ij,ij->i", block, block)
-        shares = np.divide(lost, squares[part], out=np.zeros(len(lost)), where=squares[part] > 0)
-        worst = max(worst, float(shares.max()))
-    return values, squares, worst**0.5
+        return float(np.divide(lost, squares[part], out=np.zeros(len(lost)), where=squares[part] > 0).max())
+
+    return values, squares, max(over_blocks(enter, len(rows))) ** 0.5
+
+
+def _rounded_bits(points: Float64[np.ndarray, "row dim"], precision: Precision) -> Any:
+    """The nearest numbers of low precision, as their bits; those of bfloat16 by way of float32."""
+    bits = points.astype(np.float32).view(np.uint32)
+    if precision == "float32":
+        return bits
+    bits += ((bits >> 16) & 1) + np.uint32(0x7FFF)  # ties to the even number
+    return (bits >> 16).astype(np.uint16)
 
 
 def _set_offsets(values: Any, offsets: Float64[np.ndarray, " row"]) -> None:
@@ -224,9 +234,9 @@ def _bits(values: Any) -> Any:
     return values.view(signed).numpy().view(unsigned)
 
 
-def _floats(bits: Any) -> Float32[np.ndarray, " value"]:
+def _floats(bits: Any) -> Float32[np.ndarray, "..."]:
     """Back from bits: bfloat16 is the upper half of a float32."""
-    wide = bits.astype(np.uint32) << 16 if bits.dtype == np.uint16 else bits
+    wide = bits.astype(np.uint32) << np.uint32(16) if bits.dtype == np.uint16 else bits
     return wide.view(np.float32)
 
 

@@ -12,6 +12,7 @@ from g2l_core.metrics import neighbors as module
 from g2l_core.metrics import screening
 from g2l_core.metrics.neighbors import nearest
 from g2l_core.metrics.points import gap_bounds, gaps, points_of, widened
+from g2l_core.metrics.screening import _floats, _rounded_bits
 
 SEEDS = st.integers(0, 2**32 - 1)
 METRICS = pytest.mark.parametrize("metric", ["cosine", "euclidean"])
@@ -163,3 +164,11 @@ def test_every_half_is_widened_exactly():
     halves = np.arange(1 << 16).astype(np.uint16).view(np.float16)
     finite = halves[np.isfinite(halves)][:, None]
     np.testing.assert_array_equal(widened(finite).view(np.uint32), finite.astype(np.float32).view(np.uint32))
+
+
+@given(st.lists(st.floats(-(2.0**127), 2.0**127, width=32), min_size=1, max_size=40))
+def test_rounding_is_torch_s(values):
+    points = np.array([values], np.float64)
+    for precision, kind in (("bfloat16", torch.bfloat16), ("float32", torch.float32)):
+        expected = torch.from_numpy(points.astype(np.float32)).to(kind).float().numpy()
+        assert np.array_equal(_floats(_rounded_bits(points, precision)).view(np.float32), expected)
