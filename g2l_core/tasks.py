@@ -55,6 +55,15 @@ class TaskOutcome:
     """What a reader must know of the rows: copies, missing labels, slides that a student was distilled on."""
     pictures: Pictures = field(default_factory=Pictures)
 
+    def __iadd__(self, other: "TaskOutcome") -> "TaskOutcome":
+        """Adds what another task gave."""
+        self.results += other.results
+        self.comparisons += other.comparisons
+        self.failures += other.failures
+        self.notes += other.notes
+        self.pictures += other.pictures
+        return self
+
 
 def evaluate_task(stores: Sequence[FeatureStore], spec: TaskSpec, bench: BenchSpec, folder: Path) -> TaskOutcome:
     """Evaluate every metric of a task for every encoder; what fails is recorded and costs only itself.

@@ -11,13 +11,13 @@ import numpy as np
 
 from g2l_core.encoders import find_stored, spec_from_json
 from g2l_core.errors import TaskError, UnknownNameError, UsageError
-from g2l_core.metrics.results import Comparison, EncoderFacts, ExpectedFigure, Failure, Pictures, Report, Result
+from g2l_core.metrics.results import EncoderFacts, ExpectedFigure, Failure, Report, Result
 from g2l_core.report import write_report
 from g2l_core.report_tables import headline, listed, meaning_of
 from g2l_core.store.features import FeatureStore
 from g2l_core.store.provenance import digest, software
 from g2l_core.task_spec import Expected, TaskSpec, parse_expected
-from g2l_core.tasks import BenchSpec, adjusted_over_tasks, evaluate_task
+from g2l_core.tasks import BenchSpec, TaskOutcome, adjusted_over_tasks, evaluate_task
 
 SHIPPED = Path(__file__).parent / "tasks"
 
@@ -189,36 +189,26 @@ def run_bench(
     )
     if len(set(keys)) < len(keys):
         raise UsageError(f"--encoders names one encoder twice: {', '.join(keys)}")
-    results: list[Result] = []
-    comparisons: list[Comparison] = []
-    failures: list[Failure] = []
-    expected: list[ExpectedFigure] = []
-    notes: list[str] = []
-    pictures = Pictures()
+    found, expected = TaskOutcome(), list[ExpectedFigure]()
     for name, table in tables.items():
         try:
             task = read_task(tasks_file, name, table)
         except TaskError as error:
-            failures.append(Failure(task=name, reason=str(error)))
+            found.failures.append(Failure(task=name, reason=str(error)))
             continue
-        outcome = evaluate_task(stores, task, bench, folder)
-        results += outcome.results
-        comparisons += outcome.comparisons
-        failures += outcome.failures
+        found += evaluate_task(stores, task, bench, folder)
         expected += [expected_figure(name, figure) for figure in task.expected]
-        notes += outcome.notes
-        pictures += outcome.pictures
     report = Report(
         title=title,
-        summary=tuple(s for name in tables if (s := summary_sentence(name, bench, results))),
+        summary=tuple(s for name in tables if (s := summary_sentence(name, bench, found.results))),
         encoders=tuple(encoder_facts(key, known[key]) for key in keys),
-        results=tuple(results),
-        comparisons=tuple(adjusted_over_tasks(comparisons)),
-        failures=tuple(failures),
+        results=tuple(found.results),
+        comparisons=tuple(adjusted_over_tasks(found.comparisons)),
+        failures=tuple(found.failures),
         provenance=provenance(tasks_path, tasks_file, stores),
-        notes=tuple(notes),
+        notes=tuple(found.notes),
         expected=tuple(expected),
-        pictures=pictures,
+        pictures=found.pictures,
     )
     write_report(report, out)
     return report
