@@ -1,6 +1,7 @@
 """What the written and the drawn forms of a report share: reading order, human names, figures as text."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import floor, isfinite, isnan, log10
@@ -124,12 +125,19 @@ def _task_part(report: Report, name: str, order: Sequence[str]) -> TaskPart:
     return TaskPart(
         name=name,
         encoders=tuple(key for key in order if key in here),
-        figures=figures,
+        figures={metric: figures[metric] for metric in _metric_order(results)},
         comparisons=tuple(row for row in report.comparisons if row.task == name),
         failures=failures,
         expected=tuple(row for row in report.expected if row.task == name),
         pictures=report.pictures.of_task(name),
     )
+
+
+def _metric_order(results: Sequence[Result]) -> Mapping[str, None]:
+    """As the encoder with the most figures has them: the teacher, the first, has none of likeness to itself."""
+    counts = Counter(row.encoder for row in results)
+    fullest = max(counts, key=counts.__getitem__, default="")
+    return dict.fromkeys([row.metric for row in results if row.encoder == fullest] + [row.metric for row in results])
 
 
 def support(row: Mapping[str, Result]) -> str:

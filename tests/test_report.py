@@ -439,6 +439,12 @@ def test_metrics_are_named_by_their_beginning():
     assert split_k("robustness_ratio_k05") == ("robustness_ratio_k05", None)
 
 
+def test_figures_stand_in_the_order_of_the_encoder_that_has_most():
+    rows = [("teacher", "rank"), ("teacher", "knn"), ("a", "cka"), ("a", "rank"), ("a", "knn"), ("b", "more")]
+    shown = task_parts(report(results=tuple(result(encoder=key, metric=metric) for key, metric in rows)))
+    assert list(shown[0].figures) == ["cka", "rank", "knn", "more"]
+
+
 def test_best_follows_the_direction_and_takes_ties():
     row = {key: result(encoder=key, value=value) for key, value in {"a": 1.0, "b": 2.0, "c": 2.0}.items()}
     assert best(row) == {"b", "c"}
