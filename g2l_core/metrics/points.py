@@ -33,7 +33,7 @@ class Points:
     alike: Int64[np.ndarray, " row"]
     """The first row that holds the same bytes: blank patches come by the thousand, one is measured."""
     wide: Float[np.ndarray, "row dim"] | None
-    """The features as float32, where that takes little: rows are measured some forty times."""
+    """The features as float32, where that takes little: rows are measured some thirty times."""
 
     def widened(self, rows: Int64[np.ndarray, " chosen"] | slice) -> Float[np.ndarray, "chosen dim"]:
         """The features of some rows; float16 as float32."""

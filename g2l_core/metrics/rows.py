@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 _BLOCK_ROWS = 4096
 _THREAD_ROWS = 256
-"""Their float64 copies stay in the cache, which makes passes over them three to five times as fast as over 4,096. Not a
+"""Their float64 copies stay in the cache, which makes passes over them two to five times as fast as over 4,096. Not a
 share of the threads, which would change the order of sums."""
 THREADS = min(8, os.cpu_count() or 1)
 

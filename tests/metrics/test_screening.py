@@ -172,3 +172,15 @@ def test_rounding_is_torch_s(values):
     for precision, kind in (("bfloat16", torch.bfloat16), ("float32", torch.float32)):
         expected = torch.from_numpy(points.astype(np.float32)).to(kind).float().numpy()
         assert np.array_equal(_floats(_rounded_bits(points, precision)).view(np.float32), expected)
+
+
+@METRICS
+@pytest.mark.parametrize("kind", [np.float16, np.float32])
+def test_large_features_are_widened_row_by_row_to_the_same_end(metric, kind, monkeypatch):
+    features = spread(np.random.default_rng(0), 300, 24).astype(kind)
+    kept = nearest(features, None, 5, metric=metric)
+    monkeypatch.setattr("g2l_core.metrics.points._MOST_WIDE", 0)
+    assert points_of(features, None, metric)[1].wide is None
+    made_anew = nearest(features, None, 5, metric=metric)
+    assert np.array_equal(kept.indices, made_anew.indices)
+    assert np.array_equal(kept.distances, made_anew.distances)
