@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-from g2l_core.engine import run_ahead
+from g2l_core.concurrency import run_ahead
 from g2l_core.errors import MppError, SlideError
-from g2l_core.manifest import Source
-from g2l_core.scale import ScaleFacts, ScaleFinding, audit_scale
-from g2l_core.slides import read_scale
+from g2l_core.slides.manifest import Source
+from g2l_core.slides.mpp import ScaleFacts, ScaleFinding, audit_scale
+from g2l_core.slides.slide import read_scale
 from pipeline.progress import ProgressLine
 
 

@@ -6,23 +6,23 @@ from pathlib import Path
 
 import numpy as np
 
-from g2l_core.artefacts import count_artefacts
-from g2l_core.caching import CacheProgress
-from g2l_core.encoder_loading import LoadedEncoder, load_encoder, require_mpp
-from g2l_core.encoders import EncoderSpec
+from g2l_core.encoders.loading import LoadedEncoder, load_encoder, require_mpp
+from g2l_core.encoders.resolve import EncoderSpec
 from g2l_core.errors import SlideError, StoreMismatchError
-from g2l_core.grid import GridSpec
-from g2l_core.laying import lay_sources, refresh_stored, store_laid
-from g2l_core.manifest import Source, read_sources
-from g2l_core.qc import qc_folder
-from g2l_core.repair import adopt_repaired
-from g2l_core.scale import audit_table
+from g2l_core.extraction.extract import CacheProgress
+from g2l_core.extraction.patching import lay_sources, refresh_stored, store_laid
+from g2l_core.extraction.repair import adopt_repaired
+from g2l_core.patches.artifacts import count_artefacts
+from g2l_core.patches.grid import GridSpec
+from g2l_core.patches.views import ViewSpec
+from g2l_core.slides.manifest import Source, read_sources
+from g2l_core.slides.mpp import audit_table
 from g2l_core.store.features import FeatureStore
 from g2l_core.store.locks import LOCKS, locked
 from g2l_core.tissue.methods import TissueMethod
-from g2l_core.views import ViewSpec
+from g2l_core.tissue.overview import qc_folder
 from pipeline.audit import audit_sources, require_plausible
-from pipeline.encoding import CacheSettings, encode_cohort
+from pipeline.extract import CacheSettings
 from pipeline.progress import ProgressLine, say
 
 
@@ -195,3 +195,31 @@ def lay_cohort(
         line.update(done, len(new))
     line.close()
     return failed
+
+
+def encode_cohort(
+    store: FeatureStore, slide_ids: Sequence[str], encoders: Sequence[LoadedEncoder], settings: CacheSettings
+) -> CacheProgress:
+    """Encode what the slides still miss, with a progress line."""
+    line = ProgressLine(" + ".join(encoder.key for encoder in encoders), "patches")
+
+    def report(progress: CacheProgress) -> None:
+        note = f"encoder {progress.utilisation:.0%} busy  bottleneck: {progress.bottleneck}"
+        line.update(progress.patches_done, progress.patches_total, note)
+
+    if settings.local_workers or settings.scheduler:
+        from pipeline.cluster import encode_on_workers
+
+        progress = encode_on_workers(store, slide_ids, encoders, settings, report)
+    else:
+        progress = encode_slides(store, slide_ids, encoders, settings, report)
+    line.close()
+    if progress.patches_total:
+        say(time_spent(progress))
+    return progress
+
+
+def time_spent(progress: CacheProgress) -> str:
+    """Where the time went, in one line: reading and augmenting are sums over threads."""
+    parts = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in progress.seconds.items())
+    return f"{clock(progress.elapsed)}: {parts}; encoder {progress.utilisation:.0%} busy"

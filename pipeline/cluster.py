@@ -14,13 +14,13 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from g2l_core.caching import CacheProgress, missing_patches
-from g2l_core.encoder_loading import LoadedEncoder, load_encoder
-from g2l_core.encoders import spec_from_json
+from g2l_core.encoders.loading import LoadedEncoder, load_encoder
+from g2l_core.encoders.resolve import spec_from_json
 from g2l_core.errors import EncoderError, G2LError, UsageError
+from g2l_core.extraction.extract import CacheProgress, missing_patches
 from g2l_core.store.features import FeatureStore
 from g2l_core.store.locks import LOCKS, locked
-from pipeline.encoding import CacheSettings, encode_slides
+from pipeline.extract import CacheSettings, encode_slides
 
 if TYPE_CHECKING:
     from distributed import Client

@@ -6,20 +6,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from textwrap import fill
 
-from g2l_core.encoders import EncoderSpec, resolve_encoder
+from g2l_core.distillation.optim import OptimSpec
+from g2l_core.distillation.training import TrainSettings
+from g2l_core.encoders.resolve import EncoderSpec, resolve_encoder
 from g2l_core.errors import UsageError
-from g2l_core.grid import GridSpec
-from g2l_core.manifest import read_table
-from g2l_core.metrics.results import Comparison, Report, Result
-from g2l_core.optimisation import OptimSpec
+from g2l_core.patches.grid import GridSpec
+from g2l_core.patches.views import ViewSpec
+from g2l_core.results import Comparison, Report, Result
+from g2l_core.slides.manifest import read_table
 from g2l_core.store.features import FeatureStore
-from g2l_core.synthetic import CohortSpec, draw_cohort, label_patches
-from g2l_core.training import TrainSettings
-from g2l_core.views import ViewSpec
+from g2l_core.synthetic.cohort import CohortSpec, draw_cohort, label_patches
 from pipeline.bench import refuse_no_results, run_bench
 from pipeline.cache_teacher import run_cache
 from pipeline.distill import DistillHow, DistillSettings, run_distill
-from pipeline.encoding import CacheSettings
+from pipeline.extract import CacheSettings
 from pipeline.progress import say
 
 PATIENTS, HELD_OUT = 12, 4

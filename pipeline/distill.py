@@ -9,23 +9,25 @@ import numpy as np
 from safetensors.torch import save_file
 from torch import Tensor
 
-from g2l_core.checkpoints import RunState, restore_best
-from g2l_core.distiller import Distiller, checkpoint_gradients
-from g2l_core.encoder_loading import DTYPES, LoadedEncoder, choose_device, encode_all, features_of, load_encoder
-from g2l_core.encoders import EncoderSpec, find_stored
+from g2l_core.distillation.checkpoints import RunState, restore_best
+from g2l_core.distillation.distiller import Distiller, checkpoint_gradients
+from g2l_core.distillation.distributed import Group, joined
+from g2l_core.distillation.held_out import HeldOutSet, read_held_out
+from g2l_core.distillation.loader import Reading, ReplayLoader, ReplaySpec
+from g2l_core.distillation.logs import read_figures
+from g2l_core.distillation.objective import Objective, TargetStatistics
+from g2l_core.distillation.target_statistics import target_statistics
+from g2l_core.distillation.training import Loop, TrainOutcome, TrainSettings, train
+from g2l_core.distillation.validation import Curves, held_out_figures, warnings_of
+from g2l_core.encoders.loading import DTYPES, LoadedEncoder, choose_device, encode_all, features_of, load_encoder
+from g2l_core.encoders.resolve import EncoderSpec, find_stored
+from g2l_core.encoders.student_folder import ModelCard, write_student
 from g2l_core.errors import StoreMissingError, UnknownNameError, UsageError
-from g2l_core.loader import CanonicalSet, Reading, ReplayLoader, ReplaySpec, read_canonical
-from g2l_core.objectives import Objective, TargetStatistics
-from g2l_core.pixel_cache import PixelCache
-from g2l_core.ranks import Group, joined
+from g2l_core.patches.pixel_cache import PixelCache
 from g2l_core.store.features import FeatureStore
 from g2l_core.store.provenance import software
-from g2l_core.students import ModelCard, write_student
-from g2l_core.target_statistics import target_statistics
-from g2l_core.training import Loop, TrainOutcome, TrainSettings, read_figures, train
-from g2l_core.training_page import training_page
-from g2l_core.watching import Curves, held_out_figures, warnings_of
 from pipeline.progress import ProgressLine, say
+from pipeline.run_page import training_page
 from pipeline.runs import ABOUT, open_run, read_record, write_record
 from pipeline.split import Split, split_store
 
@@ -230,14 +232,14 @@ def _views(store: FeatureStore, split: Split, source: _Teacher, settings: Distil
     return wanted
 
 
-def _held_out(store: FeatureStore, split: Split, source: _Teacher, seed: int, batch_size: int) -> CanonicalSet:
-    found = read_canonical(store, split.held_out, source.key, limit=VALIDATION_PATCHES, seed=seed)
+def _held_out(store: FeatureStore, split: Split, source: _Teacher, seed: int, batch_size: int) -> HeldOutSet:
+    found = read_held_out(store, split.held_out, source.key, limit=VALIDATION_PATCHES, seed=seed)
     if source.live is None:
         return found
     return replace(found, targets=encode_all(source.live, found.pixels, batch_size).astype(np.float16))
 
 
-def _distiller(student: LoadedEncoder, held_out: CanonicalSet, training: TrainSettings) -> Distiller:
+def _distiller(student: LoadedEncoder, held_out: HeldOutSet, training: TrainSettings) -> Distiller:
     module = student.module.requires_grad_(True)
     if training.grad_checkpoint:
         checkpoint_gradients(module)
@@ -291,7 +293,7 @@ def _train(
     distiller: Distiller,
     objective: Objective,
     loader: ReplayLoader,
-    held_out: CanonicalSet,
+    held_out: HeldOutSet,
     student: LoadedEncoder,
     source: _Teacher,
     training: TrainSettings,

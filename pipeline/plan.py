@@ -7,19 +7,19 @@ from typing import Any
 
 import numpy as np
 
-from g2l_core.encoder_loading import LoadedEncoder, encode, encode_all, load_encoder
-from g2l_core.encoders import EncoderSpec
+from g2l_core.encoders.loading import LoadedEncoder, encode, encode_all, load_encoder
+from g2l_core.encoders.resolve import EncoderSpec
 from g2l_core.errors import EncoderError, SlideError
-from g2l_core.grid import GridSpec, blocks
-from g2l_core.laying import LaidSlide, lay_sources
-from g2l_core.manifest import Source
-from g2l_core.patches import ImagePatches, PatchReader, RenderedBlock, SlidePatches, render_block
-from g2l_core.randomness import keyed_generator
-from g2l_core.slides import open_slide
+from g2l_core.extraction.patching import LaidSlide, lay_sources
+from g2l_core.patches.grid import GridSpec, blocks
+from g2l_core.patches.render import ImagePatches, PatchReader, RenderedBlock, SlidePatches, render_block
+from g2l_core.patches.views import ViewSpec, sample_views
+from g2l_core.rng import keyed_generator
+from g2l_core.slides.manifest import Source
+from g2l_core.slides.slide import open_slide
 from g2l_core.tissue.methods import TissueMethod
 from g2l_core.types import Level0Px
-from g2l_core.views import ViewSpec, sample_views
-from pipeline.encoding import CacheSettings
+from pipeline.extract import CacheSettings
 from pipeline.forecast import RUNS, STEP_RATIO, Forecast, Speeds, forecast, gigabytes, speed_up, view_choices
 from pipeline.progress import ProgressLine
 

@@ -5,16 +5,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from g2l_core.encoder_loading import LoadedEncoder, encode_all, load_encoder
-from g2l_core.encoders import spec_from_json
+from g2l_core.encoders.loading import LoadedEncoder, encode_all, load_encoder
+from g2l_core.encoders.resolve import spec_from_json
 from g2l_core.errors import SlideError
-from g2l_core.grid import GridSpec
-from g2l_core.patches import open_patches, render_block
-from g2l_core.randomness import keyed_generator
+from g2l_core.patches.grid import GridSpec
+from g2l_core.patches.render import open_patches, render_block
+from g2l_core.patches.views import ViewSpec
+from g2l_core.rng import keyed_generator
 from g2l_core.store.features import FeatureStore, StoredSlide
-from g2l_core.store.integrity import Problem
 from g2l_core.store.schema import STATUS
-from g2l_core.views import ViewSpec
+from g2l_core.store.verify import Problem
 
 LEAST_COSINE = 0.9999
 """What another batch size, thread count or device may cost; another network gives less."""

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from g2l_core.encoders import RUN_RECORD
+from g2l_core.encoders.resolve import RUN_RECORD
 from g2l_core.errors import RunError
 from g2l_core.store.provenance import differences
 

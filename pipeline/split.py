@@ -7,10 +7,10 @@ from math import ceil
 import numpy as np
 from jaxtyping import Int64
 
+from g2l_core.distillation.loader import good_rows
 from g2l_core.errors import UsageError
-from g2l_core.loader import good_rows
-from g2l_core.manifest import fits, held_out_groups, parse_condition
-from g2l_core.randomness import keyed_generator
+from g2l_core.rng import keyed_generator
+from g2l_core.slides.manifest import fits, held_out_groups, parse_condition
 from g2l_core.store.features import FeatureStore, StoredSlide
 
 LEAST_HELD_OUT = 4

@@ -10,13 +10,13 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from g2l_core.encoders import RUN_RECORD, resolve_encoder
+from g2l_core.encoders.resolve import RUN_RECORD, resolve_encoder
 from g2l_core.errors import G2LError, RunError, UsageError
-from g2l_core.html_page import document, table
-from g2l_core.training_page import HELD_OUT, Line, line_chart
+from g2l_core.report.page import document, table
 from pipeline.config import NAMES, find_recipe, read_toml, require_known, settings_of
 from pipeline.distill import DistillHow, run_distill
 from pipeline.progress import say
+from pipeline.run_page import HELD_OUT, Line, line_chart
 
 ALPHA_LOSSES = ("logsum", "logsum_corr")
 RESULTS = "results.csv"

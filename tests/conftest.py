@@ -55,7 +55,7 @@ TEACHER = "timm:mobilenetv3_small_050@64"
 @pytest.fixture(scope="session")
 def cohort(tmp_path_factory) -> Path:
     """The manifest of six small drawn slides, two centres; slides/ and truth/ lie beside it."""
-    from g2l_core.synthetic import CohortSpec, draw_cohort
+    from g2l_core.synthetic.cohort import CohortSpec, draw_cohort
 
     return draw_cohort(tmp_path_factory.mktemp("cohort"), CohortSpec(patients=6, size_um=(768.0, 768.0)))
 
@@ -63,11 +63,11 @@ def cohort(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def cached_store(cohort, tmp_path_factory) -> Path:
     """A store of that cohort with two augmented views of `TEACHER`. Not to be changed: copy it first."""
-    from g2l_core.encoders import resolve_encoder
-    from g2l_core.grid import GridSpec
-    from g2l_core.views import ViewSpec
+    from g2l_core.encoders.resolve import resolve_encoder
+    from g2l_core.patches.grid import GridSpec
+    from g2l_core.patches.views import ViewSpec
     from pipeline.cache_teacher import run_cache
-    from pipeline.encoding import CacheSettings
+    from pipeline.extract import CacheSettings
 
     path = tmp_path_factory.mktemp("cached") / "store.zarr"
     teacher = resolve_encoder(TEACHER, weights="random:0")

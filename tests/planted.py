@@ -5,6 +5,7 @@ import csv
 import numpy as np
 
 from g2l_core.store.features import FeatureStore
+from g2l_core.store.writer import FeatureWriter
 
 PATIENTS, PATCHES = 8, 40
 
@@ -49,7 +50,7 @@ def make_store(path, strength, *, duplicates=(), patients=PATIENTS, weights="fil
             features = features + of_center * directions[1] * (2 * (p % 2) - 1)
             features = features + sum(of_slide) * directions[2] * (2 * (p // 2 % 2) - 1)
             features = np.pad(features, ((0, 0), (0, more)))  # encoders have features of different sizes
-            writer = slide.writer(key, digest=key, dim=12 + more, n_views=1)
+            writer = FeatureWriter.open(slide, key, digest=key, dim=12 + more, n_views=1)
             (shard,) = writer.missing([0])
             writer.write(shard, features.astype(np.float32), hashes, np.zeros(PATCHES, np.uint8))
     return store

@@ -10,17 +10,17 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from g2l_core.errors import NoTissueError, ReadError, StoreMismatchError
-from g2l_core.geojson import areas_of, mask_of, read_areas
-from g2l_core.grid import GridSpec
-from g2l_core.laying import lay_source, lay_sources, refresh_stored, store_laid
-from g2l_core.manifest import Source, read_sources
-from g2l_core.slides import Frame, open_slide
+from g2l_core.extraction.patching import lay_source, lay_sources, refresh_stored, store_laid
+from g2l_core.patches.grid import GridSpec
+from g2l_core.patches.views import ViewSpec
+from g2l_core.slides.manifest import Source, read_sources
+from g2l_core.slides.slide import Frame, open_slide
 from g2l_core.store.features import FeatureStore
-from g2l_core.synthetic import CohortSpec, draw_slide, write_pyramid
+from g2l_core.synthetic.cohort import CohortSpec, draw_slide, write_pyramid
 from g2l_core.tissue.annotations import annotation_path, read_annotation
+from g2l_core.tissue.geojson import areas_of, mask_of, read_areas
 from g2l_core.tissue.methods import resolve_tissue
 from g2l_core.tissue.thresholds import THUMBNAIL_MPP
-from g2l_core.views import ViewSpec
 
 SQUARE = [[0, 0], [40, 0], [40, 40], [0, 40], [0, 0]]
 HOLE = [[10, 10], [10, 30], [30, 30], [30, 10], [10, 10]]

@@ -7,18 +7,18 @@ import cv2
 import numpy as np
 import pytest
 
-from g2l_core.artefacts import _CHECKS, ArtefactSpec, artefact_of, count_artefacts
-from g2l_core.encoders import resolve_encoder
+from g2l_core.encoders.resolve import resolve_encoder
 from g2l_core.errors import StoreMismatchError, UnknownNameError
-from g2l_core.grid import ARTEFACTS, GridSpec
-from g2l_core.laying import lay_source
-from g2l_core.manifest import read_sources
-from g2l_core.slides import open_slide
+from g2l_core.extraction.patching import lay_source
+from g2l_core.patches.artifacts import _CHECKS, ArtefactSpec, artefact_of, count_artefacts
+from g2l_core.patches.grid import ARTEFACTS, GridSpec
+from g2l_core.patches.views import ViewSpec
+from g2l_core.slides.manifest import read_sources
+from g2l_core.slides.slide import open_slide
 from g2l_core.store.features import FeatureStore
-from g2l_core.store.integrity import verify
 from g2l_core.store.schema import STATUS
-from g2l_core.synthetic import CohortSpec, draw_slide, write_pyramid
-from g2l_core.views import ViewSpec
+from g2l_core.store.verify import verify
+from g2l_core.synthetic.cohort import CohortSpec, draw_slide, write_pyramid
 from pipeline.cache_teacher import CacheSettings, run_cache
 from tests.conftest import TEACHER
 

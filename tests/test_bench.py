@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from g2l_core.benchmark.spec import NEEDS
+from g2l_core.benchmark.task_file import known_keys
 from g2l_core.errors import TaskError, UnknownNameError, UsageError
-from g2l_core.report import read_report
-from g2l_core.task_spec import NEEDS
-from pipeline.bench import known_keys, read_tasks, run_bench
+from g2l_core.report.write import read_report
+from pipeline.bench import read_tasks, run_bench
 from tests.planted import PATCHES, make_store, write_labels
 from tests.test_task_families import label_row
 

@@ -11,7 +11,7 @@ import pytest
 import tifffile
 
 from g2l_core.store.features import FeatureStore
-from g2l_core.store.integrity import verify
+from g2l_core.store.verify import verify
 from tests.conftest import TEACHER
 from tests.test_cli import G2L, KEY, cache
 

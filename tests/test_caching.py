@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import tifffile
 
-from g2l_core.encoders import resolve_encoder
-from g2l_core.grid import GridSpec
+from g2l_core.encoders.resolve import resolve_encoder
+from g2l_core.patches.grid import GridSpec
+from g2l_core.patches.views import ViewSpec
 from g2l_core.store.features import FeatureStore
-from g2l_core.store.integrity import verify
-from g2l_core.views import ViewSpec
+from g2l_core.store.verify import verify
 from pipeline.cache_teacher import run_cache
-from pipeline.encoding import CacheSettings
+from pipeline.extract import CacheSettings
 from tests.conftest import TEACHER
 
 KEY = "timm-mobilenetv3_small_050-64-random0"
@@ -105,7 +105,7 @@ def encoder_key_of(store, encoder):
 
 
 def test_features_that_are_not_finite_stop_their_slide_and_name_the_patch(slides, tmp_path, monkeypatch):
-    from g2l_core import batching
+    from g2l_core.extraction import batching
 
     encode, batches = batching.encode, []
 

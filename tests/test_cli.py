@@ -16,11 +16,11 @@ import zarr
 
 from g2l_core import __version__
 from g2l_core.store.features import FeatureStore
-from g2l_core.synthetic import write_pyramid
-from pipeline.cli import main
+from g2l_core.synthetic.cohort import write_pyramid
+from pipeline.cli.main import main
 from tests.conftest import TEACHER
 
-G2L = [sys.executable, "-m", "pipeline.cli"]
+G2L = [sys.executable, "-m", "pipeline.cli.main"]
 KEY = "timm-mobilenetv3_small_050-64-random0"
 
 
@@ -257,8 +257,8 @@ def test_features_that_are_not_finite(slides, tmp_path):
     """Weights with one NaN: nothing is stored, the slide and the patch are named."""
     from safetensors.torch import load_file, save_file
 
-    from g2l_core.encoder_loading import build_network
-    from g2l_core.encoders import resolve_encoder
+    from g2l_core.encoders.loading import build_network
+    from g2l_core.encoders.resolve import resolve_encoder
 
     state = build_network(resolve_encoder(TEACHER, weights="random:0")).state_dict()
     save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "good.safetensors")

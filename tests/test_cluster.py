@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from g2l_core.errors import StoreError
 from g2l_core.store.features import FeatureStore
-from g2l_core.store.integrity import verify
 from g2l_core.store.locks import LOCKS, locked
+from g2l_core.store.verify import verify
 from pipeline.cluster import make_groups
 from tests.conftest import TEACHER
 from tests.test_caching import break_tile

@@ -8,9 +8,9 @@ import torch
 import zarr
 from torch.utils.data import DataLoader
 
-from g2l_core.datasets import SlideFeatures
 from g2l_core.errors import ManifestError, StoreMissingError, UnknownNameError
 from g2l_core.store.features import FeatureStore
+from g2l_core.store.torch_dataset import SlideFeatures
 
 KEY = "timm-mobilenetv3_small_050-64-random0"
 

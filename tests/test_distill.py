@@ -13,11 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from g2l_core.encoder_loading import encode_all, load_encoder
-from g2l_core.encoders import resolve_encoder
+from g2l_core.encoders.loading import encode_all, load_encoder
+from g2l_core.encoders.resolve import resolve_encoder
+from g2l_core.encoders.timm_compat import import_timm
 from g2l_core.errors import UsageError
 from g2l_core.store.features import FeatureStore
-from g2l_core.timm_bridge import import_timm
 from pipeline.config import settings_of
 from pipeline.distill import DistillHow, run_distill
 from pipeline.split import split_store

@@ -15,14 +15,14 @@ import torch
 import zarr
 from safetensors.torch import load_file
 
-from g2l_core.encoder_loading import encode_all, load_encoder
-from g2l_core.encoders import resolve_encoder
+from g2l_core.distillation.loader import good_rows
+from g2l_core.distillation.target_statistics import target_statistics
+from g2l_core.encoders.loading import encode_all, load_encoder
+from g2l_core.encoders.resolve import resolve_encoder
+from g2l_core.encoders.student_export import FORMATS, export_student
+from g2l_core.encoders.timm_compat import import_timm
 from g2l_core.errors import EncoderError, G2LError, RunError, StoreCorruptError, UnknownNameError, UsageError
-from g2l_core.loader import good_rows
 from g2l_core.store.features import FeatureStore
-from g2l_core.student_export import FORMATS, export_student
-from g2l_core.target_statistics import target_statistics
-from g2l_core.timm_bridge import import_timm
 from pipeline.config import RECIPES, find_recipe, option_names, read_recipe, read_toml, settings_of
 from pipeline.distill import DistillHow, run_distill
 from pipeline.split import split_store
@@ -134,7 +134,7 @@ def torchrun(processes: int, *arguments) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
-        [*command, "-m", "pipeline.cli", "distill", *map(str, arguments)],
+        [*command, "-m", "pipeline.cli.main", "distill", *map(str, arguments)],
         env=environment, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

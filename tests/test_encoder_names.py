@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from g2l_core.encoder_loading import encode, load_encoder
-from g2l_core.encoder_spec import spec_from_json, spec_to_json
-from g2l_core.encoders import TABLE, encoder_key, find_stored, resolve_encoder, run_encoder
+from g2l_core.encoders.loading import encode, load_encoder
+from g2l_core.encoders.resolve import TABLE, encoder_key, find_stored, resolve_encoder, run_encoder
+from g2l_core.encoders.spec import spec_from_json, spec_to_json
 from g2l_core.errors import EncoderError, UnknownNameError, UsageError
 from tests.test_encoders import VIT, saved, views
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from g2l_core.architectures import build_architecture
-from g2l_core.encoder_docs import encoder_lines, setting_lines, with_table
-from g2l_core.encoder_loading import PatchEncoder
-from g2l_core.encoders import TABLE, resolve_encoder
+from g2l_core.encoders.architectures import build_architecture
+from g2l_core.encoders.patch_encoder import PatchEncoder
+from g2l_core.encoders.resolve import TABLE, resolve_encoder
+from g2l_core.encoders.tables import encoder_lines, setting_lines, with_table
 
 ISSUED = """h-optimus-0 h-optimus-1 h0-mini hibou-b hibou-l uni uni2-h virchow virchow2 prov-gigapath phikon phikon-v2
 ctranspath kaiko-s8 kaiko-s16 kaiko-b8 kaiko-b16 kaiko-l14 lunit-s8 lunit-s16 midnight-12k gpfm""".split()
@@ -92,7 +92,7 @@ def test_other_sizes_and_poolings_are_built(name):
 
 def test_the_page_of_encoders_is_current():
     page = (Path(__file__).parents[1] / "docs/encoders.md").read_text(encoding="utf-8")
-    assert with_table(page) == page, "python -m g2l_core.encoder_docs docs/encoders.md"
+    assert with_table(page) == page, "python -m g2l_core.encoders.tables docs/encoders.md"
     assert all(f"| `{name}` |" in page for name in TABLE)
 
 

@@ -13,9 +13,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from g2l_core import encoder_loading
-from g2l_core.encoder_loading import (
-    PatchEncoder,
+from g2l_core.encoders import loading as encoder_loading
+from g2l_core.encoders.loading import (
     build_network,
     choose_device,
     choose_precision,
@@ -23,13 +22,13 @@ from g2l_core.encoder_loading import (
     encode_all,
     load_encoder,
     padded_batches,
-    read_tensors,
     require_mpp,
-    state_digest,
 )
-from g2l_core.encoders import TABLE, EncoderSpec, resolve_encoder
+from g2l_core.encoders.patch_encoder import PatchEncoder
+from g2l_core.encoders.resolve import TABLE, EncoderSpec, resolve_encoder
+from g2l_core.encoders.timm_compat import import_timm
+from g2l_core.encoders.weights import read_tensors, state_digest
 from g2l_core.errors import EncoderError, UnknownNameError, UsageError
-from g2l_core.timm_bridge import import_timm
 from tests.test_views import he_patch
 
 VIT = EncoderSpec(

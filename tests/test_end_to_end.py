@@ -47,7 +47,7 @@ def test_the_demo_takes_own_slides(cohort, tmp_path):
 @pytest.mark.slow
 def test_a_real_slide_through_the_three_commands(real_slide, tmp_path):
     def g2l(*arguments):
-        command = [sys.executable, "-m", "pipeline.cli", *map(str, arguments)]
+        command = [sys.executable, "-m", "pipeline.cli.main", *map(str, arguments)]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         return done.stdout

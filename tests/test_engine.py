@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from g2l_core.engine import in_background, run_ahead
+from g2l_core.concurrency import in_background, run_ahead
 from g2l_core.errors import ReadError
 
 

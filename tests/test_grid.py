@@ -8,7 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from g2l_core.errors import MppError, UsageError
-from g2l_core.grid import (
+from g2l_core.patches.grid import (
     MAX_UPSAMPLING,
     GridSpec,
     blocks,

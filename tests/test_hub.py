@@ -19,8 +19,8 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from g2l_core.encoder_loading import build_network, load_encoder
-from g2l_core.encoders import EncoderSpec, spec_to_json
+from g2l_core.encoders.loading import build_network, load_encoder
+from g2l_core.encoders.resolve import EncoderSpec, spec_to_json
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

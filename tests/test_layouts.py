@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from g2l_core.architectures import build_architecture
-from g2l_core.encoder_loading import build_network, load_encoder
-from g2l_core.encoders import TABLE, EncoderSpec
+from g2l_core.encoders.architectures import build_architecture
+from g2l_core.encoders.loading import build_network, load_encoder
+from g2l_core.encoders.resolve import TABLE, EncoderSpec
+from g2l_core.encoders.timm_compat import import_timm
+from g2l_core.encoders.weight_layouts import LAYOUTS, state_dict_in_timm_layout, state_dict_in_transformers_layout
 from g2l_core.errors import EncoderError, UnknownNameError
-from g2l_core.layouts import LAYOUTS, state_dict_in_timm_layout, state_dict_in_transformers_layout
-from g2l_core.timm_bridge import import_timm
 
 SMALL = {"img_size": 56, "depth": 2, "embed_dim": 48, "num_heads": 3}
 ARCHITECTURES = {"mlp": "vit_small_patch14_reg4_dinov2", "swiglu": "vit_giant_patch14_reg4_dinov2"}

@@ -9,13 +9,14 @@ import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 
-from g2l_core.epochs import plan_epoch
+from g2l_core.distillation.held_out import read_held_out
+from g2l_core.distillation.loader import Reading, ReplayLoader, ReplaySpec, good_rows
+from g2l_core.distillation.sampling import plan_epoch
 from g2l_core.errors import StoreCorruptError, StoreMismatchError, StoreMissingError, UsageError
-from g2l_core.loader import Reading, ReplayLoader, ReplaySpec, good_rows, read_canonical
-from g2l_core.open_slides import OpenSlides
-from g2l_core.pixel_cache import PixelCache
+from g2l_core.patches.pixel_cache import PixelCache
+from g2l_core.patches.reader_pool import OpenSlides
+from g2l_core.patches.views import pixel_hash
 from g2l_core.store.features import FeatureStore
-from g2l_core.views import pixel_hash
 
 KEY = "timm-mobilenetv3_small_050-64-random0"
 
@@ -123,7 +124,7 @@ def test_two_epochs_show_both_views_of_every_patch(store, rows):
 
 
 def test_canonical_set_is_view_zero_and_bounded(store, rows):
-    found = read_canonical(store, rows, KEY, limit=50, seed=0)
+    found = read_held_out(store, rows, KEY, limit=50, seed=0)
     stored = {int(h) for slide in store.slides() for h in slide.pixel_hash[:, 0]}
     assert len(found.pixels) == 50
     assert {int(h) for h in pixel_hash(found.pixels)} <= stored
@@ -228,7 +229,7 @@ def test_the_pixel_cache_gives_the_same_batches_without_the_slides(store, rows, 
     cached = ReplayLoader(store, rows, spec(), Reading(workers=2, pixel_cache=PixelCache(tmp_path, 1.0)))
     assert same_batches(first(cached, 30), wanted)
     again = ReplayLoader(store, rows, spec(), Reading(workers=2, pixel_cache=PixelCache(tmp_path, 1.0)))
-    monkeypatch.setattr("g2l_core.loader.open_patches", None)  # what is kept needs no slide
+    monkeypatch.setattr("g2l_core.distillation.loader.open_patches", None)  # what is kept needs no slide
     per_epoch = again.batches_per_epoch
     assert same_batches(first(again, min(30, per_epoch)), wanted[:per_epoch])
 

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from g2l_core.distillation.losses import LOSSES, cosine, logsum, loss_by_name, mse, per_element, smooth_l1, standardize
 from g2l_core.errors import UnknownNameError, UsageError
-from g2l_core.losses import LOSSES, cosine, logsum, loss_by_name, mse, per_element, smooth_l1, standardize
 
 
 def gaussians(n: int, d: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from g2l_core.errors import ManifestError, UsageError
-from g2l_core.manifest import (
+from g2l_core.slides.manifest import (
     COLUMN_ALIASES,
     fits,
     held_out_groups,

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from g2l_core import batching
+from g2l_core.extraction import batching
 from g2l_core.store import schema
 from tests.conftest import TEACHER
 from tests.test_caching import cache

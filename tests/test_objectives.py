@@ -8,9 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from g2l_core.distillation.distributed import Ranks
+from g2l_core.distillation.losses import kl, kl_queue, logsum, logsum_corr, logsum_per_sample, rkd, standardize
+from g2l_core.distillation.objective import Objective, ObjectiveSpec, TargetStatistics
 from g2l_core.errors import UsageError
-from g2l_core.losses import kl, kl_queue, logsum, logsum_corr, logsum_per_sample, rkd, standardize
-from g2l_core.objectives import Objective, ObjectiveSpec, Ranks, TargetStatistics
 
 
 def gaussians(n=16, d=12, seed=0):

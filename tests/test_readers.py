@@ -15,12 +15,13 @@ import pytest
 import tifffile
 import zarr
 
-from g2l_core import readers
 from g2l_core.errors import ManifestError, MppError, NotASlideError, ReadError, UsageError
-from g2l_core.manifest import read_sources
-from g2l_core.slides import fingerprint, open_slide
+from g2l_core.slides import readers
+from g2l_core.slides.fingerprint import fingerprint
+from g2l_core.slides.manifest import read_sources
+from g2l_core.slides.slide import open_slide
 from g2l_core.store.features import FeatureStore
-from g2l_core.synthetic import write_pyramid
+from g2l_core.synthetic.cohort import write_pyramid
 from tests.conftest import TEACHER
 from tests.test_slides import noise
 
@@ -359,7 +360,7 @@ def test_a_plug_in_is_found_and_read_by_the_command_line(installed, tmp_path):
         "none",
     ]
     done = subprocess.run(
-        [sys.executable, "-m", "pipeline.cli", *call], cwd=tmp_path, capture_output=True, text=True, check=False,
+        [sys.executable, "-m", "pipeline.cli.main", *call], cwd=tmp_path, capture_output=True, text=True, check=False,
         timeout=120, env={**os.environ, "PYTHONPATH": f"{installed}{os.pathsep}{ROOT}"},
     )  # fmt: skip
     assert done.returncode == 1, done.stderr  # the torn one

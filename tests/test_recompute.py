@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from g2l_core.store.features import FeatureStore
-from pipeline.cli import app
+from pipeline.cli.main import app
 from pipeline.recompute import recompute
 
 KEY = "timm-mobilenetv3_small_050-64-random0"

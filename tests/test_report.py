@@ -12,9 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from g2l_core import report as module
 from g2l_core.errors import RunError, TaskError
-from g2l_core.metrics.results import (
+from g2l_core.report import write as module
+from g2l_core.report.html import page
+from g2l_core.report.meanings import METRICS
+from g2l_core.report.tables import best, decimals, figure, meaning_of, number, p_text, split_k, task_parts
+from g2l_core.report.write import read_report, terminal_table, write_report
+from g2l_core.results import (
     CkaMatrix,
     Comparison,
     ConfusionMatrix,
@@ -28,10 +32,6 @@ from g2l_core.metrics.results import (
     Result,
     SlideMap,
 )
-from g2l_core.report import read_report, terminal_table, write_report
-from g2l_core.report_html import page
-from g2l_core.report_meanings import METRICS
-from g2l_core.report_tables import best, decimals, figure, meaning_of, number, p_text, split_k, task_parts
 
 FILES = ["results.json", "results.csv", "comparisons.csv", "results.md", "report.html"]
 NASTY = "<script>alert('x')</script> & \"q\" | `c` *b* [l](u)"

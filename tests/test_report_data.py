@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.decomposition import PCA
 
-from g2l_core.errors import TaskError
-from g2l_core.report_data import (
+from g2l_core.benchmark.projections import (
     _has_umap,
     cells_of,
     chosen_rows,
@@ -21,6 +20,7 @@ from g2l_core.report_data import (
     umap_plane,
     within_unit,
 )
+from g2l_core.errors import TaskError
 
 
 def drawn(rows, dim, seed=0):
@@ -160,7 +160,7 @@ def test_without_umap_there_is_no_such_plane(monkeypatch):
         assert name == "umap-learn"
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr("g2l_core.report_data.version", absent)
+    monkeypatch.setattr("g2l_core.benchmark.projections.version", absent)
     assert umap_plane(drawn(30, 4), seed=0) is None
 
 

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from g2l_core.metrics.results import Comparison, ExpectedFigure, Failure, Pictures
-from g2l_core.report_html import page
-from g2l_core.report_pictures import pictures_of
-from g2l_core.report_tables import held_against, listed, reasons, settings_text, support, task_parts
-from g2l_core.svg import shortened
+from g2l_core.report.html import page
+from g2l_core.report.pictures import pictures_of
+from g2l_core.report.svg import shortened
+from g2l_core.report.tables import held_against, listed, reasons, settings_text, support, task_parts
+from g2l_core.results import Comparison, ExpectedFigure, Failure, Pictures
 from tests.test_report import cka, confusion, estimate, facts, projection, report, result, slide_map
 
 ORDER = ("teacher", "before", "after")

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from g2l_core.html_page import _DARK, _LIGHT
-from g2l_core.metrics.results import Estimate
-from g2l_core.report_plots import Curve, Group, Row, curves, forest
-from g2l_core.svg import COLORS, SHAPES, axis_for
+from g2l_core.report.page import _DARK, _LIGHT
+from g2l_core.report.plots import Curve, Group, Row, curves, forest
+from g2l_core.report.svg import COLORS, SHAPES, axis_for
+from g2l_core.results import Estimate
 
 
 def estimate(value, half=math.nan):

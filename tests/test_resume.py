@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import zarr
 
-from g2l_core.batching import IN_FLIGHT
+from g2l_core.extraction.batching import IN_FLIGHT
 from g2l_core.store.features import FeatureStore
-from g2l_core.store.integrity import remove_leftovers, verify
+from g2l_core.store.verify import remove_leftovers, verify
 from tests.conftest import TEACHER
 
 KEY = "timm-mobilenetv3_small_050-64-random0"

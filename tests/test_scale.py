@@ -5,9 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from g2l_core.errors import MppError
-from g2l_core.manifest import Source
-from g2l_core.scale import KEYS, Scale, ScaleFacts, audit_scale, audit_table, find_scale, objective_power
-from g2l_core.synthetic import write_pyramid
+from g2l_core.slides.manifest import Source
+from g2l_core.slides.mpp import KEYS, Scale, ScaleFacts, audit_scale, audit_table, find_scale, objective_power
+from g2l_core.synthetic.cohort import write_pyramid
 from pipeline.audit import audit_sources, require_plausible
 from tests.test_slides import noise
 

@@ -12,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from g2l_core import slides
 from g2l_core.errors import G2LError, MppError, NotASlideError, ReadError
-from g2l_core.slides import Slide, fingerprint, open_slide
-from g2l_core.synthetic import write_pyramid
+from g2l_core.slides import slide as slides
+from g2l_core.slides.fingerprint import fingerprint
+from g2l_core.slides.slide import Slide, open_slide
+from g2l_core.synthetic.cohort import write_pyramid
 from g2l_core.types import Mpp
 
 WIDTH, HEIGHT = 2048, 1536

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from g2l_core import staging
-from g2l_core.staging import Stage, files_of, remove_dead
+from g2l_core.slides import staging
+from g2l_core.slides.staging import Stage, files_of, remove_dead
 from g2l_core.store.features import FeatureStore
 from tests.test_cli import KEY, cache
 

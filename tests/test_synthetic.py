@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from g2l_core import synthetic
 from g2l_core.errors import ReadError, UsageError
-from g2l_core.synthetic import CENTERS, MAP_UM, CohortSpec
+from g2l_core.synthetic import cohort as synthetic
+from g2l_core.synthetic.cohort import CENTERS, MAP_UM, CohortSpec
 
 SMALL = CohortSpec(patients=6, size_um=(640.0, 512.0), mpp=(1.0, 0.5))
 

@@ -7,28 +7,10 @@ import pytest
 from scipy.stats import pearsonr
 from sklearn.metrics import brier_score_loss, roc_auc_score
 
-from g2l_core.errors import TaskError
-from g2l_core.metrics.alignment import central_rows, effective_rank, mutual_neighbors, procrustes_similarity, rbf_cka
-from g2l_core.metrics.bags import mean_pool, patch_vote
-from g2l_core.metrics.center_bias import (
-    BiasDesign,
-    average_performance_drop,
-    biased_probes,
-    centers_told_by_class,
-    predict_centers,
-)
-from g2l_core.metrics.consistency import consistency_sums, pair_means
-from g2l_core.metrics.mil import AbmilSettings, train_abmil
-from g2l_core.metrics.moments import cka_center, cka_moments
-from g2l_core.metrics.neighbors import knn_predict, nearest
-from g2l_core.metrics.probe import balanced_accuracy, confusion, linear_probe
-from g2l_core.metrics.ridge import fit_ridge
-from g2l_core.metrics.robustness import paired_combinations, paired_counts, pathorob_index
-from g2l_core.metrics.similarity import cka_interval
-from g2l_core.metrics.survival import concordance_index, fit_cox
-from g2l_core.task_data import bags, gather, parts
-from g2l_core.task_families import FAMILIES
-from g2l_core.task_spec import (
+from g2l_core.benchmark.evaluate import BenchSpec, evaluate_task
+from g2l_core.benchmark.families.__init__ import FAMILIES
+from g2l_core.benchmark.rows import bags, gather, parts
+from g2l_core.benchmark.spec import (
     NEEDS,
     BiasDropOptions,
     CenterOptions,
@@ -44,7 +26,25 @@ from g2l_core.task_spec import (
     TaskSpec,
     family_of,
 )
-from g2l_core.tasks import BenchSpec, evaluate_task
+from g2l_core.errors import TaskError
+from g2l_core.metrics.alignment import central_rows, effective_rank, mutual_neighbors, procrustes_similarity, rbf_cka
+from g2l_core.metrics.bags import mean_pool, patch_vote
+from g2l_core.metrics.center_bias import (
+    BiasDesign,
+    average_performance_drop,
+    biased_probes,
+    centers_told_by_class,
+    predict_centers,
+)
+from g2l_core.metrics.consistency import consistency_sums, pair_means
+from g2l_core.metrics.knn.neighbors import knn_predict, nearest
+from g2l_core.metrics.mil import AbmilSettings, train_abmil
+from g2l_core.metrics.moments import cka_center, cka_moments
+from g2l_core.metrics.probe import balanced_accuracy, confusion, linear_probe
+from g2l_core.metrics.ridge import fit_ridge
+from g2l_core.metrics.robustness import paired_combinations, paired_counts, pathorob_index
+from g2l_core.metrics.similarity import cka_interval
+from g2l_core.metrics.survival import concordance_index, fit_cox
 from tests.planted import PATCHES, make_store, write_labels
 
 PATIENTS = 16

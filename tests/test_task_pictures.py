@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
+from g2l_core.benchmark.evaluate import BenchSpec, evaluate_task
+from g2l_core.benchmark.pictures import task_pictures
+from g2l_core.benchmark.rows import gather
+from g2l_core.benchmark.spec import KnnOptions, TaskSpec
 from g2l_core.store.features import FeatureStore
-from g2l_core.task_data import gather
-from g2l_core.task_pictures import task_pictures
-from g2l_core.task_spec import KnnOptions, TaskSpec
-from g2l_core.tasks import BenchSpec, evaluate_task
 from tests.planted import PATCHES, PATIENTS, make_store, patch_labels, write_labels
 
 SPEC = TaskSpec(

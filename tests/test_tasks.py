@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 from sklearn.neighbors import KNeighborsClassifier
 
+from g2l_core.benchmark.evaluate import BenchSpec, adjusted_over_tasks, evaluate_task
+from g2l_core.benchmark.rows import gather, parts
+from g2l_core.benchmark.spec import KnnOptions, RobustnessOptions, TaskSpec
 from g2l_core.errors import LeakError, ManifestError, TaskError
-from g2l_core.metrics.results import Comparison, Estimate
+from g2l_core.results import Comparison, Estimate
 from g2l_core.store import schema
-from g2l_core.task_data import gather, parts
-from g2l_core.task_spec import KnnOptions, RobustnessOptions, TaskSpec
-from g2l_core.tasks import BenchSpec, adjusted_over_tasks, evaluate_task
+from g2l_core.store.writer import FeatureWriter
 from tests.planted import PATCHES, PATIENTS, make_store, patch_labels, write_labels
 
 STRENGTH = {"teacher": (0.8, 0.0), "weak": (0.1, 0.8), "strong": (0.6, 0.1)}
@@ -279,7 +280,7 @@ def test_an_encoder_that_has_fewer_slides(tmp_path):
     store.add_encoder(
         "part", {"digest": "part", "weights_digest": "part", "name": "part", "weights": "file:p", "dim": 3}
     )
-    writer = store.slide("s0").writer("part", digest="part", dim=3, n_views=1)
+    writer = FeatureWriter.open(store.slide("s0"), "part", digest="part", dim=3, n_views=1)
     (shard,) = writer.missing([0])
     hashes = store.slide("s0").pixel_hash[:, 0]
     writer.write(shard, np.ones((PATCHES, 3), np.float32), hashes, np.zeros(PATCHES, np.uint8))

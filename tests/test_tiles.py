@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from g2l_core.errors import ReadError
-from g2l_core.slides import open_slide
-from g2l_core.tiles import open_tiles
+from g2l_core.slides.slide import open_slide
+from g2l_core.slides.tiff_tiles import open_tiles
 from tests.test_views import he_patch
 
 WIDTH, HEIGHT = 1100, 830

@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from g2l_core.errors import NoTissueError, UnknownNameError, UsageError
-from g2l_core.grid import GridSpec
-from g2l_core.laying import lay_source, lay_sources
-from g2l_core.manifest import Source, read_sources
-from g2l_core.slides import open_slide
-from g2l_core.synthetic import CohortSpec, draw_slide, write_pyramid
+from g2l_core.extraction.patching import lay_source, lay_sources
+from g2l_core.patches.grid import GridSpec
+from g2l_core.slides.manifest import Source, read_sources
+from g2l_core.slides.slide import open_slide
+from g2l_core.synthetic.cohort import CohortSpec, draw_slide, write_pyramid
 from g2l_core.tissue.methods import resolve_tissue
 from g2l_core.tissue.thresholds import SMALLEST_TISSUE_UM2, THUMBNAIL_MPP, color_tissue, otsu_tissue
 

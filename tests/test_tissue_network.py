@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from g2l_core.errors import UsageError
-from g2l_core.grid import GridSpec
-from g2l_core.laying import lay_source
-from g2l_core.manifest import Source
-from g2l_core.slides import open_slide
-from g2l_core.synthetic import CohortSpec, draw_slide, write_pyramid
+from g2l_core.extraction.patching import lay_source
+from g2l_core.patches.grid import GridSpec
+from g2l_core.slides.manifest import Source
+from g2l_core.slides.slide import open_slide
+from g2l_core.synthetic.cohort import CohortSpec, draw_slide, write_pyramid
 from g2l_core.tissue.methods import resolve_tissue
 from g2l_core.tissue.network import Network, NetworkSettings, load_network, network_tissue, segment_tile
 from g2l_core.tissue.thresholds import THUMBNAIL_MPP

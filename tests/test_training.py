@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from g2l_core.checkpoints import RunState, restore, restore_best
-from g2l_core.distiller import Distiller, checkpoint_gradients
-from g2l_core.encoder_loading import load_encoder
-from g2l_core.encoders import resolve_encoder
+from g2l_core.distillation.checkpoints import RunState, restore, restore_best
+from g2l_core.distillation.distiller import Distiller, checkpoint_gradients
+from g2l_core.distillation.loader import Batch
+from g2l_core.distillation.logs import CsvLog
+from g2l_core.distillation.objective import Objective, ObjectiveSpec
+from g2l_core.distillation.optim import EarlyStop, OptimSpec, build_optimizer, cosine
+from g2l_core.distillation.training import Loop, TrainSettings, train
+from g2l_core.encoders.loading import load_encoder
+from g2l_core.encoders.resolve import resolve_encoder
 from g2l_core.errors import RunError, UnknownNameError, UsageError
-from g2l_core.loader import Batch
-from g2l_core.objectives import Objective, ObjectiveSpec
-from g2l_core.optimisation import EarlyStop, OptimSpec, build_optimizer, cosine
-from g2l_core.training import CsvLog, Loop, TrainSettings, train
 
 STUDENT = "timm:mobilenetv3_small_050@64"
 DIM = 24
@@ -365,6 +366,6 @@ def test_tensorboard_has_the_figures_and_a_resumed_run_hides_what_it_writes_agai
 
 
 def test_without_tensorboard_nothing_is_written(tmp_path, monkeypatch):
-    monkeypatch.setattr("g2l_core.board.importlib.util.find_spec", lambda _: None)
+    monkeypatch.setattr("g2l_core.distillation.tensorboard.importlib.util.find_spec", lambda _: None)
     run(tmp_path)
     assert not (tmp_path / "tensorboard").exists()

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from g2l_core.errors import UsageError
-from g2l_core.views import COLUMNS, ViewSpec, apply_view, apply_views, pixel_hash, sample_views
+from g2l_core.patches.views import COLUMNS, ViewSpec, apply_view, apply_views, pixel_hash, sample_views
 
 ROOT = Path(__file__).resolve().parents[1]
 SPEC = ViewSpec()

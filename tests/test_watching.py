@@ -7,11 +7,11 @@ from sklearn.linear_model import LinearRegression
 from sklearn.metrics import r2_score
 from sklearn.neighbors import NearestNeighbors
 
-from g2l_core.distiller import Distiller
-from g2l_core.encoder_loading import load_encoder
-from g2l_core.encoders import resolve_encoder
-from g2l_core.loader import CanonicalSet
-from g2l_core.watching import Curves, held_out_figures, neighbour_overlap, warnings_of
+from g2l_core.distillation.distiller import Distiller
+from g2l_core.distillation.held_out import HeldOutSet
+from g2l_core.distillation.validation import Curves, held_out_figures, neighbour_overlap, warnings_of
+from g2l_core.encoders.loading import load_encoder
+from g2l_core.encoders.resolve import resolve_encoder
 
 
 def overlap_by_sklearn(x, y, k):
@@ -42,7 +42,7 @@ def test_figures_of_held_out_patches():
         projected = distiller(torch.from_numpy(pixels)).numpy()
         distiller.train()
     targets = (projected + projected.std(0) * rng.normal(size=projected.shape)).astype(np.float16)
-    found = held_out_figures(distiller, CanonicalSet(pixels=pixels, targets=targets), torch.device("cpu"), 16)
+    found = held_out_figures(distiller, HeldOutSet(pixels=pixels, targets=targets), torch.device("cpu"), 16)
     assert distiller.training
     s, t = ((z - z.mean(0)) / z.std(0) for z in (projected, targets.astype(np.float32)))
     calibrated = [LinearRegression().fit(s[:, [d]], t[:, d]).predict(s[:, [d]]) for d in range(16)]

@@ -6,8 +6,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Float64, Int64
 
 from g2l_core.errors import TaskError
+from g2l_core.metrics.knn.neighbors import Neighbors
 from g2l_core.metrics.moments import CkaMoments
-from g2l_core.metrics.neighbors import Neighbors
 from g2l_core.metrics.rows import require_finite, row_blocks
 from g2l_core.metrics.similarity import kernel_cka
 from g2l_core.metrics.statistics import require_aligned

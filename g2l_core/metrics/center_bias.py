@@ -11,7 +11,7 @@ from g2l_core.errors import TaskError
 from g2l_core.metrics.folds import stratified_group_folds
 from g2l_core.metrics.probe import balanced_accuracy, linear_probe
 from g2l_core.metrics.statistics import cluster_codes, require_aligned
-from g2l_core.randomness import keyed_generator
+from g2l_core.rng import keyed_generator
 
 
 def predict_centers(

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float, Float64, Num, Shaped
 
 from g2l_core.errors import TaskError
-from g2l_core.metrics.neighbors import nearest
+from g2l_core.metrics.knn.neighbors import nearest
 from g2l_core.metrics.statistics import cluster_sums, require_aligned
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float, Float64, Int64, Shaped
 
 from g2l_core.errors import TaskError
-from g2l_core.metrics.neighbors import Neighbors
+from g2l_core.metrics.knn.neighbors import Neighbors
 from g2l_core.metrics.rows import require_finite, row_blocks
 from g2l_core.metrics.statistics import cluster_codes, require_aligned
 

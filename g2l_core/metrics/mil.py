@@ -12,7 +12,7 @@ from g2l_core.metrics.bags import bag_rows
 from g2l_core.metrics.folds import stratified_group_folds
 from g2l_core.metrics.rows import require_finite, row_blocks
 from g2l_core.metrics.statistics import require_aligned
-from g2l_core.randomness import keyed_generator
+from g2l_core.rng import keyed_generator
 
 if TYPE_CHECKING:
     import torch

@@ -22,10 +22,10 @@ import numpy as np
 from jaxtyping import Bool, Float, Float64, Int64, Num, Shaped
 
 from g2l_core.errors import TaskError
-from g2l_core.metrics.neighbors import Neighbors, knn_predict, nearest
+from g2l_core.metrics.knn.neighbors import Neighbors, knn_predict, nearest
 from g2l_core.metrics.probe import balanced_accuracy, confusion
 from g2l_core.metrics.statistics import cluster_codes, require_aligned
-from g2l_core.randomness import keyed_generator
+from g2l_core.rng import keyed_generator
 
 
 def robustness_counts(

@@ -9,10 +9,10 @@ from scipy.special import stdtr, stdtrit
 
 from g2l_core.errors import TaskError
 from g2l_core.metrics.moments import CkaMoments, Side, cka_center, cka_moments
-from g2l_core.metrics.results import Estimate
 from g2l_core.metrics.rows import require_finite
 from g2l_core.metrics.statistics import cluster_codes, require_aligned
-from g2l_core.randomness import keyed_generator
+from g2l_core.results import Estimate
+from g2l_core.rng import keyed_generator
 
 _DIGITS_LOST = 1e-11
 """A sum of squares smaller than this share of the terms it is the difference of has under five digits left."""

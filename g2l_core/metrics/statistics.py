@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float64, Int64, Num, Shaped
 
 from g2l_core.errors import TaskError
-from g2l_core.metrics.results import Estimate
+from g2l_core.results import Estimate
 
 Statistic: TypeAlias = Callable[[Int64[np.ndarray, "draw cluster"]], Float64[np.ndarray, " draw"]]
 """From how often each cluster was drawn (in the order of their sorted names) to the figure of each draw."""

@@ -9,19 +9,13 @@ from typing import Any
 import numpy as np
 import zarr
 
-from g2l_core.errors import (
-    StoreCorruptError,
-    StoreError,
-    StoreMismatchError,
-    StoreMissingError,
-    UnknownNameError,
-)
+from g2l_core.errors import StoreCorruptError, StoreError, StoreMismatchError, StoreMissingError, UnknownNameError
 from g2l_core.store import schema
 from g2l_core.store.provenance import differences, software
-from g2l_core.store.slide import FeatureWriter, Shard, StoredSlide, members, writing
+from g2l_core.store.slide import Shard, StoredSlide, members, writing
 from g2l_core.types import Coords, ViewParams
 
-__all__ = ("FeatureStore", "FeatureWriter", "Shard", "StoredSlide")
+__all__ = ("FeatureStore", "Shard", "StoredSlide")
 
 KEPT_RUNS = 20
 READ_MODE, WRITE_MODE = "r", "r+"
@@ -168,6 +162,26 @@ class FeatureStore:
     def slides(self) -> Iterator["StoredSlide"]:
         """The slides that have patches, sorted by id."""
         return (s for s in map(self._stored, self.slide_ids()) if s.is_laid)
+
+    def complete_slides(self, encoder: str, *, view: int) -> list["StoredSlide"]:
+        """The slides that have patches, sorted by id, all of which must hold one view of an encoder whole.
+
+        Raises:
+            UnknownNameError: The store does not know the encoder.
+            StoreMissingError: There is no slide, or a slide's features are not complete.
+        """
+        if encoder not in self.encoders:
+            raise UnknownNameError("encoder", encoder, self.encoders, f"The store is {self.path}.")
+        slides = list(self.slides())
+        if not slides:
+            raise StoreMissingError(f"{self.path} has no slide with patches")
+        for slide in slides:
+            if encoder not in slide.encoders:
+                raise StoreMissingError(
+                    f"slide {slide.slide_id} has no features of {encoder} yet. Run the command that caches it again"
+                )
+            slide.require_complete(encoder, view)
+        return slides
 
     def slide(self, slide_id: str) -> "StoredSlide":
         """One slide.

@@ -6,7 +6,6 @@ after the shard's file is. What is recorded is never recomputed; what is not rec
 """
 
 import errno
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,14 +14,10 @@ from typing import Any
 
 import numpy as np
 import zarr
-from jaxtyping import Float16, Float32, UInt8, UInt64
-from numcodecs.checksum32 import CRC32C
 
 from g2l_core.errors import (
-    EncoderError,
     StoreCorruptError,
     StoreError,
-    StoreMismatchError,
     StoreMissingError,
     UnknownNameError,
 )
@@ -106,7 +101,7 @@ class StoredSlide:
             StoreCorruptError: It is not what was written.
         """
         with _reading(f"slide {self.slide_id}: {name}"):
-            return self._array(name)[:]
+            return self.array(name)[:]
 
     def set_labels(self, labels: Mapping[str, str]) -> None:
         """Replace the slide's labels."""
@@ -142,7 +137,7 @@ class StoredSlide:
 
     def extend_views(self, view_params: ViewParams) -> None:
         """Add the parameters of further views behind those stored. They count once `n_views` says so, last."""
-        params, hashes = self._array("view_params"), self._array("pixel_hash")
+        params, hashes = self.array("view_params"), self.array("pixel_hash")
         n_views = self.n_views + view_params.shape[1]
         with writing(f"views of slide {self.slide_id}"):
             hashes.resize((len(self), n_views))
@@ -155,8 +150,14 @@ class StoredSlide:
         with writing(f"slide {self.slide_id}"):
             self._group.attrs[schema.ATTRIBUTE] = self.facts
 
-    def _array(self, path: str) -> zarr.Array:
+    def array(self, path: str) -> zarr.Array:
+        """A Zarr array of the slide by its path below the slide's group, such as `coords`; nothing is checked."""
         return self._group[path]
+
+    def new_features(self, encoder: str, *, n_views: int, dim: int) -> zarr.Array:
+        """Make the array of an encoder that has none here, float16 (n, n_views, dim)."""
+        schema.create_features(self._group, encoder, len(self), n_views, dim)
+        return self.array(f"features/{encoder}")
 
     @property
     def encoders(self) -> list[str]:
@@ -171,7 +172,7 @@ class StoredSlide:
         """
         if encoder not in self.encoders:
             raise UnknownNameError("encoder", encoder, self.encoders, f"Asked of slide {self.slide_id}.")
-        return self._array(f"features/{encoder}")
+        return self.array(f"features/{encoder}")
 
     def features(self, encoder: str, *, view: int = 0) -> Features:
         """The features of one view, float16 (n, dim), in stored order; NaN rows where patch_status is not 0.
@@ -245,97 +246,6 @@ class StoredSlide:
         """Whether a recorded shard's file is there; Zarr writes none where no patch was readable: all is fill value."""
         path = self.shard_path(encoder, shard)
         return record["failed"] == record["rows"] or (path.is_file() and path.stat().st_size > 0)
-
-    def writer(self, encoder: str, *, digest: str, dim: int, n_views: int) -> "FeatureWriter":
-        """A writer for an encoder's features of this slide, its array made or widened as needed."""
-        path = f"features/{encoder}"
-        with writing(f"features of slide {self.slide_id}"):
-            if path not in self._group:
-                schema.create_features(self._group, encoder, len(self), n_views, dim)
-            array = self._array(path)
-            facts = array.attrs.get(schema.ATTRIBUTE, {"encoder": encoder, "digest": digest, "shards": {}})
-            if schema.ATTRIBUTE not in array.attrs or array.shape[1] < n_views:
-                array.attrs[schema.ATTRIBUTE] = {**facts, "complete": False}
-            if array.shape[1] < n_views:
-                array.resize((len(self), n_views, dim))
-        return FeatureWriter(self, encoder, array)
-
-
-class FeatureWriter:
-    """Writes one encoder's features of one slide. One writer at a time."""
-
-    def __init__(self, slide: StoredSlide, encoder: str, array: zarr.Array) -> None:
-        self.slide_id = slide.slide_id
-        self._slide = slide
-        self._encoder = encoder
-        self._array = array
-
-    def missing(self, views: Sequence[int]) -> list[Shard]:
-        """The shards of these views that have no completion record, rows first."""
-        records = self._slide.records(self._encoder)
-        return [s for s in self._slide.shards(views) if s.name not in records]
-
-    def write(
-        self,
-        shard: Shard,
-        features: Float32[np.ndarray, "rows dim"] | Float16[np.ndarray, "rows dim"],
-        hashes: UInt64[np.ndarray, " rows"],
-        status: UInt8[np.ndarray, " rows"],
-    ) -> None:
-        """Write a shard, then its completion record.
-
-        Args:
-            shard: Which rows and view.
-            features: Their features; NaN in rows whose status is not 0.
-            hashes: Pixel hash of each row's view.
-            status: Reason code of each row.
-
-        Raises:
-            EncoderError: A good patch has features that float16 cannot hold: NaN, infinite or too large.
-            StoreMismatchError: The pixels are not those that another encoder was given.
-            StoreError: The disk is full, or cannot be written to.
-        """
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # overflow becomes infinity, refused below
-            stored = np.ascontiguousarray(features, dtype=np.float16)
-        self._require_finite(shard, stored, status)
-        with writing(f"features of slide {self.slide_id}"):
-            self._write_hashes(shard, hashes, status)
-            self._slide._array("patch_status")[shard.start : shard.stop] = status
-            self._array[shard.start : shard.stop, shard.view] = stored
-            self._record(shard, failed=int(np.count_nonzero(status)), checksum=int(CRC32C.checksum(stored)))
-
-    def _record(self, shard: Shard, *, failed: int, checksum: int) -> None:
-        facts: dict[str, Any] = dict(self._array.attrs[schema.ATTRIBUTE])
-        record = {"rows": shard.stop - shard.start, "failed": failed, "crc32c": checksum}
-        facts["shards"] = {**facts["shards"], shard.name: record}
-        facts["complete"] = len(facts["shards"]) == len(self._slide.shards(range(self._array.shape[1])))
-        self._array.attrs[schema.ATTRIBUTE] = facts
-
-    def _require_finite(self, shard: Shard, features: Features, status: PatchStatus) -> None:
-        bad = np.flatnonzero(~np.isfinite(features).all(axis=1) & (status == schema.STATUS["ok"]))
-        if len(bad):
-            raise EncoderError(self.not_finite(shard.start + int(bad[0]), shard.view))
-
-    def not_finite(self, row: int, view: int) -> str:
-        """What to say of a patch whose features are NaN, infinite or too large for float16."""
-        x, y = self._slide._array("coords")[row]
-        return (
-            f"{self._encoder} gave features that are not finite in float16 for row {row} at ({x}, {y}), view {view}. "
-            "Nothing of this shard is stored. Try --precision fp32; if it stays, the weights are damaged"
-        )
-
-    def _write_hashes(self, shard: Shard, hashes: UInt64[np.ndarray, " rows"], status: PatchStatus) -> None:
-        array = self._slide._array("pixel_hash")
-        stored = np.asarray(array[shard.start : shard.stop, shard.view])
-        other = (stored != hashes) & (stored != schema.UNKNOWN_HASH) & (status == schema.STATUS["ok"])
-        if other.any():
-            row = shard.start + int(np.flatnonzero(other)[0])
-            raise StoreMismatchError(
-                f"slide {self._slide.slide_id}, row {row}, view {shard.view}: the pixels are not those "
-                "cached before. Has the slide, OpenSlide or OpenCV changed? See g2l store info"
-            )
-        array[shard.start : shard.stop, shard.view] = np.where(status == 0, hashes, stored)
 
 
 def members(group: zarr.Group) -> list[str]:

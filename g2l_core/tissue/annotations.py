@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image
 
 from g2l_core.errors import ReadError
-from g2l_core.geojson import mask_of, read_areas
-from g2l_core.slides import Frame
+from g2l_core.slides.slide import Frame
+from g2l_core.tissue.geojson import mask_of, read_areas
 from g2l_core.types import TissueMask
 
 SUFFIXES = (".geojson", ".png")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from g2l_core.errors import UnknownNameError, UsageError
-from g2l_core.slides import Slide, Thumbnail
+from g2l_core.slides.slide import Slide, Thumbnail
 from g2l_core.tissue import annotations, network
 from g2l_core.tissue.thresholds import THUMBNAIL_MPP, color_tissue, otsu_tissue
 from g2l_core.types import Mpp, Rgb, TissueMask

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from g2l_core.errors import UsageError
-from g2l_core.slides import Frame, Slide
+from g2l_core.slides.slide import Frame, Slide
 from g2l_core.store.provenance import canonical_json
 from g2l_core.tissue.thresholds import THUMBNAIL_MPP
 from g2l_core.types import Mpp, Rgb, TissueMask

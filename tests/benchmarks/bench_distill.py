@@ -16,18 +16,18 @@ from time import perf_counter
 import numpy as np
 import torch
 
-from g2l_core.distiller import Distiller
-from g2l_core.encoder_loading import DTYPES, choose_device, features_of, load_encoder
-from g2l_core.encoders import resolve_encoder
-from g2l_core.grid import GridSpec
-from g2l_core.objectives import Objective, ObjectiveSpec
-from g2l_core.synthetic import CohortSpec, draw_cohort
-from g2l_core.training import read_figures
-from g2l_core.views import ViewSpec
+from g2l_core.distillation.distiller import Distiller
+from g2l_core.distillation.logs import read_figures
+from g2l_core.distillation.objective import Objective, ObjectiveSpec
+from g2l_core.encoders.loading import DTYPES, choose_device, features_of, load_encoder
+from g2l_core.encoders.resolve import resolve_encoder
+from g2l_core.patches.grid import GridSpec
+from g2l_core.patches.views import ViewSpec
+from g2l_core.synthetic.cohort import CohortSpec, draw_cohort
 from pipeline.cache_teacher import run_cache
 from pipeline.config import settings_of
 from pipeline.distill import DistillHow, run_distill
-from pipeline.encoding import CacheSettings
+from pipeline.extract import CacheSettings
 
 BATCH_SIZE = 32
 ALONE = 10

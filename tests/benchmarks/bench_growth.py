@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from g2l_core.store.features import FeatureStore
-from g2l_core.synthetic import CohortSpec, draw_cohort
+from g2l_core.synthetic.cohort import CohortSpec, draw_cohort
 from tests.test_memory import stage_one
 
 

@@ -20,15 +20,8 @@ from time import perf_counter, process_time
 import numpy as np
 
 from g2l_core.metrics.calibration import brier_score, brier_sums, calibration_error, calibration_sums
-from g2l_core.metrics.neighbors import knn_predict, nearest
-from g2l_core.metrics.probe import (
-    accuracy,
-    auc_statistic,
-    balanced_accuracy,
-    confusion,
-    linear_probe,
-    macro_f1,
-)
+from g2l_core.metrics.knn.neighbors import knn_predict, nearest
+from g2l_core.metrics.probe import accuracy, auc_statistic, balanced_accuracy, confusion, linear_probe, macro_f1
 from g2l_core.metrics.robustness import pathorob_index, ratio_index, robustness_counts
 from g2l_core.metrics.similarity import cka_interval
 from g2l_core.metrics.statistics import cluster_bootstrap, cluster_sums, of_sums

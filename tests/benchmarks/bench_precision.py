@@ -12,9 +12,9 @@ from time import perf_counter
 import cv2
 import numpy as np
 
-from g2l_core.encoder_loading import encode_all, load_encoder
-from g2l_core.encoders import resolve_encoder
-from g2l_core.timm_bridge import import_timm
+from g2l_core.encoders.loading import encode_all, load_encoder
+from g2l_core.encoders.resolve import resolve_encoder
+from g2l_core.encoders.timm_compat import import_timm
 
 NETWORKS = {
     "efficientnet-lite0": None,

@@ -17,9 +17,9 @@ import numpy as np
 import openslide
 from PIL import Image
 
-from g2l_core.grid import GridSpec, lay_grid, patch_side_level0
-from g2l_core.slides import Slide, open_slide
-from g2l_core.synthetic import CohortSpec, draw_cohort, write_pyramid
+from g2l_core.patches.grid import GridSpec, lay_grid, patch_side_level0
+from g2l_core.slides.slide import Slide, open_slide
+from g2l_core.synthetic.cohort import CohortSpec, draw_cohort, write_pyramid
 
 ROUNDS = 3
 SIDE = 12288

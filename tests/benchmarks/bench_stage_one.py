@@ -14,13 +14,13 @@ from time import perf_counter
 
 import numpy as np
 
-from g2l_core.encoder_loading import encode, load_encoder
-from g2l_core.encoders import resolve_encoder
-from g2l_core.grid import GridSpec
-from g2l_core.synthetic import CohortSpec, draw_cohort
-from g2l_core.views import ViewSpec
+from g2l_core.encoders.loading import encode, load_encoder
+from g2l_core.encoders.resolve import resolve_encoder
+from g2l_core.patches.grid import GridSpec
+from g2l_core.patches.views import ViewSpec
+from g2l_core.synthetic.cohort import CohortSpec, draw_cohort
 from pipeline.cache_teacher import run_cache
-from pipeline.encoding import CacheSettings
+from pipeline.extract import CacheSettings
 
 BATCH_SIZE = 32
 BARE_BATCHES = 4

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from test_views import he_patch, torchvision_view
 
-from g2l_core.views import ViewSpec, apply_view, sample_views
+from g2l_core.patches.views import ViewSpec, apply_view, sample_views
 
 VIEWS = 400
 ROUNDS = 5

@@ -16,8 +16,8 @@ from g2l_core.metrics.alignment import (
     procrustes_similarity,
     rbf_cka,
 )
+from g2l_core.metrics.knn.neighbors import nearest
 from g2l_core.metrics.moments import cka_center, cka_moments
-from g2l_core.metrics.neighbors import nearest
 from g2l_core.metrics.similarity import linear_cka
 
 SEEDS = st.integers(0, 2**32 - 1)

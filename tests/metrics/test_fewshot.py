@@ -9,7 +9,7 @@ from sklearn.neighbors import NearestCentroid
 
 from g2l_core.errors import TaskError
 from g2l_core.metrics.fewshot import draw_shots, prototypes, retrieval_sums
-from g2l_core.metrics.neighbors import Neighbors, nearest
+from g2l_core.metrics.knn.neighbors import Neighbors, nearest
 
 SEEDS = st.integers(0, 2**32 - 1)
 

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 
 from g2l_core.errors import TaskError
-from g2l_core.metrics import neighbors as module
-from g2l_core.metrics.neighbors import Neighbors, knn_predict, knn_vote, nearest
+from g2l_core.metrics.knn import neighbors as module
+from g2l_core.metrics.knn.neighbors import Neighbors, knn_predict, knn_vote, nearest
 
 METRICS = pytest.mark.parametrize("metric", ["cosine", "euclidean"])
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from g2l_core.errors import TaskError
-from g2l_core.metrics.neighbors import nearest
+from g2l_core.metrics.knn.neighbors import nearest
 from g2l_core.metrics.robustness import (
     paired_combinations,
     paired_counts,

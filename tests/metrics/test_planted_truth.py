@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from g2l_core.metrics.fewshot import draw_shots, prototypes, retrieval_sums
-from g2l_core.metrics.neighbors import knn_predict, nearest
+from g2l_core.metrics.knn.neighbors import knn_predict, nearest
 from g2l_core.metrics.probe import accuracy, auc_statistic, confusion, linear_probe
 from g2l_core.metrics.robustness import pathorob_index, robustness_counts
 from g2l_core.metrics.similarity import cka_interval

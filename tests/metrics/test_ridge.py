@@ -8,14 +8,7 @@ from scipy.stats import pearsonr
 from sklearn.linear_model import Ridge
 
 from g2l_core.errors import TaskError
-from g2l_core.metrics.ridge import (
-    correlation_sums,
-    explained_share,
-    fit_ridge,
-    mean_cosine,
-    pearson,
-    ridge_sums,
-)
+from g2l_core.metrics.ridge import correlation_sums, explained_share, fit_ridge, mean_cosine, pearson, ridge_sums
 from g2l_core.metrics.statistics import cluster_bootstrap, cluster_sums, of_sums
 
 SEEDS = st.integers(0, 2**32 - 1)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from g2l_core.errors import TaskError
-from g2l_core.metrics.neighbors import Neighbors, nearest
+from g2l_core.metrics.knn.neighbors import Neighbors, nearest
 from g2l_core.metrics.robustness import pathorob_index, ratio_index, robustness_counts
 from g2l_core.metrics.statistics import cluster_bootstrap, cluster_sums, of_sums
 

@@ -8,11 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from g2l_core.metrics import neighbors as module
-from g2l_core.metrics import screening
-from g2l_core.metrics.neighbors import nearest
-from g2l_core.metrics.points import gap_bounds, gaps, points_of, widened
-from g2l_core.metrics.screening import _floats, _rounded_bits
+from g2l_core.metrics.knn import neighbors as module
+from g2l_core.metrics.knn import screening
+from g2l_core.metrics.knn.neighbors import nearest
+from g2l_core.metrics.knn.points import gap_bounds, gaps, points_of, widened
+from g2l_core.metrics.knn.screening import _floats, _rounded_bits
 
 SEEDS = st.integers(0, 2**32 - 1)
 METRICS = pytest.mark.parametrize("metric", ["cosine", "euclidean"])
@@ -179,7 +179,7 @@ def test_rounding_is_torch_s(values):
 def test_large_features_are_widened_row_by_row_to_the_same_end(metric, kind, monkeypatch):
     features = spread(np.random.default_rng(0), 300, 24).astype(kind)
     kept = nearest(features, None, 5, metric=metric)
-    monkeypatch.setattr("g2l_core.metrics.points._MOST_WIDE", 0)
+    monkeypatch.setattr("g2l_core.metrics.knn.points._MOST_WIDE", 0)
     assert points_of(features, None, metric)[1].wide is None
     made_anew = nearest(features, None, 5, metric=metric)
     assert np.array_equal(kept.indices, made_anew.indices)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
 from g2l_core.errors import TaskError
-from g2l_core.metrics.neighbors import knn_predict, nearest
+from g2l_core.metrics.knn.neighbors import knn_predict, nearest
 from g2l_core.metrics.probe import accuracy, balanced_accuracy, confusion, macro_auc
 from g2l_core.metrics.statistics import (
     cluster_bootstrap,

@@ -7,8 +7,8 @@ import cv2
 import numpy as np
 import tifffile
 
-from g2l_core.public_data.manifest import write_manifest
-from g2l_core.public_data.table import DATASETS
+from g2l_core.datasets.manifest import write_manifest
+from g2l_core.datasets.table import DATASETS
 
 
 def picture(seed, height=8, width=None):

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from g2l_core.datasets.table import DATASETS
 from g2l_core.errors import UnknownNameError, UsageError
-from g2l_core.public_data.table import DATASETS
 from g2l_core.store.features import FeatureStore
-from pipeline.cli import app
+from pipeline.cli.main import app
 from tests.public_data.draw import mask, rows, slide
 from tests.public_data.test_breast import draw_idc
 from tests.public_data.test_others import draw_nct

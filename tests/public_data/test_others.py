@@ -5,11 +5,11 @@ import h5py
 import numpy as np
 import pytest
 
+from g2l_core.datasets.manifest import write_manifest
+from g2l_core.datasets.table import DATASETS
 from g2l_core.errors import ManifestError, UsageError
-from g2l_core.manifest import read_sources
-from g2l_core.patches import read_image
-from g2l_core.public_data.manifest import write_manifest
-from g2l_core.public_data.table import DATASETS
+from g2l_core.patches.render import read_image
+from g2l_core.slides.manifest import read_sources
 from tests.public_data.draw import column, empty, image, made, picture, text
 
 

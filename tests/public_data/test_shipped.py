@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from g2l_core.benchmark.spec import Expected, TaskSpec, parse_expected
+from g2l_core.datasets.page import page
+from g2l_core.datasets.table import DATASETS
 from g2l_core.errors import TaskError, UsageError
-from g2l_core.public_data.page import page
-from g2l_core.public_data.table import DATASETS
-from g2l_core.task_spec import Expected, TaskSpec, parse_expected
 from pipeline.bench import find_tasks, read_tasks, shipped_tasks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -123,5 +123,5 @@ def test_task_files_go_by_path_or_shipped_name(tmp_path, monkeypatch):
 
 def test_the_page_is_made_from_the_table():
     found = (ROOT / "docs" / "datasets.md").read_text(encoding="utf-8")
-    assert found == page(), "python -m g2l_core.public_data.page > docs/datasets.md"
+    assert found == page(), "python -m g2l_core.datasets.page > docs/datasets.md"
     assert all(f"\n## {name}\n" in found for name in DATASETS)

@@ -22,10 +22,11 @@ from g2l_core.errors import (
     StoreMissingError,
     UnknownNameError,
 )
-from g2l_core.grid import GridSpec
+from g2l_core.patches.grid import GridSpec
+from g2l_core.patches.views import COLUMNS, ViewSpec, sample_views
 from g2l_core.store import schema
 from g2l_core.store.features import FeatureStore, Shard
-from g2l_core.views import COLUMNS, ViewSpec, sample_views
+from g2l_core.store.writer import FeatureWriter
 from tests.store.toy import DIM, ENCODER, create, facts, features_of, fill, hashes_of, lay
 
 KEY = "timm-mobilenetv3_small_050-64-random0"
@@ -149,7 +150,7 @@ def test_equal_settings_open_the_store_again(toy):
 def test_another_encoder_stands_beside(toy):
     toy.add_encoder("other", {"digest": "1" * 64, "dim": 3})
     slide = reopened(toy).slide("a/x")
-    writer = slide.writer("other", digest="1" * 64, dim=3, n_views=1)
+    writer = FeatureWriter.open(slide, "other", digest="1" * 64, dim=3, n_views=1)
     for s in writer.missing([0]):
         writer.write(s, np.ones((s.stop - s.start, 3), np.float32), hashes_of(20, 9)[s.start : s.stop, 0], np.zeros(
             s.stop - s.start, np.uint8))  # fmt: skip
@@ -242,7 +243,7 @@ def test_patch_ids_and_labels(tmp_path):
 
 def test_what_is_not_recorded_is_nan_and_refused(tmp_path, small_shards):
     slide = lay(create(tmp_path / "s.zarr"), "x")
-    writer = slide.writer(ENCODER, digest="0" * 64, dim=DIM, n_views=2)
+    writer = FeatureWriter.open(slide, ENCODER, digest="0" * 64, dim=DIM, n_views=2)
     rows = np.ones((16, DIM), np.float16)
     writer.write(Shard(0, 16, 1), rows, hashes_of(16, 1)[:, 0], np.zeros(16, np.uint8))
     array = slide.features_array(ENCODER)
@@ -262,7 +263,7 @@ def test_features_that_float16_cannot_hold_are_refused(tmp_path, small_shards, v
     slide = lay(create(tmp_path / "s.zarr"), "a/x")
     features = np.zeros((16, DIM), np.float32)
     features[5, 2] = features[7, 0] = value
-    writer = slide.writer(ENCODER, digest="0" * 64, dim=DIM, n_views=1)
+    writer = FeatureWriter.open(slide, ENCODER, digest="0" * 64, dim=DIM, n_views=1)
     before = files(tmp_path)
     place = r"not finite in float16 for row 5 at \(1285, 0\), view 0"
     with pytest.raises(EncoderError, match=place):
@@ -272,7 +273,7 @@ def test_features_that_float16_cannot_hold_are_refused(tmp_path, small_shards, v
 
 def test_the_largest_float16_is_kept(tmp_path):
     slide = lay(create(tmp_path / "s.zarr"), "x", n=1)
-    writer = slide.writer(ENCODER, digest="0" * 64, dim=1, n_views=1)
+    writer = FeatureWriter.open(slide, ENCODER, digest="0" * 64, dim=1, n_views=1)
     writer.write(Shard(0, 1, 0), np.array([[65504.0]], np.float32), hashes_of(1, 1)[:, 0], np.zeros(1, np.uint8))
     assert slide.features(ENCODER).tolist() == [[65504.0]]
 
@@ -288,12 +289,12 @@ def test_unreadable_rows_are_nan_and_the_others_fine(tmp_path, small_shards):
     assert np.array_equal(slide.patch_status, status)
     assert (slide.pixel_hash[status != 0] == 0).all()
     assert slide.records(ENCODER)["1.0"]["failed"] == 16
-    assert not slide.writer(ENCODER, digest="0" * 64, dim=DIM, n_views=2).missing([0, 1])
+    assert not FeatureWriter.open(slide, ENCODER, digest="0" * 64, dim=DIM, n_views=2).missing([0, 1])
 
 
 def test_other_pixels_than_another_encoder_saw_are_refused(toy):
     slide = toy.slide("a/x")
-    writer = slide.writer("other", digest="1" * 64, dim=2, n_views=1)
+    writer = FeatureWriter.open(slide, "other", digest="1" * 64, dim=2, n_views=1)
     hashes = hashes_of(20, 9)[:16, 0]
     hashes[4] += 1
     with pytest.raises(StoreMismatchError, match="slide a/x, row 4, view 0: the pixels are not those"):
@@ -307,7 +308,7 @@ def test_views_added_later_leave_old_shards_untouched(toy):
     params = slide.view_params
     further = sample_views(ViewSpec(), "a/x", slide.coords, range(2, 4))
     slide.extend_views(further)
-    writer = slide.writer(ENCODER, digest="0" * 64, dim=DIM, n_views=4)
+    writer = FeatureWriter.open(slide, ENCODER, digest="0" * 64, dim=DIM, n_views=4)
     assert not slide.features_array(ENCODER).attrs["g2l"]["complete"]
     assert {s.view for s in writer.missing(range(4))} == {2, 3}
     fill(slide, n_views=4)
@@ -385,7 +386,7 @@ def files_limited_to(size):
 def test_a_full_disk_keeps_what_is_recorded(tmp_path, small_shards):
     store = create(tmp_path / "s.zarr")
     slide = lay(store, "x", n=16)
-    writer = slide.writer(ENCODER, digest="0" * 64, dim=4096, n_views=2)
+    writer = FeatureWriter.open(slide, ENCODER, digest="0" * 64, dim=4096, n_views=2)
     arguments = np.ones((16, 4096), np.float16), hashes_of(16, 1)[:, 0], np.zeros(16, np.uint8)
     writer.write(Shard(0, 16, 0), *arguments)
     with files_limited_to(20_000), pytest.raises(
@@ -404,7 +405,7 @@ def test_a_store_that_cannot_be_written_to(toy):
     slide = toy.slide("a/x")
     (toy.path / "slides/a/x/features/other").write_text("in the way")
     with pytest.raises(StoreError, match="cannot write features of slide a/x: .*; make the store writable"):
-        slide.writer("other", digest="1" * 64, dim=2, n_views=1)
+        FeatureWriter.open(slide, "other", digest="1" * 64, dim=2, n_views=1)
 
 
 class Killed(Exception):  # noqa: N818

@@ -6,7 +6,8 @@ import zarr
 from numcodecs.checksum32 import CRC32C
 
 from g2l_core.store.features import FeatureStore, Shard
-from g2l_core.store.integrity import leftovers, remove_leftovers, verify
+from g2l_core.store.verify import leftovers, remove_leftovers, verify
+from g2l_core.store.writer import FeatureWriter
 from tests.store.test_features import DAMAGES
 from tests.store.toy import DIM, ENCODER, fill, lay
 
@@ -107,7 +108,7 @@ def test_features_of_another_encoder_under_the_key(toy):
 def test_unfinished_work_is_missing(toy):
     lay(toy, "c")
     slide = lay(toy, "d", n=40)
-    writer = slide.writer(ENCODER, digest="0" * 64, dim=DIM, n_views=2)
+    writer = FeatureWriter.open(slide, ENCODER, digest="0" * 64, dim=DIM, n_views=2)
     writer.write(
         Shard(0, 16, 0), np.ones((16, DIM), np.float16), np.arange(1, 17, dtype=np.uint64), np.zeros(16, np.uint8)
     )

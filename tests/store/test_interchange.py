@@ -11,8 +11,9 @@ from g2l_core.errors import StoreCorruptError, StoreError, StoreMissingError, Un
 from g2l_core.metrics.cohort import lazy_cka_moments
 from g2l_core.metrics.moments import cka_center, cka_moments
 from g2l_core.metrics.similarity import linear_cka
+from g2l_core.store.arrays import dask_features, dask_rows
+from g2l_core.store.export import export_trident, magnification
 from g2l_core.store.features import FeatureStore, Shard
-from g2l_core.store.interchange import dask_features, dask_rows, export_trident, magnification
 from tests.store.toy import DIM, ENCODER, create, facts, features_of, fill, lay
 
 KEY = "timm-mobilenetv3_small_050-64-random0"

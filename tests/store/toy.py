@@ -4,9 +4,10 @@ from dataclasses import asdict
 
 import numpy as np
 
-from g2l_core.grid import GridSpec
+from g2l_core.patches.grid import GridSpec
+from g2l_core.patches.views import COLUMNS, ViewSpec, sample_views
 from g2l_core.store.features import FeatureStore
-from g2l_core.views import COLUMNS, ViewSpec, sample_views
+from g2l_core.store.writer import FeatureWriter
 
 ENCODER, DIM = "toy", 6
 
@@ -45,7 +46,7 @@ def fill(slide, n_views=2, encoder=ENCODER, status=None):
     status = np.zeros(n, np.uint8) if status is None else status
     features = features_of(slide.slide_id, n, n_views)
     features[status != 0] = np.nan
-    writer = slide.writer(encoder, digest="0" * 64, dim=DIM, n_views=n_views)
+    writer = FeatureWriter.open(slide, encoder, digest="0" * 64, dim=DIM, n_views=n_views)
     for s in writer.missing(range(n_views)):
         rows = slice(s.start, s.stop)
         writer.write(s, features[rows, s.view], hashes_of(n, 9)[rows, s.view], status[rows])

@@ -1,0 +1,72 @@
+"""What a reader of a task's figures must know of its rows: copies, missing labels, slides used in distillation."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from g2l_core.benchmark.rows import TaskRows
+from g2l_core.benchmark.spec import TaskSpec
+from g2l_core.encoders.resolve import RUN_RECORD
+from g2l_core.store.features import FeatureStore
+
+_NAMED = 3
+
+
+def notes_on(rows: TaskRows, spec: TaskSpec, stores: Sequence[FeatureStore], encoders: Sequence[str]) -> list[str]:
+    """One sentence each; none where there is nothing to say.
+
+    Args:
+        rows: The task's.
+        spec: The task.
+        stores: Their specs say which encoder came from which run of `g2l distill`.
+        encoders: Keys.
+    """
+    found = []
+    if rows.unlabelled:
+        total = len(rows) + rows.duplicates_dropped + rows.unlabelled
+        found.append(f"{rows.unlabelled:,} of {total:,} patches have no {spec.label} and were left out")
+    if rows.duplicates_dropped:
+        across = f", {rows.crossing_duplicates:,} of them training copies of test patches"
+        found.append(
+            f"{rows.duplicates_dropped:,} copies of patches were left out{across if rows.crossing_duplicates else ''}"
+        )
+    found += _rare_classes(rows, spec)
+    chosen = rows.part == "test" if spec.has_fixed_split else np.ones(len(rows), bool)
+    tested = set(rows.slide_ids[chosen].tolist())
+    known = {key: facts for store in reversed(stores) for key, facts in store.encoders.items()}
+    found += [note for key in encoders if key in known for note in _distilled(key, known[key], tested)]
+    return [f"task {spec.name}: {note}" for note in found]
+
+
+def _rare_classes(rows: TaskRows, spec: TaskSpec) -> list[str]:
+    """Classes that can never have all votes of the nearest neighbours."""
+    if "knn" not in spec.metrics:
+        return []
+    k = max(spec.knn.k)
+    trained = rows.label[rows.part == "train"] if spec.has_fixed_split else rows.label
+    counts = zip(*np.unique(trained, return_counts=True), strict=True)
+    return [
+        f"training patches of class {name} number {n:,}, fewer than the k = {k} that vote"
+        for name, n in counts
+        if n < k
+    ]
+
+
+def _distilled(key: str, facts: Mapping[str, Any], tested: set[str]) -> list[str]:
+    """Whether an encoder was distilled on slides that it is tested on."""
+    source, _, student = str(facts.get("weights", "")).partition(":")
+    if source != "run":
+        return []
+    path = Path(student).parent / RUN_RECORD
+    try:
+        trained = set(json.loads(path.read_text(encoding="utf-8"))["rows"]["train"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return [f"{path} is not there to tell whether {key} was distilled on slides that it is tested on"]
+    shared = sorted(tested & trained)
+    if not shared:
+        return []
+    named = ", ".join(shared[:_NAMED]) + (f" and {len(shared) - _NAMED} more" if len(shared) > _NAMED else "")
+    return [f"{len(shared)} of {len(tested)} test slides were used to distill {key}: {named}"]

@@ -1,0 +1,300 @@
+"""The rows that a benchmark task speaks of: stored patches joined with labels, parted without leaks."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Int64, Shaped, UInt64
+from sklearn.model_selection import StratifiedGroupKFold
+
+from g2l_core.benchmark.labels import LabelTable
+from g2l_core.benchmark.spec import TaskSpec
+from g2l_core.errors import LeakError, TaskError
+from g2l_core.metrics.bags import bag_values
+from g2l_core.slides.manifest import fits, parse_condition
+from g2l_core.store.features import FeatureStore, StoredSlide
+from g2l_core.store.schema import STATUS, UNKNOWN_HASH
+from g2l_core.types import Features
+
+_EXTRA = "extra: "
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskRows:
+    """The rows of a task; every array has one entry a row."""
+
+    slides: tuple[StoredSlide, ...]
+    slide_index: Int64[np.ndarray, " row"]
+    row: Int64[np.ndarray, " row"]
+    """Stored row in its slide."""
+    label: Shaped[np.ndarray, " row"]
+    center: Shaped[np.ndarray, " row"]
+    cluster: Shaped[np.ndarray, " row"]
+    """What is drawn together in a bootstrap, and never parted by a split: the patient if known."""
+    cluster_unit: str
+    """In the plural, for people."""
+    part: Shaped[np.ndarray, " row"]
+    """train, test, or empty where the split says neither or folds will part them."""
+    pixel_hash: UInt64[np.ndarray, " row"]
+    columns: Mapping[str, Shaped[np.ndarray, " row"]]
+    """Those that the task's families ask for beyond label and centre, as text; empty where a patch has none."""
+    duplicates_dropped: int = 0
+    crossing_duplicates: int = 0
+    """Of these, training patches whose copy is in the test part."""
+    unlabelled: int = 0
+    """Patches left out because they have no label."""
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    @property
+    def slide_ids(self) -> Shaped[np.ndarray, " row"]:
+        """The slide of each row."""
+        return np.array([slide.slide_id for slide in self.slides])[self.slide_index]
+
+    def take(self, keep: Bool[np.ndarray, " row"] | Int64[np.ndarray, " kept"]) -> "TaskRows":
+        """Some of the rows."""
+        fields = ("slide_index", "row", "label", "center", "cluster", "part", "pixel_hash")
+        columns = {name: values[keep] for name, values in self.columns.items()}
+        return replace(self, columns=columns, **{field: getattr(self, field)[keep] for field in fields})
+
+    def features(self, encoder: str) -> Features:
+        """The canonical view's features of each row, float16.
+
+        Raises:
+            StoreMissingError: A slide has none of this encoder.
+            TaskError: A row holds NaN or infinity.
+        """
+        parts: list[np.ndarray] = []
+        order: list[np.ndarray] = []
+        for index in np.unique(self.slide_index).tolist():
+            mine = np.flatnonzero(self.slide_index == index)
+            parts.append(self.slides[index].features(encoder)[self.row[mine]])
+            order.append(mine)
+        out = np.empty((len(self), parts[0].shape[1]), np.float16)
+        out[np.concatenate(order)] = np.concatenate(parts)
+        bad = np.flatnonzero(~np.isfinite(out).all(axis=1))
+        if len(bad):
+            slide = self.slides[self.slide_index[bad[0]]].slide_id
+            raise TaskError(
+                f"the features of {encoder} hold NaN or infinity in {len(bad):,} of {len(self):,} rows, first in row "
+                f"{self.row[bad[0]]} of slide {slide}; g2l store verify finds all, g2l embed makes them anew"
+            )
+        return out
+
+
+def gather(stores: Sequence[FeatureStore], spec: TaskSpec, folder: Path) -> TaskRows:
+    """Join the stores' good patches with a task's labels, drop duplicates, and check the split.
+
+    Args:
+        stores: Cohorts, put one behind the other.
+        spec: The task.
+        folder: What `spec.labels` is relative to.
+
+    Raises:
+        TaskError: No rows are left, or a column is absent.
+        LeakError: Training and test part share a patient.
+        ManifestError: The label file is not usable or names slides that no store has.
+    """
+    slides = _taking_part(stores, spec)
+    table = LabelTable(folder / spec.labels, stores, spec) if spec.labels else None
+    found = [_columns_of(i, slide, spec, table) for i, slide in enumerate(slides)]
+    arrays: dict[str, Any] = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+    grouped = bool(arrays.pop("grouped").all())
+    extra = {name: arrays.pop(name) for name in list(arrays) if name.startswith(_EXTRA)}
+    columns = {name.removeprefix(_EXTRA): values for name, values in extra.items()}
+    rows = TaskRows(slides=tuple(slides), cluster_unit=_cluster_unit(slides, spec, grouped), columns=columns, **arrays)
+    if spec.has_fixed_split:
+        rows = rows.take(rows.part != "")
+    if spec.label:
+        rows = replace(rows.take(rows.label != ""), unlabelled=int((rows.label == "").sum()))
+    if not len(rows):
+        raise TaskError(f"task {spec.name}: no patch has a label {spec.label!r} and a place in the split")
+    rows = without_duplicates(rows)
+    refuse_leaks(rows, spec)
+    return rows
+
+
+def _taking_part(stores: Sequence[FeatureStore], spec: TaskSpec) -> list[StoredSlide]:
+    conditions = [parse_condition(text) for text in spec.where]
+    slides = [s for store in stores for s in store.slides()]
+    kept = [s for s in slides if all(fits(c, s.slide_id, s.labels) for c in conditions)]
+    if not kept:
+        raise TaskError(f"task {spec.name}: no slide fits {' and '.join(spec.where) or 'at all'}")
+    return kept
+
+
+def _cluster_unit(slides: Sequence[StoredSlide], spec: TaskSpec, grouped: bool) -> str:
+    if grouped:
+        return "patients" if spec.group == "patient_id" else f"groups of {spec.group}"
+    return "slides" if all(slide.facts["kind"] == "slide" for slide in slides) else "images"
+
+
+def _columns_of(index: int, slide: StoredSlide, spec: TaskSpec, table: LabelTable | None) -> dict[str, np.ndarray]:
+    """A slide's contribution to the arrays of TaskRows; unreadable patches are left out."""
+    good = np.flatnonzero(slide.patch_status == STATUS["ok"])
+    labels = slide.labels
+    own = table.of(slide) if table else [{}] * len(slide)
+
+    def column(name: str) -> np.ndarray:
+        return np.array([own[row].get(name) or labels.get(name, "") for row in good], dtype=np.str_)
+
+    wanted = [name for names in spec.extra_columns.values() for name in names]
+    cluster = column(spec.group)
+    grouped = cluster != ""
+    if not grouped.all():
+        names = [slide.slide_id if slide.facts["kind"] == "slide" else f"{slide.slide_id}#{row}" for row in good]
+        cluster = np.where(cluster == "", np.array(names, dtype=np.str_), cluster)
+    return {
+        "slide_index": np.full(len(good), index),
+        "row": good,
+        "label": column(spec.label) if spec.label else np.full(len(good), "", dtype="<U1"),
+        "center": column(spec.center),
+        "cluster": cluster,
+        "grouped": grouped,
+        "part": _part(spec, slide, column, len(good)),
+        "pixel_hash": slide.pixel_hash[good, 0],
+        **{_EXTRA + name: _extra(name, column(name), slide, good) for name in wanted},
+    }
+
+
+def _extra(name: str, values: np.ndarray, slide: StoredSlide, good: np.ndarray) -> np.ndarray:
+    """A column, or what the store itself knows of a patch where there is no column of that name."""
+    if not values.any() and name == "patch_id" and slide.patch_ids:
+        return np.array(slide.patch_ids, dtype=np.str_)[good]
+    if not values.any() and name == "corner":
+        return np.array([f"{x},{y}" for x, y in slide.coords[good].tolist()], dtype=np.str_)
+    return values
+
+
+def _part(spec: TaskSpec, slide: StoredSlide, column: Callable[[str], np.ndarray], n: int) -> np.ndarray:
+    if spec.split:
+        values = np.char.lower(column(spec.split))
+        return np.where(np.isin(values, ["train", "test"]), values, "")
+    if spec.train:
+        labels = slide.labels
+        if fits(parse_condition(spec.test), slide.slide_id, labels):
+            return np.full(n, "test")
+        if fits(parse_condition(spec.train), slide.slide_id, labels):
+            return np.full(n, "train")
+    return np.full(n, "", dtype="<U5")
+
+
+def without_duplicates(rows: TaskRows) -> TaskRows:
+    """Leave out copies of a patch (equal pixel hashes).
+
+    Where the copies' labels disagree, all go: nobody knows which is right. Else one stays, in the test part if
+    there is one there, so that nothing of the test part is trained on.
+    """
+    order = np.lexsort((rows.part != "test", rows.pixel_hash))
+    hashes, labels = rows.pixel_hash[order], rows.label[order]
+    starts = np.flatnonzero(np.concatenate([[True], hashes[1:] != hashes[:-1]]))
+    keep = np.zeros(len(rows), bool)
+    for start, stop in zip(starts, [*starts[1:], len(rows)], strict=True):
+        if hashes[start] == UNKNOWN_HASH:
+            keep[order[start:stop]] = True
+        elif (labels[start:stop] == labels[start]).all():
+            keep[order[start]] = True
+    in_test = set(hashes[(rows.part[order] == "test") & (hashes != UNKNOWN_HASH)].tolist())
+    crossing = [rows.pixel_hash[i] in in_test for i in np.flatnonzero(~keep & (rows.part == "train"))]
+    return replace(rows.take(keep), duplicates_dropped=int((~keep).sum()), crossing_duplicates=sum(crossing))
+
+
+def refuse_leaks(rows: TaskRows, spec: TaskSpec) -> None:
+    """Refuse a split that puts one patient on both sides.
+
+    Raises:
+        LeakError: Names the patient.
+        TaskError: A part is empty.
+    """
+    if not spec.has_fixed_split:
+        return
+    sides = {part: set(rows.cluster[rows.part == part].tolist()) for part in ("train", "test")}
+    for part, clusters in sides.items():
+        if not clusters:
+            raise TaskError(f"task {spec.name}: its {part} part is empty")
+    shared = sorted(sides["train"] & sides["test"])
+    if shared:
+        raise LeakError(
+            f"task {spec.name}: {len(shared)} {rows.cluster_unit} are in train and test, first {shared[0]!r}. "
+            f"Split by {spec.group}"
+        )
+
+
+def parts(rows: TaskRows, spec: TaskSpec, seed: int) -> list[tuple[Int64[np.ndarray, "_"], Int64[np.ndarray, "_"]]]:
+    """(Training rows, test rows): the one fixed split, or the folds by cluster.
+
+    Raises:
+        TaskError: As `split_parts`.
+    """
+    return split_parts(rows.label, rows.cluster, rows.part, spec, rows.cluster_unit, seed)
+
+
+def split_parts(
+    strata: Shaped[np.ndarray, " item"],
+    clusters: Shaped[np.ndarray, " item"],
+    part: Shaped[np.ndarray, " item"],
+    spec: TaskSpec,
+    unit: str,
+    seed: int,
+) -> list[tuple[Int64[np.ndarray, "_"], Int64[np.ndarray, "_"]]]:
+    """Parts patches, slides or patients: by the fixed split, or into folds that hold the strata about equally.
+
+    Args:
+        strata: The class of each.
+        clusters: The patient of each; none is on both sides.
+        part: train or test of each; not read where there are folds.
+        spec: The task.
+        unit: What a cluster is, in the plural, for the message.
+        seed: Deals the clusters into folds.
+
+    Raises:
+        TaskError: A class has fewer clusters than there are folds.
+    """
+    if not spec.folds:
+        return [(np.flatnonzero(part == "train"), np.flatnonzero(part == "test"))]
+    for name in np.unique(strata):
+        members = len(np.unique(clusters[strata == name]))
+        if members < spec.folds:
+            raise TaskError(
+                f"task {spec.name}: class {name} is in {members} {unit}, fewer than the {spec.folds} folds; use fewer"
+            )
+    splitter = StratifiedGroupKFold(n_splits=spec.folds, shuffle=True, random_state=seed)
+    return list(splitter.split(np.empty((len(strata), 0)), strata, clusters))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bags:
+    """Slides or patients, which share a label; in the order of their sorted names."""
+
+    of_row: Shaped[np.ndarray, " row"]
+    """The bag of each patch."""
+    names: Shaped[np.ndarray, " bag"]
+    label: Shaped[np.ndarray, " bag"]
+    cluster: Shaped[np.ndarray, " bag"]
+    part: Shaped[np.ndarray, " bag"]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def rows(self, chosen: Int64[np.ndarray, " chosen"]) -> Int64[np.ndarray, " row"]:
+        """The patches of some bags."""
+        return np.flatnonzero(np.isin(self.of_row, self.names[chosen]))
+
+
+def bags(rows: TaskRows, spec: TaskSpec) -> Bags:
+    """The bags of a task.
+
+    Raises:
+        TaskError: The patches of a bag differ in label, patient or part.
+    """
+    of_row = rows.slide_ids if spec.bag == "slide" else rows.cluster
+    return Bags(
+        of_row=of_row,
+        names=np.unique(of_row),
+        label=bag_values(rows.label, of_row, spec.label),
+        cluster=bag_values(rows.cluster, of_row, spec.group),
+        part=bag_values(rows.part, of_row, "part of the split"),
+    )

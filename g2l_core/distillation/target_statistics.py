@@ -1,0 +1,56 @@
+"""Mean, deviation and a bank of a teacher's features over the training patches of a store."""
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import torch
+from jaxtyping import Float16, Int64
+
+from g2l_core.distillation.objective import BANK_ROWS, TargetStatistics
+from g2l_core.store.features import FeatureStore
+
+SAMPLE_ROWS = 1_000_000
+"""More rows than this move a standard deviation by less than 0.1 %."""
+
+
+def target_statistics(
+    store: FeatureStore, rows: Mapping[str, Int64[np.ndarray, " _"]], encoder: str, n_augmented: int
+) -> TargetStatistics:
+    """Statistics of the replayed views' features.
+
+    Rows lie in a slide's store in the random order of its cells, so the first ones are a sample of the whole slide:
+    each slide gives its first rows, at most a million in all, in every replayed view. The bank is spread in the same
+    way, over view 1.
+
+    Args:
+        store: With the teacher's features.
+        rows: Training rows by slide id.
+        encoder: The teacher's key.
+        n_augmented: Views 1 to this.
+    """
+    count, total, squares = 0, np.float64(0), np.float64(0)
+    for _, features in _first(store, rows, encoder, range(1, 1 + n_augmented), SAMPLE_ROWS):
+        values = features.astype(np.float64)
+        count, total, squares = count + len(values), total + values.sum(0), squares + np.square(values).sum(0)
+    mean = total / count
+    deviation = np.sqrt(np.maximum(squares / count - np.square(mean), 0))
+    bank = np.concatenate([features for _, features in _first(store, rows, encoder, range(1, 2), BANK_ROWS)])
+    return TargetStatistics(
+        mean=torch.from_numpy(np.asarray(mean, np.float32)),
+        deviation=torch.from_numpy(np.maximum(deviation, 1e-3 * deviation.max()).astype(np.float32)),
+        bank=torch.from_numpy(bank.astype(np.float32)),
+    )
+
+
+def _first(
+    store: FeatureStore, rows: Mapping[str, Int64[np.ndarray, " _"]], encoder: str, views: range, most: int
+) -> Iterator[tuple[int, Float16[np.ndarray, "row dim"]]]:
+    """Yield (view, features of the first chosen rows) of every slide, at most `most` rows in all."""
+    share = max(1, most // (len(rows) * len(views)))
+    for slide_id, chosen in sorted(rows.items()):
+        mine = np.sort(chosen)[:share]
+        if not len(mine):
+            continue
+        slide = store.slide(slide_id)
+        for view in views:
+            yield view, slide.read_rows(encoder, 0, int(mine[-1]) + 1, view=view)[mine]

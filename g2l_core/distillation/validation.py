@@ -1,0 +1,138 @@
+"""How close a student is to its teacher on held-out patches, and what a run's curves warn of."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32, Float64, Int64
+
+from g2l_core.distillation.distiller import Distiller
+from g2l_core.distillation.held_out import HeldOutSet
+from g2l_core.metrics.knn.neighbors import nearest
+from g2l_core.metrics.moments import cka_center, cka_moments
+from g2l_core.metrics.similarity import linear_cka
+
+OVERLAP_K = 10
+"""Neighbours of the mutual overlap, as in Huh et al. 2024 (arXiv 2405.07987)."""
+
+DEAD = 1e-3
+"""A dimension whose deviation is a smaller share than this of the largest does not count."""
+
+STALLED_VALIDATIONS = 5
+STALLED_GAIN = 0.005
+PARTED_VALIDATIONS = 3
+
+
+def held_out_figures(
+    distiller: Distiller, held_out: HeldOutSet, device: torch.device, batch_size: int
+) -> dict[str, float]:
+    """How close the student is to the teacher on held-out canonical views.
+
+    Returns:
+        Linear CKA of student and teacher, debiased and biased; the same of the projected student; mutual kNN overlap
+        of student and teacher; and of projected student and teacher, both standardised over the held-out patches: the
+        mean cosine, and the explained variance R^2, the squared correlation of each dimension, averaged.
+    """
+    student, projected = _encode(distiller, held_out, device, batch_size)
+    teacher = held_out.targets.astype(np.float32)
+    alive = teacher.std(axis=0) > DEAD * teacher.std(axis=0).max()  # a constant dimension explains nothing
+    s, t = (_standardised(z[:, alive]) for z in (projected, teacher))
+    cosines = (s * t).sum(axis=1) / np.maximum(np.linalg.norm(s, axis=1) * np.linalg.norm(t, axis=1), 1e-12)
+    return {
+        **_cka(student, teacher, ""),
+        **_cka(projected, teacher, "_projected"),
+        "cosine_projected": float(cosines.mean()),
+        "r2_projected": float(np.square((s * t).mean(axis=0)).mean()),
+        "knn_overlap": neighbour_overlap(student, teacher, OVERLAP_K),
+    }
+
+
+def _standardised(z: Float32[np.ndarray, "n dim"]) -> Float64[np.ndarray, "n dim"]:
+    """Each dimension with mean 0 and variance 1 whatever its scale; 0 where it is constant."""
+    centred = z.astype(np.float64) - z.mean(axis=0, dtype=np.float64)
+    deviation = centred.std(axis=0)
+    return centred / np.where(deviation > 0, deviation, 1)
+
+
+def _encode(
+    distiller: Distiller, held_out: HeldOutSet, device: torch.device, batch_size: int
+) -> tuple[Float32[np.ndarray, "n dim"], Float32[np.ndarray, "n teacher_dim"]]:
+    """Features of the student, and projected ones."""
+    was_training = distiller.training
+    distiller.eval()
+    features, projected = [], []
+    with torch.inference_mode():
+        for start in range(0, len(held_out.pixels), batch_size):
+            pixels = torch.from_numpy(held_out.pixels[start : start + batch_size]).to(device)
+            encoded = distiller.student(pixels)
+            features.append(encoded.float().cpu().numpy())
+            projected.append(distiller.projector(encoded).float().cpu().numpy())
+    distiller.train(was_training)
+    return np.concatenate(features), np.concatenate(projected)
+
+
+def _cka(x: np.ndarray, y: np.ndarray, suffix: str) -> dict[str, float]:
+    moments = cka_moments(x, y, center=cka_center(x, y))
+    return {f"cka_{kind}{suffix}": linear_cka(moments, debiased=kind == "debiased") for kind in ("debiased", "biased")}
+
+
+def neighbour_overlap(x: Float[np.ndarray, "n dim_x"], y: Float[np.ndarray, "n dim_y"], k: int) -> float:
+    """Mean share of each row's k nearest (cosine) in `x` that are among its k nearest in `y`; k is less than n."""
+    k = min(k, len(x) - 1)
+    of_x, of_y = (nearest(z, None, k).indices for z in (x, y))
+    return float(np.mean([_shared(a, b) for a, b in zip(of_x, of_y, strict=True)]) / k)
+
+
+def _shared(a: Int64[np.ndarray, " k"], b: Int64[np.ndarray, " k"]) -> int:
+    return len(np.intersect1d(a, b))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curves:
+    """A run so far."""
+
+    validations: Sequence[Mapping[str, float]]
+    """Rows of validation.csv."""
+    losses: Sequence[float]
+    """Comparable loss of every step."""
+    steps: int
+    """Steps that the run will have."""
+
+
+def warnings_of(curves: Curves) -> list[str]:
+    """What the curves of a run warn of (the failure signs of the paper's summary).
+
+    - CKA stalls: it has not gained 0.005 over the last five validations, below 0.9, in the run's first three quarters
+      (later the annealed rate leaves no room).
+    - Training and held-out curves part: over the last three validations the training loss fell while the held-out
+      explained variance fell each time.
+    """
+    found = []
+    cka = [row["cka_debiased"] for row in curves.validations]
+    last = curves.validations[-1]["step"] if curves.validations else 0
+    if len(cka) > STALLED_VALIDATIONS and cka[-1] < 0.9 and last < 0.75 * curves.steps:
+        before = max(cka[:-STALLED_VALIDATIONS])
+        if max(cka[-STALLED_VALIDATIONS:]) < before + STALLED_GAIN:
+            found.append(
+                f"CKA to the teacher has stalled at {cka[-1]:.3f} for {STALLED_VALIDATIONS} validations: "
+                "more slides, more views or a larger student may help"
+            )
+    if _parted(curves):
+        found.append(
+            f"training loss falls while held-out R^2 has fallen {PARTED_VALIDATIONS} times in a row: "
+            "the student learns its training slides by heart; more slides or views help, or checkpoints/best.pt"
+        )
+    return found
+
+
+def _parted(curves: Curves) -> bool:
+    recent = curves.validations[-PARTED_VALIDATIONS - 1 :]
+    if len(recent) <= PARTED_VALIDATIONS:
+        return False
+    falling = all(later["r2_projected"] < earlier["r2_projected"] for earlier, later in pairwise(recent))
+    steps = [int(row["step"]) for row in recent]
+    parts = [curves.losses[a:b] for a, b in pairwise(steps)]
+    means = [float(np.mean(part)) for part in parts if len(part)]
+    return falling and len(means) > 1 and means[-1] < means[0]

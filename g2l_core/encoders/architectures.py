@@ -1,0 +1,131 @@
+"""Networks by name: timm's architectures with layers given by name, and modules that a user's function returns."""
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from g2l_core.encoders.timm_compat import import_timm
+from g2l_core.errors import EncoderError, UnknownNameError
+
+
+class ConvStem(nn.Module):
+    """The stem of CTransPath's Swin: two 3 x 3 convolutions of stride 2 and one of 1 x 1 in place of one of 4 x 4.
+
+    Wang et al. 2022 (doi 10.1016/j.media.2022.102559), section 3.2. Takes timm's arguments of a patch embedding and
+    gives what timm's Swin expects of one: tokens as an image, channels last.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int],
+        patch_size: int,
+        in_chans: int,
+        embed_dim: int,
+        norm_layer: Callable[[int], nn.Module] | None = None,
+        **_unused: object,
+    ) -> None:
+        super().__init__()
+        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        self.grid_size = (height // patch_size, width // patch_size)
+        self.patch_size = (patch_size, patch_size)
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
+        narrow, wide = embed_dim // 8, embed_dim // 4
+        self.proj = nn.Sequential(
+            nn.Conv2d(in_chans, narrow, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(narrow),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(narrow, wide, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(wide),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(wide, embed_dim, 1),
+        )
+        self.norm = norm_layer(embed_dim) if norm_layer else nn.Identity()
+
+    def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch rows columns dim"]:
+        """Tokens of 4 x 4 pixels each."""
+        return self.norm(self.proj(images).permute(0, 2, 3, 1))
+
+
+def _layers() -> dict[str, Any]:
+    layers = import_timm().layers
+    return {
+        "SwiGLUPacked": layers.SwiGLUPacked,
+        "SiLU": nn.SiLU,
+        "ConvStem": ConvStem,
+        "LayerNorm(1e-12)": partial(nn.LayerNorm, eps=1e-12),
+    }
+
+
+LAYERS = ("SwiGLUPacked", "SiLU", "ConvStem", "LayerNorm(1e-12)")
+"""What arguments that end in `_layer` may name."""
+
+
+def build_architecture(architecture: str, arguments: Mapping[str, Any], seed: int) -> nn.Module:
+    """The network without classifier, on the CPU, its random weights a function of the seed alone.
+
+    Args:
+        architecture: timm's name, or MODULE:FUNCTION.
+        arguments: Of `timm.create_model`, or of the function.
+        seed: Of the random weights.
+
+    Raises:
+        EncoderError: The function cannot be found or called, or returns something else.
+        UnknownNameError: A layer has no such name.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if ":" in architecture:
+            return call_function(architecture, arguments)
+        return import_timm().create_model(architecture, num_classes=0, **_with_layers(arguments))
+
+
+def _with_layers(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    found = dict(arguments)
+    for key, value in arguments.items():
+        if key.endswith("_layer") and isinstance(value, str):
+            if value not in LAYERS:
+                raise UnknownNameError(f"layer for {key}", value, LAYERS)
+            found[key] = _layers()[value]
+    return found
+
+
+def call_function(text: str, arguments: Mapping[str, Any]) -> nn.Module:
+    """The torch module that MODULE:FUNCTION returns; modules are looked for in the current folder too.
+
+    Raises:
+        EncoderError: It cannot be imported, found or called, or returns something else.
+    """
+    module_name, _, function_name = text.partition(":")
+    with _importable_from_here():
+        try:
+            function = getattr(importlib.import_module(module_name), function_name)
+        except ImportError as error:
+            raise EncoderError(f"{text}: cannot import {module_name} ({error}); is it in this folder?") from error
+        except AttributeError as error:
+            raise EncoderError(f"{text}: {module_name} has no {function_name}") from error
+        try:
+            network = function(**arguments)
+        except TypeError as error:
+            raise EncoderError(f"{text} cannot be called with {dict(arguments)}: {error}") from error
+    if not isinstance(network, nn.Module):
+        raise EncoderError(f"{text} must return a torch.nn.Module, it returned {type(network).__name__}")
+    return network
+
+
+@contextmanager
+def _importable_from_here() -> Iterator[None]:
+    """The current folder on the import path, as it is for `python -m` and not for an installed command."""
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        yield
+    finally:
+        sys.path.remove(here)

@@ -1,0 +1,206 @@
+"""Build an encoder's network, fill it with its weights, and run it."""
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float32, UInt8
+from torch import Tensor, nn
+
+from g2l_core.encoders.architectures import build_architecture
+from g2l_core.encoders.patch_encoder import PatchEncoder
+from g2l_core.encoders.resolve import EncoderSpec, encoder_key, spec_to_json
+from g2l_core.encoders.weight_layouts import state_dict_in_timm_layout
+from g2l_core.encoders.weights import read_tensors, state_digest, weights_file
+from g2l_core.errors import EncoderError, UnknownNameError, UsageError
+from g2l_core.store.provenance import digest
+
+COMPILED = "+compile"
+"""Ending of a precision whose network went through torch.compile: it rounds otherwise, by about 1e-6 in float32."""
+
+DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedEncoder:
+    """An encoder ready to run."""
+
+    spec: EncoderSpec
+    module: PatchEncoder
+    dim: int
+    precision: str
+    weights_digest: str
+    """sha256 of the tensors; equal for two files with equal tensors."""
+    digest: str
+    """sha256 of all that decides its features: weights, architecture, preprocessing, pooling, precision."""
+    device: torch.device
+
+    @property
+    def key(self) -> str:
+        """Its name in stores."""
+        return encoder_key(self.spec, self.digest)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a store keeps of it."""
+        return {
+            **spec_to_json(self.spec),
+            "dim": self.dim,
+            "precision": self.precision,
+            "weights_digest": self.weights_digest,
+            "digest": self.digest,
+        }
+
+
+def load_encoder(spec: EncoderSpec, *, device: str = "auto", precision: str = "auto") -> LoadedEncoder:
+    """Build the network, fill it, and check it.
+
+    Args:
+        spec: The encoder.
+        device: auto, cpu or cuda.
+        precision: auto (fp32 on CPU, the card's on a GPU), fp32, bf16 or fp16; each may end in `+compile`.
+
+    Raises:
+        EncoderError: The weights cannot be had or do not fit, or the feature size is not the card's.
+        UsageError: The device or precision cannot be had.
+    """
+    where = choose_device(device)
+    how = choose_precision(spec, where, precision)
+    network = build_network(spec)
+    weights_digest = state_digest(network.state_dict())
+    module = PatchEncoder(network, spec).eval().requires_grad_(False)
+    module = module.to(where).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    dim = _feature_size(module, where)
+    if spec.dim not in {None, dim}:
+        raise EncoderError(f"{spec.name} gives {dim} features, its card says {spec.dim}: wrong weights or pooling")
+    if how.endswith(COMPILED):
+        module.compile()
+    return LoadedEncoder(
+        spec=spec,
+        module=module,
+        dim=dim,
+        precision=how,
+        weights_digest=weights_digest,
+        digest=spec_digest(spec, weights_digest, how),
+        device=where,
+    )
+
+
+def spec_digest(spec: EncoderSpec, weights_digest: str, precision: str) -> str:
+    """sha256 over all that decides an encoder's features."""
+    deciding = ("architecture", "arguments", "input_px", "mean", "std", "interpolation", "pooling")
+    fields = spec_to_json(spec)
+    how = {"weights": weights_digest, "precision": precision, "resampling": "pillow"}
+    return digest({**{f: fields[f] for f in deciding}, **how})
+
+
+def choose_device(device: str) -> torch.device:
+    """The device a user means.
+
+    Raises:
+        UsageError: It is unknown or absent.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError("--device cuda: this torch sees no GPU; use --device cpu, or install a CUDA build of torch")
+    here = ["cpu", "cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if device not in here:
+        raise UnknownNameError("device", device, ["auto", *here])
+    return torch.device(device)
+
+
+def choose_precision(spec: EncoderSpec, device: torch.device, precision: str) -> str:
+    """The precision a user means: auto is fp32 on CPU and the card's on a GPU.
+
+    Raises:
+        UnknownNameError: There is none of that name.
+        UsageError: It is to be compiled, and there is no compiler.
+    """
+    asked, compiled = precision.removesuffix(COMPILED), precision.endswith(COMPILED)
+    if asked == "auto":
+        asked = spec.card_precision if device.type == "cuda" else "fp32"
+    if asked not in DTYPES:
+        raise UnknownNameError("precision", precision, ["auto", *DTYPES])
+    if compiled and device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+        raise UsageError("--compile on a CPU needs a C++ compiler: install g++, or leave --compile out")
+    return asked + COMPILED if compiled else asked
+
+
+def build_network(spec: EncoderSpec) -> nn.Module:
+    """The network with its weights, on the CPU, in float32, without classifier.
+
+    Raises:
+        EncoderError: The weights cannot be had or do not fit.
+    """
+    source, _, where = spec.weights.partition(":")
+    network = build_architecture(spec.architecture, spec.arguments, int(where) if source == "random" else 0)
+    if source not in {"random", "module"}:
+        tensors = read_tensors(weights_file(spec))
+        state = state_dict_in_timm_layout(tensors, spec.layout, network.state_dict(), spec.name)
+        network.load_state_dict(state, strict=True)
+    return network
+
+
+def _feature_size(module: PatchEncoder, device: torch.device) -> int:
+    with torch.inference_mode():
+        blank = torch.zeros(1, module.input_px, module.input_px, 3, dtype=torch.uint8, device=device)
+        return int(module(blank).shape[1])
+
+
+def encode(
+    encoder: LoadedEncoder, pixels: UInt8[np.ndarray, "batch height width 3"]
+) -> Float32[np.ndarray, "batch dim"]:
+    """Features of a batch of views.
+
+    A view's features do not depend on its neighbours in the batch, as long as the batch size stays the same:
+    pad the last batch (see `padded_batches`).
+    """
+    batch = torch.from_numpy(pixels).to(encoder.device, non_blocking=True)
+    return features_of(encoder, batch).cpu().numpy()
+
+
+def features_of(encoder: LoadedEncoder, pixels: UInt8[Tensor, "batch height width 3"]) -> Float32[Tensor, "batch dim"]:
+    """Features of a batch of views that is on the encoder's device already, without gradients."""
+    dtype = DTYPES[encoder.precision.removesuffix(COMPILED)]
+    autocast = nullcontext() if dtype == torch.float32 else torch.autocast(encoder.device.type, dtype)
+    with torch.no_grad(), autocast:
+        features: Tensor = encoder.module(pixels).float()
+    return features
+
+
+def padded_batches(n: int, batch_size: int) -> Iterator[tuple[int, int]]:
+    """Ranges [start, stop) of at most `batch_size` covering n rows."""
+    for start in range(0, n, batch_size):
+        yield start, min(start + batch_size, n)
+
+
+def encode_all(
+    encoder: LoadedEncoder, pixels: UInt8[np.ndarray, "n height width 3"], batch_size: int
+) -> Float32[np.ndarray, "n dim"]:
+    """Features of any number of views, in batches of one static size, the last one padded with blanks."""
+    out = np.empty((len(pixels), encoder.dim), np.float32)
+    for start, stop in padded_batches(len(pixels), batch_size):
+        batch = np.zeros((batch_size, *pixels.shape[1:]), np.uint8)
+        batch[: stop - start] = pixels[start:stop]
+        out[start:stop] = encode(encoder, batch)[: stop - start]
+    return out
+
+
+def require_mpp(spec: EncoderSpec, mpp: float) -> None:
+    """Refuse patches at a scale that the encoder's card does not name.
+
+    Raises:
+        UsageError: They differ by more than 10 % from every scale of the card.
+    """
+    if not spec.fits_mpp(mpp):
+        others = "".join(f" or {known:g}" for known in spec.also_mpp)
+        raise UsageError(
+            f"{spec.name} expects {spec.mpp:g}{others} um/px, the store's patches have {mpp:g}. "
+            f"Use --mpp {spec.mpp:g}, or --force-mpp to encode them all the same"
+        )

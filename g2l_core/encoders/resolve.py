@@ -1,0 +1,219 @@
+"""Encoders by name: the names users write, and the keys under which stores keep features.
+
+Nothing here needs torch; `encoder_loading` builds the networks. Teacher and student are roles, not kinds: a
+run folder of `g2l distill` is an encoder like any other.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from g2l_core.encoders.registry import TABLE
+from g2l_core.encoders.spec import POOLINGS, EncoderSpec, spec_from_json, spec_to_json
+from g2l_core.encoders.spec_file import read_encoder_file
+from g2l_core.errors import EncoderError, UnknownNameError, UsageError
+
+__all__ = [
+    "RUN_RECORD", "STUDENT_FOLDER", "STUDENT_RECORD", "TABLE", "EncoderSpec", "encoder_key", "find_stored",
+    "is_run_folder", "normalised", "resolve_encoder", "run_encoder", "spec_from_json", "spec_to_json",
+]  # fmt: skip
+
+RUN_RECORD = "run.json"
+STUDENT_FOLDER = "student"
+STUDENT_RECORD = "encoder.json"
+
+_FUNCTION = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
+
+
+def normalised(name: str) -> str:
+    """A name without case and separators: H_optimus_0 and h-optimus-0 are one."""
+    return re.sub(r"[^a-z0-9@]", "", name.lower())
+
+
+def resolve_encoder(text: str, *, weights: str | None = None, seed_hint: bool = True) -> EncoderSpec:
+    """The spec behind what a user writes.
+
+    Args:
+        text: A name of the table, `timm:NAME`, a run folder, a spec file (`.toml`), or MODULE:FUNCTION. `@PX` behind
+            it sets another input size, `+POOLING` another pooling: `virchow2@448+cls`.
+        weights: In place of the encoder's own: `random:SEED`, a weights file, or `hub:REPOSITORY[@REVISION][#FILE]`.
+        seed_hint: Whether the message for missing weights mentions random ones.
+
+    Raises:
+        UnknownNameError: No encoder or pooling has that name; suggests the nearest.
+        UsageError: A timm architecture without weights, a malformed size, or a spec file that cannot be used.
+        EncoderError: A run folder is not complete, or a function cannot be used.
+    """
+    if is_run_folder(text):
+        return run_encoder(Path(text))
+    base, pooling = _split_pooling(text)
+    name, _, size = base.rpartition("@") if re.search(r"@[^@/]*$", base) else (base, "", "")
+    spec = _base_spec(name)
+    if "@" in base and name != base:
+        spec = _with_input_px(spec, size)
+    if pooling:
+        spec = _with_pooling(spec, pooling)
+    if weights is not None:
+        spec = _with_weights(spec, weights)
+    if not spec.weights:
+        raise UsageError(
+            f"{spec.name} is an architecture without weights: give --weights FILE"
+            + (", or random:SEED for a trial" if seed_hint else "")
+        )
+    return spec
+
+
+def _split_pooling(text: str) -> tuple[str, str]:
+    """What stands before `+POOLING`, and the pooling."""
+    base, plus, pooling = text.rpartition("+")
+    return (base, pooling) if plus else (text, "")
+
+
+def _base_spec(name: str) -> EncoderSpec:
+    if name.lower().startswith("timm:"):
+        return _timm_spec(name)
+    if name.lower().endswith(".toml"):
+        return read_encoder_file(Path(name))
+    if _FUNCTION.match(name):
+        return _function_spec(name)
+    return _table_spec(name)
+
+
+def _table_spec(name: str) -> EncoderSpec:
+    for known, spec in TABLE.items():
+        if normalised(known) == normalised(name):
+            return spec
+    raise UnknownNameError(
+        "encoder",
+        name,
+        TABLE,
+        "g2l models lists them; timm:NAME is any timm architecture; a folder of g2l distill, a spec file (.toml) and "
+        "MODULE:FUNCTION are encoders too.",
+    )
+
+
+def _timm_spec(name: str) -> EncoderSpec:
+    from g2l_core.encoders.timm_compat import timm_preprocessing
+
+    architecture = name.partition(":")[2]
+    return EncoderSpec(name=f"timm:{architecture}", weights="", **timm_preprocessing(architecture))
+
+
+def _function_spec(text: str) -> EncoderSpec:
+    """The spec of a module that a function returns, which says its own preprocessing.
+
+    Raises:
+        EncoderError: The function cannot be used, or its module says no `mean`, `std` and `input_px`.
+    """
+    from g2l_core.encoders.architectures import call_function
+
+    network = call_function(text, {})
+    known = ("mean", "std", "input_px", "mpp", "pooling", "interpolation", "licence", "trained_on")
+    said = {key: getattr(network, key) for key in known if hasattr(network, key)}
+    missing = [key for key in ("mean", "std", "input_px") if key not in said]
+    if missing:
+        raise EncoderError(
+            f"{text}: the module must say its preprocessing in the attributes mean, std and input_px; "
+            f"missing: {', '.join(missing)}. Or write a spec file with architecture = {text!r}"
+        )
+    said |= {key: tuple(float(value) for value in said[key]) for key in ("mean", "std")}
+    return EncoderSpec(name=text.partition(":")[2], architecture=text, weights=f"module:{text}", **said)
+
+
+def _with_input_px(spec: EncoderSpec, size: str) -> EncoderSpec:
+    if not size.isdecimal():
+        raise UsageError(f"{spec.name}@{size}: the input size behind @ must be a whole number of pixels")
+    arguments = {**spec.arguments, "img_size": int(size)} if "img_size" in spec.arguments else spec.arguments
+    return replace(spec, name=f"{spec.name}@{size}", input_px=int(size), arguments=arguments)
+
+
+def _with_pooling(spec: EncoderSpec, pooling: str) -> EncoderSpec:
+    if pooling not in POOLINGS:
+        raise UnknownNameError("pooling", pooling, POOLINGS)
+    if pooling == spec.pooling:
+        return spec
+    return replace(spec, name=f"{spec.name}+{pooling}", pooling=pooling, dim=None)
+
+
+def _with_weights(spec: EncoderSpec, weights: str) -> EncoderSpec:
+    source, _, where = weights.partition(":")
+    if source == "random":
+        if not where.isdecimal():
+            raise UsageError(f"--weights {weights}: expected random:SEED with a whole number, such as random:0")
+        return replace(spec, weights=weights, layout="timm", trained_on="")
+    if source == "hub" and "/" in where:
+        return replace(spec, weights=weights, layout="auto", trained_on="")
+    path = Path(weights)
+    if not path.is_file():
+        raise UsageError(f"--weights {weights}: no such file (or give random:SEED, or hub:REPOSITORY)")
+    layout = spec.layout if spec.layout == "in-order" else "auto"
+    return replace(spec, weights=f"file:{path.resolve()}", layout=layout, trained_on="")
+
+
+def is_run_folder(text: str) -> bool:
+    """Whether `text` is a folder that `g2l distill` wrote."""
+    return (Path(text) / RUN_RECORD).is_file()
+
+
+def run_encoder(folder: Path) -> EncoderSpec:
+    """The student of a run folder as an encoder.
+
+    Raises:
+        EncoderError: The run has no finished student.
+    """
+    student = (folder / STUDENT_FOLDER).resolve()
+    return spec_from_json({**_student_record(folder), "name": folder.resolve().name, "weights": f"run:{student}"})
+
+
+def _student_record(folder: Path) -> dict[str, Any]:
+    record = folder / STUDENT_FOLDER / STUDENT_RECORD
+    if not record.is_file():
+        raise EncoderError(f"{folder} has no finished student; run g2l distill --resume --out {folder}")
+    fields: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
+    return fields
+
+
+def encoder_key(spec: EncoderSpec, digest: str) -> str:
+    """The name under which a store keeps the encoder's features.
+
+    Published encoders have their name; random weights add their seed; files, runs, functions and repositories that
+    a user names add the digest's beginning, so that two of one name stay apart.
+    """
+    slug = re.sub(r"[^A-Za-z0-9_]+", "-", spec.name).strip("-")
+    source, _, where = spec.weights.partition(":")
+    if source == "random":
+        return f"{slug}-random{where}"
+    published = any(spec.weights == known.weights for known in TABLE.values())
+    return slug if published else f"{slug}-{digest[:8]}"
+
+
+def find_stored(text: str, stored: Mapping[str, Mapping[str, Any]]) -> str:
+    """The key of the stored encoder that a user means: its key, its name, or the run folder it came from.
+
+    Args:
+        text: What the user wrote.
+        stored: Specs of the stored encoders, by key.
+
+    Raises:
+        UnknownNameError: None fits.
+        UsageError: Several do.
+    """
+    if text in stored:
+        return text
+    if is_run_folder(text):
+        tensors = _student_record(Path(text))["weights_digest"]
+        fitting = [key for key, spec in stored.items() if spec["weights_digest"] == tensors]
+        if not fitting:
+            raise UnknownNameError(
+                "encoder", text, stored, f"This run has no features here yet: g2l embed --encoder {text}"
+            )
+    else:
+        fitting = [k for k, spec in stored.items() if normalised(text) in {normalised(k), normalised(spec["name"])}]
+    if len(fitting) > 1:
+        raise UsageError(f"{text!r} fits several stored encoders: {', '.join(fitting)}. Write the one you mean")
+    if not fitting:
+        raise UnknownNameError("encoder", text, stored, "g2l store ls lists them.")
+    return fitting[0]

@@ -1,0 +1,189 @@
+"""A distilled student on disk: a folder that timm, and whoever reads timm's or the hub's layout, loads without G2L."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import nn
+
+from g2l_core.encoders.loading import spec_digest
+from g2l_core.encoders.patch_encoder import PatchEncoder
+from g2l_core.encoders.resolve import STUDENT_FOLDER, STUDENT_RECORD, EncoderSpec, spec_to_json
+from g2l_core.encoders.timm_compat import import_timm
+from g2l_core.encoders.weights import state_digest
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCard:
+    """What somebody must know before using a student."""
+
+    name: str
+    teacher: Mapping[str, Any]
+    """The teacher's facts."""
+    student: EncoderSpec
+    """The student before training."""
+    settings: Mapping[str, Any]
+    train_slides: int
+    train_patches: int
+    held_out: str
+    step: int
+    before: Mapping[str, float]
+    after: Mapping[str, float]
+
+
+def write_student(
+    run: Path, module: PatchEncoder, spec: EncoderSpec, *, trained_on: str, card: ModelCard
+) -> dict[str, Any]:
+    """Write RUN/student so that `timm.create_model("local-dir:RUN/student", pretrained=True, num_classes=0)` loads it.
+
+    Args:
+        run: The run folder.
+        module: The trained student, on any device.
+        spec: What it was before training.
+        trained_on: In words, what made its weights what they are.
+        card: For README.md, the hub's model card.
+
+    Returns:
+        What encoder.json says: the spec, the digest of the tensors, and of the encoder in float32.
+    """
+    network = module.network.cpu()
+    tensors = {name: tensor.detach().contiguous() for name, tensor in network.state_dict().items()}
+    weights_digest = state_digest(tensors)
+    spec = replace(spec, layout="timm", trained_on=trained_on)
+    record = {
+        **spec_to_json(spec),
+        "weights_digest": weights_digest,
+        "digest": spec_digest(spec, weights_digest, "fp32"),
+    }
+    temporary = run / f"{STUDENT_FOLDER}.partial"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+    write_json(temporary / STUDENT_RECORD, record)
+    if ":" not in spec.architecture:
+        write_json(temporary / "config.json", timm_config(network, spec))
+    (temporary / "README.md").write_text(model_card(card, spec), encoding="utf-8")
+    shutil.rmtree(run / STUDENT_FOLDER, ignore_errors=True)
+    temporary.rename(run / STUDENT_FOLDER)
+    return record
+
+
+def plain_arguments(spec: EncoderSpec) -> dict[str, Any]:
+    """The architecture's arguments that a config.json can hold: all but layers, which timm takes as classes."""
+    return {key: value for key, value in spec.arguments.items() if not key.endswith("_layer")}
+
+
+def timm_config(network: nn.Module, spec: EncoderSpec) -> dict[str, Any]:
+    """The config.json that timm's `local-dir:` and hub loading read: architecture, arguments, preprocessing."""
+    config = import_timm().get_pretrained_cfg(spec.architecture)
+    size = [3, spec.input_px, spec.input_px]
+    return {
+        "architecture": spec.architecture,
+        "num_classes": 0,
+        "num_features": getattr(network, "head_hidden_size", None) or getattr(network, "num_features", None),
+        "model_args": plain_arguments(spec),
+        "pretrained_cfg": {
+            "input_size": size,
+            "fixed_input_size": bool(config.fixed_input_size),
+            "interpolation": spec.interpolation,
+            "crop_pct": 1.0,
+            "mean": list(spec.mean),
+            "std": list(spec.std),
+            "num_classes": 0,
+            "first_conv": config.first_conv,
+            "classifier": config.classifier,
+        },
+    }
+
+
+def model_card(card: ModelCard, spec: EncoderSpec) -> str:
+    """README.md as the hub reads it: a header, what it was made of, how to load it, what was measured, whose terms."""
+    teacher, student = card.teacher, card.student
+    scale = f" at {spec.mpp:g} um/px" if spec.mpp else ""
+    terms = teacher.get("licence", "unknown")
+    measured = (name for name in card.after if name != "step")
+    lines = [
+        "---",
+        "library_name: timm",
+        "tags: [pathology, feature-extraction, distillation, g2l]",
+        "license: other",
+        f"license_name: inherits {student.licence} and its teacher's {terms}",
+        "---",
+        "",
+        f"# {card.name}",
+        "",
+        f"A patch encoder for H&E slides, distilled by G2L (arXiv 2510.11176): {student.name} learned the features of",
+        f"{teacher['name']}. Input {spec.input_px} px{scale}, pooling {spec.pooling}.",
+        "",
+        "```python",
+        *usage(spec),
+        "```",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {what} | {words} |" for what, words in _made_of(card).items()),
+        f"| terms | of the student before ({student.licence}) and of its teacher ({terms}) |",
+        "",
+        "Held-out patches, against the teacher:",
+        "",
+        "| figure | before | after |",
+        "|---|---|---|",
+        *(f"| {name} | {card.before[name]:z.3f} | {card.after[name]:z.3f} |" for name in measured),
+        "",
+        "These figures say how near the student is to its teacher, not how good either is at a task.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _made_of(card: ModelCard) -> dict[str, str]:
+    teacher, train = card.teacher, card.settings["train"]
+    origin = teacher.get("trained_on") or teacher["weights"]
+    optim = train["optim"]
+    return {
+        "teacher": f"{teacher['name']} ({origin}), digest {teacher['digest'][:12]}",
+        "student before": f"{card.student.name} ({card.student.weights_in_words})",
+        "data": f"{card.train_patches:,} patches of {card.train_slides} slides; held out: {card.held_out}",
+        "training": f"step {card.step:,} of {train['steps']:,}, batch {card.settings['batch_size']}, loss "
+        f"{train['objective']['loss']}, lr {optim['lr']:g}, weight decay {optim['weight_decay']:g}",
+    }
+
+
+def usage(spec: EncoderSpec) -> list[str]:
+    """Python that loads the student without G2L and gives its features."""
+    if ":" in spec.architecture:
+        return [f"# {spec.architecture} builds the network; model.safetensors is its state dict"]
+    layers = {
+        "SwiGLUPacked": "timm.layers.SwiGLUPacked",
+        "SiLU": "torch.nn.SiLU",
+        "LayerNorm(1e-12)": "functools.partial(torch.nn.LayerNorm, eps=1e-12)",
+        "ConvStem": "g2l_core.encoders.architectures.ConvStem",
+    }
+    more = "".join(f", {key}={layers[value]}" for key, value in spec.arguments.items() if key.endswith("_layer"))
+    lines = [
+        "import timm, torch",
+        f'model = timm.create_model("local-dir:FOLDER", pretrained=True, num_classes=0{more}).eval()',
+        "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))",
+    ]
+    prefix = "tokens = model.forward_features(transform(patch)[None])"
+    match spec.pooling:
+        case "native":
+            return [*lines, "features = model(transform(patch)[None])"]
+        case "cls":
+            return [*lines, prefix, "features = tokens[:, 0]"]
+        case "mean":
+            return [*lines, prefix, "features = tokens[:, model.num_prefix_tokens:].mean(1)"]
+        case "tokens":
+            return [*lines, prefix, "features = tokens[:, model.num_prefix_tokens:].flatten(1)"]
+        case _:
+            mean = "tokens[:, model.num_prefix_tokens:].mean(1)"
+            return [*lines, prefix, f"features = torch.cat([tokens[:, 0], {mean}], 1)"]
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Indented JSON."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,65 @@
+"""Readers of more slides than may be open at a time."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from threading import Lock
+
+from g2l_core.patches.render import PatchReader
+
+MOST_OPEN = 256
+"""Each open slide holds a file handle or three; 1,024 is a common limit of a process."""
+
+
+@dataclass
+class _Entry:
+    reader: PatchReader
+    users: int = 0
+
+
+class OpenSlides:
+    """Opens slides when they are read, and closes those that were read longest ago. Safe in several threads."""
+
+    def __init__(self, open_reader: Callable[[str], PatchReader], most: int = MOST_OPEN) -> None:
+        """Nothing is opened yet.
+
+        Args:
+            open_reader: Opens a slide by its id.
+            most: How many stay open while nobody reads them.
+        """
+        self._open_reader, self._most, self._lock = open_reader, most, Lock()
+        self._entries: OrderedDict[str, _Entry] = OrderedDict()
+
+    @contextmanager
+    def reading(self, slide_id: str) -> Iterator[PatchReader]:
+        """The slide's reader, which stays open as long as this block.
+
+        Raises:
+            SlideError: It cannot be opened.
+        """
+        entry = self._enter(slide_id)
+        try:
+            yield entry.reader
+        finally:
+            with self._lock:
+                entry.users -= 1
+                idle = [i for i, e in self._entries.items() if not e.users][: max(0, len(self._entries) - self._most)]
+                closing = [self._entries.pop(i).reader for i in idle]
+            for reader in closing:
+                reader.close()
+
+    def _enter(self, slide_id: str) -> _Entry:
+        with self._lock:
+            entry = self._entries.get(slide_id)
+            if entry is not None:
+                entry.users += 1
+                self._entries.move_to_end(slide_id)
+                return entry
+        opened = self._open_reader(slide_id)  # outside the lock: the others go on reading
+        with self._lock:
+            entry = self._entries.setdefault(slide_id, _Entry(opened))
+            entry.users += 1
+        if entry.reader is not opened:
+            opened.close()
+        return entry

@@ -1,0 +1,172 @@
+"""From a stored patch to the pixels of its views: the one path that caching and replaying share."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Protocol, runtime_checkable
+
+import cv2
+import numpy as np
+from jaxtyping import UInt8, UInt64
+
+from g2l_core.errors import ReadError
+from g2l_core.patches.artifacts import ArtefactSpec, artefact_of
+from g2l_core.patches.grid import GridSpec
+from g2l_core.patches.views import ViewSpec, apply_views, pixel_hash
+from g2l_core.slides.slide import Slide, open_slide
+from g2l_core.store.features import StoredSlide
+from g2l_core.store.schema import STATUS
+from g2l_core.types import Level0Px, PatchStatus, Rgb, ViewParams
+
+
+@runtime_checkable
+class PatchReader(Protocol):
+    """Reads the patches of one slide, or of one set of images, by row. Safe in several threads."""
+
+    def read(self, row: int) -> Rgb:
+        """The patch of a stored row, uint8 (patch_px, patch_px, 3).
+
+        Raises:
+            ReadError: Its pixels cannot be had.
+        """
+
+    def close(self) -> None:
+        """Give its files back; nothing is read after that."""
+
+
+class SlidePatches:
+    """The patches of an open slide."""
+
+    def __init__(self, slide: Slide, coords: np.ndarray, side: Level0Px, patch_px: int) -> None:
+        self._slide, self._coords, self._side, self._patch_px = slide, coords, side, patch_px
+
+    def read(self, row: int) -> Rgb:
+        """The square at the row's coordinates, resampled once."""
+        x, y = self._coords[row].tolist()
+        return self._slide.read_patch(x, y, self._side, self._patch_px)
+
+    def close(self) -> None:
+        """Close the slide."""
+        self._slide.close()
+
+
+class ImagePatches:
+    """Patches that are image files of their own."""
+
+    def __init__(self, folder: Path, names: Sequence[str], patch_px: int) -> None:
+        self._folder, self._names, self._patch_px = folder, names, patch_px
+
+    def read(self, row: int) -> Rgb:
+        """The row's image as it is: it must have the store's patch size, nothing is resampled."""
+        return read_image(self._folder / self._names[row], self._patch_px)
+
+    def close(self) -> None:
+        """No file stays open."""
+
+
+def read_image(path: Path, patch_px: int) -> Rgb:
+    """An image file of patch_px squared as RGB.
+
+    Raises:
+        ReadError: It cannot be decoded, or has another size.
+    """
+    try:
+        encoded = np.fromfile(path, np.uint8)
+    except OSError as error:
+        raise ReadError(f"cannot read {path}: {error.strerror}") from error
+    image = cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB) if len(encoded) else None
+    if image is None:
+        raise ReadError(f"{path} is no image that OpenCV decodes")
+    if image.shape != (patch_px, patch_px, 3):
+        raise ReadError(
+            f"{path} is {image.shape[1]} x {image.shape[0]} px, the store's patches {patch_px} x {patch_px}"
+        )
+    return image
+
+
+def open_patches(stored: StoredSlide, grid: GridSpec, path: Path | None = None) -> PatchReader:
+    """A reader for a slide's stored patches.
+
+    Args:
+        stored: The slide.
+        grid: The store's grid.
+        path: Where the slide lies now; None is where stage one found it.
+
+    Raises:
+        SlideError: The slide cannot be opened any more.
+    """
+    path = path or Path(stored.facts["source"])
+    names = stored.patch_ids
+    if names is not None:
+        return ImagePatches(path, names, grid.patch_px)
+    mpp = stored.facts["mpp"]
+    slide = open_slide(path, manifest_mpp=mpp)
+    return SlidePatches(slide, stored.coords, Level0Px(stored.facts["patch_px_level0"]), grid.patch_px)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RenderedBlock:
+    """The views of a run of patches."""
+
+    pixels: UInt8[np.ndarray, "patch view height width 3"]
+    hashes: UInt64[np.ndarray, "patch view"]
+    status: PatchStatus
+    """Where it is not 0, pixels and hashes of the patch are zeros that mean nothing."""
+    reasons: Mapping[int, str]
+    """Why patches could not be read, in words, by stored row."""
+    seconds_read: float
+    seconds_augment: float
+
+
+def render_block(
+    reader: PatchReader,
+    rows: Sequence[int],
+    params: ViewParams,
+    status: PatchStatus,
+    spec: ViewSpec,
+    artefacts: ArtefactSpec | None = None,
+) -> RenderedBlock:
+    """Read patches once each and render their views.
+
+    Args:
+        reader: Where the patches come from.
+        rows: Their stored rows.
+        params: Parameters of the wanted views, (len(rows), views, parameters).
+        status: Their reason codes as known; what is not 0 is not tried.
+        spec: The views.
+        artefacts: What patches are left out for: they get the artefact's code and no reason, for nothing is lost.
+            None leaves none out, as replaying what was stored wants it.
+    """
+    n, n_views = params.shape[:2]
+    pixels = np.zeros((n, n_views, spec.crop_px, spec.crop_px, 3), np.uint8)
+    hashes = np.zeros((n, n_views), np.uint64)
+    found, reasons = status.copy(), dict[int, str]()
+    seconds_read = seconds_augment = 0.0
+    for i, row in enumerate(rows):
+        if status[i] != STATUS["ok"]:
+            continue
+        begin = perf_counter()
+        try:
+            patch = reader.read(row)
+        except ReadError as error:
+            found[i] = STATUS["unreadable"]
+            reasons[row] = f"row {row}: {error}"
+            continue
+        read = perf_counter()
+        found[i] = STATUS["ok"] if artefacts is None else artefact_of(patch, artefacts)
+        if found[i] != STATUS["ok"]:
+            seconds_read += perf_counter() - begin
+            continue
+        pixels[i] = apply_views(patch, params[i], spec)
+        hashes[i] = pixel_hash(pixels[i])
+        seconds_read += read - begin
+        seconds_augment += perf_counter() - read
+    return RenderedBlock(
+        pixels=pixels,
+        hashes=hashes,
+        status=found,
+        reasons=reasons,
+        seconds_read=seconds_read,
+        seconds_augment=seconds_augment,
+    )

@@ -1,0 +1,290 @@
+"""Augmented views of a patch: parameters from a counter-based generator, pixels from the parameters.
+
+A view is described by the `COLUMNS` of one float32 row. The row is a function of (seed, slide, x, y, patch id,
+view index) alone; the pixels are a function of the patch, the row and the sizes in the `ViewSpec` alone. So a
+store that keeps the rows can be replayed by any process, in any order, even if a later version draws otherwise.
+
+The pixels rest on integer and table arithmetic only (OpenCV's 8-bit routes are fixed-point), so they do not depend
+on the processor's vector width, on threads, or on OpenCV's version: 4.10, 4.12 and 5.0 give the same bytes.
+"""
+
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from itertools import permutations
+
+import cv2
+import numpy as np
+import xxhash
+from jaxtyping import Float, Float32, Int32, UInt8, UInt64
+
+from g2l_core.errors import UsageError
+from g2l_core.patches.color import brightness, contrast, hue, saturation
+
+COLUMNS = (
+    "crop_x",
+    "crop_y",
+    "hflip",
+    "vflip",
+    "jitter",
+    "brightness",
+    "contrast",
+    "saturation",
+    "hue",
+    "order",
+    "blur",
+    "sigma",
+)
+"""Names of a view's parameters. Crop offsets in patch pixels; flags 0 or 1; factors as torchvision's ColorJitter;
+order indexes `itertools.permutations(range(4))` of (brightness, contrast, saturation, hue); sigma in pixels."""
+
+_ORDERS = tuple(permutations(range(4)))
+_NEUTRAL_FACTORS = (1.0, 1.0, 1.0, 0.0)
+_DRAWS = 16  # a blake2b digest of 64 bytes as uint32; column i uses draw i, the last four are spare
+_MAX_HUE = 1 / 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewSpec:
+    """How views are drawn; the defaults are the G2L paper's (arXiv 2510.11176).
+
+    Raises:
+        UsageError: a probability outside [0, 1], a crop larger than the patch, or another impossible value.
+    """
+
+    patch_px: int = 256
+    """Side of the patches that come in."""
+    crop_px: int = 224
+    """Side of the views that go out."""
+    hflip: float = 0.5
+    """Probability of a left-right flip."""
+    vflip: float = 0.5
+    """Probability of an up-down flip."""
+    jitter: float = 0.5
+    """Probability of the colour jitter, of all four factors together."""
+    brightness: float = 0.15
+    """The factor is uniform in 1 +- this; so are the next two."""
+    contrast: float = 0.15
+    saturation: float = 0.1
+    hue: float = 0.05
+    """The shift is uniform in 0 +- this, in turns of the colour circle; at most 1/6."""
+    blur: float = 0.1
+    """Probability of the Gaussian blur."""
+    blur_kernel_px: int = 9
+    """Side of the blur's kernel, odd."""
+    blur_sigma: Sequence[float] = (0.1, 2.0)
+    """Bounds of the blur's standard deviation in pixels; kept as a tuple."""
+    seed: int = 0
+    """An unsigned 64-bit integer."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "blur_sigma", tuple(self.blur_sigma))  # JSON gives a list
+        reach = self.blur_kernel_px // 2
+        chances = (self.hflip, self.vflip, self.jitter, self.blur)
+        spreads = (self.brightness, self.contrast, self.saturation)
+        rules = {
+            "1 < crop_px <= patch_px": 1 < self.crop_px <= self.patch_px,
+            "hflip, vflip, jitter and blur in [0, 1]": all(0 <= p <= 1 for p in chances),
+            "brightness, contrast and saturation in [0, 1]": all(0 <= s <= 1 for s in spreads),
+            "hue in [0, 1/6]": 0 <= self.hue <= _MAX_HUE,
+            "an odd blur_kernel_px": self.blur_kernel_px % 2 == 1,
+            "blur_kernel_px // 2 in [0, crop_px)": 0 <= reach < self.crop_px,
+            "blur_sigma = (low, high) with 0 < low <= high < inf": _is_range(self.blur_sigma),
+            "seed in [0, 2**64)": 0 <= self.seed < 2**64,
+        }
+        broken = [rule for rule, holds in rules.items() if not holds]
+        if broken:
+            raise UsageError(f"view spec: expected {'; '.join(broken)}; got {self}. Change these settings.")
+
+
+def _is_range(bounds: Sequence[float]) -> bool:
+    return len(bounds) == 2 and 0 < bounds[0] <= bounds[1] < float("inf")
+
+
+def sample_views(
+    spec: ViewSpec,
+    slide_id: str,
+    coords: Int32[np.ndarray, "patch 2"],
+    view_indices: Sequence[int],
+    patch_ids: Sequence[str] | None = None,
+) -> Float32[np.ndarray, "patch view 12"]:
+    """Draw the parameters of some views of some patches of one slide.
+
+    Each (patch, view) has its own 16 draws, the blake2b digest of (seed, slide_id, x, y, patch id, view index) in
+    fixed-width or length-prefixed fields, so that no two keys share their bytes. Their upper 24 bits are exact
+    in float32. A row thus depends on nothing but its key and the spec.
+
+    Args:
+        spec: Probabilities, ranges, seed.
+        slide_id: The slide's id in the store.
+        coords: x and y of each patch's top-left corner in level-0 pixels.
+        view_indices: Which views; 0 is the canonical one (centre crop, nothing else).
+        patch_ids: Names that tell patches apart whose coords do not; None (which differs from empty names) if
+            the coords do.
+
+    Returns:
+        The `COLUMNS` in float32. Parameters that are not used (no jitter, no blur) are neutral.
+
+    Raises:
+        UsageError: a view index outside [0, 2**32), or not one patch id for each patch.
+    """
+    if patch_ids is not None and len(patch_ids) != len(coords):
+        raise UsageError(
+            f"slide {slide_id}: expected one patch id for each of the {len(coords)} coords, got {len(patch_ids)}."
+            " Give one for each row, or none at all."
+        )
+    if not all(0 <= view < 2**32 for view in view_indices):
+        raise UsageError(
+            f"slide {slide_id}: expected view indices in [0, 2**32), got {list(view_indices)}."
+            " Use 0 for the canonical view and 1, 2, ... for augmented ones."
+        )
+    params = _parameters(_draws(spec, slide_id, coords, view_indices, patch_ids), spec)
+    params[:, np.asarray(view_indices, dtype=np.int64) == 0] = _canonical(spec)
+    return params
+
+
+def _draws(
+    spec: ViewSpec,
+    slide_id: str,
+    coords: Int32[np.ndarray, "patch 2"],
+    view_indices: Sequence[int],
+    patch_ids: Sequence[str] | None,
+) -> Float[np.ndarray, "patch view 16"]:
+    name = slide_id.encode("utf-8", "surrogatepass")
+    slide = blake2b(struct.pack("<QQ", spec.seed, len(name)) + name, person=b"g2l views 1")
+    digests = []
+    for row, (x, y) in enumerate(coords.tolist()):
+        patch = slide.copy()
+        patch.update(struct.pack("<ii", x, y) + _framed(None if patch_ids is None else patch_ids[row]))
+        for view in view_indices:
+            key = patch.copy()
+            key.update(struct.pack("<I", view))
+            digests.append(key.digest())
+    words = np.frombuffer(b"".join(digests), dtype="<u4").reshape(len(coords), len(view_indices), _DRAWS)
+    return (words >> 8) / np.float64(2**24)
+
+
+def _framed(patch_id: str | None) -> bytes:
+    if patch_id is None:
+        return struct.pack("<q", -1)
+    name = patch_id.encode("utf-8", "surrogatepass")
+    return struct.pack("<q", len(name)) + name
+
+
+def _parameters(draws: Float[np.ndarray, "patch view 16"], spec: ViewSpec) -> Float32[np.ndarray, "patch view 12"]:
+    spread = np.array((spec.brightness, spec.contrast, spec.saturation, spec.hue))
+    low, high = spec.blur_sigma
+    jitter, blur = draws[..., 4:5] < spec.jitter, draws[..., 10:11] < spec.blur
+    factors = np.array(_NEUTRAL_FACTORS) + spread * (2 * draws[..., 5:9] - 1)
+    columns = (
+        np.floor(draws[..., 0:2] * (spec.patch_px - spec.crop_px + 1)),
+        draws[..., 2:4] < np.array((spec.hflip, spec.vflip)),
+        jitter,
+        np.where(jitter, factors, _NEUTRAL_FACTORS),
+        np.where(jitter, np.floor(draws[..., 9:10] * len(_ORDERS)), 0),
+        blur,
+        np.where(blur, low + (high - low) * draws[..., 11:12], 0),
+    )
+    return np.concatenate(columns, axis=-1, dtype=np.float32)
+
+
+def _canonical(spec: ViewSpec) -> Float32[np.ndarray, "12"]:
+    centre = round((spec.patch_px - spec.crop_px) / 2)  # torchvision's center_crop rounds the same way
+    return np.array((centre, centre, 0, 0, 0, *_NEUTRAL_FACTORS, 0, 0, 0), dtype=np.float32)
+
+
+def apply_views(
+    patch: UInt8[np.ndarray, "patch patch 3"], params: Float32[np.ndarray, "view 12"], spec: ViewSpec
+) -> UInt8[np.ndarray, "view crop crop 3"]:
+    """Replay several views of one patch; see `apply_view`.
+
+    Args:
+        patch: RGB, `spec.patch_px` square.
+        params: One row of `COLUMNS` for each view.
+        spec: The spec that the parameters were drawn with.
+
+    Returns:
+        The views, RGB, `spec.crop_px` square, C-contiguous.
+
+    Raises:
+        UsageError: a patch of another size, or parameters that cannot be this spec's.
+    """
+    views = np.empty((len(params), spec.crop_px, spec.crop_px, 3), dtype=np.uint8)
+    for view, row in zip(views, params, strict=True):
+        view[:] = apply_view(patch, row, spec)
+    return views
+
+
+def apply_view(
+    patch: UInt8[np.ndarray, "patch patch 3"], params: Float32[np.ndarray, "12"], spec: ViewSpec
+) -> UInt8[np.ndarray, "crop crop 3"]:
+    """Replay one view: crop, left-right flip, up-down flip, colour jitter in the stored order, blur.
+
+    The semantics are those of torchvision's `transforms.v2.functional` on uint8 tensors, to a few grey levels.
+
+    Args:
+        patch: RGB, `spec.patch_px` square; not changed.
+        params: The view's `COLUMNS`.
+        spec: The spec that the parameters were drawn with; only its sizes matter here.
+
+    Returns:
+        The view, RGB, `spec.crop_px` square, C-contiguous, sharing no memory with the patch.
+
+    Raises:
+        UsageError: a patch of another size, or parameters that cannot be this spec's.
+    """
+    _check(patch, params, spec)
+    crop_x, crop_y, hflip, vflip, jitter, *factors, order, blur, sigma = params.tolist()
+    x, y, size = int(crop_x), int(crop_y), spec.crop_px
+    view = _flip(patch[y : y + size, x : x + size], hflip > 0, vflip > 0)
+    if jitter:
+        view = _jitter(view, factors, _ORDERS[int(order)])
+    if blur:
+        kernel = (spec.blur_kernel_px, spec.blur_kernel_px)
+        view = cv2.GaussianBlur(view, kernel, sigma, borderType=cv2.BORDER_REFLECT_101)
+    return view
+
+
+def _check(patch: UInt8[np.ndarray, "h w 3"], params: Float32[np.ndarray, "12"], spec: ViewSpec) -> None:
+    if patch.shape != (spec.patch_px, spec.patch_px, 3):
+        raise UsageError(
+            f"view: expected a patch of {spec.patch_px} x {spec.patch_px} x 3 pixels, got {patch.shape}."
+            " Read it at the view spec's patch_px."
+        )
+    x, y, order = params[0], params[1], params[9]
+    margin = spec.patch_px - spec.crop_px
+    if not (0 <= x <= margin and 0 <= y <= margin and 0 <= order < len(_ORDERS) and np.isfinite(params).all()):
+        raise UsageError(
+            f"view: expected finite parameters with a crop offset in [0, {margin}] and an order in [0, 24), got "
+            f"{dict(zip(COLUMNS, params.tolist(), strict=True))}. Use the spec that they were drawn with."
+        )
+
+
+def _flip(image: UInt8[np.ndarray, "h w 3"], left_right: bool, up_down: bool) -> UInt8[np.ndarray, "h w 3"]:
+    if not (left_right or up_down):
+        return image.copy()
+    return cv2.flip(image, -1 if left_right and up_down else int(left_right))
+
+
+def _jitter(
+    view: UInt8[np.ndarray, "h w 3"], factors: Sequence[float], order: Sequence[int]
+) -> UInt8[np.ndarray, "h w 3"]:
+    for adjustment in order:
+        view = _ADJUSTMENTS[adjustment](view, factors[adjustment])
+    return view
+
+
+_ADJUSTMENTS: tuple[Callable[[np.ndarray, float], np.ndarray], ...] = (brightness, contrast, saturation, hue)
+
+
+def pixel_hash(views: UInt8[np.ndarray, "view height width 3"]) -> UInt64[np.ndarray, " view"]:
+    """Fingerprint views: xxh3-64 of each view's bytes in C order (the shape is not part of it).
+
+    Args:
+        views: RGB pixels.
+
+    Returns:
+        One hash for each view.
+    """
+    return np.array([xxhash.xxh3_64_intdigest(np.ascontiguousarray(view).data) for view in views], dtype=np.uint64)

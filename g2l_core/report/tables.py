@@ -1,0 +1,271 @@
+"""What the written and the drawn forms of a report share: reading order, human names, figures as text."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import floor, isfinite, isnan, log10
+from typing import Literal
+
+from g2l_core.errors import TaskError
+from g2l_core.report.meanings import METRICS, Meaning
+from g2l_core.results import Comparison, Estimate, ExpectedFigure, Failure, Pictures, Report, Result
+
+_MAX_DECIMALS = 5
+_LARGE = 1e7
+_ROUNDING = 1e-9
+"""A figure that is off by exactly the tolerance is within it."""
+
+
+HEADLINES = (
+    "knn_balanced_accuracy",
+    "probe_balanced_accuracy",
+    "slide_probe_balanced_accuracy",
+    "slide_vote_balanced_accuracy",
+    "abmil_balanced_accuracy",
+    "survival_c_index",
+    "regression_pearson",
+    "cka_debiased",
+    "robustness_ratio_k5",
+    "consistency_cosine",
+)
+"""The first of these that a task has stands for it where there is room for one figure only; of several k, the first;
+else its first figure."""
+
+_UNTOLD = ("duplicates_dropped",)
+"""Settings that say nothing of how a figure is made."""
+
+
+def meaning_of(metric: str) -> Meaning:
+    """The meaning of a metric by the name in `METRICS` that it begins with, else its own name."""
+    for stem, known in METRICS.items():
+        if metric == stem or metric.startswith(f"{stem}_"):
+            rest = re.sub(r"\bk(\d+)\b", r"k=\1", metric[len(stem) :].replace("_", " ").strip())
+            title = f"{known.title}, {rest}" if rest else known.title
+            return Meaning(title=title, sentence=known.sentence, scale=known.scale, neutral=known.neutral)
+    return Meaning(title=metric, scale=metric)
+
+
+def split_k(metric: str) -> tuple[str, int | None]:
+    """`robustness_ratio_k5` as ("robustness_ratio", 5); (metric, None) where the name does not end so."""
+    match = re.fullmatch(r"(.+)_k([1-9][0-9]{0,8})", metric)
+    return (match[1], int(match[2])) if match else (metric, None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskPart:
+    """What a report says of one task; metrics in order of appearance, encoders in the report's order."""
+
+    name: str
+    encoders: tuple[str, ...]
+    """Those with a figure or a failure here."""
+    figures: Mapping[str, Mapping[str, Result]]
+    """By metric and encoder."""
+    comparisons: tuple[Comparison, ...]
+    failures: tuple[Failure, ...]
+    expected: tuple[ExpectedFigure, ...]
+    pictures: Pictures
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether there is more to show than failures."""
+        return bool(self.figures or self.comparisons or self.expected or self.pictures.tasks())
+
+    def headline(self) -> str | None:
+        """The metric that stands for the task; None where it has no figure."""
+        return headline(tuple(self.figures))
+
+    def gap(self, encoder: str) -> Literal["failed", "-"]:
+        """The word for a figure that is not there."""
+        return "failed" if any(failure.encoder == encoder for failure in self.failures) else "-"
+
+
+def headline(metrics: Sequence[str]) -> str | None:
+    """The metric that stands for the others; None where there is none."""
+    for wanted in HEADLINES:
+        for metric in metrics:
+            if wanted in (metric, split_k(metric)[0]):
+                return metric
+    return metrics[0] if metrics else None
+
+
+def encoder_order(report: Report) -> tuple[str, ...]:
+    """The encoders' keys: the described ones first, then any other with a figure, failure, comparison or picture."""
+    described = [encoder.key for encoder in report.encoders]
+    compared = [key for row in report.comparisons for key in (row.encoder, row.reference)]
+    measured = [row.encoder for row in report.results]
+    failed = [row.encoder for row in report.failures if row.encoder]
+    return tuple(dict.fromkeys([*described, *measured, *failed, *compared, *report.pictures.encoders()]))
+
+
+def task_parts(report: Report) -> tuple[TaskPart, ...]:
+    """The report cut by task, in order of first appearance.
+
+    Raises:
+        TaskError: If two results have the same task, metric and encoder.
+    """
+    kinds: tuple[Iterable[Result | Comparison | Failure], ...] = (report.results, report.comparisons, report.failures)
+    names = dict.fromkeys(row.task for rows in kinds for row in rows)
+    names |= dict.fromkeys([*(row.task for row in report.expected), *report.pictures.tasks()])
+    order = encoder_order(report)
+    return tuple(_task_part(report, name, order) for name in names)
+
+
+def _task_part(report: Report, name: str, order: Sequence[str]) -> TaskPart:
+    results = [row for row in report.results if row.task == name]
+    failures = tuple(row for row in report.failures if row.task == name)
+    here = {row.encoder for row in results} | {row.encoder for row in failures}
+    figures: dict[str, dict[str, Result]] = {}
+    for row in results:
+        if figures.setdefault(row.metric, {}).setdefault(row.encoder, row) is not row:
+            raise TaskError(
+                f"task {name!r} has two figures {row.metric!r} of encoder {row.encoder!r}; "
+                "give what tells them apart in the metric's name"
+            )
+    return TaskPart(
+        name=name,
+        encoders=tuple(key for key in order if key in here),
+        figures={metric: figures[metric] for metric in _metric_order(results)},
+        comparisons=tuple(row for row in report.comparisons if row.task == name),
+        failures=failures,
+        expected=tuple(row for row in report.expected if row.task == name),
+        pictures=report.pictures.of_task(name),
+    )
+
+
+def _metric_order(results: Sequence[Result]) -> Mapping[str, None]:
+    """As the encoder with the most figures has them: the teacher, the first, has none of likeness to itself."""
+    counts = Counter(row.encoder for row in results)
+    fullest = max(counts, key=counts.__getitem__, default="")
+    return dict.fromkeys([row.metric for row in results if row.encoder == fullest] + [row.metric for row in results])
+
+
+def support(row: Mapping[str, Result]) -> str:
+    """What a row of figures rests on, as far as it is the same for all encoders: rows and settings."""
+    results = list(row.values())
+    rows = sorted({result.n for result in results})
+    shared = [item for item in results[0].settings.items() if all(item in r.settings.items() for r in results)]
+    told = settings_text(
+        {name: value for name, value in shared if (name, value) != ("k", split_k(results[0].metric)[1])}
+    )
+    count = " to ".join(f"{n:,}" for n in dict.fromkeys((rows[0], rows[-1])))
+    return "; ".join(filter(None, (f"n = {count}", told)))
+
+
+def settings_text(settings: Mapping[str, str | int | float | bool]) -> str:
+    """`C = 1.0; converged; split: 5 folds by patients`, in the order of the names."""
+    return "; ".join(_setting(*item) for item in sorted(settings.items()) if item[0] not in _UNTOLD)
+
+
+def _setting(name: str, value: str | int | float | bool) -> str:
+    if isinstance(value, bool):
+        return name.replace("_", " ") if value else f"not {name.replace('_', ' ')}"
+    return f"{name.replace('_', ' ')} = {value}" if isinstance(value, int | float) else f"{name}: {value}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """A published figure and what was found."""
+
+    expected: ExpectedFigure
+    found: Estimate | None
+    """None where that encoder or metric was not run."""
+
+    @property
+    def within(self) -> bool | None:
+        """Whether the figure found is within the tolerance; None where there is none to judge."""
+        if self.found is None or isnan(self.found.value):
+            return None
+        return abs(self.found.value - self.expected.value) <= self.expected.tolerance + _ROUNDING
+
+    @property
+    def verdict(self) -> str:
+        """In words."""
+        if self.found is None or self.within is None:
+            return "not run here"
+        return "within" if self.within else f"off by {number(self.found.value - self.expected.value, 3, '+')}"
+
+
+def published_text(expected: ExpectedFigure) -> str:
+    """`0.95 \u00b1 0.01`."""
+    return f"{expected.value:g} \u00b1 {expected.tolerance:g}"
+
+
+def held_against(part: TaskPart, report: Report) -> tuple[Held, ...]:
+    """Each published figure of a task beside the one found, by the encoder's key or name."""
+    keys = {encoder.name: encoder.key for encoder in report.encoders} | {key: key for key in part.encoders}
+    found = []
+    for row in part.expected:
+        result = part.figures.get(row.metric, {}).get(keys.get(row.encoder, row.encoder))
+        found.append(Held(expected=row, found=result.estimate if result else None))
+    return tuple(found)
+
+
+def reasons(failures: Sequence[Failure]) -> list[tuple[str, str]]:
+    """Where and why, encoders of one task that failed alike together: ("oral, a and b", "no probe converged")."""
+    alike: dict[tuple[str, str], list[str]] = {}
+    for row in failures:
+        alike.setdefault((row.task, row.reason), []).append(row.encoder)
+    return [(", ".join(filter(None, (task, listed(keys)))), reason) for (task, reason), keys in alike.items()]
+
+
+def listed(words: Sequence[str]) -> str:
+    """`a, b and c`."""
+    named = [word for word in words if word]
+    return " and ".join(filter(None, (", ".join(named[:-1]), *named[-1:])))
+
+
+def best(row: Mapping[str, Result]) -> frozenset[str]:
+    """The encoders with the best value of one metric; none where fewer than two have a value, or none is better."""
+    values = {key: result.estimate.value for key, result in row.items() if not isnan(result.estimate.value)}
+    better = next(iter(row.values())).better
+    if len(values) < 2 or better == "neither":
+        return frozenset()
+    top = (max if better == "higher" else min)(values.values())
+    return frozenset(key for key, value in values.items() if value == top)
+
+
+def decimals(estimates: Iterable[Estimate], spare: int = 0) -> int:
+    """How many decimals show the leading digit of the narrowest interval, and `spare` more.
+
+    At least 2 where a value is below 10 in size, and 3 (1 where all are larger) without an interval; at most 5.
+    """
+    known = [estimate for estimate in estimates if isfinite(estimate.value)]
+    small = any(abs(estimate.value) < 10 for estimate in known)
+    widths = [estimate.high - estimate.low for estimate in known]
+    widths = [width for width in widths if isfinite(width) and width > 0]
+    if not widths:
+        return 3 if small else 1
+    wanted = -floor(log10(min(widths))) + spare
+    return min(_MAX_DECIMALS, max(2 if small else 0, wanted))
+
+
+def number(value: float, digits: int, sign: Literal["-", "+"] = "-") -> str:
+    """A value with so many decimals, never "-0.00"; "n/a" for NaN. With sign "+", positive ones carry it."""
+    if isnan(value):
+        return "n/a"
+    return format(value, f"{sign}z.{digits}f" if abs(value) < _LARGE else f"{sign}.3g")
+
+
+def interval(estimate: Estimate, digits: int, sign: Literal["-", "+"] = "-") -> str:
+    """`[0.66, 0.75]`, or nothing where there is none."""
+    if isnan(estimate.low) or isnan(estimate.high):
+        return ""
+    return f"[{number(estimate.low, digits, sign)}, {number(estimate.high, digits, sign)}]"
+
+
+def figure(estimate: Estimate, digits: int, sign: Literal["-", "+"] = "-") -> str:
+    """`0.71 [0.66, 0.75]`, or `0.71` where there is no interval."""
+    return f"{number(estimate.value, digits, sign)} {interval(estimate, digits, sign)}".rstrip()
+
+
+def proper(text: str) -> str:
+    """Figures with a true minus sign, for print."""
+    return text.replace("-", "\u2212")
+
+
+def p_text(p_value: float) -> str:
+    """`p = 0.043`, `p < 0.001`, or nothing for NaN."""
+    if isnan(p_value):
+        return ""
+    return "p < 0.001" if p_value < 0.001 else f"p = {p_value:.3f}"

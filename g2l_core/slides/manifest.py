@@ -1,0 +1,294 @@
+"""What goes in: slides, folders of patch images, manifests; and label tables.
+
+A *source* is one slide, or the patch images that belong together. Its id keeps the folder it lies in, so that
+`a/x.svs` and `b/x.svs` stay apart.
+"""
+
+import csv
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from io import StringIO
+from math import ceil, isfinite
+from pathlib import Path
+
+from g2l_core.errors import ManifestError, UsageError
+from g2l_core.rng import keyed_generator
+from g2l_core.slides.ome_zarr import SUFFIX, is_ome_zarr
+from g2l_core.slides.readers import IMAGE_SUFFIXES, dicom_series, slide_suffixes
+from g2l_core.types import SlideId
+
+COLUMN_ALIASES: Mapping[str, tuple[str, ...]] = {
+    "path": ("path", "image_path", "slide_path", "wsi", "file", "filename"),
+    "slide_id": ("slide_id", "sample_id", "slide"),
+    "patch_id": ("patch_id",),
+    "mpp": ("mpp", "spacing_at_level_0"),
+    "patient_id": ("patient_id", "case_id", "patient"),
+    "medical_center": ("medical_center", "center", "centre", "site"),
+}
+"""G2L's column names, each with what other tools call it. Case does not matter."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One slide, or one set of patch images."""
+
+    slide_id: SlideId
+    path: Path
+    """The slide, or the folder that the patch ids are relative to."""
+    patch_ids: tuple[str, ...] = ()
+    """File names of patch images; empty for a slide."""
+    mpp: float | None = None
+    """Micrometres per level-0 pixel, if the manifest gives it."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """patient_id, medical_center and any other column that is the same for the whole source."""
+
+
+def read_sources(inputs: Sequence[Path]) -> list[Source]:
+    """The sources behind the INPUT arguments: slides, folders, and manifests, in sorted order.
+
+    A .zarr folder with an OME-Zarr image is a slide. Any other folder that holds a slide anywhere is a folder of
+    slides; else, one that holds images is a folder of patch images, one source per sub-folder.
+
+    Raises:
+        UsageError: An input does not exist.
+        ManifestError: An input holds nothing usable, or two sources would share an id.
+    """
+    sources = [source for path in inputs for source in _sources_of(path)]
+    refuse_colliding_ids([source.slide_id for source in sources])
+    return sorted(sources, key=lambda source: source.slide_id)
+
+
+def _sources_of(path: Path) -> list[Source]:
+    if not path.exists():
+        raise UsageError(f"no such file or folder: {path}")
+    if path.suffix.lower() in {".csv", ".tsv"}:
+        return _from_manifest(path)
+    if path.is_dir() and not is_ome_zarr(path):
+        return _from_folder(path)
+    return [Source(slide_id=SlideId(path.stem), path=path)]
+
+
+def _from_folder(folder: Path) -> list[Source]:
+    files = sorted(_files_below(folder))
+    suffixes = slide_suffixes() | {SUFFIX}
+    slides = list(_one_a_series(p for p in files if p.suffix.lower() in suffixes))
+    if slides:
+        return [Source(slide_id=_id_of(p.relative_to(folder)), path=p) for p in slides]
+    images = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES]
+    if not images:
+        raise ManifestError(
+            f"{folder} holds no slide ({' '.join(sorted(suffixes))}) "
+            f"and no patch image ({' '.join(sorted(IMAGE_SUFFIXES))})"
+        )
+    by_folder: dict[Path, list[str]] = defaultdict(list)
+    for image in images:
+        by_folder[image.parent].append(image.name)
+    return [
+        Source(
+            slide_id=SlideId(parent.relative_to(folder).as_posix() if parent != folder else folder.resolve().name),
+            path=parent,
+            patch_ids=tuple(names),
+        )
+        for parent, names in by_folder.items()
+    ]
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """The files of a folder and its sub-folders, links that lead nowhere, and folders that are or should be slides.
+
+    Nothing that looks like a slide is passed over in silence: what cannot be opened fails by name. Folders that end in
+    .zarr are not looked into.
+    """
+    for root, folders, names in os.walk(folder):
+        yield from (Path(root, name) for name in names if not name.startswith("."))
+        below = [Path(root, name) for name in folders if not name.startswith(".")]
+        yield from (path for path in below if is_ome_zarr(path) or _is_hollow(path))
+        folders[:] = [name for name in folders if not name.lower().endswith(SUFFIX)]
+
+
+def _one_a_series(paths: Iterable[Path]) -> Iterator[Path]:
+    """The slides, of each DICOM series in a folder the first file alone."""
+    seen = set[tuple[Path, str]]()
+    for path in paths:
+        series = dicom_series(path) if path.suffix.lower() == ".dcm" else ""
+        if not series or (path.parent, series) not in seen:
+            yield path
+        seen.add((path.parent, series))
+
+
+def _is_hollow(folder: Path) -> bool:
+    """Whether a folder has a slide's name but holds no slide."""
+    suffixes = slide_suffixes()
+    return folder.suffix.lower() in suffixes and not any(p.suffix.lower() in suffixes for p in folder.rglob("*"))
+
+
+def _id_of(relative: Path) -> SlideId:
+    return SlideId(relative.with_suffix("").as_posix())
+
+
+def _from_manifest(path: Path) -> list[Source]:
+    rows = read_table(path)
+    if not rows or "path" not in rows[0]:
+        raise ManifestError(
+            f"{path} needs a header line with a column path (or {', '.join(COLUMN_ALIASES['path'][1:])}) and rows"
+        )
+    groups: dict[SlideId, list[dict[str, str]]] = defaultdict(list)
+    for row in rows:
+        if not row["path"]:
+            raise ManifestError(
+                f"{path} has a row without a path: {', '.join(value for value in row.values() if value)}"
+            )
+        groups[_manifest_id(row, path)].append(row)
+    return [_manifest_source(slide_id, group, path) for slide_id, group in groups.items()]
+
+
+def _manifest_id(row: Mapping[str, str], manifest: Path) -> SlideId:
+    if row.get("slide_id"):
+        return SlideId(row["slide_id"])
+    file = Path(row["path"])
+    relative = file.relative_to(manifest.parent) if file.is_relative_to(manifest.parent) else file
+    parts = [part for part in relative.parts if part not in {"..", relative.anchor}]
+    if file.suffix.lower() in IMAGE_SUFFIXES:
+        return SlideId("/".join(parts[:-1]) or manifest.stem)
+    return _id_of(Path(*parts))
+
+
+def _manifest_source(slide_id: SlideId, rows: Sequence[Mapping[str, str]], manifest: Path) -> Source:
+    paths = [manifest.parent / row["path"] for row in rows]
+    labels = _shared_labels(rows)
+    mpp = _mpp_of(rows, slide_id, manifest)
+    images = [_is_image(row) for row in rows]
+    if len(paths) == 1 and not images[0]:
+        return Source(slide_id=slide_id, path=paths[0], mpp=mpp, labels=labels)
+    if not all(images):
+        raise ManifestError(f"{manifest} names slide_id {slide_id!r} more than once: {paths[0]}, {paths[1]}")
+    root = manifest.parent
+    names = tuple(row["path"] for row in rows)
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated:
+        raise ManifestError(f"{manifest} names {repeated[0]} more than once")
+    return Source(slide_id=slide_id, path=root, patch_ids=names, mpp=mpp, labels=labels)
+
+
+def _is_image(row: Mapping[str, str]) -> bool:
+    """Whether a row is a patch image: by its suffix, or, as a TIFF may be either, by a value in patch_id."""
+    return bool(row.get("patch_id")) or Path(row["path"]).suffix.lower() in IMAGE_SUFFIXES
+
+
+def _mpp_of(rows: Sequence[Mapping[str, str]], slide_id: str, manifest: Path) -> float | None:
+    values = {row.get("mpp", "") for row in rows} - {""}
+    if not values:
+        return None
+    if len(values) > 1:
+        raise ManifestError(f"{manifest}: the rows of {slide_id!r} give different mpp: {', '.join(sorted(values))}")
+    text = values.pop()
+    try:
+        mpp = float(text)
+    except ValueError:
+        mpp = 0.0
+    if not (isfinite(mpp) and mpp > 0):
+        raise ManifestError(f"{manifest}: mpp of {slide_id!r} is {text!r}, not a number of um/px above 0")
+    return mpp
+
+
+def _shared_labels(rows: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    columns = [c for c in rows[0] if c not in {"slide_id", "path", "patch_id", "mpp"}]
+    return {c: rows[0][c] for c in columns if rows[0][c] and len({row[c] for row in rows}) == 1}
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV (or TSV) with a header, its columns under G2L's names, values stripped.
+
+    Raises:
+        ManifestError: It cannot be read, has no header, or a row has another number of fields.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ManifestError(f"cannot read the table {path}: {error}") from error
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    try:
+        lines = list(csv.reader(StringIO(text, newline=""), delimiter=delimiter))
+    except csv.Error as error:
+        raise ManifestError(f"{path} is no table of comma- or tab-separated values: {error}") from error
+    if not lines:
+        raise ManifestError(f"the table {path} is empty; expected a header line")
+    header = [_canonical_column(name) for name in lines[0]]
+    if len(set(header)) < len(header):
+        raise ManifestError(f"{path} has two columns of one meaning: {', '.join(lines[0])}")
+    return list(_records(header, lines[1:], path))
+
+
+def _records(header: list[str], lines: Iterable[list[str]], path: Path) -> Iterator[dict[str, str]]:
+    for number, fields in enumerate(lines, start=2):
+        if not any(field.strip() for field in fields):
+            continue  # spreadsheets leave lines of commas behind
+        if len(fields) != len(header):
+            raise ManifestError(f"{path}, line {number}: {len(fields)} fields where the header has {len(header)}")
+        yield {name: value.strip() for name, value in zip(header, fields, strict=True)}
+
+
+def _canonical_column(name: str) -> str:
+    plain = name.strip()
+    for canonical, aliases in COLUMN_ALIASES.items():
+        if plain.lower() in aliases:
+            return canonical
+    return plain
+
+
+def refuse_colliding_ids(slide_ids: Sequence[str]) -> None:
+    """Refuse ids that cannot live side by side in a store.
+
+    Raises:
+        ManifestError: Two are equal, or one is a folder of another, or one is no relative path.
+    """
+    counts = Counter(slide_ids)
+    for slide_id, count in counts.items():
+        parts = slide_id.split("/")
+        if any(part in {"", ".", ".."} for part in parts):
+            raise ManifestError(f"slide id {slide_id!r} is not a plain relative path such as 'folder/slide'")
+        if count > 1:
+            raise ManifestError(
+                f"{count} inputs share the slide id {slide_id!r}. "
+                "Give their common parent folder as the one INPUT, or a manifest with distinct slide_id"
+            )
+        for i in range(1, len(parts)):
+            folder = "/".join(parts[:i])
+            if folder in counts:
+                raise ManifestError(f"slide id {folder!r} is also the folder of {slide_id!r}: rename one of them")
+
+
+def parse_condition(text: str) -> tuple[str, str]:
+    """COLUMN=PATTERN as (column, pattern).
+
+    Raises:
+        UsageError: There is no `=`.
+    """
+    column, equals, pattern = text.partition("=")
+    if not equals or not column:
+        raise UsageError(f"{text!r}: expected COLUMN=PATTERN, such as split=train or 'slide_id=train/*'")
+    return column, pattern
+
+
+def fits(condition: tuple[str, str], slide_id: str, labels: Mapping[str, str]) -> bool:
+    """Whether a slide's label (or its slide_id) fits a shell-style pattern."""
+    column, pattern = condition
+    value = slide_id if column == "slide_id" else labels.get(column, "")
+    return fnmatchcase(value, pattern)
+
+
+def held_out_groups(groups: Iterable[str], share: float, seed: int) -> frozenset[str]:
+    """A keyed random share of the distinct groups, rounded up, never all of them.
+
+    Args:
+        groups: Patient ids, say; repetitions count once.
+        share: Between 0 and 1.
+        seed: Names the draw.
+    """
+    distinct = sorted(set(groups))
+    count = min(ceil(share * len(distinct) - 1e-9), len(distinct) - 1)  # 0.07 * 100 is 7, not 7.000000000000001
+    order = keyed_generator("held out", seed).permutation(len(distinct))
+    return frozenset(distinct[i] for i in order[:count])

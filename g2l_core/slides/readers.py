@@ -1,0 +1,151 @@
+"""What slides are read through: readers that others install, OME-Zarr, OpenSlide, plain images.
+
+The only module that opens slides with OpenSlide. A reader of another format is a plug-in: see docs/readers.md.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import openslide
+from PIL import Image, UnidentifiedImageError
+
+from g2l_core.errors import NotASlideError, UsageError
+from g2l_core.slides.ome_zarr import is_ome_zarr, open_ome_zarr
+
+SLIDE_SUFFIXES = frozenset(".svs .tif .tiff .ndpi .mrxs .scn .bif .vms .vmu .svslide .dcm .qptiff .czi .avs".split())
+"""Files that a folder's scan takes as slides, in lower case; plug-ins add to them."""
+
+IMAGE_SUFFIXES = frozenset(".png .jpg .jpeg .bmp .webp".split())
+
+PLUG_IN_GROUP = "g2l.readers"
+
+
+@runtime_checkable
+class SlideHandle(Protocol):
+    """An open slide, in the words of OpenSlide's Python class. Several threads read it at a time."""
+
+    @property
+    def dimensions(self) -> tuple[int, int]:
+        """Width and height of level 0."""
+
+    @property
+    def level_dimensions(self) -> Sequence[tuple[int, int]]:
+        """Width and height of each level, the finest first."""
+
+    @property
+    def level_downsamples(self) -> Sequence[float]:
+        """Level-0 pixels per pixel of each level."""
+
+    @property
+    def properties(self) -> Mapping[str, str]:
+        """The header: `openslide.mpp-x` and `-y`, `openslide.objective-power`, ... where they are known."""
+
+    def read_region(self, location: tuple[int, int], level: int, size: tuple[int, int]) -> Image.Image:
+        """RGBA pixels; `location` in level-0 pixels, `size` in the level's; transparent where there is no slide.
+
+        Raises:
+            OSError: They cannot be read.
+            ValueError: They cannot be decoded.
+        """
+
+    def close(self) -> None:
+        """Free the file."""
+
+
+@runtime_checkable
+class SlideReader(Protocol):
+    """A plug-in. Its attribute `suffixes`, if it has one, names the files that a folder's scan takes for it."""
+
+    def __call__(self, path: Path) -> SlideHandle | None:
+        """Open a slide; None if it is not this reader's.
+
+        Raises:
+            NotASlideError: It is this reader's, but cannot be opened.
+        """
+
+
+@cache
+def installed_readers() -> tuple[tuple[str, SlideReader], ...]:
+    """The plug-ins with their names, in that order.
+
+    Raises:
+        UsageError: One cannot be imported.
+    """
+    readers = []
+    for entry in sorted(entry_points(group=PLUG_IN_GROUP), key=lambda entry: entry.name):
+        try:
+            readers.append((entry.name, entry.load()))
+        except (ImportError, AttributeError) as error:
+            raise UsageError(
+                f"the slide reader {entry.name!r} ({entry.value}) cannot be imported: {error}. Mend or uninstall it"
+            ) from error
+    return tuple(readers)
+
+
+@cache
+def slide_suffixes() -> frozenset[str]:
+    """`SLIDE_SUFFIXES` and those of the plug-ins, in lower case.
+
+    Raises:
+        UsageError: A plug-in cannot be imported.
+    """
+    declared = (suffix.lower() for _, reader in installed_readers() for suffix in getattr(reader, "suffixes", ()))
+    return SLIDE_SUFFIXES.union(declared)
+
+
+def open_handle(path: Path) -> SlideHandle:
+    """Open a slide with the first reader that knows it.
+
+    Raises:
+        NotASlideError: None does, or the file is broken.
+        UsageError: A plug-in cannot be imported.
+    """
+    for name, reader in installed_readers():
+        try:
+            handle = reader(path)
+        except (OSError, ValueError) as error:
+            raise NotASlideError(f"the reader {name!r} cannot open it: {error}") from error
+        if handle is not None:
+            return handle
+    if is_ome_zarr(path):
+        return open_ome_zarr(path)
+    try:
+        return openslide.OpenSlide(path)
+    except openslide.OpenSlideUnsupportedFormatError:
+        return _open_image(path)
+    except openslide.OpenSlideError as error:
+        raise NotASlideError(f"OpenSlide cannot open it ({error}); is the file complete?") from error
+
+
+def dicom_series(path: Path) -> str:
+    """The series that a DICOM slide's file belongs to; empty for what OpenSlide does not open.
+
+    The levels of a slide are the files of one series in one folder, and OpenSlide opens all of them by any of them.
+    """
+    try:
+        with openslide.OpenSlide(path) as slide:
+            return str(slide.properties.get("dicom.SeriesInstanceUID", ""))
+    except openslide.OpenSlideError:
+        return ""
+
+
+def _open_image(path: Path) -> SlideHandle:
+    """A plain image, decoded at once: Pillow's lazy decoding mixes up pixels when two threads begin it."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except UnidentifiedImageError as error:
+        raise NotASlideError(
+            "it is neither a slide that OpenSlide reads (SVS, NDPI, MRXS, SCN, BIF, tiled TIFF, DICOM) "
+            "nor an OME-Zarr folder, nor an image that Pillow reads"
+        ) from error
+    except OSError as error:
+        raise NotASlideError(f"it cannot be read: {error.strerror or error}") from error
+    except (ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise NotASlideError(f"Pillow cannot decode it ({error}); is the file complete?") from error
+    if image.mode[0] in "IF":
+        raise NotASlideError(f"its samples have more than 8 bits (Pillow's mode {image.mode}): convert it to 8-bit RGB")
+    return openslide.ImageSlide(image)

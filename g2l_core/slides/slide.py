@@ -1,0 +1,245 @@
+"""Open a slide and read squares of it at a wanted scale, whatever reader opens it (see readers.py)."""
+
+import threading
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import openslide
+from PIL import Image
+
+from g2l_core.errors import MppError, NotASlideError, ReadError
+from g2l_core.slides.mpp import Scale, ScaleFacts, find_scale, objective_power
+from g2l_core.slides.readers import SlideHandle, open_handle
+from g2l_core.slides.tiff_tiles import VENDORS, TilePyramid, open_tiles
+from g2l_core.types import Level0Px, Mpp, Rgb
+
+THUMBNAIL_BLOCK_PX = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frame:
+    """Where the pixels of a slide's thumbnail lie: pixel i covers level-0 pixels i to i + 1 times the downsample."""
+
+    size: tuple[int, int]
+    """Width and height in pixels. What is left at the right and lower edge is less than a pixel."""
+    downsample: int | float
+    """Level-0 pixels per pixel, the same in x and y."""
+    mpp: Mpp
+
+
+@dataclass(frozen=True, kw_only=True)
+class Thumbnail:
+    """A slide at small scale."""
+
+    image: Rgb
+    downsample: int | float
+    """Level-0 pixels per pixel, the same in x and y."""
+    mpp: Mpp
+
+
+class Slide:
+    """One open slide. Safe to read from several threads.
+
+    Attributes:
+        path: The file.
+        level0_size: Width and height in level-0 pixels.
+        mpp: Micrometres per level-0 pixel.
+        mpp_source: Where that came from: "header: KEY", "manifest" or "override".
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        handle: SlideHandle,
+        mpp: Mpp,
+        mpp_source: str,
+        tiles: TilePyramid | None = None,
+    ) -> None:
+        self.path = path
+        self.level0_size: tuple[int, int] = handle.dimensions
+        self.mpp = mpp
+        self.mpp_source = mpp_source
+        self._handle = handle
+        self._tiles = tiles
+        self._lock = threading.Lock()
+        self._downsamples = tuple(float(d) for d in handle.level_downsamples)
+        colour = handle.properties.get(openslide.PROPERTY_NAME_BACKGROUND_COLOR, "ffffff")
+        self._background = tuple(bytes.fromhex(colour))
+
+    def __enter__(self) -> "Slide":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the file."""
+        self._handle.close()
+        if self._tiles is not None:
+            self._tiles.close()
+
+    def read_patch(self, x: int, y: int, side: Level0Px, patch_px: int) -> Rgb:
+        """The square at (x, y), resampled once from the nearest finer level.
+
+        Args:
+            x: Left edge, level-0 pixels.
+            y: Upper edge, level-0 pixels.
+            side: Side, level-0 pixels.
+            patch_px: Side of the result.
+
+        Returns:
+            uint8 (patch_px, patch_px, 3). Shrinking averages over areas (each source pixel weighs as much
+            as it overlaps); enlarging is bilinear.
+
+        Raises:
+            ReadError: The pixels cannot be decoded.
+        """
+        level, downsample = self._exact_level(x, y, side, patch_px)
+        width = side // downsample
+        region = self._read((x, y), level, (width, width))
+        if width == patch_px:
+            return region
+        how = cv2.INTER_AREA if width > patch_px else cv2.INTER_LINEAR
+        return cv2.resize(region, (patch_px, patch_px), interpolation=how)
+
+    def thumbnail_frame(self, mpp: Mpp) -> Frame:
+        """The scale and the size that `read_thumbnail` gives at `mpp`; nothing is read."""
+        level, factor = self._thumbnail_scale(mpp)
+        width, height = (max(1, n // factor) for n in self._handle.level_dimensions[level])
+        downsample = self._downsamples[level] * factor
+        return Frame(size=(width, height), downsample=downsample, mpp=Mpp(self.mpp * downsample))
+
+    def read_thumbnail(self, mpp: Mpp, window: tuple[int, int, int, int] | None = None) -> Thumbnail:
+        """The slide, or a window of it, at about `mpp`, at most that coarse: whole blocks of level pixels averaged.
+
+        Memory stays at one block of `THUMBNAIL_BLOCK_PX` squared whatever the slide's size.
+
+        Args:
+            mpp: Wanted micrometres per pixel.
+            window: Left, top, width and height in pixels of `thumbnail_frame(mpp)`; what lies outside the slide
+                has its background colour. None is the whole frame.
+
+        Raises:
+            ReadError: The pixels cannot be decoded.
+        """
+        frame = self.thumbnail_frame(mpp)
+        level, factor = self._thumbnail_scale(mpp)
+        x, y, width, height = window or (0, 0, *frame.size)
+        image = np.empty((height, width, 3), np.uint8)
+        step = max(1, THUMBNAIL_BLOCK_PX // factor)
+        for top in range(0, height, step):
+            for left in range(0, width, step):
+                image[top : top + step, left : left + step] = self._shrunk_block(
+                    level, factor, x + left, y + top, min(step, width - left), min(step, height - top)
+                )
+        return Thumbnail(image=image, downsample=frame.downsample, mpp=frame.mpp)
+
+    def _thumbnail_scale(self, mpp: Mpp) -> tuple[int, int]:
+        """The level that thumbnails of that scale are read from, and the whole factor by which they shrink it."""
+        wanted = max(1.0, mpp / self.mpp)
+        level = max(i for i, d in enumerate(self._downsamples) if d <= wanted * 1.001)
+        return level, max(1, int(wanted / self._downsamples[level] + 0.001))
+
+    def _shrunk_block(self, level: int, factor: int, left: int, top: int, width: int, height: int) -> Rgb:
+        """A block of the thumbnail; all but `level` in thumbnail pixels."""
+        scale = self._downsamples[level] * factor
+        origin = round(left * scale), round(top * scale)
+        region = self._read(origin, level, (width * factor, height * factor))
+        return cv2.resize(region, (width, height), interpolation=cv2.INTER_AREA)
+
+    def _exact_level(self, x: int, y: int, side: int, patch_px: int) -> tuple[int, int]:
+        """The coarsest level, no coarser than the patch, on whose pixels it starts and ends; its downsample.
+
+        Anywhere else OpenSlide would interpolate between that level's pixels, a second resampling.
+        """
+        for level in range(len(self._downsamples) - 1, 0, -1):
+            downsample = self._downsamples[level]
+            if downsample * patch_px <= side and downsample.is_integer():
+                whole = int(downsample)
+                if x % whole == 0 and y % whole == 0 and side % whole == 0:
+                    return level, whole
+        return 0, 1
+
+    def _read(self, origin: tuple[int, int], level: int, size: tuple[int, int]) -> Rgb:
+        """Pixels on the slide's background colour; `origin` in level-0 pixels, `size` in the level's."""
+        pixels = self._decoded(origin, level, size)
+        return self._read_region(origin, level, size) if pixels is None else pixels
+
+    def _decoded(self, origin: tuple[int, int], level: int, size: tuple[int, int]) -> Rgb | None:
+        """The region from the tiles' own bytes, where it starts on a whole pixel of its level."""
+        downsample = self._downsamples[level]
+        if self._tiles is None or any(at % downsample for at in origin):
+            return None
+        return self._tiles.read(level, int(origin[0] / downsample), int(origin[1] / downsample), *size)
+
+    def _read_region(self, origin: tuple[int, int], level: int, size: tuple[int, int]) -> Rgb:
+        handle = self._handle
+        try:
+            pixels = np.asarray(handle.read_region(origin, level, size))
+        except (openslide.OpenSlideError, OSError, ValueError) as error:
+            self._reopen(handle)
+            raise ReadError(f"cannot decode {size[0]} x {size[1]} px at {origin}, level {level}: {error}") from error
+        if pixels[..., 3].min() == 255:
+            return np.ascontiguousarray(pixels[..., :3])
+        canvas = Image.new("RGBA", size, (*self._background, 255))
+        canvas.alpha_composite(Image.fromarray(pixels, "RGBA"))
+        return np.ascontiguousarray(np.asarray(canvas)[..., :3])
+
+    def _reopen(self, failed: object) -> None:
+        """Replace a handle that has failed: OpenSlide refuses every call after the first error."""
+        with self._lock, suppress(NotASlideError):  # a file that has gone keeps the failed handle, and fails again
+            if self._handle is failed:
+                self._handle = open_handle(self.path)
+
+
+def open_slide(
+    path: Path, *, manifest_mpp: float | None = None, mpp_override: float | None = None, own_tiles: bool = True
+) -> Slide:
+    """Open a slide of any format that a reader knows.
+
+    Where its um/px differ in x and y, `Slide.mpp` is their mean; `scale.audit_scale` tells such slides.
+
+    Args:
+        path: The file, or the folder of an OME-Zarr.
+        manifest_mpp: Micrometres per level-0 pixel, used where the header gives none that can be trusted.
+        mpp_override: The same, used where neither header nor manifest gives one.
+        own_tiles: Decode tiles of TIFF and SVS files directly; False leaves all to OpenSlide. The pixels are the same.
+
+    Raises:
+        NotASlideError: No reader opens the file.
+        MppError: No source gives plausible micrometres per pixel.
+    """
+    handle, scale = _open_scaled(path, manifest_mpp, mpp_override)
+    tiles = None
+    if own_tiles and handle.properties.get(openslide.PROPERTY_NAME_VENDOR) in VENDORS:
+        tiles = open_tiles(path, handle.level_dimensions)
+    return Slide(path, handle, scale.mpp, scale.source, tiles)
+
+
+def read_scale(
+    path: Path, slide_id: str, *, manifest_mpp: float | None = None, mpp_override: float | None = None
+) -> ScaleFacts:
+    """What a slide's header says of its scale. Arguments and errors are those of `open_slide`."""
+    handle, scale = _open_scaled(path, manifest_mpp, mpp_override)
+    facts = ScaleFacts(
+        slide_id=slide_id,
+        scale=scale,
+        objective_power=objective_power(handle.properties),
+        manifest_mpp=manifest_mpp,
+        level0_size=handle.dimensions,
+    )
+    handle.close()
+    return facts
+
+
+def _open_scaled(path: Path, manifest_mpp: float | None, mpp_override: float | None) -> tuple[SlideHandle, Scale]:
+    handle = open_handle(path)
+    try:
+        scale = find_scale(handle.properties, handle.dimensions, manifest_mpp=manifest_mpp, mpp_override=mpp_override)
+    except MppError:
+        handle.close()
+        raise
+    return handle, scale

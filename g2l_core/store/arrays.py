@@ -1,0 +1,82 @@
+"""One Dask array over a cohort's stored features."""
+
+from bisect import bisect_right
+from dataclasses import dataclass
+
+import dask.array as da
+import numpy as np
+from jaxtyping import Int64
+
+from g2l_core.errors import UnknownNameError
+from g2l_core.store.features import FeatureStore
+from g2l_core.types import Features
+
+
+@dataclass(frozen=True)
+class CohortRows:
+    """Which slide and which stored row each global row of a cohort's array is."""
+
+    slide_ids: tuple[str, ...]
+    """In the array's order: sorted."""
+    starts: Int64[np.ndarray, " slide_and_end"]
+    """The first global row of each slide; the last entry is the number of rows."""
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def of(self, slide_id: str) -> slice:
+        """The global rows of a slide.
+
+        Raises:
+            UnknownNameError: It has none.
+        """
+        if slide_id not in self.slide_ids:
+            raise UnknownNameError("slide", slide_id, self.slide_ids)
+        index = self.slide_ids.index(slide_id)
+        return slice(int(self.starts[index]), int(self.starts[index + 1]))
+
+    def locate(self, row: int) -> tuple[str, int]:
+        """The slide and the stored row of a global row.
+
+        Raises:
+            IndexError: There is no such row.
+        """
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)}")
+        index = bisect_right(self.starts.tolist(), row) - 1
+        return self.slide_ids[index], row - int(self.starts[index])
+
+
+def dask_rows(store: FeatureStore) -> CohortRows:
+    """The row order of `dask_features`: slides sorted by id, each in its stored order, unreadable patches included."""
+    slides = list(store.slides())
+    starts = np.cumsum([0, *map(len, slides)], dtype=np.int64)
+    return CohortRows(tuple(slide.slide_id for slide in slides), starts)
+
+
+def dask_features(store: FeatureStore, encoder: str, *, view: int = 0) -> da.Array:
+    """One view's features of the whole cohort, read only when computed.
+
+    Args:
+        store: Its path must be reachable wherever the array is computed.
+        encoder: Key of the encoder.
+        view: Which view; 0 is canonical.
+
+    Returns:
+        float16 (rows of `dask_rows`, dim); a chunk is a shard. Rows of unreadable patches are NaN. Computing
+        raises StoreCorruptError where a shard is not what was written.
+
+    Raises:
+        UnknownNameError: The store does not know the encoder.
+        StoreMissingError: A slide's features are not complete, or there is no slide.
+    """
+    slides = store.complete_slides(encoder, view=view)
+    jobs = [(slide, shard) for slide in slides for shard in slide.shards([view])]
+
+    def read(block_id: tuple[int, int]) -> Features:
+        slide, shard = jobs[block_id[0]]
+        return slide.read_rows(encoder, shard.start, shard.stop, view=view)
+
+    rows = tuple(shard.stop - shard.start for _, shard in jobs)
+    dim = int(slides[0].features_array(encoder).shape[2])
+    return da.map_blocks(read, chunks=(rows, (dim,)), dtype=np.float16, meta=np.empty((0, 0), np.float16))

@@ -1,0 +1,116 @@
+"""Write features into a store, shard by shard."""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import zarr
+from jaxtyping import Float16, Float32, UInt8, UInt64
+from numcodecs.checksum32 import CRC32C
+
+from g2l_core.errors import EncoderError, StoreMismatchError
+from g2l_core.store import schema
+from g2l_core.store.slide import Shard, StoredSlide, writing
+from g2l_core.types import Features, PatchStatus
+
+
+class FeatureWriter:
+    """Writes one encoder's features of one slide. One writer at a time."""
+
+    def __init__(self, slide: StoredSlide, encoder: str, array: zarr.Array) -> None:
+        self.slide_id = slide.slide_id
+        self._slide = slide
+        self._encoder = encoder
+        self._array = array
+
+    @classmethod
+    def open(cls, slide: StoredSlide, encoder: str, *, digest: str, dim: int, n_views: int) -> "FeatureWriter":
+        """A writer for an encoder's features of a slide; its array is made or widened as needed.
+
+        Args:
+            slide: The slide.
+            encoder: Key of the encoder.
+            digest: Of the encoder, kept with the features.
+            dim: Width of a feature.
+            n_views: Views that the array must have room for, the canonical one included.
+
+        Raises:
+            StoreError: The disk is full, or cannot be written to.
+        """
+        with writing(f"features of slide {slide.slide_id}"):
+            known = encoder in slide.encoders
+            array = slide.features_array(encoder) if known else slide.new_features(encoder, n_views=n_views, dim=dim)
+            facts = array.attrs.get(schema.ATTRIBUTE, {"encoder": encoder, "digest": digest, "shards": {}})
+            if schema.ATTRIBUTE not in array.attrs or array.shape[1] < n_views:
+                array.attrs[schema.ATTRIBUTE] = {**facts, "complete": False}
+            if array.shape[1] < n_views:
+                array.resize((len(slide), n_views, dim))
+        return cls(slide, encoder, array)
+
+    def missing(self, views: Sequence[int]) -> list[Shard]:
+        """The shards of these views that have no completion record, rows first."""
+        records = self._slide.records(self._encoder)
+        return [s for s in self._slide.shards(views) if s.name not in records]
+
+    def write(
+        self,
+        shard: Shard,
+        features: Float32[np.ndarray, "rows dim"] | Float16[np.ndarray, "rows dim"],
+        hashes: UInt64[np.ndarray, " rows"],
+        status: UInt8[np.ndarray, " rows"],
+    ) -> None:
+        """Write a shard, then its completion record.
+
+        Args:
+            shard: Which rows and view.
+            features: Their features; NaN in rows whose status is not 0.
+            hashes: Pixel hash of each row's view.
+            status: Reason code of each row.
+
+        Raises:
+            EncoderError: A good patch has features that float16 cannot hold: NaN, infinite or too large.
+            StoreMismatchError: The pixels are not those that another encoder was given.
+            StoreError: The disk is full, or cannot be written to.
+        """
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # overflow becomes infinity, refused below
+            stored = np.ascontiguousarray(features, dtype=np.float16)
+        self._require_finite(shard, stored, status)
+        with writing(f"features of slide {self.slide_id}"):
+            self._write_hashes(shard, hashes, status)
+            self._slide.array("patch_status")[shard.start : shard.stop] = status
+            self._array[shard.start : shard.stop, shard.view] = stored
+            self._record(shard, failed=int(np.count_nonzero(status)), checksum=int(CRC32C.checksum(stored)))
+
+    def _record(self, shard: Shard, *, failed: int, checksum: int) -> None:
+        facts: dict[str, Any] = dict(self._array.attrs[schema.ATTRIBUTE])
+        record = {"rows": shard.stop - shard.start, "failed": failed, "crc32c": checksum}
+        facts["shards"] = {**facts["shards"], shard.name: record}
+        facts["complete"] = len(facts["shards"]) == len(self._slide.shards(range(self._array.shape[1])))
+        self._array.attrs[schema.ATTRIBUTE] = facts
+
+    def _require_finite(self, shard: Shard, features: Features, status: PatchStatus) -> None:
+        bad = np.flatnonzero(~np.isfinite(features).all(axis=1) & (status == schema.STATUS["ok"]))
+        if len(bad):
+            raise EncoderError(self.not_finite(shard.start + int(bad[0]), shard.view))
+
+    def not_finite(self, row: int, view: int) -> str:
+        """What to say of a patch whose features are NaN, infinite or too large for float16."""
+        x, y = self._slide.array("coords")[row]
+        return (
+            f"{self._encoder} gave features that are not finite in float16 for row {row} at ({x}, {y}), view {view}. "
+            "Nothing of this shard is stored. Try --precision fp32; if it stays, the weights are damaged"
+        )
+
+    def _write_hashes(self, shard: Shard, hashes: UInt64[np.ndarray, " rows"], status: PatchStatus) -> None:
+        array = self._slide.array("pixel_hash")
+        stored = np.asarray(array[shard.start : shard.stop, shard.view])
+        other = (stored != hashes) & (stored != schema.UNKNOWN_HASH) & (status == schema.STATUS["ok"])
+        if other.any():
+            row = shard.start + int(np.flatnonzero(other)[0])
+            raise StoreMismatchError(
+                f"slide {self._slide.slide_id}, row {row}, view {shard.view}: the pixels are not those "
+                "cached before. Has the slide, OpenSlide or OpenCV changed? See g2l store info"
+            )
+        array[shard.start : shard.stop, shard.view] = np.where(status == 0, hashes, stored)

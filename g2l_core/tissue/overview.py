@@ -1,0 +1,231 @@
+"""For people: a picture of what was kept of a slide, and its tissue as GeoJSON that QuPath opens.
+
+They lie beside the store, in `<store name>.qc/<slide_id>.jpg` and `.geojson`. The GeoJSON, edited or not, is what
+`--tissue FOLDER` reads.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import log10
+from pathlib import Path
+from typing import TypeAlias
+
+import cv2
+import numpy as np
+from jaxtyping import Bool
+from PIL import Image, ImageDraw, ImageFont
+
+from g2l_core.slides.slide import Slide, Thumbnail
+from g2l_core.store.schema import LEFTOVER
+from g2l_core.tissue.geojson import areas_of
+from g2l_core.types import Coords, Level0Px, Mpp, Rgb, TissueMask
+
+LONGEST_PX = 1600
+"""Long side of the picture."""
+
+SHORTEST_PX = 800
+"""A thumbnail whose long side is shorter is read again, finer: such slides are small."""
+
+TISSUE_COLOUR, PATCH_COLOUR, TEXT_COLOUR = (0, 158, 115), (0, 70, 200), (40, 40, 40)
+"""Green and blue, apart for colour-blind eyes too (Okabe & Ito), and far from haematoxylin and eosin."""
+
+LEFT_OUT_VEIL = 0.55
+"""How much white lies over what is not kept."""
+
+Font: TypeAlias = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+FONT_PX = 20
+"""Pillow's own font: Latin letters, no micro sign, no ellipsis."""
+CAPTION_PX = 76
+"""Height of the strip under the picture: two lines of text."""
+NARROWEST_PX = 760
+"""Pictures are widened to this, so that the caption fits."""
+
+GENERATOR = '{"generator":"g2l",'
+"""How our GeoJSON begins. QuPath's own export has another beginning, so a file that was edited is never replaced."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Laying:
+    """What was kept of a slide."""
+
+    slide_id: str
+    coords: Coords
+    side: Level0Px
+    mask: TissueMask | None
+    """Tissue; None where everything counts."""
+    downsample: float
+    """Level-0 pixels per mask pixel."""
+    method: str
+    """Identity of the tissue method."""
+
+
+def qc_folder(store: Path) -> Path:
+    """The folder of a store's pictures and outlines, beside it."""
+    return store.with_name(store.name.removesuffix(".zarr") + ".qc")
+
+
+def write_qc(folder: Path, slide: Slide, laying: Laying, thumbnail: Thumbnail | None) -> str:
+    """Write a slide's picture and tissue outlines; each replaces its file at once or not at all.
+
+    Args:
+        folder: As `qc_folder` gives it.
+        slide: Open; read again where the thumbnail is absent or too small to look at.
+        laying: What was kept.
+        thumbnail: The slide at a small scale, if it is at hand.
+
+    Returns:
+        A remark for the user, empty where there is none: outlines of that name were edited, and were left alone.
+
+    Raises:
+        ReadError: The slide cannot be read.
+        OSError: The files cannot be written.
+    """
+    picture = Image.fromarray(draw_overview(thumbnail_to_show(slide, thumbnail), laying, slide.mpp))
+    outlines = folder / f"{laying.slide_id}.geojson"
+    outlines.parent.mkdir(parents=True, exist_ok=True)
+    _replace(folder / f"{laying.slide_id}.jpg", lambda path: picture.save(path, "JPEG", quality=88))
+    if outlines.exists() and not _is_ours(outlines):
+        return f"{outlines} was edited and is left as it is"
+    text = tissue_geojson(laying, slide.level0_size)
+    _replace(outlines, lambda path: path.write_text(text, encoding="utf-8"))
+    return ""
+
+
+def tissue_geojson(laying: Laying, level0_size: tuple[int, int]) -> str:
+    """A slide's tissue as a GeoJSON document in level-0 pixels; the whole slide where everything counts."""
+    if laying.mask is None:
+        document = areas_of(np.ones((1, 1), bool), 1.0)
+        width, height = level0_size
+        corners = [[0, 0], [width, 0], [width, height], [0, height], [0, 0]]
+        document["features"][0]["geometry"]["coordinates"] = [corners]
+    else:
+        document = areas_of(laying.mask, laying.downsample)
+    return GENERATOR + json.dumps(document, separators=(",", ":"))[1:]
+
+
+def thumbnail_to_show(slide: Slide, thumbnail: Thumbnail | None) -> Thumbnail:
+    """The thumbnail at hand, or one that is large enough to look at, at most as large as level 0."""
+    if thumbnail is not None and max(thumbnail.image.shape) >= SHORTEST_PX:
+        return thumbnail
+    return slide.read_thumbnail(Mpp(max(slide.level0_size) * slide.mpp / LONGEST_PX))
+
+
+def draw_overview(thumbnail: Thumbnail, laying: Laying, slide_mpp: Mpp) -> Rgb:
+    """The picture: tissue outlined, kept patches outlined, the rest paler, a scale bar, two lines of caption.
+
+    Args:
+        thumbnail: The slide.
+        laying: What was kept.
+        slide_mpp: Micrometres per level-0 pixel.
+
+    Returns:
+        uint8 (height, width, 3), the slide at most `LONGEST_PX` long.
+    """
+    image, downsample = _fitted(thumbnail)
+    height, width = image.shape[:2]
+    kept = _boxes(laying, downsample)
+    shown = _veiled(image, kept)
+    _outline_patches(shown, kept)
+    if laying.mask is not None:
+        _outline_tissue(shown, laying.mask, laying.downsample / downsample)
+    canvas = Image.new("RGB", (max(width, NARROWEST_PX), height + CAPTION_PX), "white")
+    canvas.paste(Image.fromarray(shown), (0, 0))
+    _write_caption(canvas, height, laying, slide_mpp, downsample)
+    return np.asarray(canvas)
+
+
+def _fitted(thumbnail: Thumbnail) -> tuple[Rgb, float]:
+    """The thumbnail, shrunk where it is too large, and its level-0 pixels per pixel."""
+    shrink = max(1.0, max(thumbnail.image.shape) / LONGEST_PX)
+    if shrink == 1:
+        return thumbnail.image.copy(), float(thumbnail.downsample)
+    height, width = thumbnail.image.shape[:2]
+    size = max(1, round(width / shrink)), max(1, round(height / shrink))
+    return cv2.resize(thumbnail.image, size, interpolation=cv2.INTER_AREA), thumbnail.downsample * shrink
+
+
+def _boxes(laying: Laying, downsample: float) -> np.ndarray:
+    """Left, top, right and bottom of each kept patch in pixels of the picture, int (n, 4)."""
+    low = laying.coords / downsample
+    return np.rint(np.hstack([low, low + laying.side / downsample])).astype(int)
+
+
+def _veiled(image: Rgb, kept: np.ndarray) -> Rgb:
+    pale = cv2.addWeighted(image, 1 - LEFT_OUT_VEIL, np.full_like(image, 255), LEFT_OUT_VEIL, 0)
+    for left, top, right, bottom in kept.tolist():
+        pale[top:bottom, left:right] = image[top:bottom, left:right]
+    return pale
+
+
+def _outline_patches(image: Rgb, kept: np.ndarray) -> None:
+    """Neighbours share a line; the smaller the patches, the fainter, so that the tissue stays visible."""
+    if not len(kept):
+        return
+    lines, side = image.copy(), int(kept[0, 2] - kept[0, 0])
+    for left, top, right, bottom in kept.tolist():
+        cv2.rectangle(lines, (left, top), (right, bottom), PATCH_COLOUR, 1 + (side > 60))
+    strength = float(np.clip(side / 24, 0.35, 0.9))
+    cv2.addWeighted(lines, strength, image, 1 - strength, 0, dst=image)
+
+
+def _outline_tissue(image: Rgb, mask: Bool[np.ndarray, "mask_height mask_width"], scale: float) -> None:
+    """`scale`: picture pixels per mask pixel."""
+    size = max(1, round(mask.shape[1] * scale)), max(1, round(mask.shape[0] * scale))
+    shown = cv2.resize(mask.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST)
+    contours, _ = cv2.findContours(shown, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
+    cv2.drawContours(image, contours, -1, TISSUE_COLOUR, max(2, round(max(size) / 400)), cv2.LINE_AA)
+
+
+def _write_caption(canvas: Image.Image, top: int, laying: Laying, slide_mpp: Mpp, downsample: float) -> None:
+    """Two lines: the slide and its scale bar; the legend."""
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(FONT_PX)
+    first, second = top + 10, top + 10 + FONT_PX + 12
+    bar_um = _round_length(150 * downsample * slide_mpp)
+    bar_px = bar_um / downsample / slide_mpp
+    right = canvas.width - 12
+    bar_text = f"{bar_um / 1000:g} mm" if bar_um >= 1000 else f"{bar_um:g} um"
+    bar_left = right - bar_px
+    draw.rectangle((bar_left, first + 9, right, first + 13), fill=TEXT_COLOUR)
+    text_left = bar_left - 10 - draw.textlength(bar_text, font)
+    draw.text((text_left, first), bar_text, TEXT_COLOUR, font)
+    title = f"{laying.slide_id}   {slide_mpp:.4g} um/px"
+    draw.text((12, first), _shortened(title, text_left - 36, draw, font), TEXT_COLOUR, font)
+    left = _legend(draw, 12, second, f"{len(laying.coords):,} patches kept", PATCH_COLOUR, font)
+    tissue = f"tissue ({laying.method})" if laying.mask is not None else "no tissue mask: everything counts"
+    room = canvas.width - left - 42
+    _legend(draw, left, second, _shortened(tissue, room, draw, font), TISSUE_COLOUR, font)
+
+
+def _legend(draw: ImageDraw.ImageDraw, left: float, top: int, text: str, colour: tuple[int, ...], font: Font) -> float:
+    """A coloured frame and what it stands for; returns where the next one may begin."""
+    draw.rectangle((left, top + 4, left + 18, top + 20), outline=colour, width=3)
+    draw.text((left + 28, top), text, TEXT_COLOUR, font)
+    return left + 28 + draw.textlength(text, font) + 32
+
+
+def _shortened(text: str, room: float, draw: ImageDraw.ImageDraw, font: Font) -> str:
+    """The text, its beginning cut off until it fits: slides of one folder differ at the end."""
+    cut = text
+    while draw.textlength(cut, font) > room and len(cut) > 4:
+        cut = "..." + cut[4:]
+    return cut
+
+
+def _round_length(at_most_um: float) -> float:
+    """The longest 1, 2 or 5 times a power of ten that is not above it."""
+    power = 10.0 ** int(np.floor(log10(at_most_um)))
+    return max(step * power for step in (1, 2, 5) if step * power <= at_most_um)
+
+
+def _is_ours(path: Path) -> bool:
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return file.read(len(GENERATOR)) == GENERATOR
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Write beside the file, then put it in its place."""
+    partial = path.with_name(path.name + LEFTOVER)
+    write(partial)
+    partial.replace(path)

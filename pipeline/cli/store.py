@@ -1,0 +1,142 @@
+"""`g2l store ...`: look at a store, check it, hand its features to other tools. Imports no torch."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from g2l_core.store.features import FeatureStore
+    from g2l_core.store.verify import Problem
+
+app = typer.Typer(help="Look at a store, check it, export it.", no_args_is_help=True)
+
+StorePath = Annotated[Path, typer.Argument(help="The store.", show_default=False)]
+
+
+class ExportFormat(StrEnum):
+    """Formats that features can be exported to."""
+
+    TRIDENT_H5 = "trident-h5"
+
+
+@app.command(name="ls")
+def list_slides(store: StorePath) -> None:
+    """List the slides and, for each, its patches and the encoders that are complete."""
+    from g2l_core.store.features import FeatureStore
+
+    opened = FeatureStore.open(store)
+    for slide in opened.slides():
+        encoders = ", ".join(_coverage(slide.slide_id, opened)) or "no features yet"
+        typer.echo(f"{len(slide):>9,}  {slide.slide_id}  {encoders}")
+    for slide_id, reason in opened.failed_slides().items():
+        typer.echo(f"   failed  {slide_id}: {reason}")
+
+
+def _coverage(slide_id: str, store: "FeatureStore") -> list[str]:
+    """Encoders of a slide with the views that are complete."""
+    slide = store.slide(slide_id)
+    found = []
+    for encoder in slide.encoders:
+        views = slide.features_array(encoder).shape[1]
+        records = slide.records(encoder)
+        complete = sum(all(s.name in records for s in slide.shards([view])) for view in range(views))
+        found.append(f"{encoder} {complete}/{views} views" if complete < views else f"{encoder} {views} views")
+    return found
+
+
+@app.command()
+def info(store: StorePath) -> None:
+    """Show what a store was made with: grid, views, encoders, software, and what failed."""
+    from g2l_core.store.features import FeatureStore
+
+    opened = FeatureStore.open(store)
+    slides = list(opened.slides())
+    facts = opened.facts
+    typer.echo(f"{store}: format {facts['format']}, {len(slides)} slides, {sum(map(len, slides)):,} patches")
+    typer.echo(f"created   {facts['created']}")
+    for title in ("grid", "views", "software"):
+        _wrapped(title, [f"{key} {value}" for key, value in facts[title].items()])
+    for key, spec in opened.encoders.items():
+        typer.echo(f"encoder   {key}: {spec['dim']} features, {spec['precision']}, pooling {spec['pooling']}")
+        typer.echo(f"          weights {spec['weights']}, digest {spec['digest'][:12]}")
+    failed = opened.failed_slides()
+    for slide_id, reason in failed.items():
+        typer.echo(f"failed    {slide_id}: {reason}")
+
+
+def _wrapped(title: str, words: list[str]) -> None:
+    """Words behind a title, broken at 80 columns."""
+    line = f"{title:10}"
+    for i, word in enumerate(words):
+        piece = word + (", " if i + 1 < len(words) else "")
+        if len(line) + len(piece) > 80:
+            typer.echo(line.rstrip())
+            line = " " * 10
+        line += piece
+    typer.echo(line)
+
+
+@app.command()
+def verify(
+    store: StorePath,
+    recompute: Annotated[
+        int, typer.Option(min=0, help="Also encode this many random rows of every encoder again.")
+    ] = 0,
+    seed: Annotated[int, typer.Option(help="Names the draw of those rows.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Re-read every shard and compare it with its completion record.
+
+    Exit code 1 if anything is damaged, missing or failed; leftovers of killed writers are harmless.
+    """
+    from g2l_core.store.features import FeatureStore
+    from g2l_core.store.verify import verify as problems_of
+
+    opened = FeatureStore.open(store)
+    problems = list(problems_of(opened))
+    if recompute:
+        problems += _recompute(opened, recompute, seed, device)
+    for problem in problems:
+        typer.echo(str(problem))
+    wrong = sum(problem.kind != "leftover" for problem in problems)
+    typer.echo(f"{store}: " + (f"{wrong} problems" if wrong else "every recorded shard is as it was written"))
+    raise typer.Exit(1 if wrong else 0)
+
+
+def _recompute(store: "FeatureStore", n: int, seed: int, device: str) -> "list[Problem]":
+    from pipeline.recompute import LEAST_COSINE
+    from pipeline.recompute import recompute as encode_again
+
+    problems: list[Problem] = []
+    for found in encode_again(store, n, seed=seed, device=device):
+        typer.echo(
+            f"{found.encoder}: {found.compared} rows encoded again, least cosine {found.least_cosine:.6f} "
+            f"(expected {LEAST_COSINE})"
+        )
+        problems += found.problems
+    return problems
+
+
+@app.command()
+def export(
+    store: StorePath,
+    out: Annotated[Path, typer.Option(help="Folder to write to.", show_default=False)],
+    to: Annotated[ExportFormat, typer.Option("--format", help="Layout to write.")] = ExportFormat.TRIDENT_H5,
+    encoder: Annotated[
+        str | None, typer.Option(help="Which encoder; not needed where there is one.", show_default=False)
+    ] = None,
+) -> None:
+    """Write features as other tools read them; trident-h5 is TRIDENT's folder of HDF5 files."""
+    from g2l_core.encoders.resolve import find_stored
+    from g2l_core.errors import UsageError
+    from g2l_core.store.export import export_trident
+    from g2l_core.store.features import FeatureStore
+
+    opened = FeatureStore.open(store)
+    if encoder is None and len(opened.encoders) != 1:
+        raise UsageError(f"--encoder is needed: {store} has {', '.join(opened.encoders) or 'none'}")
+    key = find_stored(encoder or next(iter(opened.encoders)), opened.encoders)
+    files = export_trident(opened, key, out)
+    typer.echo(f"{len(files)} files of {key} under {out}, layout {to.value}")
