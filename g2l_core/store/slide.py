@@ -15,12 +15,7 @@ from typing import Any
 import numpy as np
 import zarr
 
-from g2l_core.errors import (
-    StoreCorruptError,
-    StoreError,
-    StoreMissingError,
-    UnknownNameError,
-)
+from g2l_core.errors import StoreCorruptError, StoreError, StoreMissingError, UnknownNameError
 from g2l_core.store import schema
 from g2l_core.types import Coords, Features, PatchStatus, PixelHash, ViewParams
 

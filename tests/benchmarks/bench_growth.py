@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from g2l_core.store.features import FeatureStore
 from g2l_core.synthetic.cohort import CohortSpec, draw_cohort
-from tests.test_memory import stage_one
+from tests.pipeline.test_memory import stage_one
 
 
 def main() -> None:

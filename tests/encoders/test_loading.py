@@ -29,7 +29,7 @@ from g2l_core.encoders.resolve import TABLE, EncoderSpec, resolve_encoder
 from g2l_core.encoders.timm_compat import import_timm
 from g2l_core.encoders.weights import read_tensors, state_digest
 from g2l_core.errors import EncoderError, UnknownNameError, UsageError
-from tests.test_views import he_patch
+from tests.patches.test_views import he_patch
 
 VIT = EncoderSpec(
     name="tiny-vit",

@@ -12,9 +12,9 @@ import pytest
 from g2l_core.extraction import batching
 from g2l_core.store import schema
 from tests.conftest import TEACHER
-from tests.test_caching import cache
+from tests.extraction.test_extract import cache
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 STAGE_ONE = """
 import json, resource, sys

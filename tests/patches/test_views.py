@@ -21,7 +21,7 @@ from scipy import stats
 from g2l_core.errors import UsageError
 from g2l_core.patches.views import COLUMNS, ViewSpec, apply_view, apply_views, pixel_hash, sample_views
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SPEC = ViewSpec()
 EVERYTHING = ViewSpec(jitter=1.0, blur=1.0)
 CANONICAL = [16, 16, 0, 0, 0, 1, 1, 1, 0, 0, 0, 0]

@@ -13,9 +13,9 @@ import tifffile
 from g2l_core.store.features import FeatureStore
 from g2l_core.store.verify import verify
 from tests.conftest import TEACHER
-from tests.test_cli import G2L, KEY, cache
+from tests.pipeline.test_cli import G2L, KEY, cache
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ from g2l_core.benchmark.task_file import known_keys
 from g2l_core.errors import TaskError, UnknownNameError, UsageError
 from g2l_core.report.write import read_report
 from pipeline.bench import read_tasks, run_bench
+from tests.benchmark.test_families import label_row
 from tests.planted import PATCHES, make_store, write_labels
-from tests.test_task_families import label_row
 
 STRENGTH = {"teacher": (0.8, 0.0, 0.9), "weak": (0.1, 0.8, 0.1), "strong": (0.6, 0.1, 0.7)}
 
@@ -166,7 +166,7 @@ def test_keys_that_cannot_be_read(tmp_path, line, error, words):
 
 
 def test_every_key_is_in_the_page_about_tasks():
-    page = Path(__file__).parents[1].joinpath("docs", "tasks.md").read_text(encoding="utf-8")
+    page = Path(__file__).parents[2].joinpath("docs", "tasks.md").read_text(encoding="utf-8")
     for family in NEEDS:
         assert f"| `{family}` |" in page
     for key, (group, option, _) in known_keys().items():

@@ -11,7 +11,7 @@ from g2l_core.encoders.loading import encode, load_encoder
 from g2l_core.encoders.resolve import TABLE, encoder_key, find_stored, resolve_encoder, run_encoder
 from g2l_core.encoders.spec import spec_from_json, spec_to_json
 from g2l_core.errors import EncoderError, UnknownNameError, UsageError
-from tests.test_encoders import VIT, saved, views
+from tests.encoders.test_loading import VIT, saved, views
 
 # ---- names --------------------------------------------------------------------------------------------------
 

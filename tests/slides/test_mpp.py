@@ -9,7 +9,7 @@ from g2l_core.slides.manifest import Source
 from g2l_core.slides.mpp import KEYS, Scale, ScaleFacts, audit_scale, audit_table, find_scale, objective_power
 from g2l_core.synthetic.cohort import write_pyramid
 from pipeline.audit import audit_sources, require_plausible
-from tests.test_slides import noise
+from tests.slides.test_slide import noise
 
 SIZE = (40_000, 20_000)
 DICOM = "dicom.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0].PixelSpacing"

@@ -27,7 +27,7 @@ SEED = int(os.environ.get("G2L_KILL_SEED", "2"))
 SHARD_SET = SHARD_ROWS * N_VIEWS
 """Views that are in work together: one shard of rows, all of its views."""
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 STAGE_ONE = """
 import json, os, sys

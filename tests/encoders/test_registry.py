@@ -91,7 +91,7 @@ def test_other_sizes_and_poolings_are_built(name):
 
 
 def test_the_page_of_encoders_is_current():
-    page = (Path(__file__).parents[1] / "docs/encoders.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs/encoders.md").read_text(encoding="utf-8")
     assert with_table(page) == page, "python -m g2l_core.encoders.tables docs/encoders.md"
     assert all(f"| `{name}` |" in page for name in TABLE)
 

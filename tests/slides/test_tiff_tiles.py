@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from g2l_core.errors import ReadError
 from g2l_core.slides.slide import open_slide
 from g2l_core.slides.tiff_tiles import open_tiles
-from tests.test_views import he_patch
+from tests.patches.test_views import he_patch
 
 WIDTH, HEIGHT = 1100, 830
 

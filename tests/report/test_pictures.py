@@ -14,7 +14,7 @@ from g2l_core.report.pictures import pictures_of
 from g2l_core.report.svg import shortened
 from g2l_core.report.tables import held_against, listed, reasons, settings_text, support, task_parts
 from g2l_core.results import Comparison, ExpectedFigure, Failure, Pictures
-from tests.test_report import cka, confusion, estimate, facts, projection, report, result, slide_map
+from tests.report.test_report import cka, confusion, estimate, facts, projection, report, result, slide_map
 
 ORDER = ("teacher", "before", "after")
 

@@ -28,8 +28,8 @@ from pipeline.distill import DistillHow, run_distill
 from pipeline.split import split_store
 from pipeline.sweep import read_sweep, run_sweep, sweep_text
 from tests.conftest import TEACHER
-from tests.test_distill import KEY, settings, student, tensors
-from tests.test_training import rows
+from tests.distillation.test_training import rows
+from tests.pipeline.test_distill import KEY, settings, student, tensors
 
 
 def log(folder, column="loss"):

@@ -131,7 +131,7 @@ def load(home: Path, endpoint: str, *weights: str, **settings: str) -> list[str]
     }  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", LOAD, json.dumps(specs)],
-        env=environment, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=120, check=False,
+        env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]

@@ -10,7 +10,7 @@ from g2l_core.datasets.table import DATASETS
 from g2l_core.errors import ManifestError, UsageError
 from g2l_core.patches.render import read_image
 from g2l_core.slides.manifest import read_sources
-from tests.public_data.draw import column, empty, image, made, picture, text
+from tests.datasets.draw import column, empty, image, made, picture, text
 
 
 def draw_pcam(root, counts=(3, 2, 2)):

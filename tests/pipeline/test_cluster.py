@@ -21,11 +21,11 @@ from g2l_core.store.locks import LOCKS, locked
 from g2l_core.store.verify import verify
 from pipeline.cluster import make_groups
 from tests.conftest import TEACHER
-from tests.test_caching import break_tile
-from tests.test_cli import G2L, KEY, refused
-from tests.test_resume import require_equal_arrays
+from tests.extraction.test_extract import break_tile
+from tests.pipeline.test_cli import G2L, KEY, refused
+from tests.pipeline.test_resume import require_equal_arrays
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 VIEWS = "12"
 
 

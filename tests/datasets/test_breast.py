@@ -8,7 +8,7 @@ import pytest
 
 from g2l_core.datasets.breast import tiger_origin
 from g2l_core.errors import ManifestError
-from tests.public_data.draw import column, empty, image, made, mask, slide, spreadsheet, text
+from tests.datasets.draw import column, empty, image, made, mask, slide, spreadsheet, text
 
 SLIDE = "TCGA-A2-A0CM-01Z-00-DX1.AC4901DE-4B6D-4185-BB9F-156033839828"
 

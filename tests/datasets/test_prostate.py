@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from g2l_core.errors import ManifestError
-from tests.public_data.draw import column, empty, image, made, mask, slide, text
+from tests.datasets.draw import column, empty, image, made, mask, slide, text
 
 
 def draw_gleason(root):

@@ -10,9 +10,9 @@ from g2l_core.datasets.table import DATASETS
 from g2l_core.errors import UnknownNameError, UsageError
 from g2l_core.store.features import FeatureStore
 from pipeline.cli.main import app
-from tests.public_data.draw import mask, rows, slide
-from tests.public_data.test_breast import draw_idc
-from tests.public_data.test_others import draw_nct
+from tests.datasets.draw import mask, rows, slide
+from tests.datasets.test_breast import draw_idc
+from tests.datasets.test_others import draw_nct
 
 TEACHER, STUDENT = "timm:test_vit@64", "timm:test_vit2@64"
 PATIENTS = tuple(str(10253 + i) for i in range(6))

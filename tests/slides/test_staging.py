@@ -16,9 +16,9 @@ import pytest
 from g2l_core.slides import staging
 from g2l_core.slides.staging import Stage, files_of, remove_dead
 from g2l_core.store.features import FeatureStore
-from tests.test_cli import KEY, cache
+from tests.pipeline.test_cli import KEY, cache
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture

@@ -23,9 +23,9 @@ from g2l_core.slides.slide import open_slide
 from g2l_core.store.features import FeatureStore
 from g2l_core.synthetic.cohort import write_pyramid
 from tests.conftest import TEACHER
-from tests.test_slides import noise
+from tests.slides.test_slide import noise
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 WIDTH, HEIGHT = 1024, 768
 
 # ---- formats of OpenSlide -----------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pipeline.forecast import Speeds, forecast, gigabytes, speed_up, view_choices
 from tests.conftest import TEACHER
-from tests.test_cli import g2l
+from tests.pipeline.test_cli import g2l
 
 GPU = Speeds(patches=256, read=0.010, augment=0.001, encode={"teacher": 0.002}, shares_cores=False)
 
