@@ -7,7 +7,7 @@
     │   └── UnknownNameError  a name that is in no table; the message suggests the nearest
     ├── SlideError            one slide cannot be used; the others can
     │   ├── NotASlideError    no reader opens the file
-    │   ├── MppError          micrometres per pixel are absent, implausible, or too coarse
+    │   ├── MppError          micrometers per pixel are absent, implausible, or too coarse
     │   ├── NoTissueError     nothing is left after tissue detection
     │   └── ReadError         the file opens, but these pixels cannot be read
     ├── ManifestError         a slide list or label table is not usable
@@ -58,7 +58,7 @@ class NotASlideError(SlideError):
 
 
 class MppError(SlideError):
-    """Micrometres per pixel are absent, implausible, or too coarse for the wanted patches."""
+    """Micrometers per pixel are absent, implausible, or too coarse for the wanted patches."""
 
 
 class NoTissueError(SlideError):

@@ -66,7 +66,7 @@ class Failure:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncoderFacts:
+class EncoderSummary:
     """What a reader must know of an encoder to trust its figures."""
 
     key: str
@@ -155,7 +155,7 @@ class SlideMap:
     encoder: str
     slide: str
     cell_mm: float
-    """A cell's side in millimetres; NaN where the slide's scale is unknown."""
+    """A cell's side in millimeters; NaN where the slide's scale is unknown."""
     columns: tuple[int, ...]
     """The column of each cell, from 0 at the left."""
     rows: tuple[int, ...]
@@ -214,7 +214,7 @@ class Report:
     title: str
     summary: tuple[str, ...]
     """One sentence a task."""
-    encoders: tuple[EncoderFacts, ...]
+    encoders: tuple[EncoderSummary, ...]
     results: tuple[Result, ...]
     comparisons: tuple[Comparison, ...]
     failures: tuple[Failure, ...]

@@ -1,7 +1,7 @@
 """Units, ids and array aliases.
 
 A coordinate or a size always says its frame: level-0 pixels (the slide's finest level) or patch pixels
-(a patch as the encoder's views are cut from it). `mpp` is micrometres per pixel.
+(a patch as the encoder's views are cut from it). `mpp` is micrometers per pixel.
 """
 
 from typing import NewType, TypeAlias
@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float16, Float32, Int32, UInt8, UInt64
 
 Mpp = NewType("Mpp", float)
-"""Micrometres per pixel."""
+"""Micrometers per pixel."""
 
 Level0Px = NewType("Level0Px", int)
 """A length in pixels of the slide's finest level."""

@@ -15,7 +15,7 @@ from g2l_core.encoders.resolve import find_stored, spec_from_json
 from g2l_core.errors import TaskError, UsageError
 from g2l_core.report.tables import headline, listed, meaning_of
 from g2l_core.report.write import write_report
-from g2l_core.results import EncoderFacts, ExpectedFigure, Failure, Report, Result
+from g2l_core.results import EncoderSummary, ExpectedFigure, Failure, Report, Result
 from g2l_core.store.features import FeatureStore
 from g2l_core.store.provenance import digest, software
 
@@ -108,7 +108,7 @@ def run_bench(
     report = Report(
         title=title,
         summary=tuple(s for name in tables if (s := summary_sentence(name, bench, found.results))),
-        encoders=tuple(encoder_facts(key, known[key]) for key in keys),
+        encoders=tuple(encoder_summary(key, known[key]) for key in keys),
         results=tuple(found.results),
         comparisons=tuple(adjusted_over_tasks(found.comparisons)),
         failures=tuple(found.failures),
@@ -134,10 +134,10 @@ def _sums_device(asked: str) -> str:
     return str(choose_device(asked))
 
 
-def encoder_facts(key: str, facts: Mapping[str, Any]) -> EncoderFacts:
+def encoder_summary(key: str, facts: Mapping[str, Any]) -> EncoderSummary:
     """What the report says of an encoder."""
     spec = spec_from_json(facts)
-    return EncoderFacts(
+    return EncoderSummary(
         key=key,
         name=spec.name,
         weights=spec.weights_in_words,

@@ -1,7 +1,7 @@
 """Stage one: from slides to stored features. Behind `g2l cache-teacher` and `g2l embed`."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +9,10 @@ import numpy as np
 from g2l_core.encoders.loading import LoadedEncoder, load_encoder, require_mpp
 from g2l_core.encoders.resolve import EncoderSpec
 from g2l_core.errors import SlideError, StoreMismatchError
-from g2l_core.extraction.extract import CacheProgress
-from g2l_core.extraction.patching import lay_sources, refresh_stored, store_laid
+from g2l_core.extraction.extract import ExtractionProgress
+from g2l_core.extraction.patching import patch_sources, refresh_stored, store_patched
 from g2l_core.extraction.repair import adopt_repaired
-from g2l_core.patches.artifacts import count_artefacts
+from g2l_core.patches.artifacts import count_artifacts
 from g2l_core.patches.grid import GridSpec
 from g2l_core.patches.views import ViewSpec
 from g2l_core.slides.manifest import Source, read_sources
@@ -20,14 +20,14 @@ from g2l_core.slides.mpp import audit_table
 from g2l_core.store.features import FeatureStore
 from g2l_core.store.locks import LOCKS, locked
 from g2l_core.tissue.methods import TissueMethod
-from g2l_core.tissue.overview import qc_folder
+from g2l_core.tissue.overview import overview_folder
 from pipeline.audit import audit_sources, require_plausible
-from pipeline.extract import CacheSettings
-from pipeline.progress import ProgressLine, say
+from pipeline.extract import ExtractionSettings, encode_slides
+from pipeline.progress import ProgressLine, clock, say
 
 
 @dataclass(frozen=True, kw_only=True)
-class CacheSummary:
+class ExtractionSummary:
     """What stage one did."""
 
     store: Path
@@ -39,7 +39,7 @@ class CacheSummary:
     failed_slides: dict[str, str]
     unreadable: dict[str, list[str]]
     left_out: dict[str, int]
-    """Patches without features by the artefact that they show; they are no losses."""
+    """Patches without features by the artifact that they show; they are no losses."""
     seconds: dict[str, float]
     elapsed: float
     """Seconds from the first patch asked for to the last shard written."""
@@ -50,16 +50,16 @@ class CacheSummary:
         return not self.failed_slides and not self.unreadable
 
 
-def run_cache(
+def run_extraction(
     inputs: Sequence[Path],
     store_path: Path,
     encoder_specs: Sequence[EncoderSpec],
     grid: GridSpec,
     views: ViewSpec,
-    settings: CacheSettings,
+    settings: ExtractionSettings,
     *,
     tissue: TissueMethod | None = None,
-) -> CacheSummary:
+) -> ExtractionSummary:
     """Lay the patches of all inputs and cache the features of all encoders.
 
     `tissue` is the method that `grid.tissue` names; a threshold is found by that name alone.
@@ -71,7 +71,7 @@ def run_cache(
     for spec in encoder_specs if not settings.force_mpp else ():
         require_mpp(spec, grid.mpp)
     audit_new(sources, store_path, settings)
-    store = FeatureStore.create(store_path, grid=asdict(grid), views=asdict(views))
+    store = FeatureStore.create(store_path, grid=grid.to_json(), views=views.to_json())
     with locked(store_path / LOCKS / "writer", wait_s=0, holder="another g2l command writes into it"):
         return _fill(store, sources, encoder_specs, grid, views, settings, tissue)
 
@@ -82,20 +82,20 @@ def _fill(
     encoder_specs: Sequence[EncoderSpec],
     grid: GridSpec,
     views: ViewSpec,
-    settings: CacheSettings,
+    settings: ExtractionSettings,
     tissue: TissueMethod | None,
-) -> CacheSummary:
+) -> ExtractionSummary:
     if settings.retry_failed:
         wanted = lost_slides(store)
         sources = [source for source in sources if source.slide_id in wanted]
     encoders = [load_encoder(spec, device=settings.device, precision=settings.precision) for spec in encoder_specs]
     for encoder in encoders:
         store.add_encoder(encoder.key, encoder.facts)
-    failed = lay_cohort(store, sources, grid, views, settings, tissue)
+    failed = patch_cohort(store, sources, grid, views, settings, tissue)
     ready = [source.slide_id for source in sources if source.slide_id not in failed]
     progress = encode_cohort(store, ready, encoders, settings)
     note_run(store, encoders, progress, settings)
-    return CacheSummary(
+    return ExtractionSummary(
         store=store.path,
         encoders=tuple(encoder.key for encoder in encoders),
         slides=len(ready),
@@ -103,7 +103,7 @@ def _fill(
         encoded=progress.patches_total,
         failed_slides=failed | progress.failed_slides,
         unreadable={slide_id: lost for slide_id in ready if (lost := list(store.slide(slide_id).unreadable.values()))},
-        left_out=count_artefacts(
+        left_out=count_artifacts(
             np.concatenate([np.zeros(0, np.uint8), *(store.slide(i).patch_status for i in ready)])
         ),
         seconds=progress.seconds,
@@ -111,7 +111,7 @@ def _fill(
     )
 
 
-def audit_new(sources: Sequence[Source], store_path: Path, settings: CacheSettings) -> None:
+def audit_new(sources: Sequence[Source], store_path: Path, settings: ExtractionSettings) -> None:
     """Show the scales of the slides that the store does not have yet, and stop at doubtful ones.
 
     Raises:
@@ -133,7 +133,7 @@ def lost_slides(store: FeatureStore) -> set[str]:
 
 
 def note_run(
-    store: FeatureStore, encoders: Sequence[LoadedEncoder], progress: CacheProgress, settings: CacheSettings
+    store: FeatureStore, encoders: Sequence[LoadedEncoder], progress: ExtractionProgress, settings: ExtractionSettings
 ) -> None:
     """Keep in the store what this call did and where its time went; nothing where there was nothing to do."""
     if not progress.patches_total:
@@ -149,17 +149,17 @@ def note_run(
             "device": str(encoders[0].device),
             "elapsed": round(progress.elapsed, 3),
             "seconds": seconds,
-            "utilisation": round(progress.utilisation, 4),
+            "utilisation": round(progress.utilization, 4),
         }
     )
 
 
-def lay_cohort(
+def patch_cohort(
     store: FeatureStore,
     sources: Sequence[Source],
     grid: GridSpec,
     views: ViewSpec,
-    settings: CacheSettings,
+    settings: ExtractionSettings,
     tissue: TissueMethod | None,
 ) -> dict[str, str]:
     """Bring every source's patches into the store; return the reasons of those that failed."""
@@ -176,17 +176,17 @@ def lay_cohort(
                 failed[source.slide_id] = str(error)
     new = [source for source in sources if source.slide_id not in known]
     line = ProgressLine("tissue", "slides")
-    outcomes = lay_sources(
+    outcomes = patch_sources(
         new,
         grid,
         mpp_override=settings.mpp_override,
         workers=settings.workers,
         tissue=tissue,
-        qc=qc_folder(store.path) if settings.pictures else None,
+        qc=overview_folder(store.path) if settings.pictures else None,
     )
     for done, outcome in enumerate(outcomes, start=1):
         if outcome.laid is not None:
-            store_laid(store, outcome.source, outcome.laid, views, n_views)
+            store_patched(store, outcome.source, outcome.laid, views, n_views)
             for remark in outcome.laid.remarks:
                 say(remark)
         else:
@@ -198,13 +198,13 @@ def lay_cohort(
 
 
 def encode_cohort(
-    store: FeatureStore, slide_ids: Sequence[str], encoders: Sequence[LoadedEncoder], settings: CacheSettings
-) -> CacheProgress:
+    store: FeatureStore, slide_ids: Sequence[str], encoders: Sequence[LoadedEncoder], settings: ExtractionSettings
+) -> ExtractionProgress:
     """Encode what the slides still miss, with a progress line."""
     line = ProgressLine(" + ".join(encoder.key for encoder in encoders), "patches")
 
-    def report(progress: CacheProgress) -> None:
-        note = f"encoder {progress.utilisation:.0%} busy  bottleneck: {progress.bottleneck}"
+    def report(progress: ExtractionProgress) -> None:
+        note = f"encoder {progress.utilization:.0%} busy  bottleneck: {progress.bottleneck}"
         line.update(progress.patches_done, progress.patches_total, note)
 
     if settings.local_workers or settings.scheduler:
@@ -219,7 +219,7 @@ def encode_cohort(
     return progress
 
 
-def time_spent(progress: CacheProgress) -> str:
+def time_spent(progress: ExtractionProgress) -> str:
     """Where the time went, in one line: reading and augmenting are sums over threads."""
     parts = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in progress.seconds.items())
-    return f"{clock(progress.elapsed)}: {parts}; encoder {progress.utilisation:.0%} busy"
+    return f"{clock(progress.elapsed)}: {parts}; encoder {progress.utilization:.0%} busy"

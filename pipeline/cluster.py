@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 from g2l_core.encoders.loading import LoadedEncoder, load_encoder
 from g2l_core.encoders.resolve import spec_from_json
 from g2l_core.errors import EncoderError, G2LError, UsageError
-from g2l_core.extraction.extract import CacheProgress, missing_patches
+from g2l_core.extraction.extract import ExtractionProgress, missing_patches
 from g2l_core.store.features import FeatureStore
 from g2l_core.store.locks import LOCKS, locked
-from pipeline.extract import CacheSettings, encode_slides
+from pipeline.extract import ExtractionSettings, encode_slides
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -40,9 +40,9 @@ def encode_on_workers(
     store: FeatureStore,
     slide_ids: Sequence[str],
     encoders: Sequence[LoadedEncoder],
-    settings: CacheSettings,
-    report: Callable[[CacheProgress], None],
-) -> CacheProgress:
+    settings: ExtractionSettings,
+    report: Callable[[ExtractionProgress], None],
+) -> ExtractionProgress:
     """Encode what the slides still miss on workers; the arguments are those of `encode_slides`.
 
     Raises:
@@ -55,7 +55,7 @@ def encode_on_workers(
         )
         for slide_id in slide_ids
     }
-    total = CacheProgress(patches_total=sum(missing.values()))
+    total = ExtractionProgress(patches_total=sum(missing.values()))
     if not total.patches_total:
         return total
     begin = perf_counter()
@@ -91,8 +91,8 @@ def _run(
     groups: Sequence[Sequence[str]],
     store: FeatureStore,
     facts: Sequence[dict[str, Any]],
-    settings: CacheSettings,
-) -> Iterator[tuple[Sequence[str], "CacheProgress | str"]]:
+    settings: ExtractionSettings,
+) -> Iterator[tuple[Sequence[str], "ExtractionProgress | str"]]:
     """Each group with what came of it, or why its workers died, in the order in which they end."""
     from distributed import KilledWorker, as_completed
 
@@ -113,8 +113,8 @@ def _run(
         yield group, outcome
 
 
-def _add(total: CacheProgress, group: Sequence[str], outcome: "CacheProgress | str", workers: int) -> None:
-    """Sum up; seconds are divided by the workers, so that utilisation stays a share."""
+def _add(total: ExtractionProgress, group: Sequence[str], outcome: "ExtractionProgress | str", workers: int) -> None:
+    """Sum up; seconds are divided by the workers, so that utilization stays a share."""
     if isinstance(outcome, str):
         total.failed_slides |= dict.fromkeys(group, outcome)
         return
@@ -126,8 +126,8 @@ def _add(total: CacheProgress, group: Sequence[str], outcome: "CacheProgress | s
 
 
 def encode_group(
-    path: Path, slide_ids: Sequence[str], facts: Sequence[dict[str, Any]], settings: CacheSettings
-) -> tuple[CacheProgress, str]:
+    path: Path, slide_ids: Sequence[str], facts: Sequence[dict[str, Any]], settings: ExtractionSettings
+) -> tuple[ExtractionProgress, str]:
     """Encode a group of slides in this process, which is a worker's.
 
     Args:
@@ -149,14 +149,14 @@ def encode_group(
                 held.enter_context(locked(path / LOCKS / name, wait_s=LOST_WORKER_S, holder=holder))
             return encode_slides(store, slide_ids, encoders, settings, lambda _: None), ""
     except G2LError as error:
-        return CacheProgress(), str(error)  # errors of other processes do not all survive pickling
+        return ExtractionProgress(), str(error)  # errors of other processes do not all survive pickling
 
 
 _RESIDENT: dict[str, LoadedEncoder] = {}
 """The encoders of this worker process, by digest: loaded once, for as long as they are asked for."""
 
 
-def _resident(facts: Sequence[dict[str, Any]], settings: CacheSettings) -> list[LoadedEncoder]:
+def _resident(facts: Sequence[dict[str, Any]], settings: ExtractionSettings) -> list[LoadedEncoder]:
     for digest in set(_RESIDENT) - {fact["digest"] for fact in facts}:
         del _RESIDENT[digest]
     for fact in facts:
@@ -181,7 +181,7 @@ def _own_device(device: str) -> str:
 
 
 @contextmanager
-def _client(settings: CacheSettings) -> "Iterator[Client]":
+def _client(settings: ExtractionSettings) -> "Iterator[Client]":
     """A client of the scheduler asked for, or of new processes on this machine."""
     try:
         import dask

@@ -17,9 +17,9 @@ from g2l_core.slides.manifest import read_table
 from g2l_core.store.features import FeatureStore
 from g2l_core.synthetic.cohort import CohortSpec, draw_cohort, label_patches
 from pipeline.bench import refuse_no_results, run_bench
-from pipeline.cache_teacher import run_cache
+from pipeline.cache_teacher import run_extraction
 from pipeline.distill import DistillHow, DistillSettings, run_distill
-from pipeline.extract import CacheSettings
+from pipeline.extract import ExtractionSettings
 from pipeline.progress import say
 
 PATIENTS, HELD_OUT = 12, 4
@@ -107,7 +107,7 @@ def _training(settings: DemoSettings) -> TrainSettings:
 
 
 def _drawn_cohort(out: Path, seed: int) -> _Cohort:
-    say(f"drawing {PATIENTS} slides of {PATIENTS} patients, 2 centres, 3 tissue classes")
+    say(f"drawing {PATIENTS} slides of {PATIENTS} patients, 2 centers, 3 tissue classes")
     manifest = draw_cohort(out / "cohort", CohortSpec(patients=PATIENTS, seed=seed))
     rows = read_table(manifest)
     held_out = sorted({row["patient_id"] for row in rows})[-HELD_OUT:]
@@ -120,9 +120,9 @@ def _user_cohort(slides: Path) -> _Cohort:
 
 
 def _cache(cohort: _Cohort, store: Path, spec: EncoderSpec, views: int, settings: DemoSettings) -> None:
-    how = CacheSettings(views=views, workers=settings.workers, mpp_override=settings.mpp_override)
+    how = ExtractionSettings(views=views, workers=settings.workers, mpp_override=settings.mpp_override)
     grid = GridSpec(seed=settings.seed, min_tissue=0.5)
-    summary = run_cache(cohort.inputs, store, [spec], grid, ViewSpec(seed=settings.seed), how)
+    summary = run_extraction(cohort.inputs, store, [spec], grid, ViewSpec(seed=settings.seed), how)
     for slide_id, reason in summary.failed_slides.items():
         say(f"failed  {slide_id}: {reason}")
     if not summary.patches:

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from g2l_core.distillation.checkpoints import RunState, restore_best
 from g2l_core.distillation.distiller import Distiller, checkpoint_gradients
-from g2l_core.distillation.distributed import Group, joined
+from g2l_core.distillation.distributed import ProcessGroup, init_distributed
 from g2l_core.distillation.held_out import HeldOutSet, read_held_out
 from g2l_core.distillation.loader import Reading, ReplayLoader, ReplaySpec
 from g2l_core.distillation.logs import read_figures
 from g2l_core.distillation.objective import Objective, TargetStatistics
 from g2l_core.distillation.target_statistics import target_statistics
-from g2l_core.distillation.training import Loop, TrainOutcome, TrainSettings, train
-from g2l_core.distillation.validation import Curves, held_out_figures, warnings_of
+from g2l_core.distillation.training import TrainerHooks, TrainOutcome, TrainSettings, train
+from g2l_core.distillation.validation import Curves, held_out_metrics, training_warnings
 from g2l_core.encoders.loading import DTYPES, LoadedEncoder, choose_device, encode_all, features_of, load_encoder
 from g2l_core.encoders.resolve import EncoderSpec, find_stored
 from g2l_core.encoders.student_folder import ModelCard, write_student
@@ -136,7 +136,7 @@ def run_distill(
         G2LError: Something does not fit; nothing has been trained then.
     """
     how = how or DistillHow()
-    with joined(choose_device(how.device)) as group:
+    with init_distributed(choose_device(how.device)) as group:
         return _distill(store_path, teacher, student_spec, out, settings, epochs, how, group)
 
 
@@ -148,7 +148,7 @@ def _distill(
     settings: DistillSettings,
     epochs: int | None,
     how: DistillHow,
-    group: Group,
+    group: ProcessGroup,
 ) -> DistillSummary:
     store = FeatureStore.open(store_path)
     source = _teacher(store, teacher, settings, group)
@@ -184,7 +184,9 @@ def _distill(
     )
 
 
-def _teacher(store: FeatureStore, teacher: str | EncoderSpec, settings: DistillSettings, group: Group) -> _Teacher:
+def _teacher(
+    store: FeatureStore, teacher: str | EncoderSpec, settings: DistillSettings, group: ProcessGroup
+) -> _Teacher:
     if not settings.online:
         key = find_stored(teacher.name if isinstance(teacher, EncoderSpec) else teacher, store.encoders)
         return _Teacher(facts=store.encoders[key], key=key)
@@ -196,7 +198,7 @@ def _teacher(store: FeatureStore, teacher: str | EncoderSpec, settings: DistillS
 
 
 def _loader(
-    store: FeatureStore, split: Split, source: _Teacher, settings: DistillSettings, how: DistillHow, group: Group
+    store: FeatureStore, split: Split, source: _Teacher, settings: DistillSettings, how: DistillHow, group: ProcessGroup
 ) -> ReplayLoader:
     spec = ReplaySpec(
         encoder=source.key,
@@ -270,7 +272,7 @@ def run_record(
     training: TrainSettings,
     split: Split,
     replay: ReplaySpec,
-    group: Group,
+    group: ProcessGroup,
 ) -> dict[str, Any]:
     """What identifies a run, as plain values: another of these cannot resume it."""
     return {
@@ -299,7 +301,7 @@ def _train(
     training: TrainSettings,
     settings: DistillSettings,
     out: Path,
-    group: Group,
+    group: ProcessGroup,
 ) -> tuple[TrainOutcome, RunState]:
     line = ProgressLine("distill", "steps")
 
@@ -307,11 +309,11 @@ def _train(
         if group.leads:
             line.update(step, training.steps, f"loss {loss:.3f}")
 
-    loop = Loop(
+    loop = TrainerHooks(
         batches=loader.batches,
         device=student.device,
         autocast=None if student.precision == "fp32" else DTYPES[student.precision],
-        validate=lambda watched: held_out_figures(watched, held_out, student.device, settings.batch_size),
+        validate=lambda eval_model: held_out_metrics(eval_model, held_out, student.device, settings.batch_size),
         warn=lambda state, folder: _warn(state, folder, training.steps),
         report=report,
         wrap=group.wrap,
@@ -341,7 +343,7 @@ def _warn(state: RunState, folder: Path, steps: int) -> None:
         losses=[row["loss_per_element"] for row in read_figures(folder / "log.csv")],
         steps=steps,
     )
-    for warning in warnings_of(curves):
+    for warning in training_warnings(curves):
         kind = warning.partition(" ")[0]
         if not any(said.startswith(kind) for said in state.said):
             state.said.append(warning)
@@ -359,7 +361,7 @@ def _finish(
     record: Mapping[str, Any],
 ) -> None:
     """Write the student, its model card, the curves, and the result into run.json."""
-    distiller, step = state.watched, state.step
+    distiller, step = state.eval_model, state.step
     if settings.keep == "best":
         step = restore_best(out, distiller) or 0
     figures = {int(row["step"]): row for row in read_figures(out / "validation.csv")}

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from g2l_core.encoders.loading import LoadedEncoder
-from g2l_core.extraction.extract import CacheProgress, cache_features, missing_patches
+from g2l_core.extraction.extract import ExtractionProgress, extract_features, missing_patches
 from g2l_core.slides.staging import Stage
 from g2l_core.store.features import FeatureStore
 from pipeline.progress import say
 
 
 @dataclass(frozen=True, kw_only=True)
-class CacheSettings:
+class ExtractionSettings:
     """How stage one runs. None of it changes the features, but for the precision."""
 
     views: int = 2
@@ -45,12 +45,12 @@ def encode_slides(
     store: FeatureStore,
     slide_ids: Sequence[str],
     encoders: Sequence[LoadedEncoder],
-    settings: CacheSettings,
-    report: Callable[[CacheProgress], None],
-) -> CacheProgress:
+    settings: ExtractionSettings,
+    report: Callable[[ExtractionProgress], None],
+) -> ExtractionProgress:
     """Encode what the slides still miss in this process."""
     with _stage(store, slide_ids, encoders, settings) as stage:
-        return cache_features(
+        return extract_features(
             store,
             slide_ids,
             encoders,
@@ -64,7 +64,7 @@ def encode_slides(
 
 
 def _stage(
-    store: FeatureStore, slide_ids: Sequence[str], encoders: Sequence[LoadedEncoder], settings: CacheSettings
+    store: FeatureStore, slide_ids: Sequence[str], encoders: Sequence[LoadedEncoder], settings: ExtractionSettings
 ) -> AbstractContextManager[Stage | None]:
     """Copies of the slides that still have something to be read, ahead of their turn; None where none are asked for."""
     if settings.stage_dir is None:

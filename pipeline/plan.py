@@ -10,7 +10,7 @@ import numpy as np
 from g2l_core.encoders.loading import LoadedEncoder, encode, encode_all, load_encoder
 from g2l_core.encoders.resolve import EncoderSpec
 from g2l_core.errors import EncoderError, SlideError
-from g2l_core.extraction.patching import LaidSlide, lay_sources
+from g2l_core.extraction.patching import PatchedSlide, patch_sources
 from g2l_core.patches.grid import GridSpec, blocks
 from g2l_core.patches.render import ImagePatches, PatchReader, RenderedBlock, SlidePatches, render_block
 from g2l_core.patches.views import ViewSpec, sample_views
@@ -19,7 +19,7 @@ from g2l_core.slides.manifest import Source
 from g2l_core.slides.slide import open_slide
 from g2l_core.tissue.methods import TissueMethod
 from g2l_core.types import Level0Px
-from pipeline.extract import CacheSettings
+from pipeline.extract import ExtractionSettings
 from pipeline.forecast import RUNS, STEP_RATIO, Forecast, Speeds, forecast, gigabytes, speed_up, view_choices
 from pipeline.progress import ProgressLine
 
@@ -62,16 +62,16 @@ def make_plan(
     encoder_specs: Sequence[EncoderSpec],
     grid: GridSpec,
     views: ViewSpec,
-    settings: CacheSettings,
+    settings: ExtractionSettings,
     *,
     tissue: TissueMethod | None,
     epochs: int,
 ) -> Plan:
     """Lay the patches of all sources on their thumbnails, and measure reading and encoding on some of them."""
-    laid: list[tuple[Source, LaidSlide]] = []
+    laid: list[tuple[Source, PatchedSlide]] = []
     failed: dict[str, str] = {}
     line = ProgressLine("tissue", "slides")
-    outcomes = lay_sources(sources, grid, mpp_override=settings.mpp_override, workers=settings.workers, tissue=tissue)
+    outcomes = patch_sources(sources, grid, mpp_override=settings.mpp_override, workers=settings.workers, tissue=tissue)
     for done, outcome in enumerate(outcomes, start=1):
         if outcome.laid is not None:
             laid.append((outcome.source, outcome.laid))
@@ -101,11 +101,11 @@ def make_plan(
 
 
 def measure(
-    laid: Sequence[tuple[Source, LaidSlide]],
+    laid: Sequence[tuple[Source, PatchedSlide]],
     encoders: Sequence[LoadedEncoder],
     grid: GridSpec,
     views: ViewSpec,
-    settings: CacheSettings,
+    settings: ExtractionSettings,
 ) -> Speeds:
     """Read, augment and encode about `MEASURED_PATCHES` patches, cells of as many slides as that takes.
 
@@ -143,7 +143,7 @@ def _seconds_a_view(encoder: LoadedEncoder, pixels: np.ndarray, batch_size: int)
 
 
 def _sample(
-    laid: Sequence[tuple[Source, LaidSlide]], grid: GridSpec, views: ViewSpec, settings: CacheSettings
+    laid: Sequence[tuple[Source, PatchedSlide]], grid: GridSpec, views: ViewSpec, settings: ExtractionSettings
 ) -> Iterator[RenderedBlock]:
     """One cell of each slide after the other, in keyed random order, as stage one would render it."""
     runs = [(i, cell) for i, (_, slide) in enumerate(laid) for cell in enumerate(_cells(slide, grid))]
@@ -157,15 +157,15 @@ def _sample(
         yield render_block(reader, range(start, stop), params, np.zeros(stop - start, np.uint8), views)
 
 
-def _cells(slide: LaidSlide, grid: GridSpec) -> list[tuple[int, int]]:
+def _cells(slide: PatchedSlide, grid: GridSpec) -> list[tuple[int, int]]:
     return blocks(slide.coords, _side(slide), grid)
 
 
-def _side(slide: LaidSlide) -> Level0Px:
+def _side(slide: PatchedSlide) -> Level0Px:
     return Level0Px(int(str(slide.facts["patch_px_level0"])))
 
 
-def _reader(source: Source, slide: LaidSlide, grid: GridSpec, mpp_override: float | None) -> PatchReader:
+def _reader(source: Source, slide: PatchedSlide, grid: GridSpec, mpp_override: float | None) -> PatchReader:
     if slide.patch_ids is not None:
         return ImagePatches(source.path, slide.patch_ids, grid.patch_px)
     opened = open_slide(source.path, manifest_mpp=source.mpp, mpp_override=mpp_override)

@@ -91,7 +91,7 @@ def _compare(
     store: FeatureStore, slide: StoredSlide, pairs: Pairs, encoder: LoadedEncoder, batch_size: int
 ) -> tuple[list[float], list[str]]:
     """Cosines of stored and recomputed features of one slide's pairs, and what is wrong in words."""
-    grid, views = GridSpec(**store.grid), ViewSpec(**store.views)
+    grid, views = GridSpec.from_json(store.grid), ViewSpec.from_json(store.views)
     reader, params, hashes = open_patches(slide, grid), slide.view_params, slide.pixel_hash
     pixels, wrong = [], []
     for row, view in pairs.tolist():

@@ -35,7 +35,7 @@ class Line:
 
     label: str
     series: int
-    """Its colour and mark on the page."""
+    """Its color and mark on the page."""
     points: tuple[tuple[float, float], ...]
     marked: bool = False
     """Whether each point gets a mark."""
@@ -125,7 +125,7 @@ def _points(rows: Iterable[Mapping[str, float]], name: str) -> tuple[tuple[float
 
 
 def _averaged(points: Sequence[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
-    """At most `POINTS` points, each the mean of its neighbours."""
+    """At most `POINTS` points, each the mean of its neighbors."""
     if len(points) <= POINTS:
         return tuple(points)
     parts = np.array_split(np.asarray(points), POINTS)

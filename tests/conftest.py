@@ -54,7 +54,7 @@ TEACHER = "timm:mobilenetv3_small_050@64"
 
 @pytest.fixture(scope="session")
 def cohort(tmp_path_factory) -> Path:
-    """The manifest of six small drawn slides, two centres; slides/ and truth/ lie beside it."""
+    """The manifest of six small drawn slides, two centers; slides/ and truth/ lie beside it."""
     from g2l_core.synthetic.cohort import CohortSpec, draw_cohort
 
     return draw_cohort(tmp_path_factory.mktemp("cohort"), CohortSpec(patients=6, size_um=(768.0, 768.0)))
@@ -66,10 +66,10 @@ def cached_store(cohort, tmp_path_factory) -> Path:
     from g2l_core.encoders.resolve import resolve_encoder
     from g2l_core.patches.grid import GridSpec
     from g2l_core.patches.views import ViewSpec
-    from pipeline.cache_teacher import run_cache
-    from pipeline.extract import CacheSettings
+    from pipeline.cache_teacher import run_extraction
+    from pipeline.extract import ExtractionSettings
 
     path = tmp_path_factory.mktemp("cached") / "store.zarr"
     teacher = resolve_encoder(TEACHER, weights="random:0")
-    run_cache([cohort], path, [teacher], GridSpec(), ViewSpec(), CacheSettings(batch_size=16))
+    run_extraction([cohort], path, [teacher], GridSpec(), ViewSpec(), ExtractionSettings(batch_size=16))
     return path

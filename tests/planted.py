@@ -14,9 +14,9 @@ SPEC = {"architecture": "none", "mean": [0.5] * 3, "std": [0.5] * 3, "pooling": 
 
 
 def make_store(path, strength, *, duplicates=(), patients=PATIENTS, weights="file:none", mpp=None):
-    """A store whose features say a patch's class, its centre and its slide's class as strongly as asked.
+    """A store whose features say a patch's class, its center and its slide's class as strongly as asked.
 
-    Patient p has one slide; its centre is p % 2, its slide's class (p // 2) % 2, and its patches' classes alternate.
+    Patient p has one slide; its center is p % 2, its slide's class (p // 2) % 2, and its patches' classes alternate.
     """
     rng = np.random.default_rng(0)
     store = FeatureStore.create(path, grid={"patch_px": 16}, views={"seed": 0})
@@ -39,7 +39,7 @@ def make_store(path, strength, *, duplicates=(), patients=PATIENTS, weights="fil
             },
         }
         params = np.zeros((PATCHES, 1, 2), np.float32)
-        slide = store.lay_slide(f"s{p}", facts, coords=coords, view_params=params, columns=["a", "b"], patch_ids=None)
+        slide = store.add_slide(f"s{p}", facts, coords=coords, view_params=params, columns=["a", "b"], patch_ids=None)
         hashes = (1 + p * PATCHES + np.arange(PATCHES)).astype(np.uint64)
         for mine, theirs in duplicates:
             if mine[0] == p:

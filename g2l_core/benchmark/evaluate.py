@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from g2l_core.benchmark.families.__init__ import FAMILIES, Draws, Figure, TaskInput
+from g2l_core.benchmark.families import FAMILIES, Draws, Figure, TaskInput
 from g2l_core.benchmark.notes import notes_on
 from g2l_core.benchmark.pictures import confusion_matrix, task_pictures
 from g2l_core.benchmark.rows import TaskRows, gather

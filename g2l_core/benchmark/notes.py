@@ -25,9 +25,9 @@ def notes_on(rows: TaskRows, spec: TaskSpec, stores: Sequence[FeatureStore], enc
         encoders: Keys.
     """
     found = []
-    if rows.unlabelled:
-        total = len(rows) + rows.duplicates_dropped + rows.unlabelled
-        found.append(f"{rows.unlabelled:,} of {total:,} patches have no {spec.label} and were left out")
+    if rows.unlabeled:
+        total = len(rows) + rows.duplicates_dropped + rows.unlabeled
+        found.append(f"{rows.unlabeled:,} of {total:,} patches have no {spec.label} and were left out")
     if rows.duplicates_dropped:
         across = f", {rows.crossing_duplicates:,} of them training copies of test patches"
         found.append(
@@ -42,7 +42,7 @@ def notes_on(rows: TaskRows, spec: TaskSpec, stores: Sequence[FeatureStore], enc
 
 
 def _rare_classes(rows: TaskRows, spec: TaskSpec) -> list[str]:
-    """Classes that can never have all votes of the nearest neighbours."""
+    """Classes that can never have all votes of the nearest neighbors."""
     if "knn" not in spec.metrics:
         return []
     k = max(spec.knn.k)

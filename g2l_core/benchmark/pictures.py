@@ -1,4 +1,4 @@
-"""The pictures of a task from its rows and features: who resembles whom, the planes, the slides in colour."""
+"""The pictures of a task from its rows and features: who resembles whom, the planes, the slides in color."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -151,7 +151,7 @@ def _largest_slides(rows: TaskRows) -> list[StoredSlide]:
 
 
 def _slide_maps(task: str, encoder: str, slides: Sequence[StoredSlide], seed: int) -> Pictures:
-    """All good patches of the slides, labelled or not, on the same components and colours."""
+    """All good patches of the slides, labeled or not, on the same components and colors."""
     good = [np.flatnonzero(slide.patch_status == STATUS["ok"]) for slide in slides]
     features = [slide.features(encoder)[kept] for slide, kept in zip(slides, good, strict=True)]
     everything = np.concatenate(features)

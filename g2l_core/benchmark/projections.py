@@ -1,4 +1,4 @@
-"""What a report pictures, as arrays: CKA of all pairs, principal components, cells of a slide in colour."""
+"""What a report pictures, as arrays: CKA of all pairs, principal components, cells of a slide in color."""
 
 import warnings
 from collections.abc import Mapping
@@ -110,8 +110,8 @@ def principal_components(features: Float[np.ndarray, "row dim"], count: int) -> 
     require_finite(features, "the features")
     rows, dim = features.shape
     mean = features.mean(axis=0, dtype=np.float64)
-    centred = features.astype(np.float64) - mean
-    small = centred @ centred.T if rows < dim else centred.T @ centred
+    centered = features.astype(np.float64) - mean
+    small = centered @ centered.T if rows < dim else centered.T @ centered
     total = float(np.trace(small))
     wanted = [max(0, len(small) - count), len(small) - 1]
     values, vectors = eigh(small, subset_by_index=wanted)
@@ -120,7 +120,7 @@ def principal_components(features: Float[np.ndarray, "row dim"], count: int) -> 
         raise TaskError(
             f"{rows:,} rows vary along fewer than {count} directions; more rows or wider features are needed"
         )
-    axes = centred.T @ vectors / np.sqrt(values) if rows < dim else vectors
+    axes = centered.T @ vectors / np.sqrt(values) if rows < dim else vectors
     axes = axes * np.sign(axes[np.abs(axes).argmax(axis=0), np.arange(count)])
     return Components(mean=mean, axes=axes, shares=values / total)
 
@@ -129,7 +129,7 @@ def umap_plane(features: Float[np.ndarray, "row dim"], seed: int) -> Float64[np.
     """UMAP of features in the plane, with umap-learn's defaults.
 
     Returns:
-        None where that package is not installed, or the rows are no more than its 15 neighbours.
+        None where that package is not installed, or the rows are no more than its 15 neighbors.
 
     References:
         McInnes, Healy & Melville, UMAP: Uniform Manifold Approximation and Projection (2018).

@@ -39,11 +39,11 @@ class TaskRows:
     """train, test, or empty where the split says neither or folds will part them."""
     pixel_hash: UInt64[np.ndarray, " row"]
     columns: Mapping[str, Shaped[np.ndarray, " row"]]
-    """Those that the task's families ask for beyond label and centre, as text; empty where a patch has none."""
+    """Those that the task's families ask for beyond label and center, as text; empty where a patch has none."""
     duplicates_dropped: int = 0
     crossing_duplicates: int = 0
     """Of these, training patches whose copy is in the test part."""
-    unlabelled: int = 0
+    unlabeled: int = 0
     """Patches left out because they have no label."""
 
     def __len__(self) -> int:
@@ -109,7 +109,7 @@ def gather(stores: Sequence[FeatureStore], spec: TaskSpec, folder: Path) -> Task
     if spec.has_fixed_split:
         rows = rows.take(rows.part != "")
     if spec.label:
-        rows = replace(rows.take(rows.label != ""), unlabelled=int((rows.label == "").sum()))
+        rows = replace(rows.take(rows.label != ""), unlabeled=int((rows.label == "").sum()))
     if not len(rows):
         raise TaskError(f"task {spec.name}: no patch has a label {spec.label!r} and a place in the split")
     rows = without_duplicates(rows)

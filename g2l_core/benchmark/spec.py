@@ -35,9 +35,9 @@ class SimilarityOptions:
     """Of `similarity`."""
 
     rows: int = 2048
-    """Drawn by the seed for what is quadratic in rows: RBF CKA, mutual neighbours, and for the effective rank."""
+    """Drawn by the seed for what is quadratic in rows: RBF CKA, mutual neighbors, and for the effective rank."""
     k: tuple[int, ...] = (10,)
-    """Mutual neighbours."""
+    """Mutual neighbors."""
     bandwidth: float = 1.0
     """Of the RBF kernel, in median distances."""
     trim: float = 0.01
@@ -155,7 +155,7 @@ class RobustnessOptions:
 
     k: tuple[int, ...] = (3, 5, 10, 20)
     rows_per_stratum: int = 0
-    """At most so many patches of each class and centre in the paired design; 0 is no limit."""
+    """At most so many patches of each class and center in the paired design; 0 is no limit."""
 
     def __post_init__(self) -> None:
         """Refuse what means nothing."""
@@ -185,7 +185,7 @@ class BiasDropOptions:
     centers: tuple[str, ...] = ()
     """Trained and tested on; empty: those with most patients, as many as there are classes."""
     slides_per_class: int = 0
-    """Patients of each class in every training set; 0: two from each centre."""
+    """Patients of each class in every training set; 0: two from each center."""
     rows_per_slide: int = 20
     test_slides: int = 1
     levels: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -313,11 +313,11 @@ class TaskSpec:
         if unknown or not self.metrics:
             raise TaskError(f"{where} unknown metric {unknown[0] if unknown else ''!r}; known: {', '.join(NEEDS)}")
         self._require_split(where)
-        labelled = [metric for metric in self.metrics if NEEDS[metric].label]
-        if labelled and not self.label:
-            raise TaskError(f"{where} give label = COLUMN, the biological class, for {', '.join(labelled)}")
-        if "regression" in self.metrics and len(labelled) > 1:
-            others = ", ".join(metric for metric in labelled if metric != "regression")
+        labeled = [metric for metric in self.metrics if NEEDS[metric].label]
+        if labeled and not self.label:
+            raise TaskError(f"{where} give label = COLUMN, the biological class, for {', '.join(labeled)}")
+        if "regression" in self.metrics and len(labeled) > 1:
+            others = ", ".join(metric for metric in labeled if metric != "regression")
             raise TaskError(f"{where} regression takes the label for a number, {others} for a class; make two tasks")
         if self.bag not in BAGS:
             raise TaskError(f"{where} bag must be {' or '.join(BAGS)}; got {self.bag!r}")

@@ -31,7 +31,7 @@ class Written:
     patients: int
     """0 where they are not known."""
     cells: int
-    """Labelled patches of slides."""
+    """Labeled patches of slides."""
     left_out: tuple[str, ...]
 
 

@@ -21,13 +21,13 @@ g2l bench breast --store idc.zarr --encoders h-optimus-0,hibou-l,run/ --baseline
   `colorectal`, `lung`); a task file of your own names it relative to itself.
 - Sets with images of one size are used where they lie. Arrays (PCam) and images of other shapes are written once as
   PNG into `NAME-images/` beside the manifest; the notes say how.
-- TIGER and AGGC22 have masks. Their patches are labelled on the grid of stage one's defaults (`--mpp 0.5 --patch-px
+- TIGER and AGGC22 have masks. Their patches are labeled on the grid of stage one's defaults (`--mpp 0.5 --patch-px
   256`).
 - A suite's task file names all its datasets; give every store with `--store`. Tasks whose dataset no store has are
   reported as failed, the others are evaluated.
 - A table that names images which are not there is refused. Of slides, those that are there are taken, and the number
   that were left out is told.
-- Nothing is downloaded, and licences are yours to keep. None of these folders could be had while this was written:
+- Nothing is downloaded, and licenses are yours to keep. None of these folders could be had while this was written:
   each layout is as of the source named, and what no source settles is said in the notes.
 
 """
@@ -36,7 +36,7 @@ g2l bench breast --store idc.zarr --encoders h-optimus-0,hibou-l,run/ --baseline
 def page() -> str:
     """The whole page, Markdown."""
     rows = [_row(dataset) for dataset in DATASETS.values()]
-    head = ["dataset", "unit", "number", "classes", "licence", "task file"]
+    head = ["dataset", "unit", "number", "classes", "license", "task file"]
     table = [_line(head), _line(["---"] * len(head)), *rows]
     return HEAD + "\n".join([*table, "", *(_section(dataset) for dataset in DATASETS.values())])
 
@@ -45,7 +45,7 @@ def _row(dataset: Dataset) -> str:
     classes = "; ".join(f"{label}: {len(names) or 'numbers'}" for label, names in dataset.labels.items())
     count = f"{dataset.published:,}" if dataset.published else "by download"
     link = f"[{dataset.name}](#{dataset.name})"
-    return _line([link, dataset.unit, count, classes, dataset.licence, dataset.suite])
+    return _line([link, dataset.unit, count, classes, dataset.license, dataset.suite])
 
 
 def _line(cells: list[str]) -> str:
@@ -63,7 +63,7 @@ def describe(dataset: Dataset) -> list[str]:
     lines = [
         dataset.title,
         f"get it     {dataset.url}",
-        f"licence    {dataset.licence}",
+        f"license    {dataset.license}",
         f"size       {size}{dataset.unit}{mpp}",
         *(f"label      {label}: {', '.join(names) or 'a number'}" for label, names in dataset.labels.items()),
         f"split      {dataset.split}",

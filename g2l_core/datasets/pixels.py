@@ -23,7 +23,7 @@ BLOCK_ROWS = 1024
 
 
 def fitted(path: Path, side: int = FITTED_PX) -> Rgb:
-    """An image's centre square at another size: the protocol of eva's `ResizeAndCrop` (kaiko-ai/eva).
+    """An image's center square at another size: the protocol of eva's `ResizeAndCrop` (kaiko-ai/eva).
 
     Args:
         path: The image, of any size.
@@ -88,7 +88,7 @@ def cells_of(slide: Path, masks: Mapping[Path, Mapping[int, str]], mpp: float | 
     Args:
         slide: The slide.
         masks: Mask files of the slide's level-0 size, each with its values and what class they say.
-        mpp: Micrometres per level-0 pixel where the slide's header gives none.
+        mpp: Micrometers per level-0 pixel where the slide's header gives none.
 
     Yields:
         x, y in level-0 pixels and the class, row by row.

@@ -22,11 +22,11 @@ class Record:
     is_image: bool = True
     """A patch image of its own; else a slide that stage one tiles."""
     mpp: float | None = None
-    """Micrometres per pixel of the file, where its authors state it."""
+    """Micrometers per pixel of the file, where its authors state it."""
     pixels: Callable[[], Rgb] | None = None
     """Gives the patch, uint8 (side, side, 3), where the published file is no image that stage one takes."""
     cells: Callable[[], Iterable[Cell]] | None = None
-    """Gives the labelled patches of a slide, from its masks."""
+    """Gives the labeled patches of a slide, from its masks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class Dataset:
     """The shipped task file that has its tasks; empty if none has."""
     url: str
     """Where to get it."""
-    licence: str
+    license: str
     unit: str
     """What one row of the manifest is."""
     published: int
@@ -68,7 +68,7 @@ class Dataset:
     patch_px: int = 0
     """Side of its patch images in pixels; 0 for slides, which stage one tiles."""
     mpp: float | None = None
-    """Micrometres per pixel of the published files, where stated."""
+    """Micrometers per pixel of the published files, where stated."""
     label_file: bool = False
     """Whether images of one slide differ in label or split, so that stage three needs them by image."""
     cell_label: str = ""

@@ -34,7 +34,7 @@ class RunState:
     """Warnings already given."""
 
     @property
-    def watched(self) -> Distiller:
+    def eval_model(self) -> Distiller:
         """The network that is watched and kept: the average of the weights, or the weights."""
         return self.average.network if self.average else self.distiller
 
@@ -63,7 +63,7 @@ def save(folder: Path, state: RunState) -> None:
 
 def save_best(folder: Path, state: RunState) -> None:
     """Write checkpoints/best.pt: the watched weights and the step that they are of."""
-    _write(folder / "checkpoints" / BEST, {"step": state.step, "model": state.watched.state_dict()})
+    _write(folder / "checkpoints" / BEST, {"step": state.step, "model": state.eval_model.state_dict()})
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ class Distiller(nn.Module):
         self.projector = build_projector(projector, student_dim, teacher_dim, seed)
 
     def forward(self, pixels: Tensor) -> Float[Tensor, "batch dim"]:
-        """Projected features, in the teacher's space, before any normalisation."""
+        """Projected features, in the teacher's space, before any normalization."""
         return self.projector(self.student(pixels))
 
 
@@ -38,12 +38,12 @@ def build_projector(kind: str, student_dim: int, teacher_dim: int, seed: int) ->
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if kind == "linear":
-            return _initialised(nn.Linear(student_dim, teacher_dim))
+            return _initialized(nn.Linear(student_dim, teacher_dim))
         first, second = nn.Linear(student_dim, teacher_dim), nn.Linear(teacher_dim, teacher_dim)
-        return nn.Sequential(_initialised(first), nn.GELU(), _initialised(second))
+        return nn.Sequential(_initialized(first), nn.GELU(), _initialized(second))
 
 
-def _initialised(layer: nn.Linear) -> nn.Linear:
+def _initialized(layer: nn.Linear) -> nn.Linear:
     nn.init.trunc_normal_(layer.weight, std=0.02)
     nn.init.zeros_(layer.bias)
     return layer

@@ -33,7 +33,7 @@ class Ranks:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Group(Ranks):
+class ProcessGroup(Ranks):
     """This process among those that train together."""
 
     device: torch.device
@@ -67,7 +67,7 @@ class Group(Ranks):
 
 
 @contextmanager
-def joined(device: torch.device) -> Iterator[Group]:
+def init_distributed(device: torch.device) -> Iterator[ProcessGroup]:
     """Join the processes that torchrun started; alone where it did not.
 
     Args:
@@ -78,7 +78,7 @@ def joined(device: torch.device) -> Iterator[Group]:
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
-        yield Group(device=device)
+        yield ProcessGroup(device=device)
         return
     rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
     if device.type == "cuda":
@@ -88,6 +88,6 @@ def joined(device: torch.device) -> Iterator[Group]:
         torch.cuda.set_device(device)
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world)
     try:
-        yield Group(rank=rank, world=world, device=device)
+        yield ProcessGroup(rank=rank, world=world, device=device)
     finally:
         distributed.destroy_process_group()

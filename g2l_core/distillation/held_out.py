@@ -38,14 +38,14 @@ def read_held_out(
     kept = np.zeros(total, bool)
     kept[keyed_generator("validation", seed).permutation(total)[:limit]] = True
     pixels, targets, first = [], [], 0
-    spec = ViewSpec(**store.views)
+    spec = ViewSpec.from_json(store.views)
     for slide_id, chosen in sorted(rows.items()):
         mine = np.sort(chosen)[kept[first : first + len(chosen)]]
         first += len(chosen)
         if not len(mine):
             continue
-        slide = SlideTables(store.slide(slide_id), GridSpec(**store.grid), spec)
-        reader = open_patches(slide.stored, GridSpec(**store.grid))
+        slide = SlideTables(store.slide(slide_id), GridSpec.from_json(store.grid), spec)
+        reader = open_patches(slide.stored, GridSpec.from_json(store.grid))
         block = render_block(reader, mine.tolist(), slide.params[mine, :1], np.zeros(len(mine), np.uint8), spec)
         reader.close()
         canonical = np.zeros(len(mine), np.int64)

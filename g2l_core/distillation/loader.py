@@ -19,7 +19,7 @@ from g2l_core.errors import ReadError, StoreCorruptError, StoreMismatchError, Us
 from g2l_core.patches.grid import GridSpec, blocks
 from g2l_core.patches.identity import require_same_slide
 from g2l_core.patches.pixel_cache import PixelCache
-from g2l_core.patches.reader_pool import OpenSlides
+from g2l_core.patches.reader_pool import ReaderPool
 from g2l_core.patches.render import PatchReader, open_patches, render_block
 from g2l_core.patches.views import ViewSpec, sample_views
 from g2l_core.store.features import FeatureStore, StoredSlide
@@ -142,7 +142,7 @@ class ReplayLoader:
             UsageError: There are fewer rows than a batch has, or a batch cannot be parted among the ranks.
         """
         self.spec, self._reading = spec, reading or Reading()
-        self._views = ViewSpec(**store.views)
+        self._views = ViewSpec.from_json(store.views)
         share, rest = divmod(spec.batch_size, self._reading.world)
         if rest or share < 1:
             raise UsageError(f"a batch of {spec.batch_size} cannot be parted among {self._reading.world} ranks")
@@ -161,7 +161,7 @@ class ReplayLoader:
     def _open(
         self, store: FeatureStore, rows: Mapping[str, Int64[np.ndarray, " _"]]
     ) -> list[tuple[SlideTables, Int64[np.ndarray, " _"]]]:
-        grid, found = GridSpec(**store.grid), []
+        grid, found = GridSpec.from_json(store.grid), []
         for slide_id, chosen in sorted(rows.items()):
             stored = store.slide(slide_id)
             if self.spec.encoder is not None:
@@ -169,7 +169,7 @@ class ReplayLoader:
                     stored.require_complete(self.spec.encoder, view)
             found.append((SlideTables(stored, grid, self._views), chosen))
         tables = {slide.slide_id: slide for slide, _ in found}
-        self._slides = OpenSlides(lambda slide_id: _open(tables[slide_id].stored, grid, self._reading.pixel_cache))
+        self._slides = ReaderPool(lambda slide_id: _open(tables[slide_id].stored, grid, self._reading.pixel_cache))
         return found
 
     def _hold_targets(self, slides: list[tuple[SlideTables, Int64[np.ndarray, " _"]]]) -> None:

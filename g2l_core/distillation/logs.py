@@ -4,7 +4,7 @@ import csv
 from collections.abc import Mapping
 from pathlib import Path
 
-from g2l_core.distillation.tensorboard import Board
+from g2l_core.distillation.tensorboard import TensorBoardLog
 
 
 class TrainingLogs:
@@ -13,7 +13,7 @@ class TrainingLogs:
     def __init__(self, folder: Path, step: int) -> None:
         self._steps = CsvLog(folder / "log.csv", keep_below=step)
         self._validation = CsvLog(folder / "validation.csv", keep_below=step + 1 if step else 0)
-        self._board = Board(folder, step)
+        self._board = TensorBoardLog(folder, step)
 
     def step(self, row: Mapping[str, float]) -> None:
         """One step."""

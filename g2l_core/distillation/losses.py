@@ -1,7 +1,7 @@
 """Distillation losses: pure functions (student, teacher) -> scalar, computed in float32 whatever the autocast.
 
 The default is the Log-Sum loss of Miles & Mikolajczyk (AAAI 2024, arXiv 2303.11098), as used by G2L
-(arXiv 2510.11176): projected student and teacher features are first standardised with the batch's own statistics.
+(arXiv 2510.11176): projected student and teacher features are first standardized with the batch's own statistics.
 """
 
 import math
@@ -27,7 +27,7 @@ _ENTRY_FLOOR = 1e-12
 
 
 def standardize(z: Float[Tensor, "n d"], eps: float = 1e-5) -> Float[Tensor, "n d"]:
-    """Centre and scale each dimension with the batch's mean and biased variance: BatchNorm without affine part.
+    """Center and scale each dimension with the batch's mean and biased variance: BatchNorm without affine part.
 
     The reference applies it to the projected student and to the teacher alike, in training mode. Use batch
     statistics on both sides or on neither: a perfect student otherwise has a loss, the batch's sampling noise.
@@ -59,8 +59,8 @@ def logsum(student: Float[Tensor, "n d"], teacher: Float[Tensor, "n d"], *, alph
     alpha d |d|^(alpha - 2) / sum. Where student and teacher agree entirely, L is log 1e-12 and the gradient 0.
 
     Args:
-        student: Projected student features, already standardised.
-        teacher: Teacher features, already standardised.
+        student: Projected student features, already standardized.
+        teacher: Teacher features, already standardized.
         alpha: Exponent, above 0; larger ones weigh the worst entries more.
 
     Returns:
@@ -157,12 +157,12 @@ def logsum_corr(
     """Log-Sum loss, form B: L = log(sum_d |1 - c_d|^alpha + 1e-5) with c_d = mean_n s_nd t_nd.
 
     The authors' transformer code (roymiles/Simple-Recipe-Distillation, deit/; the exponent and 1e-5 are theirs). With
-    both sides standardised over the batch, 1 - c_d is half the mean squared error of dimension d: form B punishes badly
+    both sides standardized over the batch, 1 - c_d is half the mean squared error of dimension d: form B punishes badly
     matched dimensions, form A badly matched entries. They are not interchangeable.
 
     Args:
-        student: Projected student features, standardised with batch statistics.
-        teacher: Teacher features, standardised with batch statistics.
+        student: Projected student features, standardized with batch statistics.
+        teacher: Teacher features, standardized with batch statistics.
         alpha: Exponent, above 0.
 
     Returns:

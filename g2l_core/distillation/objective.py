@@ -1,7 +1,7 @@
-"""What a distillation minimises: how both sides are normalised, which loss, and how it is reduced over ranks.
+"""What a distillation minimizes: how both sides are normalized, which loss, and how it is reduced over ranks.
 
-Teacher and student are normalised alike or not at all. Batch statistics on one side only give a perfect student a loss:
-against targets standardised by the whole store, mean d^2 is 0.047 at a batch of 32, since the batch's own sampling
+Teacher and student are normalized alike or not at all. Batch statistics on one side only give a perfect student a loss:
+against targets standardized by the whole store, mean d^2 is 0.047 at a batch of 32, since the batch's own sampling
 noise no longer cancels.
 """
 
@@ -34,7 +34,7 @@ class ObjectiveSpec:
     temperature: float | None = None
     """Of `kl` (1 where None) and `kl_queue` (0.07)."""
     teacher_norm: str = "auto"
-    """batch: standardised over the batch; dataset: over the training patches of the store; none. auto is batch, but
+    """batch: standardized over the batch; dataset: over the training patches of the store; none. auto is batch, but
     dataset for kl_queue, whose bank has no batch."""
     student_norm: str = "auto"
     """batch or none; auto follows the teacher."""
@@ -72,7 +72,7 @@ class ObjectiveSpec:
                 "still have a loss, the batch's sampling noise. Use batch on both, or dataset or none with student none"
             )
         if self.loss == "logsum_corr" and teacher != "batch":
-            raise UsageError("logsum_corr correlates standardised features: it needs teacher-norm batch")
+            raise UsageError("logsum_corr correlates standardized features: it needs teacher-norm batch")
         if self.loss == "kl_queue" and teacher == "batch":
             raise UsageError(
                 "kl_queue compares with a bank that has no batch statistics: use teacher-norm dataset or none"
@@ -80,7 +80,7 @@ class ObjectiveSpec:
 
     @property
     def norms(self) -> tuple[str, str]:
-        """(student's, teacher's) normalisation, auto resolved."""
+        """(student's, teacher's) normalization, auto resolved."""
         teacher = (
             ("dataset" if self.loss == "kl_queue" else "batch") if self.teacher_norm == "auto" else self.teacher_norm
         )
@@ -116,7 +116,7 @@ class TargetStatistics:
     deviation: Float[Tensor, " dim"]
     """At least 1e-3 of the largest: a dimension that is dead in the teacher must not explode."""
     bank: Float[Tensor, "k dim"] | None = None
-    """Teacher features of random patches, not normalised."""
+    """Teacher features of random patches, not normalized."""
 
 
 class Objective(nn.Module):
@@ -143,14 +143,14 @@ class Objective(nn.Module):
         everywhere = spec.batch_statistics == "global" and spec.norms[1] == "batch"
         if everywhere:
             s, t = ranks.gather(s), ranks.gather(t)
-        s, t = self._normalised(s, t)
+        s, t = self._normalized(s, t)
         if spec.reduce == "global" and not everywhere:
             s, t = ranks.gather(s), ranks.gather(t)
         elif spec.reduce != "global" and everywhere:
             s, t = ranks.own(s), ranks.own(t)
         return self._loss(s, t)
 
-    def _normalised(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    def _normalized(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         match self.spec.norms[1]:
             case "batch":
                 return standardize(student), standardize(teacher)

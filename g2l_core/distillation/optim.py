@@ -1,4 +1,4 @@
-"""The optimiser, its schedule, and the rule that stops a run early."""
+"""The optimizer, its schedule, and the rule that stops a run early."""
 
 from collections import deque
 from dataclasses import dataclass, field

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 
-class Board:
+class TensorBoardLog:
     """Writes to RUN/tensorboard; nothing where TensorBoard is not installed."""
 
     def __init__(self, folder: Path, step: int) -> None:

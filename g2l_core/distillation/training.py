@@ -48,7 +48,7 @@ class TrainSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Loop:
+class TrainerHooks:
     """What the loop is given from outside: data, devices, and whoever watches."""
 
     batches: Callable[[int], Generator[Batch, None, None]]
@@ -93,10 +93,10 @@ class Prepared:
     targets: Tensor
 
 
-class Trainee(nn.Module):
+class DistillationStep(nn.Module):
     """From pixels and targets to the loss: the whole of what data-parallel training must wrap."""
 
-    def __init__(self, distiller: Distiller, objective: Objective, loop: Loop) -> None:
+    def __init__(self, distiller: Distiller, objective: Objective, loop: TrainerHooks) -> None:
         super().__init__()
         self.distiller, self.objective = distiller, objective
         self._device, self._autocast = loop.device.type, loop.autocast
@@ -110,7 +110,7 @@ class Trainee(nn.Module):
 
 
 def train(
-    distiller: Distiller, objective: Objective, settings: TrainSettings, folder: Path, loop: Loop
+    distiller: Distiller, objective: Objective, settings: TrainSettings, folder: Path, loop: TrainerHooks
 ) -> tuple[TrainOutcome, RunState]:
     """Train, from the last good checkpoint in `folder` if there is one.
 
@@ -126,21 +126,21 @@ def train(
     """
     torch.manual_seed(settings.seed)  # dropout and drop path, where a student has them
     state = _begin(distiller, settings, folder)
-    trainee = loop.wrap(Trainee(distiller, objective, loop).to(loop.device))
+    step_module = loop.wrap(DistillationStep(distiller, objective, loop).to(loop.device))
     logs = TrainingLogs(folder, state.step) if loop.leads else None
     if state.step == 0 and logs:
-        _watch(state, logs, settings, folder, loop)
+        _validate(state, logs, settings, folder, loop)
     prepared = _prepared(loop.batches(state.step * settings.optim.accumulate), loop.device)
     stream = in_background(prepared, depth=BATCHES_AHEAD)
     while state.step < settings.steps and not state.stopped:
-        row = train_step(state, trainee, stream, settings, loop)
+        row = train_step(state, step_module, stream, settings, loop)
         state.stopped = state.early_stop.update(state.loss)
         state.step += 1
         if logs:
             logs.step(row)
         done = state.stopped or state.step == settings.steps
         if logs and (done or state.step % settings.validate_every == 0):
-            _watch(state, logs, settings, folder, loop)
+            _validate(state, logs, settings, folder, loop)
         if logs and (done or state.step % settings.checkpoint_every == 0):
             save(folder, state)
         loop.report(state.step, state.loss)
@@ -167,21 +167,21 @@ def _begin(distiller: Distiller, settings: TrainSettings, folder: Path) -> RunSt
 
 
 def train_step(
-    state: RunState, trainee: nn.Module, stream: Iterator[Prepared], settings: TrainSettings, loop: Loop
+    state: RunState, step_module: nn.Module, stream: Iterator[Prepared], settings: TrainSettings, loop: TrainerHooks
 ) -> dict[str, float]:
     """One update from `accumulate` batches: forward in training mode, backward, clip, step. Returns its log row."""
     begin, waited, total = perf_counter(), 0.0, 0.0
     optim = settings.optim
     lr, weight_decay = anneal(state.optimizer, optim, state.step, settings.steps)
-    trainee.train()
+    step_module.train()
     state.optimizer.zero_grad(set_to_none=True)
     for i in range(optim.accumulate):
         asked = perf_counter()
         batch = next(stream)
         waited += perf_counter() - asked
-        with _without_sync(trainee) if i + 1 < optim.accumulate else nullcontext():
+        with _without_sync(step_module) if i + 1 < optim.accumulate else nullcontext():
             pixels, targets = _on_device(batch, loop)
-            loss = trainee(pixels, targets) / optim.accumulate
+            loss = step_module(pixels, targets) / optim.accumulate
             loss.backward()
         total += float(loss.detach())
     if optim.clip:
@@ -216,7 +216,7 @@ def _prepared(batches: Generator[Batch, None, None], device: torch.device) -> Ge
         batches.close()
 
 
-def _on_device(batch: Prepared, loop: Loop) -> tuple[Tensor, Tensor]:
+def _on_device(batch: Prepared, loop: TrainerHooks) -> tuple[Tensor, Tensor]:
     """A batch's pixels and its targets: stored ones, or the teacher's of these pixels."""
     pixels = batch.pixels.to(loop.device, non_blocking=True)
     if loop.targets_of is not None:
@@ -224,9 +224,9 @@ def _on_device(batch: Prepared, loop: Loop) -> tuple[Tensor, Tensor]:
     return pixels, batch.targets.to(loop.device, non_blocking=True).float()
 
 
-def _without_sync(trainee: nn.Module) -> AbstractContextManager[None]:
+def _without_sync(step_module: nn.Module) -> AbstractContextManager[None]:
     """Leave gradients on their rank: they are summed over ranks once a step."""
-    no_sync = getattr(trainee, "no_sync", None)
+    no_sync = getattr(step_module, "no_sync", None)
     return no_sync() if no_sync else nullcontext()
 
 
@@ -241,9 +241,9 @@ def _finite(loss: float, step: int) -> float:
     return loss
 
 
-def _watch(state: RunState, logs: TrainingLogs, settings: TrainSettings, folder: Path, loop: Loop) -> None:
+def _validate(state: RunState, logs: TrainingLogs, settings: TrainSettings, folder: Path, loop: TrainerHooks) -> None:
     """Measure the watched network on held-out patches; keep it if it is the best so far."""
-    figures = loop.validate(state.watched)
+    figures = loop.validate(state.eval_model)
     logs.validation({"step": state.step, **figures})
     if figures[settings.best_by] > state.best:
         state.best, state.best_step = figures[settings.best_by], state.step

@@ -15,7 +15,7 @@ from g2l_core.metrics.moments import cka_center, cka_moments
 from g2l_core.metrics.similarity import linear_cka
 
 OVERLAP_K = 10
-"""Neighbours of the mutual overlap, as in Huh et al. 2024 (arXiv 2405.07987)."""
+"""Neighbors of the mutual overlap, as in Huh et al. 2024 (arXiv 2405.07987)."""
 
 DEAD = 1e-3
 """A dimension whose deviation is a smaller share than this of the largest does not count."""
@@ -25,35 +25,35 @@ STALLED_GAIN = 0.005
 PARTED_VALIDATIONS = 3
 
 
-def held_out_figures(
+def held_out_metrics(
     distiller: Distiller, held_out: HeldOutSet, device: torch.device, batch_size: int
 ) -> dict[str, float]:
     """How close the student is to the teacher on held-out canonical views.
 
     Returns:
         Linear CKA of student and teacher, debiased and biased; the same of the projected student; mutual kNN overlap
-        of student and teacher; and of projected student and teacher, both standardised over the held-out patches: the
+        of student and teacher; and of projected student and teacher, both standardized over the held-out patches: the
         mean cosine, and the explained variance R^2, the squared correlation of each dimension, averaged.
     """
     student, projected = _encode(distiller, held_out, device, batch_size)
     teacher = held_out.targets.astype(np.float32)
     alive = teacher.std(axis=0) > DEAD * teacher.std(axis=0).max()  # a constant dimension explains nothing
-    s, t = (_standardised(z[:, alive]) for z in (projected, teacher))
+    s, t = (_standardized(z[:, alive]) for z in (projected, teacher))
     cosines = (s * t).sum(axis=1) / np.maximum(np.linalg.norm(s, axis=1) * np.linalg.norm(t, axis=1), 1e-12)
     return {
         **_cka(student, teacher, ""),
         **_cka(projected, teacher, "_projected"),
         "cosine_projected": float(cosines.mean()),
         "r2_projected": float(np.square((s * t).mean(axis=0)).mean()),
-        "knn_overlap": neighbour_overlap(student, teacher, OVERLAP_K),
+        "knn_overlap": neighbor_overlap(student, teacher, OVERLAP_K),
     }
 
 
-def _standardised(z: Float32[np.ndarray, "n dim"]) -> Float64[np.ndarray, "n dim"]:
+def _standardized(z: Float32[np.ndarray, "n dim"]) -> Float64[np.ndarray, "n dim"]:
     """Each dimension with mean 0 and variance 1 whatever its scale; 0 where it is constant."""
-    centred = z.astype(np.float64) - z.mean(axis=0, dtype=np.float64)
-    deviation = centred.std(axis=0)
-    return centred / np.where(deviation > 0, deviation, 1)
+    centered = z.astype(np.float64) - z.mean(axis=0, dtype=np.float64)
+    deviation = centered.std(axis=0)
+    return centered / np.where(deviation > 0, deviation, 1)
 
 
 def _encode(
@@ -78,7 +78,7 @@ def _cka(x: np.ndarray, y: np.ndarray, suffix: str) -> dict[str, float]:
     return {f"cka_{kind}{suffix}": linear_cka(moments, debiased=kind == "debiased") for kind in ("debiased", "biased")}
 
 
-def neighbour_overlap(x: Float[np.ndarray, "n dim_x"], y: Float[np.ndarray, "n dim_y"], k: int) -> float:
+def neighbor_overlap(x: Float[np.ndarray, "n dim_x"], y: Float[np.ndarray, "n dim_y"], k: int) -> float:
     """Mean share of each row's k nearest (cosine) in `x` that are among its k nearest in `y`; k is less than n."""
     k = min(k, len(x) - 1)
     of_x, of_y = (nearest(z, None, k).indices for z in (x, y))
@@ -101,7 +101,7 @@ class Curves:
     """Steps that the run will have."""
 
 
-def warnings_of(curves: Curves) -> list[str]:
+def training_warnings(curves: Curves) -> list[str]:
     """What the curves of a run warn of (the failure signs of the paper's summary).
 
     - CKA stalls: it has not gained 0.005 over the last five validations, below 0.9, in the run's first three quarters

@@ -158,7 +158,7 @@ def encode(
 ) -> Float32[np.ndarray, "batch dim"]:
     """Features of a batch of views.
 
-    A view's features do not depend on its neighbours in the batch, as long as the batch size stays the same:
+    A view's features do not depend on its neighbors in the batch, as long as the batch size stays the same:
     pad the last batch (see `padded_batches`).
     """
     batch = torch.from_numpy(pixels).to(encoder.device, non_blocking=True)

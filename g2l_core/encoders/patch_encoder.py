@@ -10,7 +10,7 @@ from g2l_core.errors import EncoderError
 
 
 class PatchEncoder(nn.Module):
-    """From uint8 views to pooled features: resampling, normalisation, network, pooling."""
+    """From uint8 views to pooled features: resampling, normalization, network, pooling."""
 
     def __init__(self, network: nn.Module, spec: EncoderSpec) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class PatchEncoder(nn.Module):
         return self.pooled((images - self.get_buffer("mean")) / self.get_buffer("std"))
 
     def pooled(self, images: Float[Tensor, "batch 3 side side"]) -> Float[Tensor, "batch dim"]:
-        """Features of normalised images of the network's own input size."""
+        """Features of normalized images of the network's own input size."""
         if self.pooling == "native":
             return self.network(images)
         tokens = self.network.forward_features(images)  # type: ignore[operator]
@@ -59,7 +59,7 @@ class PatchEncoder(nn.Module):
 def resample(
     images: Float[Tensor, "batch 3 height width"], side: int, interpolation: str
 ) -> Float[Tensor, "batch 3 side side"]:
-    """Images of grey levels 0 to 255 at another size, as Pillow resizes them: that is what models were trained on.
+    """Images of gray levels 0 to 255 at another size, as Pillow resizes them: that is what models were trained on.
 
     Pillow resamples the rows, then the columns, and rounds to whole levels within 0 to 255 after each; clipping only
     at the end differs from it by up to 7 levels where bright edges overshoot.

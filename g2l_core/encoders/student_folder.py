@@ -13,6 +13,7 @@ from torch import nn
 from g2l_core.encoders.loading import spec_digest
 from g2l_core.encoders.patch_encoder import PatchEncoder
 from g2l_core.encoders.resolve import STUDENT_FOLDER, STUDENT_RECORD, EncoderSpec, spec_to_json
+from g2l_core.encoders.spec import STORED_LICENSE
 from g2l_core.encoders.timm_compat import import_timm
 from g2l_core.encoders.weights import state_digest
 
@@ -104,14 +105,14 @@ def model_card(card: ModelCard, spec: EncoderSpec) -> str:
     """README.md as the hub reads it: a header, what it was made of, how to load it, what was measured, whose terms."""
     teacher, student = card.teacher, card.student
     scale = f" at {spec.mpp:g} um/px" if spec.mpp else ""
-    terms = teacher.get("licence", "unknown")
+    terms = teacher.get(STORED_LICENSE, "unknown")
     measured = (name for name in card.after if name != "step")
     lines = [
         "---",
         "library_name: timm",
         "tags: [pathology, feature-extraction, distillation, g2l]",
         "license: other",
-        f"license_name: inherits {student.licence} and its teacher's {terms}",
+        f"license_name: inherits {student.license} and its teacher's {terms}",
         "---",
         "",
         f"# {card.name}",
@@ -126,7 +127,7 @@ def model_card(card: ModelCard, spec: EncoderSpec) -> str:
         "| | |",
         "|---|---|",
         *(f"| {what} | {words} |" for what, words in _made_of(card).items()),
-        f"| terms | of the student before ({student.licence}) and of its teacher ({terms}) |",
+        f"| terms | of the student before ({student.license}) and of its teacher ({terms}) |",
         "",
         "Held-out patches, against the teacher:",
         "",

@@ -31,15 +31,15 @@ def source_of(spec: EncoderSpec) -> str:
 
 def encoder_lines() -> list[str]:
     """The table at 80 columns, and how others are named."""
-    lines = [f"{'encoder':18}{'features':>8}{'px':>5}  {'um/px':16}{'params':>10}  {'licence':20}"]
+    lines = [f"{'encoder':18}{'features':>8}{'px':>5}  {'um/px':16}{'params':>10}  {'license':20}"]
     for spec in TABLE.values():
-        licence = spec.licence + (" *" if spec.gated else "")
+        license = spec.license + (" *" if spec.gated else "")
         size = f"{spec.name:18}{spec.dim:>8}{spec.input_px:>5}"
-        lines.append(f"{size}  {scales_of(spec):16}{parameters_of(spec):>10}  {licence}")
+        lines.append(f"{size}  {scales_of(spec):16}{parameters_of(spec):>10}  {license}")
     return [
         *lines,
         "",
-        "* gated: accept the licence on the model's page, then set HF_TOKEN.",
+        "* gated: accept the license on the model's page, then set HF_TOKEN.",
         "NAME@PX is another input size, NAME+POOLING another pooling (cls, mean, cls_mean,",
         "tokens). Encoders too: timm:NAME with --weights, a run folder of g2l distill, a spec",
         "file (mine.toml), MODULE:FUNCTION. All of one: g2l models NAME.",
@@ -62,12 +62,12 @@ def setting_lines(spec: EncoderSpec) -> list[str]:
 def with_table(page: str) -> str:
     """The page with the table between its two marks written anew."""
     rows = [
-        "| name | features | input | um/px | pooling | parameters | licence | weights |",
+        "| name | features | input | um/px | pooling | parameters | license | weights |",
         "|---|---|---|---|---|---|---|---|",
     ]
     rows += [
         f"| `{spec.name}` | {spec.dim} | {spec.input_px} px | {scales_of(spec)} | {_POOLING_WORDS[spec.pooling]} | "
-        f"{parameters_of(spec)} | {spec.licence} | {source_of(spec)}{', gated' if spec.gated else ''} |"
+        f"{parameters_of(spec)} | {spec.license} | {source_of(spec)}{', gated' if spec.gated else ''} |"
         for spec in TABLE.values()
     ]
     table = "\n".join(rows)

@@ -107,7 +107,7 @@ def state_dict_in_timm_layout(
 
 
 def layout_of(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
-    """Which library named these tensors; `timm` where none of the others is recognised among names not wanted."""
+    """Which library named these tensors; `timm` where none of the others is recognized among names not wanted."""
     foreign = [key for key in tensors if key not in wanted]
     if "embeddings.cls_token" in foreign:
         return "transformers-vit" if "encoder.layer.0.layernorm_before.weight" in foreign else "transformers-dinov2"

@@ -57,7 +57,7 @@ def _refusal(error: Exception, repository: str, revision: str) -> str:
     match error:
         case errors.GatedRepoError():
             return (
-                f"access to {repository} is gated. Accept its licence at {constants.ENDPOINT}/{repository}, "
+                f"access to {repository} is gated. Accept its license at {constants.ENDPOINT}/{repository}, "
                 "then set HF_TOKEN (or run `hf auth login`)"
             )
         case errors.RepositoryNotFoundError():

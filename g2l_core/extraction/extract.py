@@ -1,6 +1,6 @@
 """Stage one's stream: patches are read ahead, batched across slides, encoded, and written as shards fill.
 
-A batch always has the same size, so a patch's features do not depend on its neighbours; what is still missing
+A batch always has the same size, so a patch's features do not depend on its neighbors; what is still missing
 at a restart is computed again with the same bits.
 
 Memory does not grow with the cohort nor with a slide. It holds at most 2 workers + 1 blocks of pixels (64 patches
@@ -20,7 +20,7 @@ from g2l_core.concurrency import run_ahead
 from g2l_core.encoders.loading import LoadedEncoder
 from g2l_core.errors import EncoderError, SlideError, StoreMismatchError
 from g2l_core.extraction.batching import Batcher, ShardBuffer
-from g2l_core.patches.artifacts import ArtefactSpec
+from g2l_core.patches.artifacts import ArtifactSpec
 from g2l_core.patches.grid import GridSpec, blocks
 from g2l_core.patches.render import PatchReader, RenderedBlock, open_patches, render_block
 from g2l_core.patches.views import ViewSpec
@@ -33,7 +33,7 @@ from g2l_core.types import Level0Px, PatchStatus, ViewParams
 
 
 @dataclass
-class CacheProgress:
+class ExtractionProgress:
     """What stage one has done so far, and where its time went."""
 
     patches_total: int = 0
@@ -49,7 +49,7 @@ class CacheProgress:
     """Reasons of unreadable patches, by slide."""
 
     @property
-    def utilisation(self) -> float:
+    def utilization(self) -> float:
         """Share of the time in which the encoder was at work."""
         return min(1.0, self.seconds["encode"] / self.elapsed) if self.elapsed else 0.0
 
@@ -86,7 +86,7 @@ class _BlockJob:
     views: tuple[int, ...]
     params: ViewParams
     status: PatchStatus
-    artefacts: ArtefactSpec | None
+    artifacts: ArtifactSpec | None
 
 
 def missing_patches(
@@ -111,7 +111,7 @@ def missing_patches(
     return total
 
 
-def cache_features(
+def extract_features(
     store: FeatureStore,
     slide_ids: Sequence[str],
     encoders: Sequence[LoadedEncoder],
@@ -119,10 +119,10 @@ def cache_features(
     n_views: int,
     batch_size: int,
     workers: int,
-    report: Callable[[CacheProgress], None],
+    report: Callable[[ExtractionProgress], None],
     retry_unreadable: bool = False,
     stage: Stage | None = None,
-) -> CacheProgress:
+) -> ExtractionProgress:
     """Encode whatever these slides still miss, each patch read and augmented once for all encoders.
 
     Args:
@@ -139,14 +139,14 @@ def cache_features(
     Returns:
         The final progress, with every slide and patch that failed.
     """
-    views = ViewSpec(**store.views)
+    views = ViewSpec.from_json(store.views)
     total = missing_patches(store, slide_ids, encoders, n_views, retry_unreadable=retry_unreadable)
-    progress = CacheProgress(patches_total=total)
+    progress = ExtractionProgress(patches_total=total)
     jobs = _block_jobs(store, slide_ids, encoders, n_views, progress, retry_unreadable, stage)
 
     def render(job: _BlockJob) -> tuple[_BlockJob, RenderedBlock]:
         rows = job.rows.tolist()
-        return job, render_block(job.reader, rows, job.params, job.status, views, job.artefacts)
+        return job, render_block(job.reader, rows, job.params, job.status, views, job.artifacts)
 
     with ThreadPoolExecutor(1, thread_name_prefix="g2l-encode") as thread:
         stream = _Stream(progress, {e.key: Batcher(e, batch_size, views.crop_px, thread) for e in encoders})
@@ -173,18 +173,18 @@ def _block_jobs(
     slide_ids: Sequence[str],
     encoders: Sequence[LoadedEncoder],
     n_views: int,
-    progress: CacheProgress,
+    progress: ExtractionProgress,
     retry_unreadable: bool,
     stage: Stage | None,
 ) -> Iterator[_BlockJob]:
     """All blocks that miss something, slide by slide, shard by shard; a slide that has failed is left."""
-    grid = GridSpec(**store.grid)
+    grid = GridSpec.from_json(store.grid)
     for slide_id in slide_ids:
         slide = store.slide(slide_id)
         reader: PatchReader | None = None
         cells = blocks(slide.coords, Level0Px(slide.facts["patch_px_level0"]), grid)
         params = slide.view_params
-        artefacts = ArtefactSpec(names=grid.artefact_names, mpp=grid.mpp) if slide.facts["kind"] == "slide" else None
+        artifacts = ArtifactSpec(names=grid.artifacts, mpp=grid.mpp) if slide.facts["kind"] == "slide" else None
         for job in _shard_jobs(slide, encoders, n_views, retry_unreadable):
             try:
                 source = Path(slide.facts["source"])
@@ -200,7 +200,7 @@ def _block_jobs(
                 rows = start + np.flatnonzero(todo[start - job.start : stop - job.start])
                 if len(rows):
                     chosen = params[rows][:, list(wanted)]
-                    yield _BlockJob(job, reader, rows, wanted, chosen, status[rows - job.start], artefacts)
+                    yield _BlockJob(job, reader, rows, wanted, chosen, status[rows - job.start], artifacts)
             if slide_id in progress.failed_slides:
                 break
 
@@ -248,7 +248,7 @@ def _within(cells: Sequence[tuple[int, int]], start: int, stop: int) -> Iterator
 class _Stream:
     """Takes rendered blocks to the encoders, and complete shards to the store."""
 
-    def __init__(self, progress: CacheProgress, batchers: Mapping[str, Batcher]) -> None:
+    def __init__(self, progress: ExtractionProgress, batchers: Mapping[str, Batcher]) -> None:
         self._progress, self._batchers = progress, batchers
         self._open: list[ShardBuffer] = []
 

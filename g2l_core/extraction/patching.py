@@ -8,7 +8,7 @@ import numpy as np
 
 from g2l_core.concurrency import run_ahead
 from g2l_core.errors import G2LError, NoTissueError, ReadError, SlideError, StoreMismatchError
-from g2l_core.patches.grid import GridSpec, image_order, lay_grid, patch_side_level0
+from g2l_core.patches.grid import GridSpec, grid_coords, image_order, patch_side_level0
 from g2l_core.patches.identity import images_fingerprint, require_same_slide
 from g2l_core.patches.render import read_image
 from g2l_core.patches.views import COLUMNS, ViewSpec, sample_views
@@ -17,13 +17,13 @@ from g2l_core.slides.manifest import Source
 from g2l_core.slides.slide import Slide, open_slide
 from g2l_core.store.features import FeatureStore, StoredSlide
 from g2l_core.tissue.methods import FoundTissue, TissueMethod, resolve_tissue
-from g2l_core.tissue.overview import Laying, write_qc
+from g2l_core.tissue.overview import SlideOverview, write_overview
 from g2l_core.tissue.thresholds import THUMBNAIL_MPP
 from g2l_core.types import Coords, Level0Px
 
 
 @dataclass(frozen=True, kw_only=True)
-class LaidSlide:
+class PatchedSlide:
     """A slide's patches, not yet in a store."""
 
     facts: dict[str, object]
@@ -34,27 +34,27 @@ class LaidSlide:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayOutcome:
+class PatchingOutcome:
     """What came of laying one source: patches, or the reason why not."""
 
     source: Source
-    laid: LaidSlide | None = None
+    laid: PatchedSlide | None = None
     error: G2LError | None = None
 
 
-def lay_source(
+def patch_source(
     source: Source,
     grid: GridSpec,
     mpp_override: float | None,
     tissue: TissueMethod | None = None,
     qc: Path | None = None,
-) -> LaidSlide:
+) -> PatchedSlide:
     """Lay one source's patches.
 
     Args:
         source: A slide, or patch images, which need no tissue and get no picture.
         grid: The patches.
-        mpp_override: Micrometres per level-0 pixel where header and manifest give none.
+        mpp_override: Micrometers per level-0 pixel where header and manifest give none.
         tissue: The method that `grid.tissue` names; None finds it by that name, which does for thresholds.
         qc: Where the slide's picture and outlines go (`qc.qc_folder`), also where no patch is left; None writes none.
 
@@ -63,23 +63,23 @@ def lay_source(
         UsageError: The tissue method cannot be used.
     """
     if source.patch_ids:
-        laid = _lay_images(source, grid, mpp_override)
+        laid = _patch_images(source, grid, mpp_override)
     else:
-        laid = _lay_slide(source, grid, mpp_override, tissue or resolve_tissue(grid.tissue), qc)
+        laid = _patch_slide(source, grid, mpp_override, tissue or resolve_tissue(grid.tissue), qc)
     laid.facts["source"] = str(source.path.resolve())
     laid.facts["labels"] = dict(source.labels)
     return laid
 
 
-def _lay_slide(
+def _patch_slide(
     source: Source, grid: GridSpec, mpp_override: float | None, tissue: TissueMethod, qc: Path | None
-) -> LaidSlide:
+) -> PatchedSlide:
     with open_slide(source.path, manifest_mpp=source.mpp, mpp_override=mpp_override) as slide:
         side = patch_side_level0(grid, slide.mpp)
         found = tissue.find(slide, source.slide_id)
         downsample = slide.thumbnail_frame(THUMBNAIL_MPP).downsample
-        coords = lay_grid(slide.level0_size, side, found.mask, downsample, grid, source.slide_id)
-        laying = Laying(
+        coords = grid_coords(slide.level0_size, side, found.mask, downsample, grid, source.slide_id)
+        laying = SlideOverview(
             slide_id=source.slide_id,
             coords=coords,
             side=side,
@@ -87,7 +87,7 @@ def _lay_slide(
             downsample=downsample,
             method=tissue.identity,
         )
-        remarks = _write_qc(qc, slide, laying, found) if qc is not None else ()
+        remarks = _write_overview(qc, slide, laying, found) if qc is not None else ()
         if not len(coords):
             raise NoTissueError(_nothing_left(slide, side, tissue))
         facts = {
@@ -99,7 +99,7 @@ def _lay_slide(
             "patch_px_level0": int(side),
             **found.facts,
         }
-    return LaidSlide(facts=facts, coords=coords, patch_ids=None, remarks=remarks)
+    return PatchedSlide(facts=facts, coords=coords, patch_ids=None, remarks=remarks)
 
 
 def _nothing_left(slide: Slide, side: Level0Px, tissue: TissueMethod) -> str:
@@ -110,10 +110,10 @@ def _nothing_left(slide: Slide, side: Level0Px, tissue: TissueMethod) -> str:
     )
 
 
-def _write_qc(qc: Path, slide: Slide, laying: Laying, found: FoundTissue) -> tuple[str, ...]:
+def _write_overview(qc: Path, slide: Slide, laying: SlideOverview, found: FoundTissue) -> tuple[str, ...]:
     """Write the slide's picture and outlines; what goes wrong is a remark, for the patches do not need them."""
     try:
-        remark = write_qc(qc, slide, laying, found.thumbnail)
+        remark = write_overview(qc, slide, laying, found.thumbnail)
     except ReadError as error:
         remark = f"slide {laying.slide_id}: no picture of it: {error}"
     except OSError as error:
@@ -121,7 +121,7 @@ def _write_qc(qc: Path, slide: Slide, laying: Laying, found: FoundTissue) -> tup
     return (remark,) if remark else ()
 
 
-def _lay_images(source: Source, grid: GridSpec, mpp_override: float | None) -> LaidSlide:
+def _patch_images(source: Source, grid: GridSpec, mpp_override: float | None) -> PatchedSlide:
     names = source.patch_ids
     _require_first_image(source, grid)
     order = image_order(len(names), grid, source.slide_id)[: grid.max_patches]
@@ -134,7 +134,7 @@ def _lay_images(source: Source, grid: GridSpec, mpp_override: float | None) -> L
         "patch_px_level0": grid.patch_px,
     }
     patch_ids = tuple(names[i] for i in order)
-    return LaidSlide(facts=facts, coords=np.zeros((len(order), 2), np.int32), patch_ids=patch_ids)
+    return PatchedSlide(facts=facts, coords=np.zeros((len(order), 2), np.int32), patch_ids=patch_ids)
 
 
 def _require_first_image(source: Source, grid: GridSpec) -> None:
@@ -145,7 +145,7 @@ def _require_first_image(source: Source, grid: GridSpec) -> None:
         raise ReadError(f"{error}. Give their size with --patch-px") from error
 
 
-def lay_sources(
+def patch_sources(
     sources: Iterable[Source],
     grid: GridSpec,
     *,
@@ -153,25 +153,27 @@ def lay_sources(
     workers: int,
     tissue: TissueMethod | None = None,
     qc: Path | None = None,
-) -> Iterator[LayOutcome]:
+) -> Iterator[PatchingOutcome]:
     """Lay many sources in threads, in order; a source that cannot be used costs that source alone.
 
-    The arguments are those of `lay_source`.
+    The arguments are those of `patch_source`.
     """
 
-    def lay(source: Source) -> LayOutcome:
+    def lay(source: Source) -> PatchingOutcome:
         try:
-            return LayOutcome(source=source, laid=lay_source(source, grid, mpp_override, tissue, qc))
+            return PatchingOutcome(source=source, laid=patch_source(source, grid, mpp_override, tissue, qc))
         except SlideError as error:
-            return LayOutcome(source=source, error=error)
+            return PatchingOutcome(source=source, error=error)
 
     return run_ahead(lay, sources, workers=workers, lookahead=2 * max(1, workers))
 
 
-def store_laid(store: FeatureStore, source: Source, laid: LaidSlide, views: ViewSpec, n_views: int) -> StoredSlide:
+def store_patched(
+    store: FeatureStore, source: Source, laid: PatchedSlide, views: ViewSpec, n_views: int
+) -> StoredSlide:
     """Write a laid slide into a store with the parameters of its first `n_views` views."""
     params = sample_views(views, source.slide_id, laid.coords, range(n_views), laid.patch_ids)
-    return store.lay_slide(
+    return store.add_slide(
         source.slide_id, laid.facts, coords=laid.coords, view_params=params, columns=COLUMNS, patch_ids=laid.patch_ids
     )
 

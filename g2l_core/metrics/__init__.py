@@ -1,1 +1,4 @@
-"""What is measured on stored features: pure functions of arrays, and the figures they give."""
+"""Metrics of features, as pure functions on arrays. Nothing here knows of stores, tasks or reports.
+
+`statistics` resamples clusters (patients) and draws the intervals that every metric shares.
+"""

@@ -1,4 +1,4 @@
-"""Likeness of two encoders beyond linear CKA: by kernels, by neighbours, by rotation; and the rank of one."""
+"""Likeness of two encoders beyond linear CKA: by kernels, by neighbors, by rotation; and the rank of one."""
 
 from collections.abc import Sequence
 
@@ -52,10 +52,10 @@ def rbf_cka(
 
 def _rbf_kernel(features: Float[np.ndarray, "row dim"], bandwidth: float, name: str) -> Float64[np.ndarray, "row row"]:
     require_finite(features, name)
-    centred = features.astype(np.float64)
-    centred -= centred.mean(axis=0)
-    lengths = np.einsum("ij,ij->i", centred, centred)
-    squares = centred @ centred.T
+    centered = features.astype(np.float64)
+    centered -= centered.mean(axis=0)
+    lengths = np.einsum("ij,ij->i", centered, centered)
+    squares = centered @ centered.T
     squares *= -2
     squares += lengths + lengths[:, None]
     np.maximum(squares, 0.0, out=squares)
@@ -70,9 +70,9 @@ def _rbf_kernel(features: Float[np.ndarray, "row dim"], bandwidth: float, name: 
 
 
 def mutual_neighbors(one: Neighbors, other: Neighbors, k: Sequence[int]) -> Int64[np.ndarray, "row k"]:
-    """How many of each row's first k neighbours in one encoder are among its first k in the other.
+    """How many of each row's first k neighbors in one encoder are among its first k in the other.
 
-    Divided by k and averaged over rows, this is the mutual k-nearest-neighbour alignment: 1 where the neighbours
+    Divided by k and averaged over rows, this is the mutual k-nearest-neighbor alignment: 1 where the neighbors
     agree, k / (rows to choose from) by chance.
 
     Args:
@@ -89,7 +89,7 @@ def mutual_neighbors(one: Neighbors, other: Neighbors, k: Sequence[int]) -> Int6
     require_aligned(one=len(one.indices), other=len(other.indices))
     found = min(one.indices.shape[1], other.indices.shape[1])
     if not k or min(k) < 1 or max(k) > found:
-        raise TaskError(f"k must lie between 1 and the {found} neighbours found; got {list(k)}")
+        raise TaskError(f"k must lie between 1 and the {found} neighbors found; got {list(k)}")
     shared = np.zeros((len(one.indices), len(k)), np.int64)
     for rows in row_blocks(len(shared)):
         same = one.indices[rows, : max(k), None] == other.indices[rows, None, : max(k)]
@@ -101,7 +101,7 @@ def mutual_neighbors(one: Neighbors, other: Neighbors, k: Sequence[int]) -> Int6
 def procrustes_similarity(moments: CkaMoments) -> float:
     """How much of one encoder's features a rotation brings onto the other's: the nuclear norm of X'Y.
 
-    Both are centred and scaled to |X| = |Y| = 1 (Frobenius), so that the orthogonal Procrustes distance
+    Both are centered and scaled to |X| = |Y| = 1 (Frobenius), so that the orthogonal Procrustes distance
     min |X Q - Y|^2 over matrices Q with orthonormal rows or columns is 2 - 2 times this, from 0 to 2. It does not
     fall to 0 for independent features unless rows by far outnumber the dimensions.
 
@@ -118,12 +118,12 @@ def procrustes_similarity(moments: CkaMoments) -> float:
         Schönemann, A Generalized Solution of the Orthogonal Procrustes Problem (1966); as a measure of
         representations: Ding et al., Grounding Representation Similarity with Statistical Testing (2021), section 2.
     """
-    centred = centred_gram(moments)
+    centered = centered_gram(moments)
     x, y = moments.columns(0), moments.columns(1)
-    spread = float(np.trace(centred[x, x])) * float(np.trace(centred[y, y]))
+    spread = float(np.trace(centered[x, x])) * float(np.trace(centered[y, y]))
     if spread <= 0:
         raise TaskError(f"Procrustes is undefined: the {moments.n:,} rows of x or of y are all alike")
-    return float(np.linalg.svd(centred[x, y], compute_uv=False).sum()) / spread**0.5
+    return float(np.linalg.svd(centered[x, y], compute_uv=False).sum()) / spread**0.5
 
 
 def procrustes_distance(moments: CkaMoments) -> float:
@@ -131,13 +131,13 @@ def procrustes_distance(moments: CkaMoments) -> float:
     return 2 - 2 * procrustes_similarity(moments)
 
 
-def centred_gram(moments: CkaMoments) -> Float64[np.ndarray, "dim dim"]:
+def centered_gram(moments: CkaMoments) -> Float64[np.ndarray, "dim dim"]:
     """The sums of products of [x | y] about their mean."""
     return moments.gram - np.outer(moments.total, moments.total) / moments.n
 
 
 def effective_rank(features: Float[np.ndarray, "row dim"]) -> float:
-    """The exponential of the entropy of the singular values, which are scaled to sum to 1; of centred features.
+    """The exponential of the entropy of the singular values, which are scaled to sum to 1; of centered features.
 
     Between 1 and the smaller of dim and rows - 1: how many directions the features really use.
 

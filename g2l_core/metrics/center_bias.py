@@ -1,4 +1,4 @@
-"""What the medical centre does to a probe: how well features tell it, and what a biased training set costs."""
+"""What the medical center does to a probe: how well features tell it, and what a biased training set costs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,22 +23,22 @@ def predict_centers(
     folds: int = 5,
     seed: int,
 ) -> Shaped[np.ndarray, " row"]:
-    """The centre that a linear probe, fitted on other slides, predicts for each row.
+    """The center that a linear probe, fitted on other slides, predicts for each row.
 
     `probe.confusion(medical_centers, predicted, slides)` gives the sums for `probe.balanced_accuracy` and its
-    interval over slides. By chance it is 1 / the number of centres; beside it stands `centers_told_by_class`.
-    (By neighbours instead: `neighbors.nearest` with the slides as groups, then `neighbors.knn_predict`.)
+    interval over slides. By chance it is 1 / the number of centers; beside it stands `centers_told_by_class`.
+    (By neighbors instead: `neighbors.nearest` with the slides as groups, then `neighbors.knn_predict`.)
 
     Args:
         features: Of any float type.
-        medical_centers: The centre of each row.
+        medical_centers: The center of each row.
         slides: The slide, better the patient, of each row: none is fitted on and predicted.
         c: The probe's inverse penalty (`probe.linear_probe`).
         folds: Number of folds over slides.
         seed: Deals the slides into folds.
 
     Raises:
-        TaskError: If there is one centre only, a centre has fewer slides than folds, the lengths differ, or a
+        TaskError: If there is one center only, a center has fewer slides than folds, the lengths differ, or a
             feature is not finite.
     """
     require_aligned(features=len(features), centers=len(medical_centers), slides=len(slides))
@@ -52,18 +52,18 @@ def predict_centers(
 def centers_told_by_class(
     medical_centers: Shaped[np.ndarray, " row"], biological_classes: Shaped[np.ndarray, " class_row"]
 ) -> float:
-    """The best balanced accuracy of predicting the centre from the class alone.
+    """The best balanced accuracy of predicting the center from the class alone.
 
-    Where centres have different classes, features that hold nothing but biology tell the centre this well; what
-    is above it cannot come from the class. It is 1 / centres where the classes are spread alike.
+    Where centers have different classes, features that hold nothing but biology tell the center this well; what
+    is above it cannot come from the class. It is 1 / centers where the classes are spread alike.
 
     Args:
-        medical_centers: The centre of each row.
+        medical_centers: The center of each row.
         biological_classes: The tissue class of each row.
 
     Returns:
-        The mean over centres of the share of rows that the rule "each class to the centre with the greatest
-        share of it" gets right: (1 / centres) times the sum over classes of max P(class | centre).
+        The mean over centers of the share of rows that the rule "each class to the center with the greatest
+        share of it" gets right: (1 / centers) times the sum over classes of max P(class | center).
 
     Raises:
         TaskError: If the lengths differ.
@@ -78,21 +78,21 @@ def centers_told_by_class(
 
 @dataclass(frozen=True, kw_only=True)
 class BiasDesign:
-    """How training sets of growing centre bias are made, all of the same size and class balance."""
+    """How training sets of growing center bias are made, all of the same size and class balance."""
 
     centers: Sequence[object]
     """In the domain: trained and tested on. No more than there are classes, so that each can stand for one."""
     slides_per_class: int
-    """Slides of each class in every training set; a multiple of the number of centres."""
+    """Slides of each class in every training set; a multiple of the number of centers."""
     rows_per_slide: int
     """Rows of each class that a slide gives; one with fewer is not used for the class."""
     test_slides: int = 1
-    """Slides of each class and centre that are held out."""
+    """Slides of each class and center that are held out."""
     levels: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0)
-    """Bias b, ascending from 0: a class takes the share (1 - b) / centres + b from the centre that stands for
-    it, and (1 - b) / centres from every other."""
+    """Bias b, ascending from 0: a class takes the share (1 - b) / centers + b from the center that stands for
+    it, and (1 - b) / centers from every other."""
     repeats: int = 20
-    """Times that slides are dealt out anew, and that classes are assigned to centres."""
+    """Times that slides are dealt out anew, and that classes are assigned to centers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,11 +100,11 @@ class BiasedProbes:
     """What probes that were fitted on sets of growing bias make of test sets that stay the same."""
 
     cramers_v: Float64[np.ndarray, " level"]
-    """Of class and centre in the training set, as slides allow it, mean over repeats: 0 to 1."""
+    """Of class and center in the training set, as slides allow it, mean over repeats: 0 to 1."""
     in_domain: Int64[np.ndarray, "slide level repeat class class"]
-    """Counts [truth, predicted] on held-out slides of the training centres; slides in sorted order."""
+    """Counts [truth, predicted] on held-out slides of the training centers; slides in sorted order."""
     out_of_domain: Int64[np.ndarray, "slide level repeat class class"]
-    """The same on all rows of other centres; all 0 where there is none."""
+    """The same on all rows of other centers; all 0 where there is none."""
 
 
 def biased_probes(
@@ -117,27 +117,27 @@ def biased_probes(
     c: float = 1.0,
     seed: int,
 ) -> BiasedProbes:
-    """Fits a probe for the class at each level of centre bias, and tests all of a repeat on the same rows.
+    """Fits a probe for the class at each level of center bias, and tests all of a repeat on the same rows.
 
-    In a repeat, every centre holds out `test_slides` slides of each class; the rest are put in an order, and each
+    In a repeat, every center holds out `test_slides` slides of each class; the rest are put in an order, and each
     level takes as many from the front as its shares say. So the number of slides, of rows and of rows of a class
-    does not change with the bias, and test rows have every class equally often from every centre.
+    does not change with the bias, and test rows have every class equally often from every center.
 
-    It is PathoROB's experiment for any numbers of classes and centres, with the probe of `probe.linear_probe`
-    at a fixed penalty; PathoROB has a table of counts for each data set, does not standardise features, and
+    It is PathoROB's experiment for any numbers of classes and centers, with the probe of `probe.linear_probe`
+    at a fixed penalty; PathoROB has a table of counts for each data set, does not standardize features, and
     chooses the penalty on rows as biased as the training set.
 
     Args:
         features: Of any float type.
         biological_classes: What the probe predicts.
-        medical_centers: The centre of each row.
+        medical_centers: The center of each row.
         slides: The slide, better the patient, of each row: none is fitted on and tested.
         design: How the training sets are made.
         c: The probe's inverse penalty.
-        seed: Deals out slides, rows, and classes to centres.
+        seed: Deals out slides, rows, and classes to centers.
 
     Raises:
-        TaskError: If the design cannot be met: the message says by which class in which centre.
+        TaskError: If the design cannot be met: the message says by which class in which center.
 
     References:
         Kömen et al. (2025), arXiv 2507.17845, section on the average performance drop.
@@ -172,10 +172,10 @@ def _require_design(design: BiasDesign, classes: Shaped[np.ndarray, " class"]) -
     centers, levels = len(set(design.centers)), np.array(design.levels, float)
     if not 2 <= centers <= len(classes) or centers < len(design.centers):
         raise TaskError(
-            f"name 2 to {len(classes)} different centres, no more than there are classes; got {list(design.centers)}"
+            f"name 2 to {len(classes)} different centers, no more than there are classes; got {list(design.centers)}"
         )
     if design.slides_per_class < 1 or design.slides_per_class % centers:
-        raise TaskError(f"slides_per_class is a multiple of the {centers} centres; got {design.slides_per_class}")
+        raise TaskError(f"slides_per_class is a multiple of the {centers} centers; got {design.slides_per_class}")
     if len(levels) < 2 or levels[0] != 0 or levels[-1] > 1 or (np.diff(levels) <= 0).any():
         raise TaskError(f"bias levels ascend from 0 to at most 1, with two at least; got {levels.tolist()}")
     if min(design.rows_per_slide, design.test_slides, design.repeats) < 1:
@@ -185,7 +185,7 @@ def _require_design(design: BiasDesign, classes: Shaped[np.ndarray, " class"]) -
 def _slides_of_strata(
     b: float, stands_for: Int64[np.ndarray, " class"], design: BiasDesign
 ) -> Int64[np.ndarray, "class center"]:
-    """How many slides of each class and centre are trained on; every class has `slides_per_class`."""
+    """How many slides of each class and center are trained on; every class has `slides_per_class`."""
     centers = len(design.centers)
     others = round(design.slides_per_class * (1 - b) / centers)
     slides = np.full((len(stands_for), centers), others, np.int64)
@@ -201,7 +201,7 @@ def _deal(
     design: BiasDesign,
     rng: np.random.Generator,
 ) -> tuple[dict[tuple[int, int], Int64[np.ndarray, "slide each"]], Int64[np.ndarray, " test"]]:
-    """Training rows of each (class, centre), slide by slide in the order in which they are taken; test rows."""
+    """Training rows of each (class, center), slide by slide in the order in which they are taken; test rows."""
     most = int(_slides_of_strata(max(design.levels), np.zeros(1, np.int64), design).max())
     train, test = {}, []
     for number, center in enumerate(design.centers):
@@ -214,7 +214,7 @@ def _deal(
             fitted = [mine[s] for s in order if s in mine and s not in held]
             if len(tested) < design.test_slides or len(fitted) < most:
                 raise TaskError(
-                    f"class {classes[klass]} in centre {center} has {len(mine)} slides with "
+                    f"class {classes[klass]} in center {center} has {len(mine)} slides with "
                     f"{design.rows_per_slide} rows, of which {len(fitted)} are left to train on; wanted are "
                     f"{most} and {design.test_slides} to test (lower slides_per_class, rows_per_slide or the bias)"
                 )

@@ -38,13 +38,13 @@ def registered_pair(
 
     A patch is found at k if fewer than k others of all patches of both conditions, itself left out, are as near
     to it as its own counterpart. Others at the same distance count against it: blank patches and features that
-    have collapsed to a point are not found. Neighbours come from `neighbors.nearest`, in blocks: the matrix
+    have collapsed to a point are not found. Neighbors come from `neighbors.nearest`, in blocks: the matrix
     of all pairs is never held.
 
     Args:
         first: Features of the patches under one condition (scanner and stain); any float type.
         second: The same patches in the same order under another.
-        ks: Numbers of neighbours.
+        ks: Numbers of neighbors.
 
     Returns:
         One row a patch: 1, the cosine, and for each k 0, 1/2 or 1: found in neither, one or both directions.
@@ -99,7 +99,7 @@ def consistency_sums(
         features: Of the same patches, in the same order, by the condition's name (its scanner and stain).
         clusters: What is independent of the rest: the specimen or region of each patch.
         pairs: Of names; None is all of them.
-        ks: Numbers of neighbours.
+        ks: Numbers of neighbors.
 
     Raises:
         TaskError: As `registered_pair`, and if there is no pair, a name is unknown, or the lengths differ.

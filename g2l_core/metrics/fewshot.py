@@ -51,17 +51,17 @@ def draw_shots(
 
 @dataclass(frozen=True, kw_only=True)
 class Prototypes:
-    """The means of the classes among centred rows of unit length."""
+    """The means of the classes among centered rows of unit length."""
 
     classes: Shaped[np.ndarray, " class"]
     center: Float64[np.ndarray, " dim"]
     means: Float64[np.ndarray, "class dim"]
 
     def similarities(self, features: Float[np.ndarray, "row dim"]) -> Float64[np.ndarray, "row class"]:
-        """Minus the squared distance of each row, centred and of unit length, to each prototype."""
+        """Minus the squared distance of each row, centered and of unit length, to each prototype."""
         found = np.empty((len(features), len(self.classes)))
         for rows in row_blocks(len(features)):
-            unit = _centred_unit(features[rows], self.center)
+            unit = _centered_unit(features[rows], self.center)
             found[rows] = 2 * unit @ self.means.T - 1 - (self.means**2).sum(axis=1)
         return found
 
@@ -70,12 +70,12 @@ class Prototypes:
         return self.classes[self.similarities(features).argmax(axis=1)]
 
 
-def _centred_unit(
+def _centered_unit(
     features: Float[np.ndarray, "row dim"], center: Float64[np.ndarray, " dim"]
 ) -> Float64[np.ndarray, "row dim"]:
-    centred = features - center
-    lengths = np.linalg.norm(centred, axis=1, keepdims=True)
-    return centred / np.where(lengths > 0, lengths, 1.0)
+    centered = features - center
+    lengths = np.linalg.norm(centered, axis=1, keepdims=True)
+    return centered / np.where(lengths > 0, lengths, 1.0)
 
 
 def prototypes(
@@ -83,7 +83,7 @@ def prototypes(
     labels: Shaped[np.ndarray, " label"],
     center: Float64[np.ndarray, " center_dim"] | None = None,
 ) -> Prototypes:
-    """SimpleShot's classifier "CL2N": centre, scale to unit length, average by class.
+    """SimpleShot's classifier "CL2N": center, scale to unit length, average by class.
 
     Args:
         features: Of the shots.
@@ -103,7 +103,7 @@ def prototypes(
         raise TaskError(f"prototypes need two classes at least; all {len(labels):,} labels are {classes[0]}")
     center = features.mean(axis=0, dtype=np.float64) if center is None else center
     require_aligned(dim=features.shape[1], center=len(center))
-    unit = _centred_unit(features, center)
+    unit = _centered_unit(features, center)
     means = np.stack([unit[codes == code].mean(axis=0) for code in range(len(classes))])
     return Prototypes(classes=classes, center=center, means=means)
 
@@ -132,7 +132,7 @@ def retrieval_sums(
     require_aligned(rows=len(neighbors.indices), labels=len(labels))
     found = neighbors.indices.shape[1]
     if not k or min(k) < 1 or max(k) > found:
-        raise TaskError(f"k must lie between 1 and the {found} neighbours found; got {list(k)}")
+        raise TaskError(f"k must lie between 1 and the {found} neighbors found; got {list(k)}")
     hits = (labels[neighbors.indices] == labels[:, None]).astype(np.float64)
     counts = hits.cumsum(axis=1)
     gained = (hits * counts / np.arange(1, found + 1)).cumsum(axis=1)

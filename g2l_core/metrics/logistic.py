@@ -74,16 +74,16 @@ def design_of(
 def fit(
     design: Design, c: float, *, start: Float64[np.ndarray, "column class"] | None = None, max_iterations: int
 ) -> tuple[Float64[np.ndarray, "column class"], bool]:
-    """Minimises the sum of the log losses + |W|^2 / (2 C), intercepts not penalised.
+    """Minimizes the sum of the log losses + |W|^2 / (2 C), intercepts not penalized.
 
-    Of two classes, one weight vector is penalised, as in scikit-learn: the same as two opposite halves at C / 2.
+    Of two classes, one weight vector is penalized, as in scikit-learn: the same as two opposite halves at C / 2.
     L-BFGS works on V = R'W with R R' = X'X / (n K) + I / (n C), the Hessian where all K classes are equally likely:
     correlated features, which slow it down, are no longer so.
 
     Args:
         design: The training rows.
         c: The inverse penalty.
-        start: Weights to start from, those of a neighbouring C for instance; None is 0.
+        start: Weights to start from, those of a neighboring C for instance; None is 0.
         max_iterations: Of L-BFGS.
 
     Returns:

@@ -23,7 +23,7 @@ class AbmilSettings:
     """How gated attention is trained; the defaults are for some hundred bags."""
 
     width: int = 128
-    """Of a patch's embedding h: one layer with ReLU on the standardised features."""
+    """Of a patch's embedding h: one layer with ReLU on the standardized features."""
     attention_width: int = 64
     """Rows of V and U."""
     learning_rate: float = 1e-3
@@ -84,7 +84,7 @@ def train_abmil(
     bags, changes rounding only, as long as no bag is larger than `most_patches`.
 
     Args:
-        train: Features of the training patches; any float type. Standardised with their own mean and
+        train: Features of the training patches; any float type. Standardized with their own mean and
             deviation, all patches alike.
         train_bags: The bag of each.
         labels: The class of each training bag, in the order of their sorted names (`bags.bag_values`).
@@ -138,7 +138,7 @@ def _drawn(rows: Int64[np.ndarray, " member"], most: int, seed: int, number: int
 
 @dataclass(frozen=True, kw_only=True)
 class _Scale:
-    """Standardises features to float32 tensors."""
+    """Standardizes features to float32 tensors."""
 
     mean: Float64[np.ndarray, " dim"]
     deviation: Float64[np.ndarray, " dim"]
@@ -162,7 +162,7 @@ class _Scale:
 @dataclass(frozen=True, kw_only=True)
 class _Task:
     features: Float[np.ndarray, "row dim"]
-    """As they were given: one step's bags at a time are standardised, in float32."""
+    """As they were given: one step's bags at a time are standardized, in float32."""
     members: Sequence[Int64[np.ndarray, "_"]]
     """The rows of each bag."""
     scale: _Scale
@@ -226,14 +226,14 @@ def _train(task: _Task, settings: AbmilSettings, seed: int) -> tuple[_Network, i
     import torch
 
     network = _first_weights(task.features.shape[1], len(task.weights), settings, seed)
-    optimiser = torch.optim.AdamW(list(network.values()), lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    optimizer = torch.optim.AdamW(list(network.values()), lr=settings.learning_rate, weight_decay=settings.weight_decay)
     best, best_epoch, least = network, 0, np.inf
     for epoch in range(1, settings.most_epochs + 1):
         order = keyed_generator("abmil order", seed, epoch).permutation(task.fit)
         for step in _chunks(order, settings.bags_per_step):
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             _losses(network, task, step).mean().backward()
-            optimiser.step()
+            optimizer.step()
         with torch.no_grad():
             parts = [_losses(network, task, step) for step in _chunks(task.held, settings.bags_per_step)]
         loss = float(torch.cat(parts).mean())

@@ -131,7 +131,7 @@ def _block_sums(z: Any, of_side: Any) -> tuple[Any, Any, Any, Any]:
     """`total`, `gram`, `norm_total`, `norm_gram` of some rows; arrays of NumPy, or tensors of one device.
 
     Args:
-        z: (rows, dim) centred features.
+        z: (rows, dim) centered features.
         of_side: (dim, 2): 1 where the column is x's, and where it is y's.
     """
     norms = (z * z) @ of_side

@@ -49,7 +49,7 @@ def linear_probe(
     max_iterations: int = 2000,
     seed: int,
 ) -> ProbeResult:
-    """Multinomial logistic regression on features standardised with the training part's mean and deviation.
+    """Multinomial logistic regression on features standardized with the training part's mean and deviation.
 
     Args:
         train: Features of the training rows: up to 4 million values are fitted in float64, more in float32.

@@ -84,12 +84,12 @@ def fit_ridge(
 def _solve(moments: CkaMoments, penalties: Sequence[float]) -> list[RidgeMap]:
     """The maps for several penalties, from one eigendecomposition of X'X."""
     x, y, n = moments.columns(0), moments.columns(1), moments.n
-    centred = moments.gram[x] - np.outer(moments.total[x], moments.total) / n
-    values, vectors = np.linalg.eigh(centred[:, x])
+    centered = moments.gram[x] - np.outer(moments.total[x], moments.total) / n
+    values, vectors = np.linalg.eigh(centered[:, x])
     variance = float(values.sum()) / (n * len(values))
     if variance <= 0:
         raise TaskError(f"ridge regression needs features that vary; all {n:,} training rows are alike")
-    rotated = vectors.T @ centred[:, y]
+    rotated = vectors.T @ centered[:, y]
     mean = moments.center + moments.total / n
     return [
         RidgeMap(

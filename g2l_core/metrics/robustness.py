@@ -1,16 +1,16 @@
-"""Whether features follow the biology or the medical centre: two indices on the same neighbour counts.
+"""Whether features follow the biology or the medical center: two indices on the same neighbor counts.
 
-Of a query's k nearest neighbours, those of its own slide left out, count
+Of a query's k nearest neighbors, those of its own slide left out, count
 
-- SS: same class, same centre;
-- SO: same class, other centre (the biology brought them near);
-- OS: other class, same centre (the centre did).
+- SS: same class, same center;
+- SO: same class, other center (the biology brought them near);
+- OS: other class, same center (the center did).
 
 Sums of these counts over queries give both indices, so a bootstrap over slides or patients only sums again;
-the neighbours stay those of the whole data.
+the neighbors stay those of the whole data.
 
-Neighbours are sought among all rows, or in the paired design: within balanced subsets of two classes and two
-centres. There SO and OS are equally likely by chance, if a slide holds one class: 1/2 means that neither
+Neighbors are sought among all rows, or in the paired design: within balanced subsets of two classes and two
+centers. There SO and OS are equally likely by chance, if a slide holds one class: 1/2 means that neither
 dominates. (Where slides hold both classes, leaving out the query's slide takes some OS away.)
 """
 
@@ -35,23 +35,23 @@ def robustness_counts(
     *,
     k: int,
 ) -> Int64[np.ndarray, "row 3"]:
-    """Counts each row's neighbours of kind SS, SO and OS among the first k.
+    """Counts each row's neighbors of kind SS, SO and OS among the first k.
 
     Args:
         neighbors: From `nearest` with `queries` None and the slides as `groups`.
         biological_classes: The tissue class of each row.
-        medical_centers: The centre of each row.
-        k: At most the number of neighbours found.
+        medical_centers: The center of each row.
+        k: At most the number of neighbors found.
 
     Raises:
-        TaskError: If the lengths differ, there is one class or one centre only, k is out of range, or no
-            neighbour at all is of its query's centre, as when every centre has a single slide: then both
+        TaskError: If the lengths differ, there is one class or one center only, k is out of range, or no
+            neighbor at all is of its query's center, as when every center has a single slide: then both
             indices say nothing.
     """
     require_aligned(rows=len(neighbors.indices), classes=len(biological_classes), centers=len(medical_centers))
     if not 1 <= k <= neighbors.indices.shape[1]:
-        raise TaskError(f"k must lie between 1 and the {neighbors.indices.shape[1]} neighbours found; got {k}")
-    for name, values in (("class", biological_classes), ("medical centre", medical_centers)):
+        raise TaskError(f"k must lie between 1 and the {neighbors.indices.shape[1]} neighbors found; got {k}")
+    for name, values in (("class", biological_classes), ("medical center", medical_centers)):
         if len(np.unique(values)) < 2:
             raise TaskError(f"robustness needs two of each at least; every row has the {name} {values[0]}")
     near = neighbors.indices[:, :k]
@@ -59,8 +59,8 @@ def robustness_counts(
     same_center = medical_centers[near] == medical_centers[:, None]
     if not same_center.any():
         raise TaskError(
-            "no neighbour is of its query's medical centre; "
-            "as those of the same slide are left out, some centre needs two slides at least"
+            "no neighbor is of its query's medical center; "
+            "as those of the same slide are left out, some center needs two slides at least"
         )
     return _count_kinds(same_class, same_center)
 
@@ -73,16 +73,16 @@ def _count_kinds(
 
 
 def ratio_index(totals: Num[np.ndarray, "draw 3"]) -> Float64[np.ndarray, " draw"]:
-    """Neighbours of the same class over neighbours of the same centre: (SS + SO) / (SS + OS).
+    """Neighbors of the same class over neighbors of the same center: (SS + SO) / (SS + OS).
 
     Above 1, the biology dominates. Has no upper bound, and depends on k and on how many rows each class
-    and centre has.
+    and center has.
 
     Args:
         totals: SS, SO and OS, summed over the queries of each draw.
 
     Returns:
-        The index of each draw; NaN where no neighbour is of the same centre.
+        The index of each draw; NaN where no neighbor is of the same center.
 
     References:
         de Jong et al., Current Pathology Foundation Models are unrobust to Medical Center Differences
@@ -98,7 +98,7 @@ def pathorob_index(totals: Num[np.ndarray, "draw 3"]) -> Float64[np.ndarray, " d
         totals: SS, SO and OS, summed over the queries of each draw.
 
     Returns:
-        The index of each draw; NaN where all neighbours share both class and centre, or neither.
+        The index of each draw; NaN where all neighbors share both class and center, or neither.
 
     References:
         Kömen et al., Towards Robust Foundation Models for Digital Pathology (2025), arXiv 2507.17845.
@@ -112,7 +112,7 @@ def _ratio(above: Num[np.ndarray, " draw"], below: Num[np.ndarray, " draw"]) -> 
 
 @dataclass(frozen=True, kw_only=True)
 class Combination:
-    """A balanced subset: two classes in two centres, equally many rows of each of the four strata."""
+    """A balanced subset: two classes in two centers, equally many rows of each of the four strata."""
 
     classes: Shaped[np.ndarray, "2"]
     centers: Shaped[np.ndarray, "2"]
@@ -122,7 +122,7 @@ class Combination:
 
 @dataclass(frozen=True, kw_only=True)
 class PairedCounts:
-    """Neighbours of each kind in the paired design, for one k."""
+    """Neighbors of each kind in the paired design, for one k."""
 
     counts: Int64[np.ndarray, "row 3"]
     """SS, SO and OS of each row, summed over the combinations that it is in: what a bootstrap sums."""
@@ -131,9 +131,9 @@ class PairedCounts:
     occurrences: int
     """Rows, each counted as often as it is in a combination."""
     informative: int
-    """Those of them that have a neighbour of kind SO or OS among the k."""
+    """Those of them that have a neighbor of kind SO or OS among the k."""
     class_accuracy: float
-    """Balanced accuracy of the k nearest neighbours' vote for the class, the mean over combinations."""
+    """Balanced accuracy of the k nearest neighbors' vote for the class, the mean over combinations."""
 
     @property
     def support(self) -> float:
@@ -150,15 +150,15 @@ def paired_combinations(
     rows_per_stratum: int | None = None,
     seed: int,
 ) -> tuple[Combination, ...]:
-    """All pairs of classes with all pairs of centres, as balanced subsets: PathoROB's 2x2 design.
+    """All pairs of classes with all pairs of centers, as balanced subsets: PathoROB's 2x2 design.
 
-    A stratum is the rows of one class in one centre. It takes part if it has two slides at least, else a query
-    in it has no neighbour of kind SS. The four strata of a combination give as many rows as the smallest has,
+    A stratum is the rows of one class in one center. It takes part if it has two slides at least, else a query
+    in it has no neighbor of kind SS. The four strata of a combination give as many rows as the smallest has,
     taken from their slides by turns, in an order that the seed and the stratum's name decide.
 
     Args:
         biological_classes: The tissue class of each row.
-        medical_centers: The centre of each row.
+        medical_centers: The center of each row.
         slides: The slide (or patient) of each row.
         k: Combinations in which some query would have fewer than k rows of other slides are left out.
         rows_per_stratum: At most so many rows of each stratum, 2 at least; None is no limit.
@@ -186,7 +186,7 @@ def paired_combinations(
                 found.append(Combination(classes=np.array(classes), centers=np.array(centers), rows=rows))
     if not found:
         raise TaskError(
-            "the paired design needs two classes that both occur in two centres, on two slides at least in each, "
+            "the paired design needs two classes that both occur in two centers, on two slides at least in each, "
             f"with {k} rows of other slides for every query; no four strata do (use a smaller k, or the unpaired index)"
         )
     return tuple(found)
@@ -198,7 +198,7 @@ def _strata(
     slides: Shaped[np.ndarray, " row"],
     seed: int,
 ) -> dict[tuple[object, object], Int64[np.ndarray, " member"]]:
-    """The rows of each (class, centre) on two slides at least, in the order in which they are taken."""
+    """The rows of each (class, center) on two slides at least, in the order in which they are taken."""
     strata = {}
     for name in product(np.unique(classes), np.unique(centers)):
         rows = np.flatnonzero((classes == name[0]) & (centers == name[1]))
@@ -226,20 +226,20 @@ def paired_counts(
     *,
     ks: Sequence[int],
 ) -> Mapping[int, PairedCounts]:
-    """Counts neighbours by the cosine within each combination, those of the query's slide left out.
+    """Counts neighbors by the cosine within each combination, those of the query's slide left out.
 
     The index of the design is `pathorob_index` of the summed `counts`: evidence is pooled over combinations,
-    every neighbour of kind SO or OS weighing the same. So does croma (1.0), which however lets a query with
+    every neighbor of kind SO or OS weighing the same. So does croma (1.0), which however lets a query with
     fewer than k rows of other slides vote with fewer; here that is an error. PathoROB's published code keeps
     only the last combination of a patch that is in several, so it agrees where no two share a patch.
 
     Args:
-        features: Of any float type, not normalised.
+        features: Of any float type, not normalized.
         biological_classes: The tissue class of each row.
-        medical_centers: The centre of each row.
+        medical_centers: The center of each row.
         slides: The slide (or patient) of each row.
         design: From `paired_combinations`, for the greatest of `ks`.
-        ks: Numbers of neighbours.
+        ks: Numbers of neighbors.
 
     Returns:
         The counts at each k.

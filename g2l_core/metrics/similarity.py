@@ -46,7 +46,7 @@ def _debiased_hsic(moments: CkaMoments, left: Side, right: Side) -> float:
 
 
 def linear_cka(moments: CkaMoments, *, debiased: bool) -> float:
-    """Linear centred kernel alignment of two encoders' features.
+    """Linear centered kernel alignment of two encoders' features.
 
     1 where the features agree up to a rotation, a shift and one scale; 0 where they are independent. The
     biased estimator does not fall to 0: of independent features, it gives 0.23 with 4,096 rows of 1,024 and
@@ -142,12 +142,12 @@ def _leave_out_of_kernels(
 
 
 def _kernel(features: Float[np.ndarray, "row dim"]) -> Float64[np.ndarray, "row row"]:
-    centred = features - features.mean(axis=0, dtype=np.float64)  # CKA does not see the shift, rounding does
-    return centred @ centred.T
+    centered = features - features.mean(axis=0, dtype=np.float64)  # CKA does not see the shift, rounding does
+    return centered @ centered.T
 
 
 def kernel_cka(k: Float64[np.ndarray, "row row"], other: Float64[np.ndarray, "row row"], *, debiased: bool) -> float:
-    """Centred kernel alignment of two kernels; of XX' and YY', the same figure as `linear_cka`.
+    """Centered kernel alignment of two kernels; of XX' and YY', the same figure as `linear_cka`.
 
     Args:
         k: The kernel of each two rows in one encoder.
@@ -160,7 +160,7 @@ def kernel_cka(k: Float64[np.ndarray, "row row"], other: Float64[np.ndarray, "ro
     n = len(k)
     if n < 4:
         raise TaskError(f"CKA needs at least 4 rows; got {n}")
-    prepare, hsic = (_hollow, _hollow_hsic) if debiased else (_double_centred, np.vdot)
+    prepare, hsic = (_hollow, _hollow_hsic) if debiased else (_double_centered, np.vdot)
     left, right = prepare(k), prepare(other)
     own = float(hsic(left, left)), float(hsic(right, right))
     for name, value, kernel in zip("xy", own, (k, other), strict=True):
@@ -175,7 +175,7 @@ def _hollow(kernel: Float64[np.ndarray, "row row"]) -> Float64[np.ndarray, "row 
     return hollow
 
 
-def _double_centred(kernel: Float64[np.ndarray, "row row"]) -> Float64[np.ndarray, "row row"]:
+def _double_centered(kernel: Float64[np.ndarray, "row row"]) -> Float64[np.ndarray, "row row"]:
     means = kernel.mean(axis=0)
     return kernel - means - means[:, None] + means.mean()
 

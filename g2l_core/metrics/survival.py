@@ -98,7 +98,7 @@ class CoxModel:
     scale: Float64[np.ndarray, " dim"]
     """Standard deviation (n - 1) of the training part; 1 where a feature is constant."""
     coefficients: Float64[np.ndarray, " dim"]
-    """Of the standardised features."""
+    """Of the standardized features."""
     penalty: float
     converged: bool
     """False where Newton's method did not reach its tolerance."""
@@ -165,7 +165,7 @@ def _partial_likelihood(
 def _newton(
     data: _Sorted, penalty: float, iterations: int = 100, tolerance: float = 1e-9
 ) -> tuple[Float64[np.ndarray, " component"], bool]:
-    """Maximises l(beta) - n penalty |beta|^2 / 2, halving steps that lose; and whether it got there."""
+    """Maximizes l(beta) - n penalty |beta|^2 / 2, halving steps that lose; and whether it got there."""
     ridge = len(data.x) * penalty
     beta = np.zeros(data.x.shape[1])
     value, gradient, curvature = _partial_likelihood(data, beta)
@@ -193,7 +193,7 @@ def fit_cox(
     penalty: float,
     components: int | None = None,
 ) -> CoxModel:
-    """Cox regression on standardised features: the maximum of l(beta) - n penalty |beta|^2 / 2.
+    """Cox regression on standardized features: the maximum of l(beta) - n penalty |beta|^2 / 2.
 
     l is the log partial likelihood with Efron's treatment of ties, n the number of patients: lifelines'
     `CoxPHFitter(penalizer=penalty)`. Newton's method runs in the space that the rows span (the ridge solution
@@ -204,7 +204,7 @@ def fit_cox(
         times: To the event or to the end of follow-up.
         events: Whether the event was observed.
         penalty: Above 0.
-        components: Keep only so many principal components of the standardised features; None keeps all.
+        components: Keep only so many principal components of the standardized features; None keeps all.
 
     Raises:
         TaskError: As `require_survival`, and if a feature is not finite, the penalty is not above 0, or all

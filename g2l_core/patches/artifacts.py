@@ -1,4 +1,4 @@
-"""Artefacts that a patch shows: pen, the black of a scan's border, blur. Conservative: H&E must pass.
+"""Artifacts that a patch shows: pen, the black of a scan's border, blur. Conservative: H&E must pass.
 
 The limits were measured on 1,294 real H&E patches of 224 px (oral mucosa through a microscope's camera, colorectum at
 0.5 um/px), 236 patches of two scanned slides and 192 drawn ones; none of them is flagged.
@@ -13,20 +13,20 @@ import cv2
 import numpy as np
 from jaxtyping import Bool, Float32
 
-from g2l_core.patches.grid import ARTEFACTS
+from g2l_core.patches.grid import ARTIFACTS
 from g2l_core.store.schema import STATUS
 from g2l_core.types import PatchStatus, Rgb
 
 Plane: TypeAlias = Float32[np.ndarray, "height width"]
 
 CELLS = 16
-"""Pen is looked for in the mean colours of this many squares along each side: ink is wide, a nucleus is not."""
+"""Pen is looked for in the mean colors of this many squares along each side: ink is wide, a nucleus is not."""
 
-COLOURED_SHARE = 0.1
+COLORED_SHARE = 0.1
 """Least share of squares in red or green ink; real H&E has under 0.5 %."""
 
 BLUE_SHARE = 0.3
-"""Least share of squares in blue or black ink; a bluish haematoxylin reaches 15 %, a dark field 10 %."""
+"""Least share of squares in blue or black ink; a bluish hematoxylin reaches 15 %, a dark field 10 %."""
 
 BLACK_LEVEL = 25
 """Darker than this in red, green and blue is no light at all: pixels outside what was scanned."""
@@ -41,25 +41,25 @@ SHARPNESS_MPP = 0.5
 """Finer patches are judged at this scale: at 0.25 um/px optics leave little of 2 px (0.5 um), in focus or not."""
 
 LEAST_CONTRAST = 8.0
-"""Grey levels between the darkest and the brightest tenth of a patch below which it is too empty to be judged: glass,
+"""Gray levels between the darkest and the brightest tenth of a patch below which it is too empty to be judged: glass,
 and a corner of tissue on glass."""
 
 ROUNDING_VARIANCE = 0.06
-"""What rounding to whole grey levels leaves in the finest detail: 1/12, less what the filter takes."""
+"""What rounding to whole gray levels leaves in the finest detail: 1/12, less what the filter takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ArtefactSpec:
+class ArtifactSpec:
     """What to look for in a patch."""
 
     names: Sequence[str]
-    """Of `grid.ARTEFACTS`; they are tried in that table's order."""
+    """Of `grid.ARTIFACTS`; they are tried in that table's order."""
     mpp: float = SHARPNESS_MPP
-    """Micrometres per pixel of the patch."""
+    """Micrometers per pixel of the patch."""
 
 
-def artefact_of(patch: Rgb, spec: ArtefactSpec) -> int:
-    """The reason code of the first artefact that a patch has, 0 where it has none.
+def artifact_of(patch: Rgb, spec: ArtifactSpec) -> int:
+    """The reason code of the first artifact that a patch has, 0 where it has none.
 
     Args:
         patch: uint8 (height, width, 3).
@@ -68,17 +68,17 @@ def artefact_of(patch: Rgb, spec: ArtefactSpec) -> int:
     Returns:
         A code of `patch_status`.
     """
-    names = (name for name in ARTEFACTS if name in spec.names)
+    names = (name for name in ARTIFACTS if name in spec.names)
     return next((STATUS[name] for name in names if _CHECKS[name](patch, spec.mpp)), STATUS["ok"])
 
 
-def count_artefacts(status: PatchStatus) -> dict[str, int]:
-    """How many patches were left out for each artefact, by its name; only those that occur.
+def count_artifacts(status: PatchStatus) -> dict[str, int]:
+    """How many patches were left out for each artifact, by its name; only those that occur.
 
     They are no losses: a run that leaves them out is complete. Patches that could not be read are not counted.
     """
     counts = Counter(status.tolist())
-    return {name: counts[STATUS[name]] for name in ARTEFACTS if counts[STATUS[name]]}
+    return {name: counts[STATUS[name]] for name in ARTIFACTS if counts[STATUS[name]]}
 
 
 def _has_black(patch: Rgb, _: float) -> bool:
@@ -87,15 +87,15 @@ def _has_black(patch: Rgb, _: float) -> bool:
 
 
 def _has_pen(patch: Rgb, _: float) -> bool:
-    """Ink of a colour that haematoxylin and eosin do not give, over enough of the patch."""
+    """Ink of a color that hematoxylin and eosin do not give, over enough of the patch."""
     squares = cv2.resize(patch, (CELLS, CELLS), interpolation=cv2.INTER_AREA).astype(np.int16)
-    coloured = _is_green(squares) | _is_red(squares)
+    colored = _is_green(squares) | _is_red(squares)
     dark = _is_blue(squares) | _is_black_ink(squares)
-    return float(coloured.mean()) >= COLOURED_SHARE or float(dark.mean()) >= BLUE_SHARE
+    return float(colored.mean()) >= COLORED_SHARE or float(dark.mean()) >= BLUE_SHARE
 
 
 def _is_green(rgb: np.ndarray) -> Bool[np.ndarray, "row column"]:
-    """Haematoxylin and eosin both let less green through than red or blue: green never leads red clearly."""
+    """Hematoxylin and eosin both let less green through than red or blue: green never leads red clearly."""
     red, green, blue = np.moveaxis(rgb, -1, 0)
     return _is_saturated(rgb, 100) & (green >= red + 40) & (green >= blue - 40)
 
@@ -107,13 +107,13 @@ def _is_red(rgb: np.ndarray) -> Bool[np.ndarray, "row column"]:
 
 
 def _is_blue(rgb: np.ndarray) -> Bool[np.ndarray, "row column"]:
-    """Ink takes red away more than green; haematoxylin takes green first, and is never that saturated over an area."""
+    """Ink takes red away more than green; hematoxylin takes green first, and is never that saturated over an area."""
     red, green, blue = np.moveaxis(rgb, -1, 0)
     return _is_saturated(rgb, 180) & (blue >= red + 100) & (green >= red - 15)
 
 
 def _is_black_ink(rgb: np.ndarray) -> Bool[np.ndarray, "row column"]:
-    """Dark without any colour: ink, or the border of a scan."""
+    """Dark without any color: ink, or the border of a scan."""
     return (rgb.max(axis=-1) < 60) & (np.ptp(rgb, axis=-1) < 20)
 
 
@@ -130,18 +130,18 @@ def _is_blurred(patch: Rgb, mpp: float) -> bool:
     at most 0.20, sharp tissue has 0.24 and more, 0.36 but for soft fat. Noise of a camera or strong JPEG compression
     after the blur is detail as well, and hides it.
     """
-    grey: Plane = cv2.cvtColor(patch, cv2.COLOR_RGB2GRAY).astype(np.float32)
+    gray: Plane = cv2.cvtColor(patch, cv2.COLOR_RGB2GRAY).astype(np.float32)
     if mpp < SHARPNESS_MPP:
-        side = max(CELLS, round(grey.shape[0] * mpp / SHARPNESS_MPP))
-        grey = np.asarray(cv2.resize(grey, (side, side), interpolation=cv2.INTER_AREA), np.float32)
-    quarter = cv2.pyrDown(cv2.pyrDown(grey))
-    fine, coarse = _detail_variance(grey), _detail_variance(quarter)
+        side = max(CELLS, round(gray.shape[0] * mpp / SHARPNESS_MPP))
+        gray = np.asarray(cv2.resize(gray, (side, side), interpolation=cv2.INTER_AREA), np.float32)
+    quarter = cv2.pyrDown(cv2.pyrDown(gray))
+    fine, coarse = _detail_variance(gray), _detail_variance(quarter)
     dark, bright = np.percentile(quarter, (10, 90))
     return bool(bright - dark >= LEAST_CONTRAST and fine - ROUNDING_VARIANCE < SHARP_RATIO**2 * coarse)
 
 
-def _detail_variance(grey: Plane) -> float:
-    return float(np.var(grey - cv2.GaussianBlur(grey, (5, 5), 1.0)))
+def _detail_variance(gray: Plane) -> float:
+    return float(np.var(gray - cv2.GaussianBlur(gray, (5, 5), 1.0)))
 
 
 _CHECKS: Mapping[str, Callable[[Rgb, float], bool]] = {"black": _has_black, "pen": _has_pen, "blurred": _is_blurred}

@@ -12,7 +12,7 @@ def brightness(view: UInt8[np.ndarray, "h w 3"], factor: float) -> UInt8[np.ndar
 
 def contrast(view: UInt8[np.ndarray, "h w 3"], factor: float) -> UInt8[np.ndarray, "h w 3"]:
     """The image blended with the mean of its gray image: `factor` times the image, the rest the mean."""
-    # OpenCV rounds the grey image, torchvision truncates it: half a level lower on average
+    # OpenCV rounds the gray image, torchvision truncates it: half a level lower on average
     mean = cv2.mean(cv2.cvtColor(view, cv2.COLOR_RGB2GRAY))[0] - 0.5
     return _look_up(view, np.arange(256, dtype=np.float32) * np.float32(factor) + np.float32((1 - factor) * mean))
 
@@ -23,11 +23,11 @@ def _look_up(view: UInt8[np.ndarray, "h w 3"], table: Float32[np.ndarray, "256"]
 
 def saturation(view: UInt8[np.ndarray, "h w 3"], factor: float) -> UInt8[np.ndarray, "h w 3"]:
     """The image blended with its gray image: `factor` times the image, the rest gray."""
-    # OpenCV keeps the matrix in 1/1024; rows that sum to one there leave grey grey. It rounds where torchvision
-    # truncates, twice: the grey image and the blend; the last term keeps whole levels off the tie.
-    grey = np.rint((1 - factor) * _GREY * 1024) / 1024
+    # OpenCV keeps the matrix in 1/1024; rows that sum to one there leave gray gray. It rounds where torchvision
+    # truncates, twice: the gray image and the blend; the last term keeps whole levels off the tie.
+    gray = np.rint((1 - factor) * _GRAY * 1024) / 1024
     truncation = -(1 - factor) / 2 - 1 / 2 + 1 / 1024
-    blend = np.column_stack((grey + (1 - grey.sum()) * np.eye(3), np.full(3, truncation)))
+    blend = np.column_stack((gray + (1 - gray.sum()) * np.eye(3), np.full(3, truncation)))
     return cv2.transform(view, blend)
 
 
@@ -46,7 +46,7 @@ def turn_hue(view: UInt8[np.ndarray, "h w 3"], factor: float) -> UInt8[np.ndarra
     left: with the sum of the three channels, chroma * angle = sum + chroma - low - 2 * channel (true in each of
     the six sextants). The hue lies after the channel's own where the next channel (red, green, blue, red) is the
     larger of the other two, so turning adds to the angle there and takes from it elsewhere. All of it is kept in
-    1/32 of a grey level: 3 * 255 * 32 + 255 * 32 still fits int16.
+    1/32 of a gray level: 3 * 255 * 32 + 255 * 32 still fits int16.
 
     torchvision scales its result by 255.999 and truncates; value + value / 256, truncated, is the same.
     """
@@ -73,4 +73,4 @@ def turn_hue(view: UInt8[np.ndarray, "h w 3"], factor: float) -> UInt8[np.ndarra
     return cv2.merge(turned)
 
 
-_GREY = np.array((0.2989, 0.587, 0.114))  # torchvision's weights
+_GRAY = np.array((0.2989, 0.587, 0.114))  # torchvision's weights

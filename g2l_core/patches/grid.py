@@ -4,8 +4,10 @@ Pure arithmetic. All lengths are level-0 pixels unless a name says otherwise; a 
 `patch_side_level0`, and every coordinate is a whole multiple of that side.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int64
@@ -18,7 +20,10 @@ MAX_UPSAMPLING = 1.1
 """A slide may be this much coarser than the wanted mpp; beyond, patches would be made of invented pixels."""
 
 
-ARTEFACTS = ("black", "pen", "blurred")
+STORED_ARTIFACTS = "artefacts"
+"""The key of `GridSpec.artifacts` in stores, from before the spelling was settled: names by comma, or `none`."""
+
+ARTIFACTS = ("black", "pen", "blurred")
 """What a slide's patches can be left out for, in the order in which it is looked for."""
 
 
@@ -27,7 +32,7 @@ class GridSpec:
     """The patches of a store. Part of its identity."""
 
     mpp: float = 0.5
-    """Micrometres per pixel of a patch."""
+    """Micrometers per pixel of a patch."""
     patch_px: int = 256
     """Side of a patch at that mpp; the grid does not overlap."""
     tissue: str = "otsu"
@@ -38,22 +43,17 @@ class GridSpec:
     """Keep at most this many patches of a slide, drawn at random; None keeps all."""
     cell_patches: int = 8
     """Side of a cell: the cells stand in random order, the patches of one cell together."""
-    artefacts: str = ",".join(ARTEFACTS)
-    """Patches of slides that show one of these (by comma, or `none`) keep their row and get no features; kept in the
-    order of `ARTEFACTS`. Folders of patch images are somebody's choice already and are never filtered."""
+    artifacts: tuple[str, ...] = ARTIFACTS
+    """Patches of slides that show one of these keep their row and get no features. Folders of patch images are
+    somebody's choice already and are never filtered."""
     seed: int = 0
-
-    @property
-    def artefact_names(self) -> tuple[str, ...]:
-        """What patches are left out for."""
-        return tuple(name for name in self.artefacts.split(",") if name != "none")
 
     def __post_init__(self) -> None:
         """Refuse a grid that cannot be laid."""
-        asked = {name.strip() for name in self.artefacts.split(",")} - {"", "none"}
-        if unknown := sorted(asked - set(ARTEFACTS)):
-            raise UnknownNameError("artefact", unknown[0], [*ARTEFACTS, "none"])
-        object.__setattr__(self, "artefacts", ",".join(name for name in ARTEFACTS if name in asked) or "none")
+        if unknown := sorted(set(self.artifacts) - set(ARTIFACTS)):
+            raise UnknownNameError("artifact", unknown[0], [*ARTIFACTS, "none"])
+        in_order = tuple(name for name in ARTIFACTS if name in self.artifacts)
+        object.__setattr__(self, "artifacts", in_order)
         if not 0.05 <= self.mpp <= 50:
             raise UsageError(f"mpp must be between 0.05 and 50 um/px, not {self.mpp}; 20x is 0.5, 40x is 0.25")
         if self.patch_px < 16:
@@ -64,6 +64,23 @@ class GridSpec:
             raise UsageError(f"max_patches must be at least 1, not {self.max_patches}")
         if self.cell_patches < 1:
             raise UsageError(f"cell_patches must be at least 1, not {self.cell_patches}")
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> "GridSpec":
+        """The spec that `to_json` wrote."""
+        known = {name: value for name, value in stored.items() if name in cls.__dataclass_fields__}
+        return cls(**known, artifacts=parse_artifacts(stored.get(STORED_ARTIFACTS, "none")))
+
+    def to_json(self) -> dict[str, Any]:
+        """The spec as a store keeps it, in plain values."""
+        fields = {**asdict(self), STORED_ARTIFACTS: ",".join(self.artifacts) or "none"}
+        del fields["artifacts"]
+        return fields
+
+
+def parse_artifacts(names: str) -> tuple[str, ...]:
+    """The artifacts that a user lists by comma; `none` and blanks stand for none."""
+    return tuple(name for part in names.split(",") if (name := part.strip()) not in {"", "none"})
 
 
 def patch_side_level0(spec: GridSpec, slide_mpp: Mpp) -> Level0Px:
@@ -84,7 +101,7 @@ def patch_side_level0(spec: GridSpec, slide_mpp: Mpp) -> Level0Px:
     return Level0Px(side)
 
 
-def lay_grid(
+def grid_coords(
     level0_size: tuple[int, int],
     side: Level0Px,
     tissue: TissueMask | None,

@@ -18,7 +18,7 @@ class _Entry:
     users: int = 0
 
 
-class OpenSlides:
+class ReaderPool:
     """Opens slides when they are read, and closes those that were read longest ago. Safe in several threads."""
 
     def __init__(self, open_reader: Callable[[str], PatchReader], most: int = MOST_OPEN) -> None:

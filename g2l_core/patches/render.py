@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import UInt8, UInt64
 
 from g2l_core.errors import ReadError
-from g2l_core.patches.artifacts import ArtefactSpec, artefact_of
+from g2l_core.patches.artifacts import ArtifactSpec, artifact_of
 from g2l_core.patches.grid import GridSpec
 from g2l_core.patches.views import ViewSpec, apply_views, pixel_hash
 from g2l_core.slides.slide import Slide, open_slide
@@ -125,7 +125,7 @@ def render_block(
     params: ViewParams,
     status: PatchStatus,
     spec: ViewSpec,
-    artefacts: ArtefactSpec | None = None,
+    artifacts: ArtifactSpec | None = None,
 ) -> RenderedBlock:
     """Read patches once each and render their views.
 
@@ -135,7 +135,7 @@ def render_block(
         params: Parameters of the wanted views, (len(rows), views, parameters).
         status: Their reason codes as known; what is not 0 is not tried.
         spec: The views.
-        artefacts: What patches are left out for: they get the artefact's code and no reason, for nothing is lost.
+        artifacts: What patches are left out for: they get the artifact's code and no reason, for nothing is lost.
             None leaves none out, as replaying what was stored wants it.
     """
     n, n_views = params.shape[:2]
@@ -154,7 +154,7 @@ def render_block(
             reasons[row] = f"row {row}: {error}"
             continue
         read = perf_counter()
-        found[i] = STATUS["ok"] if artefacts is None else artefact_of(patch, artefacts)
+        found[i] = STATUS["ok"] if artifacts is None else artifact_of(patch, artifacts)
         if found[i] != STATUS["ok"]:
             seconds_read += perf_counter() - begin
             continue

@@ -9,10 +9,11 @@ on the processor's vector width, on threads, or on OpenCV's version: 4.10, 4.12 
 """
 
 import struct
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from itertools import permutations
+from typing import Any
 
 import cv2
 import numpy as np
@@ -62,13 +63,13 @@ class ViewSpec:
     vflip: float = 0.5
     """Probability of an up-down flip."""
     jitter: float = 0.5
-    """Probability of the colour jitter, of all four factors together."""
+    """Probability of the color jitter, of all four factors together."""
     brightness: float = 0.15
     """The factor is uniform in 1 +- this; so are the next two."""
     contrast: float = 0.15
     saturation: float = 0.1
     hue: float = 0.05
-    """The shift is uniform in 0 +- this, in turns of the colour circle; at most 1/6."""
+    """The shift is uniform in 0 +- this, in turns of the color circle; at most 1/6."""
     blur: float = 0.1
     """Probability of the Gaussian blur."""
     blur_kernel_px: int = 9
@@ -97,6 +98,15 @@ class ViewSpec:
         if broken:
             raise UsageError(f"view spec: expected {'; '.join(broken)}; got {self}. Change these settings.")
 
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> "ViewSpec":
+        """The spec that `to_json` wrote; keys that it does not know are left out."""
+        return cls(**{name: value for name, value in stored.items() if name in cls.__dataclass_fields__})
+
+    def to_json(self) -> dict[str, Any]:
+        """The spec as a store keeps it, in plain values."""
+        return {**asdict(self), "blur_sigma": list(self.blur_sigma)}
+
 
 def _is_range(bounds: Sequence[float]) -> bool:
     return len(bounds) == 2 and 0 < bounds[0] <= bounds[1] < float("inf")
@@ -119,7 +129,7 @@ def sample_views(
         spec: Probabilities, ranges, seed.
         slide_id: The slide's id in the store.
         coords: x and y of each patch's top-left corner in level-0 pixels.
-        view_indices: Which views; 0 is the canonical one (centre crop, nothing else).
+        view_indices: Which views; 0 is the canonical one (center crop, nothing else).
         patch_ids: Names that tell patches apart whose coords do not; None (which differs from empty names) if
             the coords do.
 
@@ -190,8 +200,8 @@ def _parameters(draws: Float[np.ndarray, "patch view 16"], spec: ViewSpec) -> Fl
 
 
 def _canonical(spec: ViewSpec) -> Float32[np.ndarray, "12"]:
-    centre = round((spec.patch_px - spec.crop_px) / 2)  # torchvision's center_crop rounds the same way
-    return np.array((centre, centre, 0, 0, 0, *_NEUTRAL_FACTORS, 0, 0, 0), dtype=np.float32)
+    center = round((spec.patch_px - spec.crop_px) / 2)  # torchvision's center_crop rounds the same way
+    return np.array((center, center, 0, 0, 0, *_NEUTRAL_FACTORS, 0, 0, 0), dtype=np.float32)
 
 
 def apply_views(
@@ -219,9 +229,9 @@ def apply_views(
 def apply_view(
     patch: UInt8[np.ndarray, "patch patch 3"], params: Float32[np.ndarray, "12"], spec: ViewSpec
 ) -> UInt8[np.ndarray, "crop crop 3"]:
-    """Replay one view: crop, left-right flip, up-down flip, colour jitter in the stored order, blur.
+    """Replay one view: crop, left-right flip, up-down flip, color jitter in the stored order, blur.
 
-    The semantics are those of torchvision's `transforms.v2.functional` on uint8 tensors, to a few grey levels.
+    The semantics are those of torchvision's `transforms.v2.functional` on uint8 tensors, to a few gray levels.
 
     Args:
         patch: RGB, `spec.patch_px` square; not changed.

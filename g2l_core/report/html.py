@@ -9,7 +9,7 @@ from g2l_core.report.pictures import pictures_of
 from g2l_core.report.plots import Curve, Group, Row, curves, forest
 from g2l_core.report.svg import key_mark
 from g2l_core.report.tables import (
-    Held,
+    ExpectedVsFound,
     TaskPart,
     best,
     decimals,
@@ -27,7 +27,7 @@ from g2l_core.report.tables import (
     support,
     task_parts,
 )
-from g2l_core.results import Better, Comparison, EncoderFacts, Failure, Report, Result
+from g2l_core.results import Better, Comparison, EncoderSummary, Failure, Report, Result
 
 _DIGEST_SHOWN = 12
 _BETTER: Mapping[Better, str] = {"higher": "", "lower": "lower is better", "neither": "neither way is better"}
@@ -105,7 +105,7 @@ def _failures(failures: Sequence[Failure]) -> str:
     return f'<div class="failures"><h2>Not evaluated</h2>\n<ul>{items}</ul></div>\n'
 
 
-def _encoders(encoders: Sequence[EncoderFacts], order: Sequence[str]) -> str:
+def _encoders(encoders: Sequence[EncoderSummary], order: Sequence[str]) -> str:
     if not encoders:
         return ""
     rows = [
@@ -123,7 +123,7 @@ def _encoders(encoders: Sequence[EncoderFacts], order: Sequence[str]) -> str:
     return f"<section>\n<h2>Encoders</h2>\n{table(header, rows, 'encoders')}</section>\n"
 
 
-def _encoder_heading(facts: EncoderFacts, number_on_page: int) -> str:
+def _encoder_heading(facts: EncoderSummary, number_on_page: int) -> str:
     name = f'<span class="sub">{escape(facts.name)}</span>' if facts.name != facts.key else ""
     return f'{key_mark(number_on_page)}<span class="name">{escape(facts.key)}</span> {_badge(facts.note)}{name}'
 
@@ -138,7 +138,7 @@ def _task(part: TaskPart, i: int, order: Sequence[str], report: Report) -> str:
     )
 
 
-def _expected(held: Sequence[Held]) -> str:
+def _expected(held: Sequence[ExpectedVsFound]) -> str:
     if not held:
         return ""
     rows = (
@@ -156,7 +156,7 @@ def _expected(held: Sequence[Held]) -> str:
     return f"<h3>Beside published figures</h3>\n{table(header, rows, 'expected')}"
 
 
-def _found(held: Held) -> str:
+def _found(held: ExpectedVsFound) -> str:
     if held.found is None:
         return "\u2013"
     digits = decimals([held.found], spare=1)
@@ -164,7 +164,7 @@ def _found(held: Held) -> str:
     return f'{proper(number(held.found.value, digits))}<span class="interval">{bounds}</span>'
 
 
-def _task_table(part: TaskPart, order: Sequence[str], encoders: Sequence[EncoderFacts]) -> str:
+def _task_table(part: TaskPart, order: Sequence[str], encoders: Sequence[EncoderSummary]) -> str:
     if not part.figures:
         return ""
     facts = {encoder.key: encoder for encoder in encoders}

@@ -16,7 +16,7 @@ from g2l_core.results import (
     CkaMatrix,
     Comparison,
     ConfusionMatrix,
-    EncoderFacts,
+    EncoderSummary,
     Estimate,
     ExpectedFigure,
     Failure,
@@ -65,7 +65,7 @@ def report_of(raw: Mapping[str, Any]) -> Report:
     return Report(
         title=raw["title"],
         summary=tuple(raw["summary"]),
-        encoders=tuple(EncoderFacts(**row) for row in raw["encoders"]),
+        encoders=tuple(EncoderSummary(**row) for row in raw["encoders"]),
         results=tuple(_result(row) for row in raw["results"]),
         comparisons=tuple(_comparison(row) for row in raw["comparisons"]),
         failures=tuple(Failure(**row) for row in raw["failures"]),

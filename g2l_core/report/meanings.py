@@ -21,7 +21,7 @@ _SHARE, _ALIKENESS = "share", "alikeness"
 _BASIC: Mapping[str, Meaning] = {
     "cka_debiased": Meaning(
         title="CKA, debiased",
-        sentence="Linear centred kernel alignment with the reference encoder's features: 1 where the two agree up to "
+        sentence="Linear centered kernel alignment with the reference encoder's features: 1 where the two agree up to "
         "rotation and scale, about 0 where they are unrelated.",
         scale=_ALIKENESS,
     ),
@@ -33,7 +33,7 @@ _BASIC: Mapping[str, Meaning] = {
     ),
     "knn_accuracy": Meaning(
         title="kNN accuracy",
-        sentence="Share of patches whose nearest neighbours in the training part vote for the right class; nothing "
+        sentence="Share of patches whose nearest neighbors in the training part vote for the right class; nothing "
         "is fitted.",
         scale=_SHARE,
     ),
@@ -65,15 +65,15 @@ _BASIC: Mapping[str, Meaning] = {
     ),
     "robustness_ratio": Meaning(
         title="Robustness ratio",
-        sentence="Neighbours of the same tissue class over neighbours of the same medical centre: above 1, biology "
-        "outweighs the centre.",
+        sentence="Neighbors of the same tissue class over neighbors of the same medical center: above 1, biology "
+        "outweighs the center.",
         scale="ratio",
         neutral=1.0,
     ),
     "robustness_pathorob": Meaning(
         title="PathoROB index",
-        sentence="Of the neighbours that share either class or centre but not both, the share with the same class: "
-        "above 0.5, biology outweighs the centre.",
+        sentence="Of the neighbors that share either class or center but not both, the share with the same class: "
+        "above 0.5, biology outweighs the center.",
         scale="index",
         neutral=0.5,
     ),
@@ -91,8 +91,8 @@ _LIKENESS = {
         scale=_ALIKENESS,
     ),
     "similarity_mutual_knn": Meaning(
-        title="Mutual neighbours",
-        sentence="Share of a patch's nearest neighbours that it has in the reference encoder too.",
+        title="Mutual neighbors",
+        sentence="Share of a patch's nearest neighbors that it has in the reference encoder too.",
         scale=_ALIKENESS,
     ),
     "similarity_procrustes": Meaning(
@@ -177,26 +177,26 @@ _OTHERS = {
     ),
     "robustness_paired": Meaning(
         title="PathoROB index, paired",
-        sentence="The index within balanced pairs of classes and centres: above 0.5, biology outweighs the centre.",
+        sentence="The index within balanced pairs of classes and centers: above 0.5, biology outweighs the center.",
         scale="index",
         neutral=0.5,
     ),
     "center_balanced_accuracy": Meaning(
-        title="Centre told",
-        sentence="How well a linear probe tells the medical centre of unseen patients; lower is better, and the class "
+        title="Center told",
+        sentence="How well a linear probe tells the medical center of unseen patients; lower is better, and the class "
         "alone may tell some of it.",
         scale=_SHARE,
     ),
     "bias_drop_in_domain": Meaning(
         title="Loss under bias",
-        sentence="Mean relative change of a probe's balanced accuracy as its training set ties class to centre, on "
-        "held-out slides of these centres: 0 loses nothing.",
+        sentence="Mean relative change of a probe's balanced accuracy as its training set ties class to center, on "
+        "held-out slides of these centers: 0 loses nothing.",
         scale="drop",
         neutral=0.0,
     ),
     "bias_drop_out_of_domain": Meaning(
-        title="Loss under bias, other centres",
-        sentence="The same on centres that were not trained on.",
+        title="Loss under bias, other centers",
+        sentence="The same on centers that were not trained on.",
         scale="drop",
         neutral=0.0,
     ),

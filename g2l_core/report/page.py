@@ -7,8 +7,8 @@ from g2l_core.report.svg import COLORS
 
 _LIGHT = ("#005a9c", "#c24e00", "#00875f", "#a4407f", "#4a4a4a", "#2f93cf")
 _DARK = ("#4fa3e8", "#f07c33", "#3ccb9f", "#e585bd", "#f0d060", "#b3dcf7")
-"""After Okabe & Ito (2008), moved until every pair stays 14 CIELAB units apart to all three kinds of colour blindness
-(as Machado et al. 2009 simulate them), and every colour has a contrast of 3 with the page."""
+"""After Okabe & Ito (2008), moved until every pair stays 14 CIELAB units apart to all three kinds of color blindness
+(as Machado et al. 2009 simulate them), and every color has a contrast of 3 with the page."""
 
 _STYLE = """
 :root { color-scheme: light dark; --page: #fff; --ink: #1b1f24; --muted: #59636e; --rule: #d8dee4;

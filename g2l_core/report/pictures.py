@@ -1,4 +1,4 @@
-"""A task's pictures as HTML: heat tables, features in the plane, slides in the colours of their components."""
+"""A task's pictures as HTML: heat tables, features in the plane, slides in the colors of their components."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from html import escape
@@ -102,13 +102,13 @@ def _shares(counts: Sequence[int], crowded: bool) -> Iterator[tuple[float, str]]
 
 
 def _projections(planes: Sequence[Projection]) -> str:
-    """One section a method. Encoders bear no marks here, as the same marks tell classes and centres apart."""
+    """One section a method. Encoders bear no marks here, as the same marks tell classes and centers apart."""
     methods = dict.fromkeys(plane.method for plane in planes)
     return "".join(_method(method, [p for p in planes if p.method == method]) for method in methods)
 
 
 def _method(method: str, planes: Sequence[Projection]) -> str:
-    """Planes under one legend where all encoders have the same classes and centres."""
+    """Planes under one legend where all encoders have the same classes and centers."""
     alike = len({(plane.classes, plane.centers) for plane in planes}) == 1
     first = planes[0]
     told = _some(len(first.x), first.of, "patches")
@@ -121,14 +121,14 @@ def _method(method: str, planes: Sequence[Projection]) -> str:
     figures = "".join(_plane(plane, legend=not alike) for plane in planes)
     return (
         f'<h3>{escape(method)} of the features</h3>\n<p class="quiet">{told[:1].upper()}{told[1:]}, by class and by '
-        f"centre. {note}</p>\n{_legends(first) if alike else ''}"
+        f"center. {note}</p>\n{_legends(first) if alike else ''}"
         f'<div class="tiles">{figures}</div>\n'
     )
 
 
 def _colorings(plane: Projection) -> Iterator[tuple[str, tuple[str, ...], tuple[int, ...]]]:
-    """What the points can be coloured by: a column that names something for at least some of them."""
-    found = [("Class", plane.classes, plane.class_of), ("Centre", plane.centers, plane.center_of)]
+    """What the points can be colored by: a column that names something for at least some of them."""
+    found = [("Class", plane.classes, plane.class_of), ("Center", plane.centers, plane.center_of)]
     named = [coloring for coloring in found if any(coloring[1])]
     yield from named or [("Patches", ("",), (0,) * len(plane.x))]
 
@@ -180,8 +180,8 @@ def _slides(maps: Sequence[SlideMap], order: Sequence[str]) -> str:
     if not maps:
         return ""
     caption = (
-        "Each patch in the first three principal components of its features as red, green and blue: alike colours are "
-        "alike features. Colours compare over the slides of one encoder, not between encoders."
+        "Each patch in the first three principal components of its features as red, green and blue: alike colors are "
+        "alike features. Colors compare over the slides of one encoder, not between encoders."
     )
     slides = dict.fromkeys(slide_map.slide for slide_map in maps)
     drawn = "".join(_slide(slide, [m for m in maps if m.slide == slide], order) for slide in slides)
@@ -197,7 +197,7 @@ def _slide(slide: str, maps: Sequence[SlideMap], order: Sequence[str]) -> str:
 
 
 def _map(drawn: SlideMap) -> str:
-    """One square a cell; the squares of one colour are one path."""
+    """One square a cell; the squares of one color are one path."""
     across, down = max(drawn.columns, default=0) + 1, max(drawn.rows, default=0) + 1
     unit = min(_MAP_WIDTH / across, _MAP_HEIGHT / down)
     squares: dict[str, list[str]] = {}
@@ -210,7 +210,7 @@ def _map(drawn: SlideMap) -> str:
 
 
 def _scale_bar(drawn: SlideMap, unit: float, top: float) -> Iterable[str]:
-    """The longest of 1, 2 or 5 times a power of ten millimetres that takes at most a third of the picture."""
+    """The longest of 1, 2 or 5 times a power of ten millimeters that takes at most a third of the picture."""
     if not (isfinite(drawn.cell_mm) and drawn.cell_mm > 0):
         return []
     most = _MAP_WIDTH / 3 / unit * drawn.cell_mm

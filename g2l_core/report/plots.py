@@ -1,7 +1,7 @@
-"""Forest plots and curves as SVG text that takes its colours and fonts from the page's style sheet.
+"""Forest plots and curves as SVG text that takes its colors and fonts from the page's style sheet.
 
-Lengths are SVG user units, x to the right and y down. Class `eN` colours what belongs to the page's encoder N; the
-shapes tell the same encoders apart without colour.
+Lengths are SVG user units, x to the right and y down. Class `eN` colors what belongs to the page's encoder N; the
+shapes tell the same encoders apart without color.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -130,7 +130,7 @@ def curves(lines: Sequence[Curve], *, neutral: float | None, label: str) -> str:
     axis = axis_for(_drawn_values(estimates, neutral), bottom, 14)
     parts = list(_horizontal_grid(axis, neutral))
     parts += [text_at(_k_at(k, ks), bottom + 20, str(k), "tick middle") for k in ks]
-    parts.append(text_at((_CURVE_LEFT + _CURVE_RIGHT) / 2, bottom + 42, "k nearest neighbours", "tick middle"))
+    parts.append(text_at((_CURVE_LEFT + _CURVE_RIGHT) / 2, bottom + 42, "k nearest neighbors", "tick middle"))
     for i, line in enumerate(lines):
         parts += _curve(line, ks, axis, shift=(i - (len(lines) - 1) / 2) * 7)
     parts += _curve_labels(lines, axis)

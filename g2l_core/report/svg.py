@@ -1,7 +1,7 @@
-"""SVG text that takes its colours and fonts from the page's style sheet: axes, marks, primitives.
+"""SVG text that takes its colors and fonts from the page's style sheet: axes, marks, primitives.
 
-Lengths are SVG user units, x to the right and y down. Class `eN` colours what belongs to series N of the page; the
-shapes tell the same series apart without colour.
+Lengths are SVG user units, x to the right and y down. Class `eN` colors what belongs to series N of the page; the
+shapes tell the same series apart without color.
 """
 
 from collections.abc import Iterable
@@ -19,7 +19,7 @@ SHAPES = (
     "M-.4-1.1H.4V-.4H1.1V.4H.4V1.1H-.4V.4H-1.1V-.4H-.4z",
     "M0-1.2 1.14-.37.71.97H-.71L-1.14-.37z",
 )
-"""Within about 1.2 of the origin. As 6 colours and 7 shapes share no divisor, 42 encoders differ."""
+"""Within about 1.2 of the origin. As 6 colors and 7 shapes share no divisor, 42 encoders differ."""
 
 DOTS = (
     "m-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0",

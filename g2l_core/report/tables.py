@@ -164,7 +164,7 @@ def _setting(name: str, value: str | int | float | bool) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Held:
+class ExpectedVsFound:
     """A published figure and what was found."""
 
     expected: ExpectedFigure
@@ -191,13 +191,13 @@ def published_text(expected: ExpectedFigure) -> str:
     return f"{expected.value:g} \u00b1 {expected.tolerance:g}"
 
 
-def held_against(part: TaskPart, report: Report) -> tuple[Held, ...]:
+def held_against(part: TaskPart, report: Report) -> tuple[ExpectedVsFound, ...]:
     """Each published figure of a task beside the one found, by the encoder's key or name."""
     keys = {encoder.name: encoder.key for encoder in report.encoders} | {key: key for key in part.encoders}
     found = []
     for row in part.expected:
         result = part.figures.get(row.metric, {}).get(keys.get(row.encoder, row.encoder))
-        found.append(Held(expected=row, found=result.estimate if result else None))
+        found.append(ExpectedVsFound(expected=row, found=result.estimate if result else None))
     return tuple(found)
 
 

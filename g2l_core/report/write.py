@@ -17,7 +17,7 @@ from g2l_core.errors import RunError
 from g2l_core.report.html import page
 from g2l_core.report.json import FORMAT, json_text, report_of
 from g2l_core.report.tables import (
-    Held,
+    ExpectedVsFound,
     TaskPart,
     best,
     decimals,
@@ -193,7 +193,7 @@ def _md_overview(parts: Sequence[TaskPart], order: Sequence[str]) -> list[str]:
     return ["## Overview", "", *_md_table(["task", "figure", "support", *map(_md, keys)], rows)]
 
 
-def _md_expected(held: Sequence[Held]) -> list[str]:
+def _md_expected(held: Sequence[ExpectedVsFound]) -> list[str]:
     if not held:
         return []
     rows = (
@@ -290,7 +290,7 @@ def terminal_table(report: Report | Sequence[Result], width: int = 80) -> str:
 
 
 def _printable(text: str) -> str:
-    """Names come from files; none may move the cursor or colour the terminal."""
+    """Names come from files; none may move the cursor or color the terminal."""
     return "".join(letter if letter.isprintable() else " " for letter in text)
 
 

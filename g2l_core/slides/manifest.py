@@ -41,7 +41,7 @@ class Source:
     patch_ids: tuple[str, ...] = ()
     """File names of patch images; empty for a slide."""
     mpp: float | None = None
-    """Micrometres per level-0 pixel, if the manifest gives it."""
+    """Micrometers per level-0 pixel, if the manifest gives it."""
     labels: Mapping[str, str] = field(default_factory=dict)
     """patient_id, medical_center and any other column that is the same for the whole source."""
 

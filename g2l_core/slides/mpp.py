@@ -1,4 +1,4 @@
-"""Micrometres per level-0 pixel: where a slide's figure comes from, and whether a cohort's figures can be true.
+"""Micrometers per level-0 pixel: where a slide's figure comes from, and whether a cohort's figures can be true.
 
 Property names and units are those of OpenSlide 4.0.1 (its `src/openslide-vendor-*.c`). OpenSlide copies most of
 them to `openslide.mpp-x` and `-y` itself; they are looked up again for older builds and for other readers.
@@ -26,7 +26,7 @@ SQUARE_TO = 0.01
 
 CLOSE, FAR = 1.25, 1.6
 """Two figures agree up to the first factor (scanners call 0.22 to 0.27 um/px 40x) and contradict from the second
-on, below the 2 between neighbouring magnifications."""
+on, below the 2 between neighboring magnifications."""
 
 MAJORITY_SHARE, MAJORITY_SLIDES = 0.8, 5
 """A cohort has one scale if this share of at least so many slides agree."""
@@ -54,7 +54,7 @@ _UM_PER_UNIT = (
     ("zeiss.Scaling.Items.X.Value", "zeiss.Scaling.Items.Y.Value", 1e6),
     (f"{_DICOM}[1]", f"{_DICOM}[0]", 1e3),  # rows come first
 )
-"""Keys of x and y whose text is one number, and the micrometres in its unit; in the order of trust."""
+"""Keys of x and y whose text is one number, and the micrometers in its unit; in the order of trust."""
 
 _UM_PER_TIFF_UNIT = {"inch": 25_400.0, "centimeter": 10_000.0}
 
@@ -64,7 +64,7 @@ KEYS = (*(x for x, _, _ in _UM_PER_UNIT), _PHILIPS, _HAMAMATSU[0], _TIFF[0])
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """Micrometres per level-0 pixel and where they are from."""
+    """Micrometers per level-0 pixel and where they are from."""
 
     mpp_x: float
     mpp_y: float
@@ -112,7 +112,7 @@ def find_scale(
     Args:
         properties: The header, under OpenSlide's names.
         level0_size: Width and height in level-0 pixels.
-        manifest_mpp: Micrometres per level-0 pixel.
+        manifest_mpp: Micrometers per level-0 pixel.
         mpp_override: The same, for slides of which neither header nor manifest gives any.
 
     Raises:
@@ -128,7 +128,7 @@ def find_scale(
             raise MppError(f"its {source} gives {value:g} um/px, outside {_range_in_words(PLAUSIBLE_MPP)}")
         return Scale(mpp_x=float(value), mpp_y=float(value), source=source)
     raise MppError(
-        (implausible or f"its header has no micrometres per pixel (looked for {', '.join(KEYS)})")
+        (implausible or f"its header has no micrometers per pixel (looked for {', '.join(KEYS)})")
         + ". Give them with --mpp-override UM_PER_PX or in the manifest's column mpp"
     )
 
@@ -166,10 +166,10 @@ def _header_figures(properties: Mapping[str, str], level0_size: tuple[int, int])
             yield key_x, x * um, y * um
     spacing = [_number(text) for text in re.findall(r"[^\s\"]+", properties.get(_PHILIPS, ""))]
     if len(spacing) == 2 and spacing[0] is not None and spacing[1] is not None:
-        yield _PHILIPS, spacing[1] * 1e3, spacing[0] * 1e3  # millimetres, rows first
+        yield _PHILIPS, spacing[1] * 1e3, spacing[0] * 1e3  # millimeters, rows first
     width, height = (_number(properties.get(key)) for key in _HAMAMATSU)
     if width is not None and height is not None:
-        yield _HAMAMATSU[0], width / 1e3 / level0_size[0], height / 1e3 / level0_size[1]  # nanometres, the whole slide
+        yield _HAMAMATSU[0], width / 1e3 / level0_size[0], height / 1e3 / level0_size[1]  # nanometers, the whole slide
     across, down = (_number(properties.get(key)) for key in _TIFF)
     if across is not None and down is not None:
         um_per_unit = _UM_PER_TIFF_UNIT.get(properties.get("tiff.ResolutionUnit", "inch"))

@@ -46,7 +46,7 @@ class Slide:
     Attributes:
         path: The file.
         level0_size: Width and height in level-0 pixels.
-        mpp: Micrometres per level-0 pixel.
+        mpp: Micrometers per level-0 pixel.
         mpp_source: Where that came from: "header: KEY", "manifest" or "override".
     """
 
@@ -66,8 +66,8 @@ class Slide:
         self._tiles = tiles
         self._lock = threading.Lock()
         self._downsamples = tuple(float(d) for d in handle.level_downsamples)
-        colour = handle.properties.get(openslide.PROPERTY_NAME_BACKGROUND_COLOR, "ffffff")
-        self._background = tuple(bytes.fromhex(colour))
+        color = handle.properties.get(openslide.PROPERTY_NAME_BACKGROUND_COLOR, "ffffff")
+        self._background = tuple(bytes.fromhex(color))
 
     def __enter__(self) -> "Slide":
         return self
@@ -118,9 +118,9 @@ class Slide:
         Memory stays at one block of `THUMBNAIL_BLOCK_PX` squared whatever the slide's size.
 
         Args:
-            mpp: Wanted micrometres per pixel.
+            mpp: Wanted micrometers per pixel.
             window: Left, top, width and height in pixels of `thumbnail_frame(mpp)`; what lies outside the slide
-                has its background colour. None is the whole frame.
+                has its background color. None is the whole frame.
 
         Raises:
             ReadError: The pixels cannot be decoded.
@@ -164,7 +164,7 @@ class Slide:
         return 0, 1
 
     def _read(self, origin: tuple[int, int], level: int, size: tuple[int, int]) -> Rgb:
-        """Pixels on the slide's background colour; `origin` in level-0 pixels, `size` in the level's."""
+        """Pixels on the slide's background color; `origin` in level-0 pixels, `size` in the level's."""
         pixels = self._decoded(origin, level, size)
         return self._read_region(origin, level, size) if pixels is None else pixels
 
@@ -204,13 +204,13 @@ def open_slide(
 
     Args:
         path: The file, or the folder of an OME-Zarr.
-        manifest_mpp: Micrometres per level-0 pixel, used where the header gives none that can be trusted.
+        manifest_mpp: Micrometers per level-0 pixel, used where the header gives none that can be trusted.
         mpp_override: The same, used where neither header nor manifest gives one.
         own_tiles: Decode tiles of TIFF and SVS files directly; False leaves all to OpenSlide. The pixels are the same.
 
     Raises:
         NotASlideError: No reader opens the file.
-        MppError: No source gives plausible micrometres per pixel.
+        MppError: No source gives plausible micrometers per pixel.
     """
     handle, scale = _open_scaled(path, manifest_mpp, mpp_override)
     tiles = None

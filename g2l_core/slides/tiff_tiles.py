@@ -2,7 +2,7 @@
 
 OpenSlide decodes a tile again for every region that touches it, unless its own small cache still holds it, and
 composes regions in a slower pixel format. Here a tile's bytes go once through libjpeg-turbo or OpenJPEG, the same
-libraries, with the same pixels: 0 grey levels of difference on every slide tried. Whatever this module does not
+libraries, with the same pixels: 0 gray levels of difference on every slide tried. Whatever this module does not
 hold (other formats, missing or damaged tiles, the slide's edge) it leaves to OpenSlide, so that a store does not
 depend on which of them has read.
 """

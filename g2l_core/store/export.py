@@ -1,6 +1,6 @@
 """Write stored features as other tools read them: TRIDENT's folder of HDF5 files.
 
-Magnifications appear here and nowhere else: 10 um/px over the micrometres per pixel, 20x = 0.5, 40x = 0.25.
+Magnifications appear here and nowhere else: 10 um/px over the micrometers per pixel, 20x = 0.5, 40x = 0.25.
 """
 
 from collections.abc import Mapping
@@ -78,7 +78,7 @@ def _coords_attributes(slide: StoredSlide, grid: Mapping[str, Any], name: str) -
 
 
 def magnification(mpp: float) -> int | float:
-    """The nominal magnification of micrometres per pixel: 10 / mpp, or the objective of `POWERS` that is near."""
+    """The nominal magnification of micrometers per pixel: 10 / mpp, or the objective of `POWERS` that is near."""
     exact = 10 / mpp
     value = next((power for power in POWERS if abs(exact - power) <= 0.05 * power), round(exact, 2))
     return int(value) if value == int(value) else value

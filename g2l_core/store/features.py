@@ -161,7 +161,7 @@ class FeatureStore:
 
     def slides(self) -> Iterator["StoredSlide"]:
         """The slides that have patches, sorted by id."""
-        return (s for s in map(self._stored, self.slide_ids()) if s.is_laid)
+        return (s for s in map(self._stored, self.slide_ids()) if s.has_patches)
 
     def complete_slides(self, encoder: str, *, view: int) -> list["StoredSlide"]:
         """The slides that have patches, sorted by id, all of which must hold one view of an encoder whole.
@@ -196,7 +196,7 @@ class FeatureStore:
     def failed_slides(self) -> dict[str, str]:
         """Reason by id of every slide that could not be used."""
         slides = map(self._stored, self.slide_ids())
-        return {s.slide_id: s.facts["reason"] for s in slides if not s.is_laid}
+        return {s.slide_id: s.facts["reason"] for s in slides if not s.has_patches}
 
     def _has_met(self, slide_id: str) -> bool:
         """Whether that group is a slide whose facts are written: neither a folder of slides nor left by a kill."""
@@ -206,7 +206,7 @@ class FeatureStore:
     def _stored(self, slide_id: str) -> "StoredSlide":
         return StoredSlide(slide_id, self._root[f"slides/{slide_id}"])
 
-    def lay_slide(
+    def add_slide(
         self,
         slide_id: str,
         facts: Mapping[str, object],
@@ -243,7 +243,7 @@ class FeatureStore:
 
     def fail_slide(self, slide_id: str, source: str, reason: str) -> None:
         """Record that a slide could not be used, and why; never over one that has patches."""
-        if self._has_met(slide_id) and self._stored(slide_id).is_laid:
+        if self._has_met(slide_id) and self._stored(slide_id).has_patches:
             return
         with writing(f"slide {slide_id}"):
             group = self._fresh_group(slide_id)

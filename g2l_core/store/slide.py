@@ -47,7 +47,7 @@ class StoredSlide:
         self._group = group
 
     @property
-    def is_laid(self) -> bool:
+    def has_patches(self) -> bool:
         """Whether it has patches."""
         return self.facts["status"] == "ok"
 

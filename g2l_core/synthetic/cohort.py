@@ -1,7 +1,7 @@
-"""Small H&E-like pyramidal slides with planted classes and centres.
+"""Small H&E-like pyramidal slides with planted classes and centers.
 
 They are for demonstrations and tests, here and in other projects: a whole cohort is drawn in seconds, every patch's
-class is known, and two centres stain and scan differently on purpose. The drawing is in `synthetic_tissue`.
+class is known, and two centers stain and scan differently on purpose. The drawing is in `synthetic_tissue`.
 """
 
 import csv
@@ -33,14 +33,14 @@ CENTERS = ("north", "south")
 # Macenko et al. (ISBI 2009) for the south. Strengths and glass are free.
 LOOKS = {
     "north": Look(
-        haematoxylin=(0.65, 0.70, 0.29),
+        hematoxylin=(0.65, 0.70, 0.29),
         eosin=(0.08, 0.92, 0.30),
         strength=(1.0, 0.8),
         glass=(243.0, 242.0, 244.0),
         blur_um=0.25,
     ),
     "south": Look(
-        haematoxylin=(0.56, 0.72, 0.41),
+        hematoxylin=(0.56, 0.72, 0.41),
         eosin=(0.22, 0.80, 0.56),
         strength=(1.1, 0.9),
         glass=(245.0, 243.0, 237.0),
@@ -60,12 +60,12 @@ class CohortSpec:
     """What to draw; the same spec gives the same pixels."""
 
     patients: int = 12
-    """At least 6; they come from the centres in turn."""
+    """At least 6; they come from the centers in turn."""
     slides_per_patient: int = 1
     size_um: tuple[float, float] = (1440.0, 960.0)
     """Width and height of every slide; multiples of 4 um."""
     mpp: tuple[float, float] = (0.5, 0.25)
-    """Micrometres per pixel of the first and of the second centre's scanner; each is 1 um over a whole number."""
+    """Micrometers per pixel of the first and of the second center's scanner; each is 1 um over a whole number."""
     quality: int | None = 85
     """JPEG quality of the slides; None is lossless."""
     seed: int = 0
@@ -76,7 +76,7 @@ class CohortSpec:
         Raises:
             UsageError: A field is out of its range.
         """
-        _require(self.patients >= 6, "patients", "at least 6 (three a centre)", self.patients)
+        _require(self.patients >= 6, "patients", "at least 6 (three a center)", self.patients)
         _require(self.slides_per_patient >= 1, "slides_per_patient", "at least 1", self.slides_per_patient)
         _require(self.seed >= 0, "seed", "0 or more", self.seed)
         fits = all(side >= 64 * MAP_UM and side % MAP_UM == 0 for side in self.size_um)
@@ -94,7 +94,7 @@ class CohortSpec:
         return index // self.slides_per_patient
 
     def center(self, index: int) -> int:
-        """The slide's centre, as an index of `CENTERS`."""
+        """The slide's center, as an index of `CENTERS`."""
         return self.patient(index) % len(CENTERS)
 
     def slide_id(self, index: int) -> str:
@@ -128,7 +128,7 @@ def write_pyramid(
     Args:
         path: The file to write; an existing one is replaced.
         image: Level 0, uint8 (height, width, 3), red green blue.
-        mpp: Micrometres per pixel of level 0; written as pixels per centimetre.
+        mpp: Micrometers per pixel of level 0; written as pixels per centimeter.
         downsamples: Whole-number factors of the levels, from 1 upwards; they divide the image's sides, so that
             each pixel of a level is the mean of whole pixels of level 0.
         tile_px: Side of the tiles, a multiple of 16 (TIFF 6.0, section 15).
@@ -208,7 +208,7 @@ def draw_slide(spec: CohortSpec, index: int) -> tuple[Rgb, ClassMap]:
         index: Which slide, 0 .. `spec.slides` - 1.
 
     Returns:
-        The image at its centre's mpp, uint8 (height, width, 3), and its class map at `MAP_UM`, uint8
+        The image at its center's mpp, uint8 (height, width, 3), and its class map at `MAP_UM`, uint8
         (height, width): 0 glass, else the index in `CLASSES` plus 1.
 
     Raises:
@@ -222,14 +222,14 @@ def draw_slide(spec: CohortSpec, index: int) -> tuple[Rgb, ClassMap]:
 
 
 def _vary(rng: np.random.Generator, look: Look) -> Look:
-    """One slide's own stain: strengths by about 12 %, stain vectors by about 4 %, glass by 1 grey level."""
+    """One slide's own stain: strengths by about 12 %, stain vectors by about 4 %, glass by 1 gray level."""
 
     def shaken(values: tuple[float, ...], relative: float, absolute: float = 0.0) -> Float[np.ndarray, " value"]:
         scale = relative * np.array(values) + absolute
         return np.array(values) + np.clip(rng.standard_normal(len(values)), -2, 2) * scale
 
     return Look(
-        haematoxylin=tuple(shaken(look.haematoxylin, 0.04)),
+        hematoxylin=tuple(shaken(look.hematoxylin, 0.04)),
         eosin=tuple(shaken(look.eosin, 0.04)),
         strength=tuple(shaken(look.strength, 0.12)),
         glass=tuple(shaken(look.glass, 0.0, 1.0)),
@@ -283,7 +283,7 @@ def read_class_map(path: Path) -> ClassMap:
     """Reads a class map that `draw_cohort` wrote.
 
     Args:
-        path: A palette PNG, `MAP_UM` micrometres per pixel, which covers the whole slide.
+        path: A palette PNG, `MAP_UM` micrometers per pixel, which covers the whole slide.
 
     Returns:
         uint8 (height, width): 0 glass, else the index in `CLASSES` plus 1.

@@ -1,8 +1,8 @@
-"""Draws one H&E-like field of tissue: three classes told apart by texture, colour made a nuisance.
+"""Draws one H&E-like field of tissue: three classes told apart by texture, color made a nuisance.
 
-The order of a drawing: a layout (tissue blob, regions, their class) at `MAP_UM`; the cytoplasm and the fibres at
+The order of a drawing: a layout (tissue blob, regions, their class) at `MAP_UM`; the cytoplasm and the fibers at
 `GROUND_UM`; the nuclei at the slide's own mpp; then Beer-Lambert absorption, the scanner's blur and its noise.
-Lengths are micrometres; stain densities are natural-log optical densities.
+Lengths are micrometers; stain densities are natural-log optical densities.
 """
 
 from dataclasses import dataclass
@@ -14,35 +14,35 @@ from jaxtyping import Bool, Float, Float32, Int32, UInt8
 
 from g2l_core.types import Rgb
 
-CLASSES = ("stroma", "tumour", "lymphoid")
+CLASSES = ("stroma", "tumor", "lymphoid")
 """Class `CLASSES[i]` is `i + 1` in a class map; 0 is glass."""
 
 MAP_UM = 4.0
-"""Micrometres per pixel of a class map."""
+"""Micrometers per pixel of a class map."""
 
 GROUND_UM = 0.5
-"""Micrometres per pixel at which fibres and cytoplasm are drawn; nothing in them is finer than 1 um."""
+"""Micrometers per pixel at which fibers and cytoplasm are drawn; nothing in them is finer than 1 um."""
 
 REGION_UM2 = 0.27e6
 """Wanted area of one region: about 520 um across, so that most 128 um patches lie in one class."""
 
 DENSITY_UNIT = 0.01
-"""Density of one grey level in the 8-bit drawings, which OpenCV needs for smooth edges."""
+"""Density of one gray level in the 8-bit drawings, which OpenCV needs for smooth edges."""
 
 # Each region draws its own habit from these ranges. They overlap between classes on purpose: a task that a good
 # ImageNet encoder solves nearly, not wholly.
-TUMOUR_RADIUS = (3.4, 5.2)
-"""Mean radius of the tumour's nuclei, um."""
+TUMOR_RADIUS = (3.4, 5.2)
+"""Mean radius of the tumor's nuclei, um."""
 LYMPHOCYTE_RADIUS = (2.6, 3.4)
 SEPTA = (1.2, 4.5)
-"""Width of the bands between the tumour's nests, in no unit."""
+"""Width of the bands between the tumor's nests, in no unit."""
 CROWD = (0.6, 0.95)
 """Share of the lattice that lymphocytes fill in lymphoid tissue."""
 STRAYS = (0.01, 0.3)
-"""The same elsewhere: inflamed stroma, infiltrated tumour."""
+"""The same elsewhere: inflamed stroma, infiltrated tumor."""
 
 NOISE = 2.0
-"""Standard deviation of the scanner's noise before its blur, in grey levels."""
+"""Standard deviation of the scanner's noise before its blur, in gray levels."""
 
 STRIP = 256
 """Rows that are exposed at once."""
@@ -57,13 +57,13 @@ Points: TypeAlias = Float[np.ndarray, "point 2"]
 class Look:
     """How one laboratory stains and scans: what must not decide the class."""
 
-    haematoxylin: tuple[float, float, float]
+    hematoxylin: tuple[float, float, float]
     """Absorption of red, green and blue for a unit of stain."""
     eosin: tuple[float, float, float]
     strength: tuple[float, float]
-    """Factor on the haematoxylin and on the eosin density."""
+    """Factor on the hematoxylin and on the eosin density."""
     glass: tuple[float, float, float]
-    """Grey levels of empty glass."""
+    """Gray levels of empty glass."""
     blur_um: float
     """Standard deviation of the scanner's point spread."""
 
@@ -95,7 +95,7 @@ class Layout:
 
 @dataclass(frozen=True, kw_only=True)
 class Shapes:
-    """Smooth closed outlines (nuclei, cell bodies): one row each, in micrometres from the slide's corner."""
+    """Smooth closed outlines (nuclei, cell bodies): one row each, in micrometers from the slide's corner."""
 
     center: Points
     radii: Points
@@ -129,7 +129,7 @@ def smooth_noise(rng: np.random.Generator, shape: tuple[int, int], scale_px: flo
 
 
 def _grid(shape: tuple[int, int], step_um: float) -> tuple[Plane, Plane]:
-    """Micrometres of the pixel centres, x and y."""
+    """Micrometers of the pixel centers, x and y."""
     y, x = ((np.arange(side, dtype=np.float32) + np.float32(0.5)) * np.float32(step_um) for side in shape)
     return np.broadcast_to(x, shape), np.broadcast_to(y[:, None], shape)
 
@@ -181,11 +181,11 @@ def _blob(rng: np.random.Generator, shape: tuple[int, int]) -> Bool[np.ndarray, 
     return (outline + fray > 0) & ~tears & ~margin
 
 
-# ---- fibres and cytoplasm ---------------------------------------------------------------------------------
+# ---- fibers and cytoplasm ---------------------------------------------------------------------------------
 
 
-def _fibre_coordinates(rng: np.random.Generator, shape: tuple[int, int]) -> tuple[Plane, Plane]:
-    """Micrometres across and along bent, wavy fibres."""
+def _fiber_coordinates(rng: np.random.Generator, shape: tuple[int, int]) -> tuple[Plane, Plane]:
+    """Micrometers across and along bent, wavy fibers."""
     x, y = _grid(shape, GROUND_UM)
     bend = 130 / GROUND_UM
     x, y = (axis + 40 * smooth_noise(rng, shape, bend) for axis in (x, y))
@@ -197,7 +197,7 @@ def _fibre_coordinates(rng: np.random.Generator, shape: tuple[int, int]) -> tupl
 
 
 def _streaks(rng: np.random.Generator, across: Plane, along: Plane, width_um: float, length_um: float) -> Plane:
-    """Noise drawn out along the fibres, standard deviation about 1: a stretched texture, looked up."""
+    """Noise drawn out along the fibers, standard deviation about 1: a stretched texture, looked up."""
     texture = rng.standard_normal((768, 1024), dtype=np.float32)
     stretched: Plane = cv2.GaussianBlur(texture, (0, 0), sigmaX=6, sigmaY=1.5)
     stretched /= stretched.std()
@@ -206,15 +206,15 @@ def _streaks(rng: np.random.Generator, across: Plane, along: Plane, width_um: fl
 
 
 def _collagen(rng: np.random.Generator, across: Plane, along: Plane) -> Plane:
-    """Density of fibrous ground, mean about 1: bundles of fibres, with pale clefts between some."""
-    fibres = 1 + 0.22 * _streaks(rng, across, along, 0.7, 14.0) + 0.16 * _streaks(rng, across, along, 2.2, 40.0)
+    """Density of fibrous ground, mean about 1: bundles of fibers, with pale clefts between some."""
+    fibers = 1 + 0.22 * _streaks(rng, across, along, 0.7, 14.0) + 0.16 * _streaks(rng, across, along, 2.2, 40.0)
     bundles = _streaks(rng, across, along, 3.0, 30.0)
     clefts = np.clip((bundles - np.float32(1.1)) * 2.5, 0, 0.9)
-    return np.maximum(fibres, np.float32(0.3)) * (1 - clefts)
+    return np.maximum(fibers, np.float32(0.3)) * (1 - clefts)
 
 
 def _septa(rng: np.random.Generator, shape: tuple[int, int], layout: Layout) -> Plane:
-    """1 in the fibrous bands that part the nests of a tumour, else 0, with a soft edge; each region's own width."""
+    """1 in the fibrous bands that part the nests of a tumor, else 0, with a soft edge; each region's own width."""
     level = smooth_noise(rng, shape, 110 / GROUND_UM)
     width = rng.uniform(*SEPTA, len(layout.region_class))
     return np.clip(_spread(layout, width, shape) - np.abs(level) * 11, 0, 1)
@@ -282,9 +282,9 @@ class Canvas:
 
     mpp: float
     nuclei: UInt8[np.ndarray, "height width"]
-    """Haematoxylin density of the nuclei, in `DENSITY_UNIT`."""
+    """Hematoxylin density of the nuclei, in `DENSITY_UNIT`."""
     bodies: UInt8[np.ndarray, "ground_height ground_width"]
-    """Relative eosin density of the tumour's cell bodies, in `DENSITY_UNIT`; pale between them."""
+    """Relative eosin density of the tumor's cell bodies, in `DENSITY_UNIT`; pale between them."""
 
     def nucleus(self, rng: np.random.Generator, shapes: Shapes, density: Float[np.ndarray, " point"]) -> None:
         """Adds filled outlines to the nuclei."""
@@ -308,7 +308,7 @@ def _draw_lymphocytes(
 def _draw_spindles(
     rng: np.random.Generator, canvas: Canvas, center: Points, across: Float[np.ndarray, "height width"]
 ) -> None:
-    """Long thin nuclei that lie along the fibres, the level lines of `across`."""
+    """Long thin nuclei that lie along the fibers, the level lines of `across`."""
     n = len(center)
     row, column = np.clip(center[:, ::-1] / GROUND_UM, 4, np.array(across.shape) - 5).astype(int).T
     slope_x = across[row, column + 4] - across[row, column - 4]
@@ -319,7 +319,7 @@ def _draw_spindles(
     canvas.nucleus(rng, shapes, rng.normal(1.2, 0.2, n))
 
 
-def _draw_tumour_cells(
+def _draw_tumor_cells(
     rng: np.random.Generator, canvas: Canvas, center: Points, size: Float[np.ndarray, " point"]
 ) -> None:
     """Cell bodies with a pale halo; large uneven nuclei with a dark membrane, clear inside, with nucleoli."""
@@ -356,17 +356,17 @@ def _draw_nucleoli(
 
 def _draw_cells(rng: np.random.Generator, canvas: Canvas, layout: Layout, across: Plane, septa: Plane) -> None:
     """Every class's own cells, and a few strays of lymphocytes and fibroblasts in the others."""
-    stroma, tumour, lymphoid = (layout.share(index + 1) for index in range(len(CLASSES)))
+    stroma, tumor, lymphoid = (layout.share(index + 1) for index in range(len(CLASSES)))
     count = len(layout.region_class)
     height, width = layout.regions.shape
     bands = cv2.resize(septa, (width, height), interpolation=cv2.INTER_AREA)
 
-    points = _scatter(rng, tumour * (bands < 0.4) * 0.95, 14.0, 0.17)
-    _draw_tumour_cells(rng, canvas, points, layout.at(points, rng.uniform(*TUMOUR_RADIUS, count)))
-    points = _scatter(rng, (stroma + tumour * bands) * 0.7, 21.0, 0.3)
+    points = _scatter(rng, tumor * (bands < 0.4) * 0.95, 14.0, 0.17)
+    _draw_tumor_cells(rng, canvas, points, layout.at(points, rng.uniform(*TUMOR_RADIUS, count)))
+    points = _scatter(rng, (stroma + tumor * bands) * 0.7, 21.0, 0.3)
     _draw_spindles(rng, canvas, points, across)
     crowd = lymphoid * rng.uniform(*CROWD, count)[layout.regions]
-    strays = (stroma + tumour) * rng.uniform(*STRAYS, count)[layout.regions]
+    strays = (stroma + tumor) * rng.uniform(*STRAYS, count)[layout.regions]
     points = _scatter(rng, crowd + strays, 7.4, 0.15)
     _draw_lymphocytes(rng, canvas, points, layout.at(points, rng.uniform(*LYMPHOCYTE_RADIUS, count)))
 
@@ -378,24 +378,24 @@ def _draw_cells(rng: np.random.Generator, canvas: Canvas, layout: Layout, across
 class Stains:
     """Densities of the two stains."""
 
-    haematoxylin: Plane
+    hematoxylin: Plane
     eosin: Plane
 
 
 def _ground(
     rng: np.random.Generator, layout: Layout, bodies: UInt8[np.ndarray, "height width"], collagen: Plane, septa: Plane
 ) -> Stains:
-    """Fibres and cytoplasm without nuclei, each of mean about 1 inside its class, 0 on glass."""
+    """Fibers and cytoplasm without nuclei, each of mean about 1 inside its class, 0 on glass."""
     shape = collagen.shape
-    stroma, tumour, lymphoid = (
+    stroma, tumor, lymphoid = (
         _enlarge(cv2.GaussianBlur(layout.share(index + 1), (0, 0), 0.8), shape) for index in range(len(CLASSES))
     )
-    tissue = np.clip((stroma + tumour + lymphoid - 0.5) * 8 + 0.5, 0, 1)
+    tissue = np.clip((stroma + tumor + lymphoid - 0.5) * 8 + 0.5, 0, 1)
     cytoplasm = bodies.astype(np.float32) * np.float32(DENSITY_UNIT) * _grain(rng, shape, 1.5, 0.1)
     nests = septa * collagen + (1 - septa) * cytoplasm
     reticulum = _grain(rng, shape, 2.5, 0.2) * _grain(rng, shape, 25.0, 0.12)
-    eosin = tissue * (stroma * collagen + tumour * nests + lymphoid * reticulum)
-    return Stains(haematoxylin=eosin * _grain(rng, shape, 5.0, 0.12), eosin=eosin * _grain(rng, shape, 60.0, 0.08))
+    eosin = tissue * (stroma * collagen + tumor * nests + lymphoid * reticulum)
+    return Stains(hematoxylin=eosin * _grain(rng, shape, 5.0, 0.12), eosin=eosin * _grain(rng, shape, 60.0, 0.08))
 
 
 def _region_means(layout: Layout, plane: Float[np.ndarray, "height width"]) -> Float[np.ndarray, " region"]:
@@ -408,9 +408,9 @@ def _region_means(layout: Layout, plane: Float[np.ndarray, "height width"]) -> F
 
 
 def _balance(rng: np.random.Generator, layout: Layout, nuclei: Plane, ground: Stains) -> tuple[GroundPlane, Stains]:
-    """Gives each region mean densities that its class has no part in, so that colour does not tell the class.
+    """Gives each region mean densities that its class has no part in, so that color does not tell the class.
 
-    Of a region's wanted haematoxylin the nuclei give what they can, at most 85 %, and the ground gives the rest.
+    Of a region's wanted hematoxylin the nuclei give what they can, at most 85 %, and the ground gives the rest.
 
     Returns:
         The factor on the nuclei's density, at the ground's scale, and the ground with its final densities.
@@ -419,11 +419,11 @@ def _balance(rng: np.random.Generator, layout: Layout, nuclei: Plane, ground: St
     blue, pink = rng.uniform(0.38, 0.64, count), rng.uniform(0.40, 0.75, count)
     have = _region_means(layout, nuclei).clip(1e-3)
     gain = np.minimum(rng.uniform(0.85, 1.25, count), 0.85 * blue / have)
-    rest = (blue - gain * have) / _region_means(layout, ground.haematoxylin).clip(0.1)
+    rest = (blue - gain * have) / _region_means(layout, ground.hematoxylin).clip(0.1)
     tint = pink / _region_means(layout, ground.eosin).clip(0.1)
     shape = ground.eosin.shape
     return _spread(layout, gain, shape), Stains(
-        haematoxylin=ground.haematoxylin * _spread(layout, rest, shape),
+        hematoxylin=ground.hematoxylin * _spread(layout, rest, shape),
         eosin=ground.eosin * _spread(layout, tint, shape),
     )
 
@@ -433,7 +433,7 @@ def _expose(rng: np.random.Generator, stains: Stains, look: Look, mpp: float) ->
 
     The noise is blurred with the image, as a scanner's own denoising leaves it.
     """
-    absorbed = np.array([look.haematoxylin, look.eosin]).T * look.strength
+    absorbed = np.array([look.hematoxylin, look.eosin]).T * look.strength
     # The glass enters as one more density, so that one matrix gives the exponents of all three channels.
     exponents = np.column_stack([-absorbed, np.log(look.glass)]).astype(np.float32)
     image = np.empty((*stains.eosin.shape, 3), np.uint8)
@@ -441,7 +441,7 @@ def _expose(rng: np.random.Generator, stains: Stains, look: Look, mpp: float) ->
     for top in range(0, len(image), STRIP):  # in strips, so that a large slide needs little memory
         rows = slice(top, top + STRIP)
         light: Float32[np.ndarray, "rows width 3"] = cv2.exp(
-            cv2.transform(cv2.merge((stains.haematoxylin[rows], stains.eosin[rows])), exponents)
+            cv2.transform(cv2.merge((stains.hematoxylin[rows], stains.eosin[rows])), exponents)
         )
         shift = int(rng.integers(STRIP))
         light += noise[: len(light), shift : shift + image.shape[1]]
@@ -455,7 +455,7 @@ def draw_field(rng: np.random.Generator, size_um: tuple[float, float], mpp: floa
     Args:
         rng: Consumed; the same state gives the same pixels.
         size_um: Width and height; multiples of `MAP_UM`, which is a multiple of `mpp`.
-        mpp: Micrometres per pixel of the image.
+        mpp: Micrometers per pixel of the image.
         look: Stain and scanner.
 
     Returns:
@@ -465,7 +465,7 @@ def draw_field(rng: np.random.Generator, size_um: tuple[float, float], mpp: floa
     ground_shape = (round(height / GROUND_UM), round(width / GROUND_UM))
     shape = (round(height / mpp), round(width / mpp))
     layout = draw_layout(rng, size_um)
-    across, along = _fibre_coordinates(rng, ground_shape)
+    across, along = _fiber_coordinates(rng, ground_shape)
     septa = _septa(rng, ground_shape, layout)
     canvas = Canvas(mpp=mpp, nuclei=np.zeros(shape, np.uint8), bodies=np.full(ground_shape, 40, np.uint8))
     _draw_cells(rng, canvas, layout, across, septa)
@@ -474,7 +474,7 @@ def draw_field(rng: np.random.Generator, size_um: tuple[float, float], mpp: floa
     gain, ground = _balance(rng, layout, nuclei, ground)
     gain *= _grain(rng, ground_shape, 0.9, 0.16)  # chromatin
     stains = Stains(
-        haematoxylin=_enlarge(ground.haematoxylin, shape) + nuclei * _enlarge(gain, shape),
+        hematoxylin=_enlarge(ground.hematoxylin, shape) + nuclei * _enlarge(gain, shape),
         eosin=_enlarge(ground.eosin, shape),
     )
     return _expose(rng, stains, look, mpp), layout.classes

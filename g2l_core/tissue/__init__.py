@@ -1,1 +1,5 @@
-"""Where a slide has tissue: thresholds, a network, or a file of yours. `methods` chooses among them."""
+"""Find tissue on a slide, and show what was found.
+
+`methods.resolve_tissue` gives a method by its name: a threshold on color (`thresholds`), a segmentation network
+(`network`), or outlines drawn by people (`annotations`, `geojson`). `overview` draws the result for people and QuPath.
+"""

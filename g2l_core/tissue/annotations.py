@@ -84,7 +84,7 @@ def read_annotation(folder: Path, slide_id: str, level0_size: tuple[int, int], f
 
 
 def _mask_of_image(path: Path, level0_size: tuple[int, int], frame: Frame) -> TissueMask:
-    """The image's pixel under each pixel's centre, true where any colour is not 0 (palettes: the index)."""
+    """The image's pixel under each pixel's center, true where any color is not 0 (palettes: the index)."""
     try:
         with Image.open(path) as image:
             has_alpha = image.mode in {"LA", "RGBA"}

@@ -1,6 +1,6 @@
 """Areas of a slide as GeoJSON (RFC 7946) in level-0 pixels, the form that QuPath reads and writes.
 
-Exact both ways: outlines run along the edges of a mask's pixels, and a pixel belongs to an area when its centre does,
+Exact both ways: outlines run along the edges of a mask's pixels, and a pixel belongs to an area when its center does,
 so that a mask written and read again at its own scale is the same mask.
 """
 
@@ -94,7 +94,7 @@ def _edges(part: np.ndarray) -> dict[tuple[int, Vertex], list[Vertex]]:
     padded = np.pad(part, 1)
     inside = padded[1:-1, 1:-1]
     onward: dict[tuple[int, Vertex], list[Vertex]] = {}
-    # neighbour's offset, then the edge's two ends relative to the pixel's upper left corner
+    # neighbor's offset, then the edge's two ends relative to the pixel's upper left corner
     for (dy, dx), (x0, y0), (x1, y1) in (
         ((-1, 0), (0, 0), (1, 0)),
         ((0, 1), (1, 0), (1, 1)),
@@ -199,7 +199,7 @@ def class_name(feature: Mapping[str, Any]) -> str:
 
 
 def mask_of(areas: Sequence[tuple[list[Ring], bool]], downsample: float, shape: tuple[int, int]) -> TissueMask:
-    """The pixels whose centres lie in an area that counts and in none that is to be taken away.
+    """The pixels whose centers lie in an area that counts and in none that is to be taken away.
 
     Args:
         areas: As `read_areas` gives them, in level-0 pixels. Rings of one polygon cancel out (even-odd rule).
@@ -216,7 +216,7 @@ def mask_of(areas: Sequence[tuple[list[Ring], bool]], downsample: float, shape: 
 
 
 def _fill(mask: Bool[np.ndarray, "height width"], rings: Sequence[Ring]) -> None:
-    """Set the pixels whose centres lie inside an odd number of the rings, which are in mask pixels."""
+    """Set the pixels whose centers lie inside an odd number of the rings, which are in mask pixels."""
     crossings = [_crossings(ring, mask.shape[0]) for ring in rings if len(ring) >= 3]
     if not crossings:
         return
@@ -232,7 +232,7 @@ def _fill(mask: Bool[np.ndarray, "height width"], rings: Sequence[Ring]) -> None
 
 
 def _crossings(ring: Ring, height: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of a mask whose centre lines the ring crosses, and at which x."""
+    """Rows of a mask whose center lines the ring crosses, and at which x."""
     (x0, y0), (x1, y1) = ring.T, np.roll(ring, -1, axis=0).T
     low, high = np.minimum(y0, y1), np.maximum(y0, y1)
     first = np.clip(np.ceil(low - 0.5), 0, height).astype(np.int64)

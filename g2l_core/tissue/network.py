@@ -37,7 +37,7 @@ class NetworkSettings:
     """What a network needs beside its file: the keys of its TOML."""
 
     mpp: float = 1.0
-    """Micrometres per pixel of its input."""
+    """Micrometers per pixel of its input."""
     tile_px: int = 512
     """Side of its input."""
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)

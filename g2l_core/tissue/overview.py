@@ -27,8 +27,8 @@ LONGEST_PX = 1600
 SHORTEST_PX = 800
 """A thumbnail whose long side is shorter is read again, finer: such slides are small."""
 
-TISSUE_COLOUR, PATCH_COLOUR, TEXT_COLOUR = (0, 158, 115), (0, 70, 200), (40, 40, 40)
-"""Green and blue, apart for colour-blind eyes too (Okabe & Ito), and far from haematoxylin and eosin."""
+TISSUE_COLOR, PATCH_COLOR, TEXT_COLOR = (0, 158, 115), (0, 70, 200), (40, 40, 40)
+"""Green and blue, apart for color-blind eyes too (Okabe & Ito), and far from hematoxylin and eosin."""
 
 LEFT_OUT_VEIL = 0.55
 """How much white lies over what is not kept."""
@@ -47,7 +47,7 @@ GENERATOR = '{"generator":"g2l",'
 
 
 @dataclass(frozen=True, kw_only=True)
-class Laying:
+class SlideOverview:
     """What was kept of a slide."""
 
     slide_id: str
@@ -61,16 +61,16 @@ class Laying:
     """Identity of the tissue method."""
 
 
-def qc_folder(store: Path) -> Path:
+def overview_folder(store: Path) -> Path:
     """The folder of a store's pictures and outlines, beside it."""
     return store.with_name(store.name.removesuffix(".zarr") + ".qc")
 
 
-def write_qc(folder: Path, slide: Slide, laying: Laying, thumbnail: Thumbnail | None) -> str:
+def write_overview(folder: Path, slide: Slide, laying: SlideOverview, thumbnail: Thumbnail | None) -> str:
     """Write a slide's picture and tissue outlines; each replaces its file at once or not at all.
 
     Args:
-        folder: As `qc_folder` gives it.
+        folder: As `overview_folder` gives it.
         slide: Open; read again where the thumbnail is absent or too small to look at.
         laying: What was kept.
         thumbnail: The slide at a small scale, if it is at hand.
@@ -93,7 +93,7 @@ def write_qc(folder: Path, slide: Slide, laying: Laying, thumbnail: Thumbnail | 
     return ""
 
 
-def tissue_geojson(laying: Laying, level0_size: tuple[int, int]) -> str:
+def tissue_geojson(laying: SlideOverview, level0_size: tuple[int, int]) -> str:
     """A slide's tissue as a GeoJSON document in level-0 pixels; the whole slide where everything counts."""
     if laying.mask is None:
         document = areas_of(np.ones((1, 1), bool), 1.0)
@@ -112,13 +112,13 @@ def thumbnail_to_show(slide: Slide, thumbnail: Thumbnail | None) -> Thumbnail:
     return slide.read_thumbnail(Mpp(max(slide.level0_size) * slide.mpp / LONGEST_PX))
 
 
-def draw_overview(thumbnail: Thumbnail, laying: Laying, slide_mpp: Mpp) -> Rgb:
+def draw_overview(thumbnail: Thumbnail, laying: SlideOverview, slide_mpp: Mpp) -> Rgb:
     """The picture: tissue outlined, kept patches outlined, the rest paler, a scale bar, two lines of caption.
 
     Args:
         thumbnail: The slide.
         laying: What was kept.
-        slide_mpp: Micrometres per level-0 pixel.
+        slide_mpp: Micrometers per level-0 pixel.
 
     Returns:
         uint8 (height, width, 3), the slide at most `LONGEST_PX` long.
@@ -146,7 +146,7 @@ def _fitted(thumbnail: Thumbnail) -> tuple[Rgb, float]:
     return cv2.resize(thumbnail.image, size, interpolation=cv2.INTER_AREA), thumbnail.downsample * shrink
 
 
-def _boxes(laying: Laying, downsample: float) -> np.ndarray:
+def _boxes(laying: SlideOverview, downsample: float) -> np.ndarray:
     """Left, top, right and bottom of each kept patch in pixels of the picture, int (n, 4)."""
     low = laying.coords / downsample
     return np.rint(np.hstack([low, low + laying.side / downsample])).astype(int)
@@ -160,12 +160,12 @@ def _veiled(image: Rgb, kept: np.ndarray) -> Rgb:
 
 
 def _outline_patches(image: Rgb, kept: np.ndarray) -> None:
-    """Neighbours share a line; the smaller the patches, the fainter, so that the tissue stays visible."""
+    """Neighbors share a line; the smaller the patches, the fainter, so that the tissue stays visible."""
     if not len(kept):
         return
     lines, side = image.copy(), int(kept[0, 2] - kept[0, 0])
     for left, top, right, bottom in kept.tolist():
-        cv2.rectangle(lines, (left, top), (right, bottom), PATCH_COLOUR, 1 + (side > 60))
+        cv2.rectangle(lines, (left, top), (right, bottom), PATCH_COLOR, 1 + (side > 60))
     strength = float(np.clip(side / 24, 0.35, 0.9))
     cv2.addWeighted(lines, strength, image, 1 - strength, 0, dst=image)
 
@@ -175,10 +175,10 @@ def _outline_tissue(image: Rgb, mask: Bool[np.ndarray, "mask_height mask_width"]
     size = max(1, round(mask.shape[1] * scale)), max(1, round(mask.shape[0] * scale))
     shown = cv2.resize(mask.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST)
     contours, _ = cv2.findContours(shown, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
-    cv2.drawContours(image, contours, -1, TISSUE_COLOUR, max(2, round(max(size) / 400)), cv2.LINE_AA)
+    cv2.drawContours(image, contours, -1, TISSUE_COLOR, max(2, round(max(size) / 400)), cv2.LINE_AA)
 
 
-def _write_caption(canvas: Image.Image, top: int, laying: Laying, slide_mpp: Mpp, downsample: float) -> None:
+def _write_caption(canvas: Image.Image, top: int, laying: SlideOverview, slide_mpp: Mpp, downsample: float) -> None:
     """Two lines: the slide and its scale bar; the legend."""
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(FONT_PX)
     first, second = top + 10, top + 10 + FONT_PX + 12
@@ -187,21 +187,21 @@ def _write_caption(canvas: Image.Image, top: int, laying: Laying, slide_mpp: Mpp
     right = canvas.width - 12
     bar_text = f"{bar_um / 1000:g} mm" if bar_um >= 1000 else f"{bar_um:g} um"
     bar_left = right - bar_px
-    draw.rectangle((bar_left, first + 9, right, first + 13), fill=TEXT_COLOUR)
+    draw.rectangle((bar_left, first + 9, right, first + 13), fill=TEXT_COLOR)
     text_left = bar_left - 10 - draw.textlength(bar_text, font)
-    draw.text((text_left, first), bar_text, TEXT_COLOUR, font)
+    draw.text((text_left, first), bar_text, TEXT_COLOR, font)
     title = f"{laying.slide_id}   {slide_mpp:.4g} um/px"
-    draw.text((12, first), _shortened(title, text_left - 36, draw, font), TEXT_COLOUR, font)
-    left = _legend(draw, 12, second, f"{len(laying.coords):,} patches kept", PATCH_COLOUR, font)
+    draw.text((12, first), _shortened(title, text_left - 36, draw, font), TEXT_COLOR, font)
+    left = _legend(draw, 12, second, f"{len(laying.coords):,} patches kept", PATCH_COLOR, font)
     tissue = f"tissue ({laying.method})" if laying.mask is not None else "no tissue mask: everything counts"
     room = canvas.width - left - 42
-    _legend(draw, left, second, _shortened(tissue, room, draw, font), TISSUE_COLOUR, font)
+    _legend(draw, left, second, _shortened(tissue, room, draw, font), TISSUE_COLOR, font)
 
 
-def _legend(draw: ImageDraw.ImageDraw, left: float, top: int, text: str, colour: tuple[int, ...], font: Font) -> float:
-    """A coloured frame and what it stands for; returns where the next one may begin."""
-    draw.rectangle((left, top + 4, left + 18, top + 20), outline=colour, width=3)
-    draw.text((left + 28, top), text, TEXT_COLOUR, font)
+def _legend(draw: ImageDraw.ImageDraw, left: float, top: int, text: str, color: tuple[int, ...], font: Font) -> float:
+    """A colored frame and what it stands for; returns where the next one may begin."""
+    draw.rectangle((left, top + 4, left + 18, top + 20), outline=color, width=3)
+    draw.text((left + 28, top), text, TEXT_COLOR, font)
     return left + 28 + draw.textlength(text, font) + 32
 
 

@@ -1,4 +1,4 @@
-"""Tissue on a thumbnail, by colour alone."""
+"""Tissue on a thumbnail, by color alone."""
 
 import cv2
 import numpy as np
@@ -16,7 +16,7 @@ SMALLEST_TISSUE_UM2 = 50_000.0
 """Fragments smaller than about three patches of 128 um are dust, and such holes are filled."""
 
 CLOSING_UM = 48.0
-"""Gaps between nuclei and fibres up to this width belong to the tissue."""
+"""Gaps between nuclei and fibers up to this width belong to the tissue."""
 
 LEAST_SATURATION = 20
 """HSV, of 255. At 8 um/px 1 to 5 % of the pixels of mucin, the palest tissue, lie below it; glass lies below 15."""
@@ -26,11 +26,11 @@ LUMA_LIMITS = (40, 210)
 and the inside of fat cells: fat's median is 226, mucin's 161."""
 
 LEAST_V = 112
-"""YUV's V, 128 without colour: red less luma. Blue and green inks lie at 66 to 106, for they lack red; 99 % of the
-pixels of whole-slide scanners' tissue at 125 or more, haematoxylin alone included."""
+"""YUV's V, 128 without color: red less luma. Blue and green inks lie at 66 to 106, for they lack red; 99 % of the
+pixels of whole-slide scanners' tissue at 125 or more, hematoxylin alone included."""
 
 LEAST_U = 116
-"""YUV's U, 128 without colour: blue less luma. Red ink lies lower; 99.9 % of scanned eosin and blood at 123 or more."""
+"""YUV's U, 128 without color: blue less luma. Red ink lies lower; 99.9 % of scanned eosin and blood at 123 or more."""
 
 MAJORITY_UM = 104.0
 """A pixel is tissue where half of the square of this side around it is: it closes gaps between nuclei, and takes
@@ -38,11 +38,11 @@ away the walls between fat cells, which are about this far apart, and thin ink."
 
 
 def otsu_tissue(thumbnail: Rgb, mpp: Mpp) -> TissueMask:
-    """Tissue as what is coloured: Otsu's threshold on the HSV saturation, closed, small parts removed.
+    """Tissue as what is colored: Otsu's threshold on the HSV saturation, closed, small parts removed.
 
     Args:
         thumbnail: uint8 (height, width, 3).
-        mpp: Its micrometres per pixel.
+        mpp: Its micrometers per pixel.
 
     Returns:
         bool (height, width).
@@ -59,14 +59,14 @@ def otsu_tissue(thumbnail: Rgb, mpp: Mpp) -> TissueMask:
 
 
 def color_tissue(thumbnail: Rgb, mpp: Mpp) -> TissueMask:
-    """Tissue as what has the colours of H&E: limits on HSV saturation and on YUV, then a majority, small parts removed.
+    """Tissue as what has the colors of H&E: limits on HSV saturation and on YUV, then a majority, small parts removed.
 
-    Fat, glass, pen of any colour and black borders are left out. The limits were measured on real H&E of two
+    Fat, glass, pen of any color and black borders are left out. The limits were measured on real H&E of two
     scanners and on colorectal tiles of seven classes, at 8 um/px. A stain far bluer than theirs loses tissue.
 
     Args:
         thumbnail: uint8 (height, width, 3).
-        mpp: Its micrometres per pixel.
+        mpp: Its micrometers per pixel.
 
     Returns:
         bool (height, width).

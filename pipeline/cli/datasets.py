@@ -54,7 +54,7 @@ def _told(dataset: "Dataset", written: "Written") -> str:
     groups = f" in {written.slides:,} groups" if dataset.patch_px else ""
     lines = [f"{written.manifest}: {written.rows:,} {kind}{of}{groups}{patients}"]
     if written.labels:
-        cells = f": {written.cells:,} labelled patches" if written.cells else ""
+        cells = f": {written.cells:,} labeled patches" if written.cells else ""
         lines.append(f"{written.labels}{cells}")
     if written.images:
         lines.append(f"{written.images}: the images, written as PNG")

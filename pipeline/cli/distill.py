@@ -54,7 +54,7 @@ def distill(
         float | None, typer.Option(help="Of kl (1), kl_queue (0.07).", show_default=False, rich_help_panel=LOSS)
     ] = None,
     teacher_norm: Annotated[
-        str, typer.Option(help="Targets standardised over batch, dataset or none.", rich_help_panel=LOSS)
+        str, typer.Option(help="Targets standardized over batch, dataset or none.", rich_help_panel=LOSS)
     ] = "auto",
     student_norm: Annotated[
         str, typer.Option(help="batch or none; auto follows the teacher.", rich_help_panel=LOSS)

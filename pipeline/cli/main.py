@@ -20,7 +20,7 @@ from pipeline.cli import plan as cli_plan
 from pipeline.cli import store as cli_store
 from pipeline.cli.options import (
     AcceptMpp,
-    Artefacts,
+    Artifacts,
     BatchSize,
     Compile,
     CropPx,
@@ -52,7 +52,6 @@ from pipeline.cli.options import (
 if TYPE_CHECKING:
     from g2l_core.patches.grid import GridSpec
     from g2l_core.tissue.methods import TissueMethod
-    from pipeline.cache_teacher import CacheSummary
 
 EXIT_DONE, EXIT_SOME_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED = 0, 1, 2, 130
 SHOWN_REASONS = 20
@@ -99,7 +98,7 @@ def cache_teacher(
     max_patches: MaxPatches = None,
     tissue: Tissue = "otsu",
     min_tissue: MinTissue = 0.25,
-    artefacts: Artefacts = "black,pen,blurred",
+    artifacts: Artifacts = "black,pen,blurred",
     pictures: Pictures = True,
     seed: Seed = 0,
     mpp_override: MppOverride = None,
@@ -126,7 +125,7 @@ def cache_teacher(
         mpp=mpp,
         patch_px=patch_px,
         tissue=tissue,
-        artefacts=artefacts,
+        artifacts=artifacts,
         min_tissue=min_tissue,
         max_patches=max_patches,
         seed=seed,
@@ -179,7 +178,7 @@ def embed(
     how |= {"mpp_override": mpp_override, "accept_mpp": accept_mpp, "force_mpp": force_mpp}
     how |= {"stage_dir": stage_dir, "stage_gb": stage_gb, "local_workers": local_workers, "scheduler": scheduler}
     how |= {"retry_failed": retry_failed}
-    grid = GridSpec(**existing.grid)
+    grid = GridSpec.from_json(existing.grid)
     method = resolve_tissue(tissue) if tissue else None
     if method and method.identity != grid.tissue:
         raise UsageError(f"--tissue {tissue}: the store's tissue method is {grid.tissue!r}, not {method.identity!r}")
@@ -200,8 +199,8 @@ def _run_cache(
 ) -> None:
     from g2l_core.encoders.resolve import resolve_encoder
     from g2l_core.patches.views import ViewSpec
-    from pipeline.cache_teacher import run_cache
-    from pipeline.extract import CacheSettings
+    from pipeline.cache_teacher import run_extraction
+    from pipeline.extract import ExtractionSettings
 
     if how["local_workers"] and how["scheduler"]:
         raise UsageError("--local-workers starts processes here, --scheduler uses those of others: give one of them")
@@ -210,14 +209,14 @@ def _run_cache(
         raise UsageError("--weights speaks of one encoder; embed them one after the other")
     view_spec = ViewSpec(**{"patch_px": grid.patch_px, "seed": grid.seed, **views})
     if dry_run:
-        cli_plan.tell(inputs, specs, grid, tissue, view_spec, CacheSettings(**how), cli_plan.EPOCHS, as_json)
-    summary = run_cache(inputs, store, specs, grid, view_spec, CacheSettings(**how), tissue=tissue)
+        cli_plan.tell(inputs, specs, grid, tissue, view_spec, ExtractionSettings(**how), cli_plan.EPOCHS, as_json)
+    summary = run_extraction(inputs, store, specs, grid, view_spec, ExtractionSettings(**how), tissue=tissue)
     typer.echo(json.dumps(_cache_json(summary), indent=2) if as_json else _cache_text(summary))
     _list_losses(summary.failed_slides, {s: f"{len(r)} patches: {r[0]}" for s, r in summary.unreadable.items()})
     raise typer.Exit(EXIT_DONE if summary.is_complete else EXIT_SOME_FAILED)
 
 
-def _cache_json(summary: "CacheSummary") -> dict[str, Any]:
+def _cache_json(summary: "ExtractionSummary") -> dict[str, Any]:
     return {
         "store": str(summary.store),
         "encoders": list(summary.encoders),
@@ -231,7 +230,7 @@ def _cache_json(summary: "CacheSummary") -> dict[str, Any]:
     }
 
 
-def _cache_text(summary: "CacheSummary") -> str:
+def _cache_text(summary: "ExtractionSummary") -> str:
     done = f"{summary.store}: {summary.patches:,} patches of {summary.slides} slides for {', '.join(summary.encoders)}"
     done += f"; {summary.encoded:,} encoded now" if summary.encoded else "; all of them were stored already"
     left_out = ", ".join(f"{count:,} {name}" for name, count in summary.left_out.items())

@@ -17,14 +17,19 @@ Store = Annotated[Path, typer.Option(help="The feature store (a Zarr folder); ma
 Weights = Annotated[
     str | None, typer.Option(help="In place of the encoder's own: a file, hub:REPOSITORY@REVISION, or random:SEED.")
 ]
-Mpp = Annotated[float, typer.Option(help="Micrometres per pixel of a patch; 20x is 0.5, 40x is 0.25.")]
+Mpp = Annotated[float, typer.Option(help="Micrometers per pixel of a patch; 20x is 0.5, 40x is 0.25.")]
 PatchPx = Annotated[int, typer.Option(help="Side of a patch in pixels at that scale.")]
 CropPx = Annotated[int, typer.Option(help="Side of a view, cut from the patch.")]
 MaxPatches = Annotated[int | None, typer.Option(help="At most this many patches of a slide, at random.")]
 Tissue = Annotated[
     str, typer.Option(help="otsu, color, none, a network (FILE.onnx, FILE.pt), or a folder of GeoJSON or PNG masks.")
 ]
-Artefacts = Annotated[str, typer.Option(help="Leave out patches that show black, pen or blurred (by comma), or none.")]
+Artifacts = Annotated[
+    str,
+    typer.Option(
+        "--artifacts", "--artefacts", help="Leave out patches that show black, pen or blurred (by comma), or none."
+    ),
+]
 Pictures = Annotated[
     bool, typer.Option("--pictures/--no-pictures", help="Draw every slide's kept patches beside the store.")
 ]
@@ -58,14 +63,14 @@ Json = Annotated[bool, typer.Option("--json", help="Print the summary as JSON on
 
 
 def grid_of(
-    *, mpp: float, patch_px: int, tissue: str, artefacts: str, min_tissue: float, max_patches: int | None, seed: int
+    *, mpp: float, patch_px: int, tissue: str, artifacts: str, min_tissue: float, max_patches: int | None, seed: int
 ) -> "tuple[GridSpec, TissueMethod]":
     """The grid that these options mean, and the tissue method that it names.
 
     Raises:
         UsageError: An option cannot be used.
     """
-    from g2l_core.patches.grid import GridSpec
+    from g2l_core.patches.grid import GridSpec, parse_artifacts
     from g2l_core.tissue.methods import resolve_tissue
 
     method = resolve_tissue(tissue)
@@ -75,7 +80,7 @@ def grid_of(
         tissue=method.identity,
         min_tissue=min_tissue,
         max_patches=max_patches,
-        artefacts=artefacts,
+        artifacts=parse_artifacts(artifacts),
         seed=seed,
     )
     return grid, method

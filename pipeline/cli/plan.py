@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline.cli.options import (
-    Artefacts,
+    Artifacts,
     BatchSize,
     Compile,
     CropPx,
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from g2l_core.patches.grid import GridSpec
     from g2l_core.patches.views import ViewSpec
     from g2l_core.tissue.methods import TissueMethod
-    from pipeline.extract import CacheSettings
 
 EPOCHS = 10
 
@@ -49,7 +48,7 @@ def plan(
     max_patches: MaxPatches = None,
     tissue: Tissue = "otsu",
     min_tissue: MinTissue = 0.25,
-    artefacts: Artefacts = "black,pen,blurred",
+    artifacts: Artifacts = "black,pen,blurred",
     seed: Seed = 0,
     mpp_override: MppOverride = None,
     device: Device = "auto",
@@ -66,18 +65,18 @@ def plan(
     """
     from g2l_core.encoders.resolve import resolve_encoder
     from g2l_core.patches.views import ViewSpec
-    from pipeline.extract import CacheSettings
+    from pipeline.extract import ExtractionSettings
 
     grid, method = grid_of(
         mpp=mpp,
         patch_px=patch_px,
         tissue=tissue,
-        artefacts=artefacts,
+        artifacts=artifacts,
         min_tissue=min_tissue,
         max_patches=max_patches,
         seed=seed,
     )
-    settings = CacheSettings(
+    settings = ExtractionSettings(
         views=views,
         device=device,
         precision=f"{precision}+compile" if compiled else precision,
@@ -96,7 +95,7 @@ def tell(
     grid: "GridSpec",
     tissue: "TissueMethod | None",
     views: "ViewSpec",
-    settings: "CacheSettings",
+    settings: "ExtractionSettings",
     epochs: int,
     as_json: bool,
 ) -> None:

@@ -293,7 +293,7 @@ def test_an_encoder_that_has_fewer_slides(tmp_path):
     assert "\n" not in failure.reason
 
 
-def test_fewer_members_than_neighbours_or_folds(planted):
+def test_fewer_members_than_neighbors_or_folds(planted):
     folder, store = planted
     found = evaluate_task([store], replace(SPEC, split="", folds=9, metrics=("knn", "cka")), BENCH, folder)
     assert {f.reason for f in found.failures} == {
@@ -302,7 +302,7 @@ def test_fewer_members_than_neighbours_or_folds(planted):
     assert any(r.metric == "cka_debiased" for r in found.results)
 
 
-def test_a_class_with_fewer_patches_than_neighbours_is_noted(planted, tmp_path):
+def test_a_class_with_fewer_patches_than_neighbors_is_noted(planted, tmp_path):
     _, store = planted
     rows = [
         {**row, "kind": "c" if row["slide_id"] in ("s0", "s7") and row["x"] == "0" else row["kind"]}

@@ -8,7 +8,7 @@ from scipy.stats import pearsonr
 from sklearn.metrics import brier_score_loss, roc_auc_score
 
 from g2l_core.benchmark.evaluate import BenchSpec, evaluate_task
-from g2l_core.benchmark.families.__init__ import FAMILIES
+from g2l_core.benchmark.families import FAMILIES
 from g2l_core.benchmark.rows import bags, gather, parts
 from g2l_core.benchmark.spec import (
     NEEDS,
@@ -344,7 +344,7 @@ def test_survival_over_folds_pairs_within_them(evaluated):
     assert value(outcome, "survival_c_index", "teacher") > 0.65
 
 
-# -- centres and conditions --------------------------------------------------------------------------------
+# -- centers and conditions --------------------------------------------------------------------------------
 
 
 def test_the_paired_index(evaluated):
@@ -360,7 +360,7 @@ def test_the_paired_index(evaluated):
     assert compared(outcome, "robustness_paired_k3") == PAIRS
 
 
-def test_the_centre_is_told_beside_chance(evaluated):
+def test_the_center_is_told_beside_chance(evaluated):
     options = CenterOptions(folds=4)
     _, outcome, rows, weak, _ = evaluated("center", label="kind", center_probe=options)
     said = predict_centers(weak, rows.center, rows.cluster, folds=4, seed=0)
@@ -379,10 +379,10 @@ def test_the_drop_under_bias(evaluated):
     pure = biased_probes(weak, rows.label, rows.center, rows.cluster, design, seed=0)
     drop = average_performance_drop(pure.in_domain.sum(axis=0)[None])[0]
     assert value(outcome, "bias_drop_in_domain") == pytest.approx(drop)
-    assert not [r for r in outcome.results if r.metric == "bias_drop_out_of_domain"]  # there is no other centre
+    assert not [r for r in outcome.results if r.metric == "bias_drop_out_of_domain"]  # there is no other center
 
 
-def test_an_encoder_that_knows_the_centre_loses_under_bias(planted, tmp_path):
+def test_an_encoder_that_knows_the_center_loses_under_bias(planted, tmp_path):
     folder, _ = planted
     strength = {"teacher": (0.4, 0.0), "weak": (0.4, 1.5), "strong": (0.4, 0.1)}
     store = make_store(tmp_path / "s.zarr", strength, patients=PATIENTS)
@@ -478,9 +478,9 @@ def test_options_that_mean_nothing(options, words):
         ({"metrics": ("center",), "center": "hospital"}, "center needs the column 'hospital' for every slide"),
         (
             {"metrics": ("robustness_paired",), "label": "x_class"},
-            "needs two classes that both occur in two centres",
+            "needs two classes that both occur in two centers",
         ),
-        ({"metrics": ("bias_drop",), "bias_drop": BiasDropOptions(slides_per_class=5)}, "a multiple of the 2 centres"),
+        ({"metrics": ("bias_drop",), "bias_drop": BiasDropOptions(slides_per_class=5)}, "a multiple of the 2 centers"),
         (
             {"metrics": ("consistency",), "consistency": ConsistencyOptions(condition="organ")},
             "found ['breast']",

@@ -24,10 +24,10 @@ from g2l_core.encoders.resolve import resolve_encoder
 from g2l_core.patches.grid import GridSpec
 from g2l_core.patches.views import ViewSpec
 from g2l_core.synthetic.cohort import CohortSpec, draw_cohort
-from pipeline.cache_teacher import run_cache
+from pipeline.cache_teacher import run_extraction
 from pipeline.config import settings_of
 from pipeline.distill import DistillHow, run_distill
-from pipeline.extract import CacheSettings
+from pipeline.extract import ExtractionSettings
 
 BATCH_SIZE = 32
 ALONE = 10
@@ -85,8 +85,8 @@ def main() -> None:
             Path(folder) / "cohort", CohortSpec(patients=6, size_um=(1024.0, 1024.0), mpp=(0.25, 0.25))
         )
         store = Path(folder) / "store.zarr"
-        how = CacheSettings(views=1, precision=given.precision, device=given.device)
-        run_cache([cohort], store, [teacher], GridSpec(), ViewSpec(), how)
+        how = ExtractionSettings(views=1, precision=given.precision, device=given.device)
+        run_extraction([cohort], store, [teacher], GridSpec(), ViewSpec(), how)
         options = {"steps": given.steps, "early_stop": 0, "hold_out": "0.2", "validate_every": given.steps,
                    "checkpoint_every": given.steps, "precision": given.precision, "pool_blocks": 2}  # fmt: skip
         found = {}

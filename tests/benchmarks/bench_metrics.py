@@ -2,8 +2,8 @@
 
 python tests/benchmarks/bench_metrics.py [--rows 100000] [--dims 1024 1536] [--peer-rows 20000] [--draws 1000]
 
-Features are drawn: 9 classes, 6 centres, 80 patients with 4 slides each, 64 directions shared by all, and noise.
-Parts: debiased CKA with its jackknife; neighbours of other slides, cosine, k = 20; votes and robustness counts for four
+Features are drawn: 9 classes, 6 centers, 80 patients with 4 slides each, 64 directions shared by all, and noise.
+Parts: debiased CKA with its jackknife; neighbors of other slides, cosine, k = 20; votes and robustness counts for four
 k; a probe (C = 1) trained on four fifths of the patients; all with bootstraps over patients. The peers get the
 same float16 rows: scikit-learn's brute force (as float32), and croma's robustness index. The peak is that of the whole
 process, before the peers run.
@@ -64,10 +64,10 @@ def timed(name: str, seconds: dict[str, float]) -> Iterator[None]:
 
 
 def evaluate(features: np.ndarray, labels: dict[str, np.ndarray], draws: int, seconds: dict[str, float]) -> None:
-    """Neighbours, votes, robustness and probe of one encoder."""
+    """Neighbors, votes, robustness and probe of one encoder."""
     width, patients = features.shape[1], labels["patient"]
     bootstrap = partial(cluster_bootstrap, unit="patients", draws=draws, seed=0)
-    with timed(f"neighbours, {width}", seconds):
+    with timed(f"neighbors, {width}", seconds):
         graph = nearest(features, None, max(KS), groups=labels["slide"])
     with timed(f"votes, {width}", seconds):
         for k in KS:
@@ -125,7 +125,7 @@ def compare(features: np.ndarray, labels: dict[str, np.ndarray]) -> None:
         return [pathorob_index(count.sum(axis=0, keepdims=True)) for count in counts]
 
     print(f"on {len(features):,} rows of {features.shape[1]}:")
-    against("neighbours, scikit-learn's brute force", lambda: nearest(features, None, max(KS)), brute)
+    against("neighbors, scikit-learn's brute force", lambda: nearest(features, None, max(KS)), brute)
     against("robustness index, croma's", here, croma)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import openslide
 from PIL import Image
 
-from g2l_core.patches.grid import GridSpec, lay_grid, patch_side_level0
+from g2l_core.patches.grid import GridSpec, grid_coords, patch_side_level0
 from g2l_core.slides.slide import Slide, open_slide
 from g2l_core.synthetic.cohort import CohortSpec, draw_cohort, write_pyramid
 
@@ -32,7 +32,7 @@ def main() -> None:
         path = large_slide(Path(work), Path(sys.argv[1]) if len(sys.argv) > 1 else None)
         with open_slide(path) as slide:
             side = patch_side_level0(GridSpec(), slide.mpp)
-            coords = lay_grid(slide.level0_size, side, None, 1.0, GridSpec(), "slide")
+            coords = grid_coords(slide.level0_size, side, None, 1.0, GridSpec(), "slide")
         rates = {"this library": 0.0, "its OpenSlide path": 0.0, "OpenSlide and Pillow": 0.0}
         for _ in range(ROUNDS):
             for name in rates:

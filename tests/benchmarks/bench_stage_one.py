@@ -19,8 +19,8 @@ from g2l_core.encoders.resolve import resolve_encoder
 from g2l_core.patches.grid import GridSpec
 from g2l_core.patches.views import ViewSpec
 from g2l_core.synthetic.cohort import CohortSpec, draw_cohort
-from pipeline.cache_teacher import run_cache
-from pipeline.extract import CacheSettings
+from pipeline.cache_teacher import run_extraction
+from pipeline.extract import ExtractionSettings
 
 BATCH_SIZE = 32
 BARE_BATCHES = 4
@@ -54,9 +54,11 @@ def main() -> None:
         grid = GridSpec(tissue="none", max_patches=asked.patches)
         for i in range(asked.rounds):
             before = bare_rate(encoder)
-            settings = CacheSettings(views=0, device=asked.device, precision=asked.precision, batch_size=BATCH_SIZE)
+            settings = ExtractionSettings(
+                views=0, device=asked.device, precision=asked.precision, batch_size=BATCH_SIZE
+            )
             store = Path(work) / f"{i}.zarr"
-            summary = run_cache([slide], store, [spec], grid, ViewSpec(), settings)
+            summary = run_extraction([slide], store, [spec], grid, ViewSpec(), settings)
             bare = (before + bare_rate(encoder)) / 2
             whole = summary.encoded / summary.elapsed
             ratios.append(whole / bare)

@@ -73,14 +73,14 @@ def test_masks_become_labels_of_the_very_patches_that_stage_one_lays(tmp_path, m
         mask(base / "annotations-tissue-cells-masks" / f"{name}.tif", tissue)
     told = g2l("datasets", "tiger", "--root", ".", "--out", "tiger.csv")
     assert "tiger.csv: 4 slides of 195 published, 4 patients" in told
-    assert "tiger-labels.csv: 40 labelled patches" in told
-    encoders = features("tiger.zarr", "tiger.csv", "--tissue", "none", "--artefacts", "none")
+    assert "tiger-labels.csv: 40 labeled patches" in told
+    encoders = features("tiger.zarr", "tiger.csv", "--tissue", "none", "--artifacts", "none")
     g2l("bench", "breast", "--store", "tiger.zarr", "--encoders", encoders, "--out", "out", "--draws", "100", code=1)
     _, found = results(tmp_path / "out")
     assert found["tiger", "robustness_ratio_k3"]["n"] == 40  # of the 48 patches of the grid, those that have a label
     laid = {tuple(corner) for corner in FeatureStore.open("tiger.zarr").slide("100B").coords.tolist()}
-    labelled = {(int(r["x"]), int(r["y"])) for r in rows(tmp_path / "tiger-labels.csv") if r["slide_id"] == "100B"}
-    assert labelled == laid - {(512, 512), (768, 512)}
+    labeled = {(int(r["x"]), int(r["y"])) for r in rows(tmp_path / "tiger-labels.csv") if r["slide_id"] == "100B"}
+    assert labeled == laid - {(512, 512), (768, 512)}
 
 
 def test_tiff_images_and_an_official_split(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from g2l_core.distillation.loader import Reading, ReplayLoader, ReplaySpec, good
 from g2l_core.distillation.sampling import plan_epoch
 from g2l_core.errors import StoreCorruptError, StoreMismatchError, StoreMissingError, UsageError
 from g2l_core.patches.pixel_cache import PixelCache
-from g2l_core.patches.reader_pool import OpenSlides
+from g2l_core.patches.reader_pool import ReaderPool
 from g2l_core.patches.views import pixel_hash
 from g2l_core.store.features import FeatureStore
 
@@ -275,7 +275,7 @@ class Counted:
 
 def test_no_more_slides_are_open_than_may_be_and_none_is_closed_while_read():
     Counted.open = Counted.most = 0
-    slides = OpenSlides(lambda _: Counted(), most=4)
+    slides = ReaderPool(lambda _: Counted(), most=4)
 
     def read(i):
         with slides.reading(f"s{i * 7 % 30}") as reader:

@@ -103,7 +103,7 @@ def test_gradient_is_that_of_the_textbook_expression(alpha):
     np.testing.assert_allclose(ours, exact, rtol=3e-6)
 
 
-def test_gradient_reaches_the_unstandardised_student():
+def test_gradient_reaches_the_unstandardized_student():
     raw, teacher = gaussians(16, 24, 2)
 
     def exact_loss(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -169,7 +169,7 @@ def test_logsum_ignores_the_order_of_rows_and_dimensions(seed, alpha):
 
 
 @given(seeds, st.floats(0.5, 20), st.floats(-5, 5))
-def test_standardised_loss_ignores_shift_and_scale_of_each_side(seed, scale, shift):
+def test_standardized_loss_ignores_shift_and_scale_of_each_side(seed, scale, shift):
     student, teacher = gaussians(32, 12, seed)
     expected = float(logsum(standardize(student, eps=1e-12), standardize(teacher, eps=1e-12)))
     moved = standardize(student * scale + shift, eps=1e-12), standardize(teacher / scale - shift, eps=1e-12)

@@ -1,4 +1,4 @@
-"""What a distillation minimises: losses against independent expressions, normalisation, reductions, refusals."""
+"""What a distillation minimizes: losses against independent expressions, normalization, reductions, refusals."""
 
 import math
 
@@ -29,7 +29,7 @@ def statistics(d=12):
 
 
 def test_form_b_is_the_sum_over_dimensions_of_half_their_squared_errors():
-    """1 - c_d = mean_n (s - t)^2 / 2 exactly where both sides are standardised (distributed as in the paper)."""
+    """1 - c_d = mean_n (s - t)^2 / 2 exactly where both sides are standardized (distributed as in the paper)."""
     student, teacher = (standardize(z, eps=1e-12) for z in gaussians(64, 20))
     halves = 0.5 * (student - teacher).double().square().mean(dim=0)
     assert float(logsum_corr(student, teacher)) == pytest.approx(math.log(float((halves**4).sum()) + 1e-5), rel=1e-5)
@@ -99,7 +99,7 @@ def test_rkd_ignores_rotation_shift_and_scale(seed, scale):
     assert float(rkd(moved, teacher)) == pytest.approx(float(rkd(student, teacher)), rel=1e-3)
 
 
-# ---- normalisation ----------------------------------------------------------------------------------------------
+# ---- normalization ----------------------------------------------------------------------------------------------
 
 
 def test_a_perfect_student_has_no_loss_but_in_the_forbidden_mixture():
@@ -125,7 +125,7 @@ def test_norms_follow_the_teacher():
 
 
 @pytest.mark.parametrize("loss", ["logsum", "mse", "cosine", "smooth_l1", "kl", "rkd"])
-def test_dataset_statistics_standardise_the_targets_alone(loss):
+def test_dataset_statistics_standardize_the_targets_alone(loss):
     student, teacher = gaussians()
     known = statistics()
     objective = Objective(ObjectiveSpec(loss=loss, teacher_norm="dataset"), known)

@@ -15,7 +15,7 @@ from g2l_core.distillation.loader import Batch
 from g2l_core.distillation.logs import CsvLog
 from g2l_core.distillation.objective import Objective, ObjectiveSpec
 from g2l_core.distillation.optim import EarlyStop, OptimSpec, build_optimizer, cosine
-from g2l_core.distillation.training import Loop, TrainSettings, train
+from g2l_core.distillation.training import TrainerHooks, TrainSettings, train
 from g2l_core.encoders.loading import load_encoder
 from g2l_core.encoders.resolve import resolve_encoder
 from g2l_core.errors import RunError, UnknownNameError, UsageError
@@ -28,7 +28,7 @@ OPTIM = {field.name for field in fields(OptimSpec)}
 
 
 def settings(**changes):
-    """Settings with some changed; those of the optimiser and the loss may be given beside the others."""
+    """Settings with some changed; those of the optimizer and the loss may be given beside the others."""
     given = {"steps": 6, "lr": 1e-3, "validate_every": 3, "checkpoint_every": 2, "best_by": "figure", **changes}
     optim = OptimSpec(**{name: given.pop(name) for name in list(given) if name in OPTIM})
     return TrainSettings(optim=optim, objective=ObjectiveSpec(loss=given.pop("loss", "logsum")), **given)
@@ -44,10 +44,10 @@ def batches(start=0):
     mixing = np.random.default_rng(0).normal(size=(3, DIM))
     while True:
         rng = np.random.default_rng(1000 + start)
-        colours = rng.integers(0, 256, (8, 1, 1, 3))
+        colors = rng.integers(0, 256, (8, 1, 1, 3))
         noise = rng.integers(-20, 20, (8, 64, 64, 3))
-        targets = np.tanh((colours[:, 0, 0] / 128 - 1) @ mixing).astype(np.float16)
-        yield Batch(position=start, epoch=0, pixels=np.clip(colours + noise, 0, 255).astype(np.uint8), targets=targets)
+        targets = np.tanh((colors[:, 0, 0] / 128 - 1) @ mixing).astype(np.float16)
+        yield Batch(position=start, epoch=0, pixels=np.clip(colors + noise, 0, 255).astype(np.uint8), targets=targets)
         start += 1
 
 
@@ -56,7 +56,7 @@ def loop(**changes):
         "batches": batches, "device": torch.device("cpu"), "autocast": None, "validate": lambda _: {"figure": 1.0},
         "warn": lambda state, folder: None, "report": lambda step, loss: None, **changes,
     }  # fmt: skip
-    return Loop(**given)
+    return TrainerHooks(**given)
 
 
 def run(folder, model=None, how=None, **changes):
@@ -277,7 +277,7 @@ def test_layers_near_the_input_learn_more_slowly():
 
 
 def test_averaged_weights_are_watched_and_kept(tmp_path):
-    watched = []
+    eval_model = []
     model = distiller()
     chosen = settings(ema=0.5, steps=3, validate_every=1)
     seen = []
@@ -286,14 +286,14 @@ def test_averaged_weights_are_watched_and_kept(tmp_path):
         seen.append(model.projector.weight.detach().clone())
 
     first = model.projector.weight.detach().clone()
-    how = loop(validate=lambda w: watched.append(w.projector.weight.clone()) or {"figure": 1.0}, report=report)
+    how = loop(validate=lambda w: eval_model.append(w.projector.weight.clone()) or {"figure": 1.0}, report=report)
     _, state = train(model, Objective(chosen.objective), chosen, tmp_path, how)
     average = first
     for weight in seen:
         average = average.lerp(weight, 0.5)
-    torch.testing.assert_close(state.watched.projector.weight, average)
-    torch.testing.assert_close(watched[-1], average)
-    whole = state.watched
+    torch.testing.assert_close(state.eval_model.projector.weight, average)
+    torch.testing.assert_close(eval_model[-1], average)
+    whole = state.eval_model
     with pytest.raises(KeyboardInterrupt):
         interrupted(tmp_path / "stopped", 2, ema=0.5)
     again = distiller()
@@ -302,8 +302,8 @@ def test_averaged_weights_are_watched_and_kept(tmp_path):
     uninterrupted = distiller()
     (tmp_path / "whole").mkdir()
     _, straight = train(uninterrupted, Objective(chosen.objective), chosen, tmp_path / "whole", loop())
-    assert same_weights(resumed.watched, straight.watched)
-    assert not same_weights(resumed.watched, whole)
+    assert same_weights(resumed.eval_model, straight.eval_model)
+    assert not same_weights(resumed.eval_model, whole)
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory():
@@ -345,7 +345,7 @@ def test_a_live_teacher_replaces_stored_targets(tmp_path):
     "bad",
     [{"warmup": -1}, {"clip": -1.0}, {"accumulate": 0}, {"layer_decay": 0.0}, {"ema": 1.0}, {"early_stop_window": 0}],
 )
-def test_settings_of_the_optimiser_that_cannot_run(bad):
+def test_settings_of_the_optimizer_that_cannot_run(bad):
     with pytest.raises(UsageError):
         settings(**bad)
 

@@ -9,7 +9,7 @@ from sklearn.neighbors import NearestNeighbors
 
 from g2l_core.distillation.distiller import Distiller
 from g2l_core.distillation.held_out import HeldOutSet
-from g2l_core.distillation.validation import Curves, held_out_figures, neighbour_overlap, warnings_of
+from g2l_core.distillation.validation import Curves, held_out_metrics, neighbor_overlap, training_warnings
 from g2l_core.encoders.loading import load_encoder
 from g2l_core.encoders.resolve import resolve_encoder
 
@@ -23,13 +23,13 @@ def overlap_by_sklearn(x, y, k):
     return np.mean([len(a & b) / k for a, b in zip(near(x), near(y), strict=True)])
 
 
-def test_neighbour_overlap_is_sklearn_s():
+def test_neighbor_overlap_is_sklearn_s():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(60, 8)).astype(np.float32)
     y = (x @ rng.normal(size=(8, 5)) + 0.5 * rng.normal(size=(60, 5))).astype(np.float32)
-    assert neighbour_overlap(x, y, 10) == pytest.approx(overlap_by_sklearn(x, y, 10))
-    assert neighbour_overlap(x, 2 * x, 10) == 1
-    assert neighbour_overlap(x[:4], y[:4], 10) == 1  # no more than three others
+    assert neighbor_overlap(x, y, 10) == pytest.approx(overlap_by_sklearn(x, y, 10))
+    assert neighbor_overlap(x, 2 * x, 10) == 1
+    assert neighbor_overlap(x[:4], y[:4], 10) == 1  # no more than three others
 
 
 def test_figures_of_held_out_patches():
@@ -42,7 +42,7 @@ def test_figures_of_held_out_patches():
         projected = distiller(torch.from_numpy(pixels)).numpy()
         distiller.train()
     targets = (projected + projected.std(0) * rng.normal(size=projected.shape)).astype(np.float16)
-    found = held_out_figures(distiller, HeldOutSet(pixels=pixels, targets=targets), torch.device("cpu"), 16)
+    found = held_out_metrics(distiller, HeldOutSet(pixels=pixels, targets=targets), torch.device("cpu"), 16)
     assert distiller.training
     s, t = ((z - z.mean(0)) / z.std(0) for z in (projected, targets.astype(np.float32)))
     calibrated = [LinearRegression().fit(s[:, [d]], t[:, d]).predict(s[:, [d]]) for d in range(16)]
@@ -63,21 +63,23 @@ def curves(cka, r2=None, losses=None, steps=1000, every=100):
 
 
 def test_a_healthy_run_warns_of_nothing():
-    assert warnings_of(curves([0.1, 0.3, 0.4, 0.5, 0.55, 0.6, 0.64])) == []
-    assert warnings_of(curves([0.1])) == []
-    assert warnings_of(curves([])) == []
+    assert training_warnings(curves([0.1, 0.3, 0.4, 0.5, 0.55, 0.6, 0.64])) == []
+    assert training_warnings(curves([0.1])) == []
+    assert training_warnings(curves([])) == []
 
 
 def test_a_stalled_cka_is_told():
     flat = [0.1, 0.3, 0.301, 0.299, 0.302, 0.3, 0.301]
-    assert "CKA to the teacher has stalled at 0.301" in warnings_of(curves(flat))[0]
-    assert warnings_of(curves(flat, steps=700)) == []  # the annealed end leaves no room
-    assert warnings_of(curves([0.95 + 0.001 * (i % 2) for i in range(7)])) == []  # near the top there is none either
+    assert "CKA to the teacher has stalled at 0.301" in training_warnings(curves(flat))[0]
+    assert training_warnings(curves(flat, steps=700)) == []  # the annealed end leaves no room
+    assert (
+        training_warnings(curves([0.95 + 0.001 * (i % 2) for i in range(7)])) == []
+    )  # near the top there is none either
 
 
 def test_curves_that_part_are_told():
     cka, falling = [0.1, 0.2, 0.3, 0.4, 0.5], [0.1, 0.4, 0.35, 0.3, 0.2]
-    assert "training loss falls while held-out R^2 has fallen 3 times" in warnings_of(curves(cka, falling))[0]
+    assert "training loss falls while held-out R^2 has fallen 3 times" in training_warnings(curves(cka, falling))[0]
     rising_loss = np.linspace(1, 2, 400).tolist()
-    assert warnings_of(curves(cka, falling, rising_loss)) == []
-    assert warnings_of(curves(cka, [0.1, 0.4, 0.35, 0.36, 0.2])) == []
+    assert training_warnings(curves(cka, falling, rising_loss)) == []
+    assert training_warnings(curves(cka, [0.1, 0.4, 0.35, 0.36, 0.2])) == []

@@ -294,7 +294,7 @@ def test_digest_follows_what_decides_the_features(change):
 
 
 def test_digest_ignores_what_does_not():
-    named = replace(VIT, name="other", licence="MIT", mpp=0.5, trained_on="x", parameters=3, gated=True)
+    named = replace(VIT, name="other", license="MIT", mpp=0.5, trained_on="x", parameters=3, gated=True)
     assert load_encoder(named).digest == load_encoder(VIT).digest
 
 
@@ -370,7 +370,7 @@ def test_patches_at_another_scale_are_refused():
     ids=lambda spec: f"{spec.name}-{spec.pooling}",
 )
 def test_features_do_not_depend_on_the_rest_of_the_batch(spec, precision):
-    """Bit for bit: alone beside blanks, at another place, among other neighbours. Resuming rests on it."""
+    """Bit for bit: alone beside blanks, at another place, among other neighbors. Resuming rests on it."""
     encoder, rng = load_encoder(spec, precision=precision), np.random.default_rng(0)
     batch, other = views(7, 64), views(7, 64, seed=1)
     features = encode(encoder, batch)

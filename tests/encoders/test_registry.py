@@ -46,7 +46,7 @@ def test_constants_are_the_papers():
     assert teacher.arguments == {"img_size": 224, "init_values": 1e-5, "dynamic_img_size": False}
     assert (teacher.layout, student.layout) == ("auto", "transformers-dinov2")
     assert (teacher.card_precision, student.card_precision) == ("fp16", "fp32")
-    assert {(spec.input_px, spec.pooling, spec.licence) for spec in (teacher, student)} == {(224, "cls", "Apache-2.0")}
+    assert {(spec.input_px, spec.pooling, spec.license) for spec in (teacher, student)} == {(224, "cls", "Apache-2.0")}
 
 
 def test_the_table_holds_what_it_should():

@@ -306,7 +306,7 @@ def test_position_embeddings_are_resampled_as_the_original_dinov2_does():
 
 
 def cubic_at(grid: np.ndarray, side: int, scale: float) -> np.ndarray:
-    """Cubic convolution (Keys 1981, a = -0.75) of a (rows, columns, dim) grid at pixel centres, borders repeated."""
+    """Cubic convolution (Keys 1981, a = -0.75) of a (rows, columns, dim) grid at pixel centers, borders repeated."""
 
     def weights(fraction: float) -> np.ndarray:
         d = np.abs(np.array([1 + fraction, fraction, 1 - fraction, 2 - fraction]))

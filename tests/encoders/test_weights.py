@@ -157,7 +157,7 @@ def test_weights_from_a_hub(hub, tmp_path):
     outcomes = load(tmp_path / "home", hub.url, *(f"hub:lab/{name}" for name in sources))
     assert outcomes[:2] == [digest, second]
     assert digest != second
-    gated = "access to lab/{0} is gated. Accept its licence at " + hub.url + "/lab/{0}, then set HF_TOKEN"
+    gated = "access to lab/{0} is gated. Accept its license at " + hub.url + "/lab/{0}, then set HF_TOKEN"
     assert outcomes[2].startswith("hubbed: " + gated.format("gated"))
     assert outcomes[3].startswith("hubbed: " + gated.format("login"))
     assert outcomes[4] == "hubbed: lab/other has neither model.safetensors nor pytorch_model.bin"

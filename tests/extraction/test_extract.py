@@ -12,8 +12,8 @@ from g2l_core.patches.grid import GridSpec
 from g2l_core.patches.views import ViewSpec
 from g2l_core.store.features import FeatureStore
 from g2l_core.store.verify import verify
-from pipeline.cache_teacher import run_cache
-from pipeline.extract import CacheSettings
+from pipeline.cache_teacher import run_extraction
+from pipeline.extract import ExtractionSettings
 from tests.conftest import TEACHER
 
 KEY = "timm-mobilenetv3_small_050-64-random0"
@@ -21,8 +21,8 @@ KEY = "timm-mobilenetv3_small_050-64-random0"
 
 def cache(inputs, path, *, seed=0, views=1, retry_failed=False, **grid):
     spec = resolve_encoder(TEACHER, weights=f"random:{seed}")
-    settings = CacheSettings(views=views, batch_size=8, retry_failed=retry_failed)
-    return run_cache(inputs, path, [spec], GridSpec(**grid), ViewSpec(), settings)
+    settings = ExtractionSettings(views=views, batch_size=8, retry_failed=retry_failed)
+    return run_extraction(inputs, path, [spec], GridSpec(**grid), ViewSpec(), settings)
 
 
 @pytest.fixture
@@ -134,7 +134,7 @@ def test_the_store_keeps_where_the_time_went(slides, tmp_path):
     assert (run["patches"], run["encoders"], run["views"]) == (4, [KEY], 2)
     assert set(run["seconds"]) == {"read", "augment", "encode", "write", "wait"}
     assert 0 < run["seconds"]["encode"] <= run["elapsed"]
-    assert 0 < run["utilisation"] <= 1
+    assert 0 < run["utilization"] <= 1
 
 
 def test_a_failed_slide_is_recorded_and_tried_again(slides, tmp_path):

@@ -1,4 +1,4 @@
-"""RBF CKA, mutual neighbours, Procrustes, effective rank and trimming against dense formulas and planted truth."""
+"""RBF CKA, mutual neighbors, Procrustes, effective rank and trimming against dense formulas and planted truth."""
 
 import numpy as np
 import pytest
@@ -143,7 +143,7 @@ def test_every_index_grows_with_what_is_shared():
 
 
 def test_independent_features_give_zero_and_chance():
-    """The debiased estimators are unbiased under independence, and shared neighbours are k^2 / (n - 1) of k."""
+    """The debiased estimators are unbiased under independence, and shared neighbors are k^2 / (n - 1) of k."""
     rng = np.random.default_rng(0)
     values, linear, shared = [], [], []
     for _ in range(200):

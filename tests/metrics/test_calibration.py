@@ -10,7 +10,7 @@ from g2l_core.errors import TaskError
 from g2l_core.metrics.calibration import BINS, brier_score, brier_sums, calibration_error, calibration_sums
 from g2l_core.metrics.statistics import cluster_bootstrap, of_sums
 
-CLASSES = np.array(["fat", "stroma", "tumour"])
+CLASSES = np.array(["fat", "stroma", "tumor"])
 
 
 def predicted(seed, n=80, classes=3):
@@ -80,7 +80,7 @@ def test_draws_equal_repeated_rows(sums, score):
 @pytest.mark.parametrize("sums", [brier_sums, calibration_sums])
 def test_what_does_not_fit_is_refused(sums):
     truth, probabilities, patients = predicted(0)
-    with pytest.raises(TaskError, match=r"classes \['tumour'\] occur in the truth"):
+    with pytest.raises(TaskError, match=r"classes \['tumor'\] occur in the truth"):
         sums(truth, probabilities[:, :2], CLASSES[:2], patients)
     with pytest.raises(TaskError, match="truth 79, probabilities 80"):
         sums(truth[1:], probabilities, CLASSES, patients[1:])

@@ -1,4 +1,4 @@
-"""Centre predictability and the drop under centre bias: by hand, against croma, and on planted truth."""
+"""Center predictability and the drop under center bias: by hand, against croma, and on planted truth."""
 
 from dataclasses import replace
 
@@ -26,7 +26,7 @@ DESIGN = BiasDesign(centers=(0, 1), slides_per_class=8, rows_per_slide=4, test_s
 
 
 def cohort(seed, biology, center, slides=14, rows=6, centers=3):
-    """Two classes in each slide, `rows` patches of each; every centre has as many slides."""
+    """Two classes in each slide, `rows` patches of each; every center has as many slides."""
     rng = np.random.default_rng(seed)
     slide = np.repeat(np.arange(slides * centers), 2 * rows)
     classes, place = np.tile([0, 1], len(slide) // 2), slide % centers
@@ -40,7 +40,7 @@ def center_accuracy(seed, center):
     return balanced_accuracy(confusion(places, predict_centers(features, places, slides, seed=0)))[0]
 
 
-def test_centre_accuracy_rises_with_its_strength_from_chance():
+def test_center_accuracy_rises_with_its_strength_from_chance():
     values = np.array([[center_accuracy(seed, strength) for seed in range(3)] for strength in (0, 0.3, 0.6, 1.5)])
     assert (np.diff(values.mean(axis=1)) > 0.05).all()
     assert values[0].mean() == pytest.approx(1 / 3, abs=0.04)
@@ -48,7 +48,7 @@ def test_centre_accuracy_rises_with_its_strength_from_chance():
 
 
 def test_no_row_is_predicted_from_its_own_slide():
-    """Slides look like nothing but themselves; a probe that saw the slide would know its centre."""
+    """Slides look like nothing but themselves; a probe that saw the slide would know its center."""
     rng = np.random.default_rng(0)
     slides = np.repeat(np.arange(40), 10)
     features = (5 * rng.standard_normal((40, 60)))[slides] + rng.standard_normal((400, 60))
@@ -58,7 +58,7 @@ def test_no_row_is_predicted_from_its_own_slide():
     assert balanced_accuracy_score(slides % 2, every_row) == 1
 
 
-def test_centres_told_by_the_class_by_hand():
+def test_centers_told_by_the_class_by_hand():
     centers = np.array(["A"] * 4 + ["B"] * 8)
     classes = np.array(list("tttn") + list("ttnnnnnn"))
     assert centers_told_by_class(centers, classes) == (3 / 4 + 6 / 8) / 2
@@ -66,7 +66,7 @@ def test_centres_told_by_the_class_by_hand():
 
 
 @given(seed=st.integers(0, 2**32 - 1))
-def test_no_rule_from_class_to_centre_does_better(seed):
+def test_no_rule_from_class_to_center_does_better(seed):
     rng = np.random.default_rng(seed)
     centers, classes = rng.permutation(np.arange(40) % 3), rng.permutation(np.arange(40) % 3)
     rules = np.stack(np.meshgrid(*[range(3)] * 3), axis=-1).reshape(-1, 3)
@@ -79,13 +79,13 @@ def drop(seed, center):
     return average_performance_drop(counts.sum(axis=0, keepdims=True))[0]
 
 
-def test_drop_deepens_with_the_strength_of_the_centre():
+def test_drop_deepens_with_the_strength_of_the_center():
     values = np.array([[drop(seed, strength) for seed in range(2)] for strength in (0, 0.5, 1, 2)])
     assert (np.diff(values.mean(axis=1)) < -0.01).all()
     assert abs(values[0].mean()) < 0.03
 
 
-def test_a_new_centre_that_looks_like_a_known_one_is_taken_for_its_class():
+def test_a_new_center_that_looks_like_a_known_one_is_taken_for_its_class():
     features, classes, centers, slides = cohort(0, 1, 2, centers=2)
     renamed = np.where((centers == 0) & (slides >= 22), 2, centers)
     design = replace(DESIGN, slides_per_class=6, test_slides=2)
@@ -112,7 +112,7 @@ def test_reduction_equals_croma(seed):
 
 
 def test_sweep_with_the_same_probe_gives_the_drop_of_croma(monkeypatch):
-    """Not the same draws, and croma pairs class 0 with centre 0 always; so to within the scatter of both."""
+    """Not the same draws, and croma pairs class 0 with center 0 always; so to within the scatter of both."""
 
     def fixed(train, labels, _, __, tests, truths):
         fitted = [linear_probe(np.array(train), np.array(labels), np.array(test), seed=0) for test in tests]
@@ -191,7 +191,7 @@ def test_training_sets_keep_size_and_balance_and_share_no_slide_with_the_test(mo
     assert pairings == {(0, 1), (1, 0)}
     assert len({tuple(np.flatnonzero(part[:, 0, 0])) for part in tested}) == 4
     per_slide = probes.in_domain.sum(axis=(0, 4))
-    np.testing.assert_array_equal(per_slide, 2 * 3 * 4)  # 2 centres, 3 slides, 4 rows of either class
+    np.testing.assert_array_equal(per_slide, 2 * 3 * 4)  # 2 centers, 3 slides, 4 rows of either class
     assert (probes.out_of_domain.sum(axis=(0, 3, 4)) == (centers == 2).sum()).all()
 
 
@@ -208,15 +208,15 @@ def test_same_seed_same_counts_and_an_interval_over_slides():
 def test_designs_that_cannot_be_met_are_refused():
     data = cohort(0, 1, 1)
     cases = [
-        ({"centers": (0, 1, 2)}, "name 2 to 2 different centres"),
-        ({"centers": (0, 0)}, "different centres"),
-        ({"slides_per_class": 7}, "multiple of the 2 centres; got 7"),
+        ({"centers": (0, 1, 2)}, "name 2 to 2 different centers"),
+        ({"centers": (0, 0)}, "different centers"),
+        ({"slides_per_class": 7}, "multiple of the 2 centers; got 7"),
         ({"levels": (0.1, 1.0)}, "ascend from 0"),
         ({"levels": (0.0, 1.1)}, "ascend from 0 to at most 1"),
         ({"repeats": 0}, "at least 1"),
         ({"slides_per_class": 12}, "14 slides with 4 rows, of which 11 are left"),
-        ({"rows_per_slide": 7}, "class 0 in centre 0 has 0 slides with 7 rows"),
-        ({"centers": (0, 9)}, "class 0 in centre 9 has 0 slides"),
+        ({"rows_per_slide": 7}, "class 0 in center 0 has 0 slides with 7 rows"),
+        ({"centers": (0, 9)}, "class 0 in center 9 has 0 slides"),
     ]
     for change, message in cases:
         with pytest.raises(TaskError, match=message):

@@ -18,7 +18,7 @@ def cohort(seed, strength=1.0, n=300, dim=10):
     rng = np.random.default_rng(seed)
     classes, patients = rng.integers(3, size=n), rng.integers(20, size=n)
     features = strength * rng.standard_normal((3, dim))[classes] + rng.standard_normal((n, dim)) + 4
-    return features, np.array(["fat", "stroma", "tumour"])[classes], patients
+    return features, np.array(["fat", "stroma", "tumor"])[classes], patients
 
 
 @given(seed=SEEDS, shots=st.integers(1, 40))
@@ -26,7 +26,7 @@ def test_shots_are_of_their_class_and_spread_over_patients(seed, shots):
     _, labels, patients = cohort(seed)
     rows = draw_shots(labels, patients, shots, seed=seed)
     assert len(np.unique(rows)) == len(rows) == 3 * shots
-    np.testing.assert_array_equal(labels[rows], np.repeat(["fat", "stroma", "tumour"], shots))
+    np.testing.assert_array_equal(labels[rows], np.repeat(["fat", "stroma", "tumor"], shots))
     for name in np.unique(labels):
         of_class = patients[rows[labels[rows] == name]]
         available = np.bincount(patients[labels == name], minlength=20)

@@ -30,7 +30,7 @@ def witness_bags(seed, bags, witnesses=2, dim=16, names="bag"):
         patches[: witnesses * (number % 2)] += rare
         features.append(rng.permutation(patches))
         members += [f"{names} {number:03d}"] * size
-        labels += ["tumour" if number % 2 else "benign"] * size
+        labels += ["tumor" if number % 2 else "benign"] * size
     members = np.array(members)
     return np.concatenate(features).astype(np.float16), members, bag_values(np.array(labels), members, "label")
 
@@ -59,11 +59,11 @@ def result(task):
 
 def test_witnesses_are_found_where_the_mean_is_weak(task, result):
     train, bags, labels, test, test_bags, truth = task
-    positive = truth == "tumour"
+    positive = truth == "tumor"
     mean = linear_probe(mean_pool(train, bags)[1], labels, mean_pool(test, test_bags)[1], c_values=(0.1,), seed=0)
     assert roc_auc_score(positive, mean.probabilities[:, 1]) < 0.8
     assert roc_auc_score(positive, result.probabilities[:, 1]) > 0.95
-    assert result.classes.tolist() == ["benign", "tumour"]
+    assert result.classes.tolist() == ["benign", "tumor"]
     assert result.bags.tolist() == np.unique(test_bags).tolist()
     assert np.mean(result.predictions == truth) > 0.85
 
@@ -74,7 +74,7 @@ def test_attention_is_a_share_of_the_bag_and_rests_on_the_witnesses(task, result
     np.testing.assert_allclose(sums, 1, atol=1e-5)
     rare = np.random.default_rng(99).standard_normal(16)
     hits = []
-    for bag in result.bags[truth == "tumour"]:
+    for bag in result.bags[truth == "tumor"]:
         patches = test[test_bags == bag].astype(float)
         looks = (patches - np.median(patches, axis=0)) @ rare
         hits.append(looks.argmax() in np.argsort(result.attention[test_bags == bag])[-2:])

@@ -25,7 +25,7 @@ KS = [1, 5, 11]
 
 
 def cohort(seed, biology, center, n=480, slide=0.5):
-    """Three classes in three centres, 8 slides a centre; slides have a look of their own."""
+    """Three classes in three centers, 8 slides a center; slides have a look of their own."""
     rng = np.random.default_rng(seed)
     classes, slides = rng.integers(3, size=n), rng.integers(24, size=n)
     centers = slides % 3
@@ -55,7 +55,7 @@ def croma_table(design, classes, centers, slides):
 COHORTS = {
     "random": lambda seed: cohort(seed, 0, 0, slide=0),
     "biology": lambda seed: cohort(seed, 2, 0.5),
-    "centre": lambda seed: cohort(seed, 0.5, 2),
+    "center": lambda seed: cohort(seed, 0.5, 2),
     "float16": heavy_tailed,
 }
 
@@ -67,7 +67,7 @@ def test_index_support_and_accuracy_equal_croma(name, seed):
 
 
 def test_real_patches_equal_croma(oscc_patches):
-    """Thumbnails as features: normal and tumour, the two folders as centres, five patches of a folder a slide."""
+    """Thumbnails as features: normal and tumor, the two folders as centers, five patches of a folder a slide."""
     paths = [p for part in ("train", "test") for name in ("Normal", "OSCC") for p in folder(oscc_patches, part, name)]
     images = [cv2.resize(cv2.imread(str(path)), (12, 12), interpolation=cv2.INTER_AREA) for path in paths]
     names, parts = (np.array([path.parts[at] for path in paths]) for at in (-2, -3))
@@ -142,7 +142,7 @@ def test_a_stratum_without_two_slides_takes_no_part():
 
 
 def test_counts_of_two_directions_by_hand():
-    """Every patch looks like its class alone: all neighbours are of it, those of the own slide left out."""
+    """Every patch looks like its class alone: all neighbors are of it, those of the own slide left out."""
     classes, centers = np.array([0, 0, 1, 1] * 4), np.array([0, 1] * 8)
     slides = centers + 2 * (np.arange(16) // 8)
     features = np.eye(2, dtype=np.float32)[classes]
@@ -155,7 +155,7 @@ def test_counts_of_two_directions_by_hand():
 
 
 def test_unpaired_indices_follow_both_strengths_too():
-    """Chance by counting candidates: of 8 slides a centre, one is left out; a third of each has the class."""
+    """Chance by counting candidates: of 8 slides a center, one is left out; a third of each has the class."""
 
     def both(biology, center, seeds=3):
         drawn = []
@@ -170,13 +170,13 @@ def test_unpaired_indices_follow_both_strengths_too():
     falling = np.array([both(1.0, strength) for strength in (0.0, 0.5, 1.0, 2.0)])
     assert (np.diff(rising, axis=0) > 0.02).all()
     assert (np.diff(falling, axis=0) < -0.02).all()
-    same, other = 7 / 8, 2.0  # slides of the centre, and of the two others, for each slide of a class
+    same, other = 7 / 8, 2.0  # slides of the center, and of the two others, for each slide of a class
     chance = [(same + other) / (same + 2 * same), other / (other + 2 * same)]
     np.testing.assert_allclose(both(0, 0, seeds=16), chance, atol=0.02)
 
 
 def indices(strengths, seeds=range(4)):
-    """The index at k = 5 for each (biology, centre), the mean over seeds."""
+    """The index at k = 5 for each (biology, center), the mean over seeds."""
     values = []
     for strength in strengths:
         drawn = []
@@ -189,7 +189,7 @@ def indices(strengths, seeds=range(4)):
     return np.array(values)
 
 
-def test_index_rises_with_the_class_and_falls_with_the_centre():
+def test_index_rises_with_the_class_and_falls_with_the_center():
     assert (np.diff(indices([(0.0, 1.0), (0.5, 1.0), (1.0, 1.0), (2.0, 1.0)])) > 0.05).all()
     assert (np.diff(indices([(1.0, 0.0), (1.0, 0.5), (1.0, 1.0), (1.0, 2.0)])) < -0.02).all()
 
@@ -201,7 +201,7 @@ def test_features_without_meaning_where_slides_hold_all_classes():
         design = paired_combinations(classes, centers, slides, k=11, seed=seed)
         counts = paired_counts(features, classes, centers, slides, design, ks=[11])[11].counts
         drawn.append(pathorob_index(counts.sum(axis=0, keepdims=True))[0])
-    # Of 8 slides, 8 give SO neighbours but 7 OS ones: the query's own slide holds the other class too.
+    # Of 8 slides, 8 give SO neighbors but 7 OS ones: the query's own slide holds the other class too.
     assert np.mean(drawn) == pytest.approx(8 / 15, abs=0.02)
     assert np.std(drawn) < 0.03
 

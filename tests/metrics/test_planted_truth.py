@@ -59,7 +59,7 @@ def test_probe_on_independent_features_holds_chance():
 
 
 def figures(biology, center, seed=0):
-    """Every index of one cohort: 4 classes, 3 centres with 6 patients each."""
+    """Every index of one cohort: 4 classes, 3 centers with 6 patients each."""
     rng = np.random.default_rng(seed)
     classes, patients = rng.integers(4, size=540), np.repeat(np.arange(18), 30)
     centers = patients % 3
@@ -84,6 +84,6 @@ def test_more_biology_raises_every_index(index):
     assert (np.diff(values) > 0.02).all()
 
 
-def test_more_centre_lowers_robustness():
+def test_more_center_lowers_robustness():
     values = [figures(0.5, center)["pathorob"] for center in (0.0, 0.5, 1.0, 2.0)]
     assert (np.diff(values) < -0.02).all()

@@ -1,4 +1,4 @@
-"""The probe against a direct minimiser, scores against scikit-learn."""
+"""The probe against a direct minimizer, scores against scikit-learn."""
 
 import numpy as np
 import pytest
@@ -34,7 +34,7 @@ def problem(seed, classes=3, n=150, dim=6, noise=1.5):
 
 
 def softmax_reference(train, labels, test, c):
-    """Minimises sum of losses + |W|^2 / (2 C) directly, with one weight vector a class."""
+    """Minimizes sum of losses + |W|^2 / (2 C) directly, with one weight vector a class."""
     mean, deviation = train.mean(0, dtype=np.float64), train.std(0, dtype=np.float64)
     x, held = (train - mean) / deviation, (test - mean) / deviation
     hot = np.eye(labels.max() + 1)[labels]
@@ -56,7 +56,7 @@ def softmax_reference(train, labels, test, c):
 
 
 @pytest.mark.parametrize("c", [0.01, 1.0])
-def test_probabilities_are_those_of_the_penalised_maximum(c):
+def test_probabilities_are_those_of_the_penalized_maximum(c):
     features, labels = problem(0)
     result = linear_probe(features[:100], labels[:100], features[100:], c_values=(c,), seed=0)
     expected = softmax_reference(features[:100], labels[:100], features[100:], c)
@@ -96,9 +96,9 @@ def test_scale_and_shift_of_a_feature_do_not_matter():
 
 def test_names_as_labels():
     features, labels = problem(2)
-    names = np.array(["tumour", "stroma", "fat"])[labels]
+    names = np.array(["tumor", "stroma", "fat"])[labels]
     result = linear_probe(features[:100], names[:100], features[100:], seed=0)
-    np.testing.assert_array_equal(result.classes, ["fat", "stroma", "tumour"])
+    np.testing.assert_array_equal(result.classes, ["fat", "stroma", "tumor"])
     assert np.mean(result.predictions == names[100:]) > 0.5
 
 
@@ -156,14 +156,14 @@ def test_bad_input_is_refused(change, said):
         linear_probe(**arguments)
 
 
-labellings = (
+labelings = (
     st.integers(2, 4)
     .flatmap(lambda c: st.lists(st.tuples(st.integers(0, c - 1), st.integers(0, c - 1)), min_size=2, max_size=40))
     .filter(lambda pairs: len({t for t, _ in pairs}) > 1)
 )
 
 
-@given(pairs=labellings)
+@given(pairs=labelings)
 def test_scores_of_predictions_equal_scikit_learn(pairs):
     truth, predicted = (np.array(column) for column in zip(*pairs, strict=True))
     matrix = confusion(truth, predicted)

@@ -93,7 +93,7 @@ def test_bootstrap_over_patients_holds_the_value():
 @pytest.mark.parametrize("penalty", [0.01, 0.3])
 @pytest.mark.parametrize("tied", [True, False])
 def test_coefficients_equal_lifelines(penalty, tied):
-    """To 1e-7 of the coefficients of standardised features; lifelines stops at its own tolerance."""
+    """To 1e-7 of the coefficients of standardized features; lifelines stops at its own tolerance."""
     features, times, events = cohort(2, tied=tied)
     assert tied == (len(np.unique(times[events])) < events.sum())
     model = fit_cox(features, times, events, penalty=penalty)
@@ -105,7 +105,7 @@ def test_coefficients_equal_lifelines(penalty, tied):
 
 
 def efron(x, times, events, penalty, beta):
-    """The penalised likelihood event time by event time, as Efron's formula is written."""
+    """The penalized likelihood event time by event time, as Efron's formula is written."""
     total = 0.0
     for time in np.unique(times[events]):
         dying = events & (times == time)
@@ -124,7 +124,7 @@ def test_more_features_than_patients_reach_the_maximum_of_the_formula():
     assert efron(x, times, events, 0.2, model.coefficients) >= -best.fun - 1e-9
 
 
-def test_components_are_those_of_the_standardised_features():
+def test_components_are_those_of_the_standardized_features():
     features, times, events = cohort(4, dim=8)
     x = (features - features.mean(axis=0)) / features.std(axis=0, ddof=1)
     axes = np.linalg.svd(x, full_matrices=False)[2][:2]

@@ -1,4 +1,4 @@
-"""Artefacts of patches: planted ones are found, real and drawn H&E passes, and none of it costs a run anything."""
+"""Artifacts of patches: planted ones are found, real and drawn H&E passes, and none of it costs a run anything."""
 
 import functools
 from pathlib import Path
@@ -9,9 +9,9 @@ import pytest
 
 from g2l_core.encoders.resolve import resolve_encoder
 from g2l_core.errors import StoreMismatchError, UnknownNameError
-from g2l_core.extraction.patching import lay_source
-from g2l_core.patches.artifacts import _CHECKS, ArtefactSpec, artefact_of, count_artefacts
-from g2l_core.patches.grid import ARTEFACTS, GridSpec
+from g2l_core.extraction.patching import patch_source
+from g2l_core.patches.artifacts import _CHECKS, ArtifactSpec, artifact_of, count_artifacts
+from g2l_core.patches.grid import ARTIFACTS, GridSpec, parse_artifacts
 from g2l_core.patches.views import ViewSpec
 from g2l_core.slides.manifest import read_sources
 from g2l_core.slides.slide import open_slide
@@ -19,11 +19,11 @@ from g2l_core.store.features import FeatureStore
 from g2l_core.store.schema import STATUS
 from g2l_core.store.verify import verify
 from g2l_core.synthetic.cohort import CohortSpec, draw_slide, write_pyramid
-from pipeline.cache_teacher import CacheSettings, run_cache
+from pipeline.cache_teacher import ExtractionSettings, run_extraction
 from tests.conftest import TEACHER
 
 KEY = "timm-mobilenetv3_small_050-64-random0"
-ALL = ArtefactSpec(names=ARTEFACTS)
+ALL = ArtifactSpec(names=ARTIFACTS)
 INKS = {"blue": (40, 60, 160), "green": (30, 140, 90), "red": (205, 30, 45), "black": (38, 38, 42)}
 
 
@@ -49,7 +49,7 @@ def real_patches(folder: Path, pattern: str, step: int) -> list[np.ndarray]:
 
 
 def slide_patches(path: Path, mpp: float | None = None, **grid) -> list[np.ndarray]:
-    laid = lay_source(read_sources([path])[0], GridSpec(**grid), mpp)
+    laid = patch_source(read_sources([path])[0], GridSpec(**grid), mpp)
     with open_slide(path, mpp_override=mpp) as slide:
         side = laid.facts["patch_px_level0"]
         return [slide.read_patch(int(x), int(y), side, 256) for x, y in laid.coords]
@@ -59,8 +59,8 @@ def blurred(patch: np.ndarray, sigma: float) -> np.ndarray:
     return cv2.GaussianBlur(patch, (0, 0), sigma)
 
 
-def codes(patches: list[np.ndarray], spec: ArtefactSpec = ALL) -> set[int]:
-    return {artefact_of(patch, spec) for patch in patches}
+def codes(patches: list[np.ndarray], spec: ArtifactSpec = ALL) -> set[int]:
+    return {artifact_of(patch, spec) for patch in patches}
 
 
 # ---- what must pass -----------------------------------------------------------------------------------------
@@ -71,13 +71,13 @@ def codes(patches: list[np.ndarray], spec: ArtefactSpec = ALL) -> set[int]:
 def test_no_square_of_a_drawn_slide_is_flagged(index, shrink, mpp):
     image = drawn_image(index)
     image = cv2.resize(image, None, fx=1 / shrink, fy=1 / shrink, interpolation=cv2.INTER_AREA)
-    assert codes(squares(image), ArtefactSpec(names=ARTEFACTS, mpp=mpp)) == {0}
+    assert codes(squares(image), ArtifactSpec(names=ARTIFACTS, mpp=mpp)) == {0}
 
 
-def test_no_square_of_a_slide_drawn_at_a_quarter_micrometre_is_flagged():
+def test_no_square_of_a_slide_drawn_at_a_quarter_micrometer_is_flagged():
     """Its optics leave little of 2 px there; only the scale at which sharpness is judged lets it pass."""
     image = draw_slide(CohortSpec(size_um=(768.0, 768.0), seed=9), 1)[0]
-    assert codes(squares(image), ArtefactSpec(names=ARTEFACTS, mpp=0.25)) == {0}
+    assert codes(squares(image), ArtifactSpec(names=ARTIFACTS, mpp=0.25)) == {0}
     assert codes(squares(image)) == {0, STATUS["blurred"]}
 
 
@@ -91,7 +91,7 @@ def test_no_real_patch_is_flagged(oscc_patches, crc_patches, real_slide, slide_w
 
 @pytest.mark.parametrize("level", [0, 60, 200, 255])
 def test_an_even_patch_is_black_at_most(level):
-    found = artefact_of(np.full((256, 256, 3), level, np.uint8), ArtefactSpec(names=("black", "blurred")))
+    found = artifact_of(np.full((256, 256, 3), level, np.uint8), ArtifactSpec(names=("black", "blurred")))
     assert found == (STATUS["black"] if level == 0 else 0)
 
 
@@ -118,8 +118,8 @@ def test_blur_does_not_depend_on_stain_strength():
     """A ratio of details: half the contrast changes neither answer."""
     for patch in tissue_squares(0)[:10]:
         pale = (255 - (255 - patch.astype(np.float32)) * 0.5).astype(np.uint8)
-        assert artefact_of(pale, ALL) == 0
-        assert artefact_of(blurred(pale, 3.0), ALL) == STATUS["blurred"]
+        assert artifact_of(pale, ALL) == 0
+        assert artifact_of(blurred(pale, 3.0), ALL) == STATUS["blurred"]
 
 
 @pytest.mark.parametrize("ink", INKS)
@@ -130,41 +130,42 @@ def test_pen_is_found(ink, share):
         inked = patch.copy()
         stroke = inked[:, : round(256 * share)]
         stroke[:] = INKS[ink] * (stroke / 243.0) ** 0.15
-        assert artefact_of(inked, ALL) == STATUS["pen"]
-        assert artefact_of(inked, ArtefactSpec(names=("black",))) == 0
+        assert artifact_of(inked, ALL) == STATUS["pen"]
+        assert artifact_of(inked, ArtifactSpec(names=("black",))) == 0
 
 
 def test_black_is_found_from_a_fifth_of_the_patch_on():
     patch = tissue_squares(0)[3].copy()
     patch[:40] = 4
-    assert artefact_of(patch, ALL) == 0
+    assert artifact_of(patch, ALL) == 0
     patch[:60] = 4
-    assert artefact_of(patch, ALL) == STATUS["black"]
-    assert artefact_of(patch, ArtefactSpec(names=("pen", "blurred"))) == 0
+    assert artifact_of(patch, ALL) == STATUS["black"]
+    assert artifact_of(patch, ArtifactSpec(names=("pen", "blurred"))) == 0
 
 
 def test_names_codes_and_checks_agree():
-    assert set(_CHECKS) == set(ARTEFACTS) == set(STATUS) - {"ok", "unreadable"}
+    assert set(_CHECKS) == set(ARTIFACTS) == set(STATUS) - {"ok", "unreadable"}
     assert len(set(STATUS.values())) == len(STATUS)
 
 
 def test_counts_are_by_name():
     status = np.array([0, 1, 2, 2, 4, 0], np.uint8)
-    assert count_artefacts(status) == {"pen": 2, "blurred": 1}
+    assert count_artifacts(status) == {"pen": 2, "blurred": 1}
 
 
 # ---- in a grid's identity and in a store ---------------------------------------------------------------------
 
 
-def test_artefacts_of_a_grid_have_one_order():
-    grid = GridSpec(artefacts="blurred, black,black")
-    assert grid.artefacts == "black,blurred"
-    assert grid.artefact_names == ("black", "blurred")
-    assert GridSpec(artefacts="").artefacts == GridSpec(artefacts="none").artefacts == "none"
-    assert GridSpec(artefacts="none").artefact_names == ()
-    assert grid == GridSpec(artefacts="black,blurred")
-    with pytest.raises(UnknownNameError, match="artefact 'blured'. Did you mean blurred"):
-        GridSpec(artefacts="blured")
+def test_artifacts_of_a_grid_have_one_order():
+    grid = GridSpec(artifacts=("blurred", "black", "black"))
+    assert grid.artifacts == ("black", "blurred")
+    assert grid == GridSpec(artifacts=("black", "blurred"))
+    assert grid.to_json()["artefacts"] == "black,blurred"
+    assert GridSpec(artifacts=()).to_json()["artefacts"] == "none"
+    assert parse_artifacts("blurred, black,black") == ("blurred", "black", "black")
+    assert parse_artifacts("") == parse_artifacts("none") == ()
+    with pytest.raises(UnknownNameError, match="artifact 'blured'. Did you mean blurred"):
+        GridSpec(artifacts=("blured",))
 
 
 @pytest.fixture
@@ -179,8 +180,8 @@ def spoilt_slide(tmp_path) -> Path:
 
 
 def cache(source, path, **grid):
-    settings = CacheSettings(views=1, batch_size=8)
-    return run_cache(
+    settings = ExtractionSettings(views=1, batch_size=8)
+    return run_extraction(
         [source], path, [resolve_encoder(TEACHER, weights="random:0")], GridSpec(**grid), ViewSpec(), settings
     )
 
@@ -194,7 +195,7 @@ def test_filtered_patches_keep_their_row_and_cost_nothing(spoilt_slide, tmp_path
     at = {tuple(corner): code for corner, code in zip(slide.coords.tolist(), slide.patch_status.tolist(), strict=True)}
     wrong = {(512, 512): "black", (1024, 512): "pen"} | {(x, 1024): "blurred" for x in (512, 768, 1024, 1280)}
     assert at == {corner: STATUS[wrong.get(corner, "ok")] for corner in at}
-    assert count_artefacts(slide.patch_status) == {"black": 1, "pen": 1, "blurred": 4}
+    assert count_artifacts(slide.patch_status) == {"black": 1, "pen": 1, "blurred": 4}
     left_out = slide.patch_status != 0
     for view in (0, 1):
         features = slide.features(KEY, view=view)
@@ -207,14 +208,14 @@ def test_filtered_patches_keep_their_row_and_cost_nothing(spoilt_slide, tmp_path
 
 
 def test_without_filters_every_patch_has_features(spoilt_slide, tmp_path):
-    cache(spoilt_slide, tmp_path / "s.zarr", tissue="none", artefacts="none")
+    cache(spoilt_slide, tmp_path / "s.zarr", tissue="none", artifacts=())
     slide = FeatureStore.open(tmp_path / "s.zarr").slide("x")
     assert not slide.patch_status.any()
     assert np.isfinite(slide.features(KEY)).all()
 
 
 def test_other_filters_are_another_store(spoilt_slide, tmp_path):
-    cache(spoilt_slide, tmp_path / "s.zarr", tissue="none", artefacts="pen")
+    cache(spoilt_slide, tmp_path / "s.zarr", tissue="none", artifacts=("pen",))
     with pytest.raises(StoreMismatchError, match="artefacts is 'pen' there"):
         cache(spoilt_slide, tmp_path / "s.zarr", tissue="none")
 
@@ -232,15 +233,15 @@ def test_patch_images_are_never_filtered(tmp_path):
 def test_a_store_older_than_the_filters_goes_on_without_them(spoilt_slide, tmp_path):
     import json
 
-    cache(spoilt_slide, tmp_path / "s.zarr", tissue="none", artefacts="none")
+    cache(spoilt_slide, tmp_path / "s.zarr", tissue="none", artifacts=())
     root = tmp_path / "s.zarr/zarr.json"
     document = json.loads(root.read_text())
     facts = document["attributes"]["g2l"]
     del facts["grid"]["artefacts"]
     facts["patch_status"] = {"ok": 0, "unreadable": 1}
     root.write_text(json.dumps(document))
-    grid = GridSpec(**FeatureStore.open(tmp_path / "s.zarr").grid)
-    assert grid.artefacts == "none"
-    assert cache(spoilt_slide, tmp_path / "s.zarr", tissue="none", artefacts=grid.artefacts).encoded == 0
+    grid = GridSpec.from_json(FeatureStore.open(tmp_path / "s.zarr").grid)
+    assert grid.artifacts == ()
+    assert cache(spoilt_slide, tmp_path / "s.zarr", tissue="none", artifacts=grid.artifacts).encoded == 0
     with pytest.raises(StoreMismatchError, match="artefacts is 'none' there"):
         cache(spoilt_slide, tmp_path / "s.zarr", tissue="none")

@@ -13,8 +13,8 @@ from g2l_core.patches.grid import (
     GridSpec,
     blocks,
     cell_order,
+    grid_coords,
     image_order,
-    lay_grid,
     patch_side_level0,
     tissue_share,
 )
@@ -31,7 +31,7 @@ def lay(drawing: str, spec: GridSpec, *, side: int = 20, downsample: float = 10.
     """Lay a slide that the drawn mask covers exactly."""
     mask = mask_of(drawing)
     size = int(mask.shape[1] * downsample), int(mask.shape[0] * downsample)
-    return lay_grid(size, side, mask, downsample, spec, slide_id)
+    return grid_coords(size, side, mask, downsample, spec, slide_id)
 
 
 def as_set(coords: np.ndarray) -> set[tuple[int, int]]:
@@ -45,7 +45,7 @@ def as_set(coords: np.ndarray) -> set[tuple[int, int]]:
     ("slide_mpp", "side"),
     [(0.25, 512), (0.499, 257), (0.5, 256), (0.501, 255), (0.2525, 507), (0.55, 233), (1 / 3, 384), (0.125, 1024)],
 )
-def test_side_of_a_256_px_patch_at_half_a_micrometre(slide_mpp, side):
+def test_side_of_a_256_px_patch_at_half_a_micrometer(slide_mpp, side):
     assert patch_side_level0(GridSpec(), slide_mpp) == side
 
 
@@ -133,10 +133,10 @@ def test_a_mask_pixel_in_the_middle_of_nothing_and_no_tissue_at_all():
 
 def test_the_uncovered_rest_of_a_slide_has_no_patch():
     """65 x 45 level-0 px hold 3 x 2 whole patches of 20."""
-    every = lay_grid((65, 45), 20, None, 1.0, SMALL, "a")
+    every = grid_coords((65, 45), 20, None, 1.0, SMALL, "a")
     assert as_set(every) == {(x, y) for x in (0, 20, 40) for y in (0, 20)}
-    assert lay_grid((19, 500), 20, None, 1.0, SMALL, "a").shape == (0, 2)
-    assert lay_grid((500, 19), 20, None, 1.0, SMALL, "a").shape == (0, 2)
+    assert grid_coords((19, 500), 20, None, 1.0, SMALL, "a").shape == (0, 2)
+    assert grid_coords((500, 19), 20, None, 1.0, SMALL, "a").shape == (0, 2)
 
 
 def test_share_where_edges_fall_between_mask_pixels():
@@ -173,7 +173,7 @@ specs = st.builds(
 def test_patches_lie_in_the_slide_on_the_grid_once_and_on_tissue(size, side, spec, seed, downsample):
     shape = max(1, int(size[1] / downsample)), max(1, int(size[0] / downsample))
     mask = np.random.default_rng(seed).random(shape) < 0.4
-    coords = lay_grid(size, side, mask, downsample, spec, "a")
+    coords = grid_coords(size, side, mask, downsample, spec, "a")
     assert (coords >= 0).all()
     assert (coords + side <= size).all()
     assert (coords % side == 0).all()
@@ -189,7 +189,7 @@ def test_patches_lie_in_the_slide_on_the_grid_once_and_on_tissue(size, side, spe
 @given(size=slides, side=st.integers(16, 60), spec=specs)
 def test_without_a_mask_every_patch_is_there_in_contiguous_cells(size, side, spec):
     spec = GridSpec(cell_patches=spec.cell_patches, seed=spec.seed)
-    coords = lay_grid(size, side, None, 1.0, spec, "a")
+    coords = grid_coords(size, side, None, 1.0, spec, "a")
     raster = {(x * side, y * side) for x in range(size[0] // side) for y in range(size[1] // side)}
     assert as_set(coords) == raster
     assert len(coords) == len(raster)
@@ -203,7 +203,7 @@ def test_without_a_mask_every_patch_is_there_in_contiguous_cells(size, side, spe
 
 def test_order_is_random_named_by_slide_and_seed_and_knows_no_other_slide():
     def order(slide_id: str, seed: int) -> list[list[int]]:
-        return lay_grid((3000, 3000), 100, None, 1.0, GridSpec(cell_patches=4, seed=seed), slide_id).tolist()
+        return grid_coords((3000, 3000), 100, None, 1.0, GridSpec(cell_patches=4, seed=seed), slide_id).tolist()
 
     first = order("a", 0)
     assert order("b", 0) != first
@@ -224,20 +224,20 @@ def test_cells_stand_in_every_order_equally_often():
 @given(size=slides, spec=specs, most=st.integers(1, 300))
 def test_max_patches_keeps_a_subset_of_that_size(size, spec, most):
     common = {"cell_patches": spec.cell_patches, "seed": spec.seed, "min_tissue": 0.0}
-    every = lay_grid(size, 16, None, 1.0, GridSpec(**common), "a")
-    some = lay_grid(size, 16, None, 1.0, GridSpec(**common, max_patches=most), "a")
+    every = grid_coords(size, 16, None, 1.0, GridSpec(**common), "a")
+    some = grid_coords(size, 16, None, 1.0, GridSpec(**common, max_patches=most), "a")
     assert len(some) == min(most, len(every))
     assert as_set(some) <= as_set(every)
 
 
 def test_max_patches_samples_the_whole_slide():
-    some = lay_grid((16_000, 16_000), 16, None, 1.0, GridSpec(max_patches=1000), "a")
+    some = grid_coords((16_000, 16_000), 16, None, 1.0, GridSpec(max_patches=1000), "a")
     quarters = np.bincount((some[:, 0] >= 8000) * 2 + (some[:, 1] >= 8000))
     assert quarters.min() > 180  # 250 expected, sigma 14
 
 
 def test_coordinates_of_a_gigapixel_slide_do_not_overflow():
-    coords = lay_grid((200_000, 150_000), 512, None, 1.0, GridSpec(), "a")
+    coords = grid_coords((200_000, 150_000), 512, None, 1.0, GridSpec(), "a")
     assert len(coords) == (200_000 // 512) * (150_000 // 512)
     assert coords.max(axis=0).tolist() == [(200_000 // 512 - 1) * 512, (150_000 // 512 - 1) * 512]
     share = tissue_share(coords, 512, np.ones((150_000 // 32, 200_000 // 32), bool), 32.0)
@@ -246,7 +246,7 @@ def test_coordinates_of_a_gigapixel_slide_do_not_overflow():
 
 @given(size=slides, spec=specs, side=st.integers(16, 60))
 def test_blocks_cover_every_row_once_each_within_a_cell(size, spec, side):
-    coords = lay_grid(size, side, None, 1.0, spec, "a")
+    coords = grid_coords(size, side, None, 1.0, spec, "a")
     found = blocks(coords, side, spec)
     assert [row for start, stop in found for row in range(start, stop)] == list(range(len(coords)))
     cells = (coords // (side * spec.cell_patches)).tolist()
@@ -257,7 +257,9 @@ def test_blocks_cover_every_row_once_each_within_a_cell(size, spec, side):
 
 
 def test_blocks_of_the_default_cell_and_of_patch_images():
-    assert max(b - a for a, b in blocks(lay_grid((9000, 9000), 256, None, 1.0, GridSpec(), "a"), 256, GridSpec())) == 64
+    assert (
+        max(b - a for a, b in blocks(grid_coords((9000, 9000), 256, None, 1.0, GridSpec(), "a"), 256, GridSpec())) == 64
+    )
     assert blocks(np.zeros((130, 2), np.int32), 256, GridSpec()) == [(0, 64), (64, 128), (128, 130)]
     assert blocks(np.zeros((0, 2), np.int32), 256, GridSpec()) == []
 

@@ -68,9 +68,9 @@ def he_patch(seed: int, size: int = 256) -> np.ndarray:
     """Pink stroma, white gaps, purple nuclei of 5 to 15 px with sharp borders, and sensor noise."""
     rng = np.random.default_rng(seed)
     image = np.full((size, size, 3), rng.normal((222, 160, 200), 12), dtype=np.float32)
-    for colour, count, radii in (((243, 241, 244), 6, (12, 40)), ((105, 60, 140), 120, (2, 8))):
+    for color, count, radii in (((243, 241, 244), 6, (12, 40)), ((105, 60, 140), 120, (2, 8))):
         for x, y, r in zip(*rng.integers(0, size, (2, count)), rng.integers(*radii, count), strict=True):
-            cv2.circle(image, (int(x), int(y)), int(r), rng.normal(colour, 12).tolist(), thickness=-1)
+            cv2.circle(image, (int(x), int(y)), int(r), rng.normal(color, 12).tolist(), thickness=-1)
     return np.clip(image + rng.normal(0, 5, image.shape), 0, 255).astype(np.uint8)
 
 
@@ -129,10 +129,10 @@ def test_the_blur_is_torchvisions_over_its_whole_range(sigma):
         ("hue", (-1 / 6, -0.05, 0.01, 0.05, 1 / 6), 1),
     ],
 )
-def test_each_colour_operation_is_torchvisions_on_any_colours(name, factors, limit):
+def test_each_color_operation_is_torchvisions_on_any_colors(name, factors, limit):
     rng = np.random.default_rng(0)
     patch = rng.integers(0, 256, (256, 256, 3), dtype=np.uint8)
-    patch[:64] = patch[:64, :, :1]  # greys, where the hue is undefined
+    patch[:64] = patch[:64, :, :1]  # grays, where the hue is undefined
     patch[64:128] = (patch[64:128] // 64) * 85  # ties between channels, and the cube's corners
     params = np.array([*CANONICAL[:4], 1, *CANONICAL[5:]], dtype=np.float32)
     for factor in factors:
@@ -163,7 +163,7 @@ def test_crop_and_flips_by_hand(hflip, vflip):
 # --- the same pixels always and everywhere
 
 
-def test_view_zero_is_the_centre_crop():
+def test_view_zero_is_the_center_crop():
     params = sample_views(EVERYTHING, "s", grid(3), [0])
     np.testing.assert_array_equal(params, np.broadcast_to(np.array(CANONICAL, np.float32), (3, 1, 12)))
     np.testing.assert_array_equal(apply_view(he_patch(0), params[0, 0], SPEC), he_patch(0)[16:240, 16:240])

@@ -1,0 +1,1 @@
+"""Tests of the stages and of the command line."""

@@ -118,7 +118,7 @@ def test_a_broken_slide_costs_what_is_broken(sound, slides, tmp_path, damage):
     assert "Traceback" not in done.stderr
     told = [line for line in done.stderr.splitlines() if line.startswith("failed  victim: ")]
     victim = store.slide("victim")
-    if not victim.is_laid:
+    if not victim.has_patches:
         assert (done.returncode, len(told)) == (1, 1)
         assert victim.facts["reason"] in told[0]
         assert len(victim.facts["reason"]) > 20

@@ -133,13 +133,13 @@ def test_the_picture_s_geojson_is_read_back(slides, tmp_path):
     assert len(coords) == 3 * 6
 
 
-def test_tissue_by_colour_and_what_is_left_out(slides, tmp_path):
-    done = cache(slides, tmp_path / "s.zarr", "--views", "0", "--tissue", "color", "--artefacts", "none")
+def test_tissue_by_color_and_what_is_left_out(slides, tmp_path):
+    done = cache(slides, tmp_path / "s.zarr", "--views", "0", "--tissue", "color", "--artifacts", "none")
     assert done.returncode == 0, done.stderr
     assert FeatureStore.open(tmp_path / "s.zarr").grid["tissue"] == "color"
     assert "left out" not in done.stdout
     refused(cache(slides, tmp_path / "t.zarr", "--tissue", "ostu"), "unknown tissue method 'ostu'", "otsu")
-    refused(cache(slides, tmp_path / "t.zarr", "--artefacts", "pens"), "unknown artefact 'pens'", "pen")
+    refused(cache(slides, tmp_path / "t.zarr", "--artifacts", "pens"), "unknown artifact 'pens'", "pen")
 
 
 @pytest.mark.slow

@@ -295,7 +295,7 @@ def vit_run(cached_store, tmp_path_factory):
     return folder / "run"
 
 
-def normalised(n=3):
+def normalized(n=3):
     return torch.randn(n, 3, 56, 56, generator=torch.Generator().manual_seed(3))
 
 
@@ -308,7 +308,7 @@ def test_timm_folder(vit_run, tmp_path):
     out = export_student(vit_run, "timm", tmp_path / "timm")
     model = import_timm().create_model(f"local-dir:{out}", pretrained=True, num_classes=0).eval()
     with torch.inference_mode():
-        torch.testing.assert_close(model.forward_features(normalised())[:, 0], features_of(vit_run, normalised()))
+        torch.testing.assert_close(model.forward_features(normalized())[:, 0], features_of(vit_run, normalized()))
 
 
 def test_torchscript_file(vit_run, tmp_path):
@@ -316,7 +316,7 @@ def test_torchscript_file(vit_run, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         loaded = torch.jit.load(out / "model.pt")
-    torch.testing.assert_close(loaded(normalised()), features_of(vit_run, normalised()))
+    torch.testing.assert_close(loaded(normalized()), features_of(vit_run, normalized()))
     said = json.loads((out / "preprocessing.json").read_text())
     assert (said["input_px"], said["mean"], said["pooling"]) == (56, [0.7, 0.6, 0.7], "cls")
 
@@ -328,8 +328,8 @@ def test_onnx_file(vit_run, tmp_path):
     out = export_student(vit_run, "onnx", tmp_path / "onnx")
     session = onnxruntime.InferenceSession(str(out / "model.onnx"), providers=["CPUExecutionProvider"])
     for n in (1, 3):
-        found = session.run(None, {"images": normalised(n).numpy()})[0]
-        np.testing.assert_allclose(found, features_of(vit_run, normalised(n)), rtol=1e-4, atol=1e-4)
+        found = session.run(None, {"images": normalized(n).numpy()})[0]
+        np.testing.assert_allclose(found, features_of(vit_run, normalized(n)), rtol=1e-4, atol=1e-4)
 
 
 def test_transformers_layout_and_back(vit_run, tmp_path):
@@ -338,8 +338,8 @@ def test_transformers_layout_and_back(vit_run, tmp_path):
     out = export_student(vit_run, "transformers", tmp_path / "hf")
     model = transformers.AutoModel.from_pretrained(out).eval()
     with torch.inference_mode():
-        found = model(normalised()).pooler_output
-    torch.testing.assert_close(found, features_of(vit_run, normalised()), rtol=1e-5, atol=1e-5)
+        found = model(normalized()).pooler_output
+    torch.testing.assert_close(found, features_of(vit_run, normalized()), rtol=1e-5, atol=1e-5)
     spec = resolve_encoder(str(vit_run.parent / "small.toml"), weights=str(out / "model.safetensors"))
     assert load_encoder(spec).digest == load_encoder(resolve_encoder(str(vit_run))).digest
     processor = json.loads((out / "preprocessor_config.json").read_text())

@@ -37,7 +37,7 @@ def test_features_of_another_patch(store):
     opened = FeatureStore.open(store, writable=True)
     for slide in opened.slides():
         array = slide.features_array(KEY)
-        array[:, 0] = np.roll(array[:, 0], 1, axis=0)  # every canonical feature stands in its neighbour's row
+        array[:, 0] = np.roll(array[:, 0], 1, axis=0)  # every canonical feature stands in its neighbor's row
     found = again(store, 10**6)
     assert found.problems
     assert {problem.kind for problem in found.problems} == {"damaged"}

@@ -41,15 +41,15 @@ def test_points_stand_in_proportion_in_both_panels():
 def test_legends_name_and_count_once_where_all_encoders_agree():
     two = (projection(), projection(encoder="after"))
     text = text_of(pictures_of(Pictures(projections=two), ORDER))
-    assert text.count("Class benign 1 tumour 2") == 1
-    assert text.count("Centre north 3") == 1
+    assert text.count("Class benign 1 tumor 2") == 1
+    assert text.count("Center north 3") == 1
     apart = (projection(), projection(encoder="after", classes=("benign", "else")))
     text = text_of(pictures_of(Pictures(projections=apart), ORDER))
     assert text.count("Class benign 1") == 2
     assert "3 of 300 patches, drawn by seed" in text
 
 
-def test_a_plane_without_classes_and_centres_is_one_panel():
+def test_a_plane_without_classes_and_centers_is_one_panel():
     plain = projection(classes=("",), class_of=(0, 0, 0), centers=("",))
     assert len(svgs(pictures_of(Pictures(projections=(plain,)), ORDER), "plane")) == 1
 

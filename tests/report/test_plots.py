@@ -1,4 +1,4 @@
-"""Plots in proportion, axes that enclose their values, and colours that every eye can tell apart."""
+"""Plots in proportion, axes that enclose their values, and colors that every eye can tell apart."""
 
 import math
 import re
@@ -71,7 +71,7 @@ def test_ticks_are_few_round_and_enclose_the_values(values):
     assert max(values) <= axis.ticks[-1] + margin
 
 
-# Simulation of the three kinds of colour blindness at full severity: Machado, Oliveira & Fernandes (2009), table 1.
+# Simulation of the three kinds of color blindness at full severity: Machado, Oliveira & Fernandes (2009), table 1.
 SEEN = {
     "protan": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
     "deutan": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
@@ -93,17 +93,17 @@ def lab(light):
 
 @pytest.mark.parametrize("sight", SEEN)
 @pytest.mark.parametrize("palette", [_LIGHT, _DARK], ids=["light", "dark"])
-def test_colours_differ_to_every_eye(palette, sight):
+def test_colors_differ_to_every_eye(palette, sight):
     seen = [lab(np.array(SEEN[sight]) @ linear(color)) for color in palette]
     assert min(np.linalg.norm(a - b) for i, a in enumerate(seen) for b in seen[:i]) > 14
 
 
 @pytest.mark.parametrize(("palette", "paper"), [(_LIGHT, "#ffffff"), (_DARK, "#14171b")], ids=["light", "dark"])
-def test_colours_stand_out_from_the_page(palette, paper):
+def test_colors_stand_out_from_the_page(palette, paper):
     bright = [float(XYZ[1] @ linear(color)) + 0.05 for color in (*palette, paper)]
     assert min(max(b, bright[-1]) / min(b, bright[-1]) for b in bright[:-1]) > 3
 
 
-def test_colour_and_shape_together_repeat_late():
+def test_color_and_shape_together_repeat_late():
     assert math.lcm(COLORS, len(SHAPES)) == 42
     assert COLORS == len(_LIGHT) == len(_DARK)

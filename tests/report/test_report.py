@@ -22,7 +22,7 @@ from g2l_core.results import (
     CkaMatrix,
     Comparison,
     ConfusionMatrix,
-    EncoderFacts,
+    EncoderSummary,
     Estimate,
     ExpectedFigure,
     Failure,
@@ -47,7 +47,7 @@ def result(task="oral", metric="knn_accuracy", encoder="teacher", value=0.7, hal
 
 def facts(key="teacher", **more):
     told = {"name": key.title(), "weights": "random, seed 0", "dim": 64, "pooling": "cls", "precision": "fp32"}
-    return EncoderFacts(**{"key": key, "digest": "0123456789abcdef" * 4, **told, **more})
+    return EncoderSummary(**{"key": key, "digest": "0123456789abcdef" * 4, **told, **more})
 
 
 def report(**more):
@@ -104,7 +104,7 @@ def cka(**more):
 def projection(**more):
     told = {"task": "oral", "encoder": "teacher", "method": "PCA", "shares": (0.5, 0.25), "of": 300}
     places = {"x": (0.0, -1.0, 0.5), "y": (0.0, 0.5, -1.0)}
-    names = {"classes": ("benign", "tumour"), "class_of": (0, 1, 1), "centers": ("north",), "center_of": (0, 0, 0)}
+    names = {"classes": ("benign", "tumor"), "class_of": (0, 1, 1), "centers": ("north",), "center_of": (0, 0, 0)}
     return Projection(**{**told, **places, **names, **more})
 
 
@@ -116,7 +116,7 @@ def slide_map(**more):
 
 
 def confusion(**more):
-    told = {"task": "oral", "classifier": "knn", "encoder": "teacher", "classes": ("benign", "tumour")}
+    told = {"task": "oral", "classifier": "knn", "encoder": "teacher", "classes": ("benign", "tumor")}
     return ConfusionMatrix(**{**told, "counts": ((3, 1), (0, 4)), "settings": {"k": 20}, **more})
 
 
@@ -135,7 +135,7 @@ texts = st.text(max_size=12)
 floats = st.floats() | st.sampled_from([0.1, -0.0, 1.0, math.nan, math.inf, -math.inf])
 settings_values = st.booleans() | st.integers() | floats | texts.filter(lambda s: s not in ("Infinity", "-Infinity"))
 estimates = st.builds(Estimate, value=floats, low=floats, high=floats, method=texts)
-encoders = st.builds(EncoderFacts, **dict.fromkeys(["key", "name", "note"], texts))
+encoders = st.builds(EncoderSummary, **dict.fromkeys(["key", "name", "note"], texts))
 metrics = texts | st.sampled_from(["robustness_ratio_k3", "robustness_ratio_k5", "knn_accuracy"])
 settings = st.dictionaries(texts, settings_values, max_size=3)
 places = st.tuples(texts, metrics, texts)
@@ -301,7 +301,7 @@ def test_a_report_without_pictures_is_read(tmp_path):
         ("[]", "should be of format 1, is None"),
         ('{"format": 2}', "should be of format 1, is 2"),
         ('{"format": 1}', "is not a report"),
-        ('{"format": 1, "title": "", "summary": [], "encoders": [{"colour": 1}]}', "is not a report"),
+        ('{"format": 1, "title": "", "summary": [], "encoders": [{"color": 1}]}', "is not a report"),
         (BARE.replace("}}", '}, "pictures": {"cka": [{}]}}'), "is not a report"),
     ],
 )

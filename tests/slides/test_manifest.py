@@ -200,10 +200,10 @@ def test_patch_images_of_a_manifest_are_grouped_by_slide_or_folder(tmp_path):
     manifest = write(
         tmp_path / "m.csv",
         "path,slide_id,patient_id,class,mpp\n"
-        "a/1.png,S1,P1,tumour,0.5\n"
+        "a/1.png,S1,P1,tumor,0.5\n"
         "b/1.png,S1,P1,stroma,0.5\n"
-        "c/1.png,,P2,tumour,\n"
-        "c/2.png,,P2,tumour,\n"
+        "c/1.png,,P2,tumor,\n"
+        "c/2.png,,P2,tumor,\n"
         "3.png,,P3,stroma,\n",
     )
     by_id = {source.slide_id: source for source in read_sources([manifest])}
@@ -214,7 +214,7 @@ def test_patch_images_of_a_manifest_are_grouped_by_slide_or_folder(tmp_path):
     }
     assert all(source.path == tmp_path for source in by_id.values())
     assert by_id["S1"].labels == {"patient_id": "P1"}  # the classes differ: they are patches', not the slide's
-    assert by_id["c"].labels == {"patient_id": "P2", "class": "tumour"}
+    assert by_id["c"].labels == {"patient_id": "P2", "class": "tumor"}
     assert (by_id["S1"].mpp, by_id["c"].mpp) == (0.5, None)
 
 

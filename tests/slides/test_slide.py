@@ -152,7 +152,7 @@ def test_shrinking_equals_an_independent_area_average(noise_slide, side, patch_p
     assert np.abs(found - expected).max() <= 0.501
 
 
-def test_enlarging_keeps_centre_and_colours(noise_slide):
+def test_enlarging_keeps_center_and_colors(noise_slide):
     """1.06 times: the corners stay, and no value leaves the range of the source (bicubic would overshoot)."""
     level0 = tifffile.imread(noise_slide.path)[:240, :240]
     found = noise_slide.read_patch(0, 0, 240, 256)
@@ -421,7 +421,7 @@ def test_thumbnail_covers_whole_pixels_of_level_0(noise_slide, mpp, downsample):
 
 
 def test_thumbnail_of_a_pyramid_is_exact_too(painted_slide):
-    """From level 2, rounded once, and then averaged: within one grey level of the mean of level 0."""
+    """From level 2, rounded once, and then averaged: within one gray level of the mean of level 0."""
     thumbnail = painted_slide.read_thumbnail(4.0)
     assert thumbnail.downsample == 16
     expected = painted(WIDTH, HEIGHT).reshape(HEIGHT // 16, 16, WIDTH // 16, 16, 3).mean((1, 3))

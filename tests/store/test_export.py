@@ -78,9 +78,9 @@ def test_cka_of_a_cohort_leaves_unreadable_patches_out(cohort_store):
 def test_dask_array_travels_and_computes_in_threads(cohort_store):
     mean = dask.array.nanmean(dask_features(cohort_store, ENCODER).astype(np.float64), axis=0)
     wanted = np.nanmean(np.concatenate([s.features(ENCODER) for s in cohort_store.slides()]).astype(np.float64), axis=0)
-    travelled = pickle.loads(pickle.dumps(FeatureStore.open(cohort_store.path)))
+    traveled = pickle.loads(pickle.dumps(FeatureStore.open(cohort_store.path)))
     assert np.allclose(mean.compute(scheduler="threads"), wanted, rtol=1e-12)
-    assert travelled.slide_ids() == cohort_store.slide_ids()
+    assert traveled.slide_ids() == cohort_store.slide_ids()
 
 
 def test_what_is_not_complete_is_refused(cohort_store, tmp_path):

@@ -4,7 +4,6 @@ import json
 import resource
 import zlib
 from contextlib import contextmanager
-from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -46,8 +45,8 @@ def reopened(store):
 def test_root_attributes(cached_store):
     attributes = zarr.open_group(cached_store, mode="r").attrs["g2l"]
     assert attributes["format"] == 1
-    assert attributes["grid"] == asdict(GridSpec())
-    assert attributes["views"] == json.loads(json.dumps(asdict(ViewSpec())))
+    assert attributes["grid"] == GridSpec().to_json()
+    assert attributes["views"] == json.loads(json.dumps(ViewSpec().to_json()))
     assert attributes["patch_status"] == {"ok": 0, "unreadable": 1, "pen": 2, "black": 3, "blurred": 4}
     assert attributes["encoders"][KEY]["dim"] == 1024
     assert len(attributes["encoders"][KEY]["digest"]) == 64
@@ -137,7 +136,7 @@ def test_shards_cover_every_row_of_every_view_once(tmp_path_factory, n, n_views)
 )
 def test_other_settings_are_refused_by_name(toy, grid, views, field):
     with pytest.raises(StoreMismatchError, match=field):
-        FeatureStore.create(toy.path, grid=asdict(GridSpec(**grid)), views=asdict(ViewSpec(**views)))
+        FeatureStore.create(toy.path, grid=GridSpec(**grid).to_json(), views=ViewSpec(**views).to_json())
 
 
 def test_equal_settings_open_the_store_again(toy):
@@ -227,14 +226,14 @@ def test_patch_ids_and_labels(tmp_path):
     store = create(tmp_path / "s.zarr")
     names = [f"é{i}.png" for i in range(5)]
     params = sample_views(ViewSpec(), "set", np.zeros((5, 2), np.int32), range(1), names)
-    slide = store.lay_slide(
+    slide = store.add_slide(
         "set", facts(kind="patches"), coords=np.zeros((5, 2), np.int32), view_params=params, columns=COLUMNS,
         patch_ids=names,
     )  # fmt: skip
-    slide.set_labels({"label": "Tumour"})
+    slide.set_labels({"label": "Tumor"})
     again = reopened(store).slide("set")
     assert again.patch_ids == names
-    assert again.labels == {"label": "Tumour"}
+    assert again.labels == {"label": "Tumor"}
     assert zarr.open_group(store.path)["slides/set/patch_id"][:].tolist() == names
 
 

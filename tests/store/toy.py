@@ -1,7 +1,5 @@
 """Stores that are written without slides and networks: what a store keeps does not depend on where it came from."""
 
-from dataclasses import asdict
-
 import numpy as np
 
 from g2l_core.patches.grid import GridSpec
@@ -13,7 +11,7 @@ ENCODER, DIM = "toy", 6
 
 
 def create(path, **grid):
-    store = FeatureStore.create(path, grid=asdict(GridSpec(**grid)), views=asdict(ViewSpec()))
+    store = FeatureStore.create(path, grid=GridSpec(**grid).to_json(), views=ViewSpec().to_json())
     store.add_encoder(ENCODER, {"digest": "0" * 64, "dim": DIM})
     return store
 
@@ -26,7 +24,7 @@ def facts(**changes):
 def lay(store, slide_id, n=20, n_views=2, **changes):
     coords = np.stack([np.arange(n) % 7, np.arange(n) // 7], axis=1).astype(np.int32) * 257
     params = sample_views(ViewSpec(), slide_id, coords, range(n_views))
-    return store.lay_slide(
+    return store.add_slide(
         slide_id, facts(**changes), coords=coords, view_params=params, columns=COLUMNS, patch_ids=None
     )
 

@@ -59,7 +59,7 @@ def test_lossless_pyramid_is_pixel_exact_for_both_readers(tmp_path_factory, rows
             assert np.abs(read_level(slide, level) - exact).max() <= 0.5
 
 
-def test_jpeg_pyramid_keeps_colours_and_places(tmp_path):
+def test_jpeg_pyramid_keeps_colors_and_places(tmp_path):
     image = np.zeros((512, 768, 3), np.uint8)
     image[:256] = (200, 60, 120)
     image[256:, :384] = (20, 190, 60)
@@ -70,7 +70,7 @@ def test_jpeg_pyramid_keeps_colours_and_places(tmp_path):
         assert slide.level_dimensions == ((768, 512), (384, 256), (192, 128))
         for level, factor in enumerate((1, 2, 4)):
             wanted = image[::factor, ::factor].astype(int)
-            # Only flat neighbourhoods: the halved chroma smears the borders of the colours.
+            # Only flat neighborhoods: the halved chroma smears the borders of the colors.
             spread = cv2.blur(wanted.astype(np.float64), (17, 17)) - wanted
             flat = np.abs(spread).max(2) < 1e-6
             for pixels in (read_level(slide, level), tiff.pages[level].asarray()):
@@ -138,7 +138,7 @@ def test_slide_has_its_size_and_its_map_fits_the_picture():
         assert classes.shape == (512 / MAP_UM, 640 / MAP_UM)
         assert set(np.unique(classes)) == {0, 1, 2, 3}
         small = cv2.resize(image, classes.shape[::-1], interpolation=cv2.INTER_AREA).astype(int)
-        # Away from the tissue's edge glass is bright and grey, tissue is coloured nearly everywhere.
+        # Away from the tissue's edge glass is bright and gray, tissue is colored nearly everywhere.
         inner = cv2.erode((classes > 0).astype(np.uint8), np.ones((9, 9)), borderValue=0) > 0
         outer = cv2.dilate((classes > 0).astype(np.uint8), np.ones((9, 9))) == 0
         assert small[outer].min() > 225
@@ -155,7 +155,7 @@ def test_refuses_a_slide_that_is_not_there():
 
 @pytest.fixture(scope="module")
 def patches() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pure 96 um patches at 1 um/px of six slides: pixels, classes, centres."""
+    """Pure 96 um patches at 1 um/px of six slides: pixels, classes, centers."""
     spec = replace(SMALL, size_um=(960.0, 768.0), mpp=(1.0, 1.0))
     pixels, classes, centers = [], [], []
     for index in range(6):
@@ -171,7 +171,7 @@ def patches() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return np.stack(pixels), np.array(classes), np.array(centers)
 
 
-def test_colour_tells_the_centre_and_not_the_class(patches):
+def test_color_tells_the_center_and_not_the_class(patches):
     pixels, classes, centers = patches
     density = -np.log(pixels.mean((1, 2)) / 245)
     for center in range(2):
@@ -186,8 +186,8 @@ def test_colour_tells_the_centre_and_not_the_class(patches):
 
 def coherence(patch: np.ndarray) -> float:
     """0 where gradients have no common direction, 1 where all are parallel (structure tensor)."""
-    grey = cv2.GaussianBlur(patch.mean(2), (0, 0), 1)
-    gy, gx = np.gradient(grey)
+    gray = cv2.GaussianBlur(patch.mean(2), (0, 0), 1)
+    gy, gx = np.gradient(gray)
     xx, yy, xy = (gx * gx).mean(), (gy * gy).mean(), (gx * gy).mean()
     return float(np.hypot(xx - yy, 2 * xy) / (xx + yy))
 
@@ -253,7 +253,7 @@ def test_cohort_on_disk(tmp_path):
 
 
 def hand_drawn() -> np.ndarray:
-    """20 x 10: left half stroma, right half tumour with a lymphoid corner; the lowest 4 rows are glass."""
+    """20 x 10: left half stroma, right half tumor with a lymphoid corner; the lowest 4 rows are glass."""
     classes = np.zeros((10, 20), np.uint8)
     classes[:6, :10] = 1
     classes[:6, 10:] = 2
@@ -270,14 +270,14 @@ def test_labels_of_a_hand_drawn_map(tmp_path):
         (0, 0): "stroma",
         (0, 40): "stroma",  # half glass: only tissue counts
         (75, 0): "",  # astride: half and half
-        (61, 0): "stroma",  # ends at 101 of 100: 1/40 is tumour
+        (61, 0): "stroma",  # ends at 101 of 100: 1/40 is tumor
         (63, 0): "stroma",  # 3/40
         (64, 0): "stroma",  # 4/40: 90 % exactly
         (65, 0): "",  # 5/40
         (0, 60): "",  # glass
         (160, 0): "",  # a quarter is lymphoid
         (180, 0): "",  # hangs over the edge: half is lymphoid
-        (180, 20): "tumour",
+        (180, 20): "tumor",
         (180, -20): "lymphoid",
         (400, 400): "",  # wholly outside
     }
@@ -318,8 +318,8 @@ def test_labels_refuse_sizes_and_files(tmp_path):
         synthetic.patch_classes(hand_drawn(), coords, 40, (0, 100))
     text = tmp_path / "text.png"
     text.write_text("no image")
-    grey = tmp_path / "grey.png"
-    Image.fromarray(hand_drawn()).save(grey)
-    for path in (text, grey, tmp_path / "absent.png"):
+    gray = tmp_path / "gray.png"
+    Image.fromarray(hand_drawn()).save(gray)
+    for path in (text, gray, tmp_path / "absent.png"):
         with pytest.raises(ReadError, match=Path(path).name):
             synthetic.label_patches(path, coords, 40, (200, 100))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from g2l_core.errors import NoTissueError, ReadError, StoreMismatchError
-from g2l_core.extraction.patching import lay_source, lay_sources, refresh_stored, store_laid
+from g2l_core.extraction.patching import patch_source, patch_sources, refresh_stored, store_patched
 from g2l_core.patches.grid import GridSpec
 from g2l_core.patches.views import ViewSpec
 from g2l_core.slides.manifest import Source, read_sources
@@ -166,8 +166,8 @@ def test_overlaps_unite_and_what_lies_outside_is_cut():
     radius=st.floats(2, 20),
     turn=st.floats(0, 6),
 )
-def test_a_pixel_belongs_where_its_centre_does(center, corners, radius, turn):
-    """Against OpenCV's point-in-polygon test, but for centres on the outline itself."""
+def test_a_pixel_belongs_where_its_center_does(center, corners, radius, turn):
+    """Against OpenCV's point-in-polygon test, but for centers on the outline itself."""
     angles = turn + np.arange(corners) * 2 * np.pi / corners
     ring = np.array(center) + radius * np.stack([np.cos(angles), np.sin(angles)], axis=1)
     found = mask_of([([ring], True)], 1.0, (30, 30))
@@ -211,7 +211,7 @@ def annotation_of(folder, *, level0_size=(60, 40)) -> np.ndarray:
 @pytest.mark.parametrize("mode", ["1", "L", "I;16", "P", "RGB", "RGBA", "LA"])
 @pytest.mark.parametrize("scale", [1, 2, 7])
 def test_mask_images_of_any_kind_and_scale(tmp_path, mode, scale):
-    """In the palette's picture tissue is drawn black: the index counts, not the colour. Opaque glass stays glass."""
+    """In the palette's picture tissue is drawn black: the index counts, not the color. Opaque glass stays glass."""
     truth = mask_from("##....\n##..#.\n......\n.....#")
     large = np.kron(truth, np.ones((scale, scale), bool))
     if mode == "P":
@@ -225,7 +225,7 @@ def test_mask_images_of_any_kind_and_scale(tmp_path, mode, scale):
     assert np.array_equal(annotation_of(tmp_path), truth)
 
 
-def test_a_coarser_mask_image_is_read_at_pixel_centres(tmp_path):
+def test_a_coarser_mask_image_is_read_at_pixel_centers(tmp_path):
     Image.fromarray(np.array([[255, 0, 0], [0, 255, 0]], np.uint8)).save(tmp_path / "x.png")
     assert np.array_equal(annotation_of(tmp_path), mask_from("##....\n##....\n..##..\n..##.."))
 
@@ -275,9 +275,9 @@ def drawn_slides(tmp_path_factory):
 def test_round_trip_through_the_written_outlines_keeps_the_patches(drawn_slides, tmp_path, method, least):
     first, again = (GridSpec(mpp=1.0, patch_px=64, tissue=name, min_tissue=least) for name in (method, "annotations"))
     sources = read_sources([drawn_slides])
-    laid = list(lay_sources(sources, first, mpp_override=None, workers=2, qc=tmp_path))
+    laid = list(patch_sources(sources, first, mpp_override=None, workers=2, qc=tmp_path))
     read = resolve_tissue(str(tmp_path))
-    relaid = list(lay_sources(sources, again, mpp_override=None, workers=2, tissue=read))
+    relaid = list(patch_sources(sources, again, mpp_override=None, workers=2, tissue=read))
     for one, other in zip(laid, relaid, strict=True):
         assert len(one.laid.coords) > 20
         assert np.array_equal(one.laid.coords, other.laid.coords)
@@ -287,9 +287,9 @@ def test_round_trip_through_the_written_outlines_keeps_the_patches(drawn_slides,
 def test_round_trip_on_a_real_slide(real_slide, tmp_path):
     source = read_sources([real_slide])[0]
     for name in ("otsu", "color"):
-        laid = lay_source(source, GridSpec(tissue=name), None, qc=tmp_path / name)
+        laid = patch_source(source, GridSpec(tissue=name), None, qc=tmp_path / name)
         read = resolve_tissue(str(tmp_path / name))
-        relaid = lay_source(source, GridSpec(tissue="annotations"), None, read)
+        relaid = patch_source(source, GridSpec(tissue="annotations"), None, read)
         assert np.array_equal(laid.coords, relaid.coords)
         with open_slide(real_slide) as slide:
             frame = slide.thumbnail_frame(THUMBNAIL_MPP)
@@ -301,13 +301,13 @@ def test_round_trip_on_a_real_slide(real_slide, tmp_path):
 def test_a_hole_drawn_in_qupath_drops_its_patches(drawn_slides, tmp_path):
     """The slide's own outline with an area of class Ignore* over its left half."""
     source = Source(slide_id="a", path=drawn_slides / "a.tiff")
-    before = lay_source(source, GridSpec(mpp=1.0, patch_px=64), None, qc=tmp_path)
+    before = patch_source(source, GridSpec(mpp=1.0, patch_px=64), None, qc=tmp_path)
     path = tmp_path / "a.geojson"
     document = json.loads(path.read_text())
     left = [[0, 0], [512, 0], [512, 768], [0, 768], [0, 0]]
     path.write_text(json.dumps([*document["features"], feature([left], name="Ignore*")]))
     grid = GridSpec(mpp=1.0, patch_px=64, tissue="annotations")
-    after = lay_source(source, grid, None, resolve_tissue(str(tmp_path)))
+    after = patch_source(source, grid, None, resolve_tissue(str(tmp_path)))
     wanted = {tuple(corner) for corner in before.coords.tolist() if corner[0] >= 512}
     assert {tuple(corner) for corner in after.coords.tolist()} == wanted
     assert 0 < len(wanted) < len(before.coords)
@@ -316,12 +316,12 @@ def test_a_hole_drawn_in_qupath_drops_its_patches(drawn_slides, tmp_path):
 def test_a_missing_or_empty_annotation_costs_that_slide_alone(drawn_slides, tmp_path):
     (tmp_path / "b.geojson").write_text(json.dumps([feature([[[0, 0], [900, 0], [900, 900], [0, 900], [0, 0]]])]))
     read, grid = resolve_tissue(str(tmp_path)), GridSpec(mpp=1.0, patch_px=64, tissue="annotations")
-    a, b = lay_sources(read_sources([drawn_slides]), grid, mpp_override=None, workers=2, tissue=read)
+    a, b = patch_sources(read_sources([drawn_slides]), grid, mpp_override=None, workers=2, tissue=read)
     assert isinstance(a.error, ReadError)
     assert "has no annotation of it: expected a.geojson" in str(a.error)
     assert len(b.laid.coords) > 0
     (tmp_path / "a.geojson").write_text("[]")
-    a, _ = lay_sources(read_sources([drawn_slides]), grid, mpp_override=None, workers=2, tissue=read)
+    a, _ = patch_sources(read_sources([drawn_slides]), grid, mpp_override=None, workers=2, tissue=read)
     assert isinstance(a.error, NoTissueError)
 
 
@@ -333,7 +333,7 @@ def test_a_changed_annotation_of_a_laid_slide_is_refused(drawn_slides, tmp_path)
     read, grid = resolve_tissue(str(folder)), GridSpec(mpp=1.0, tissue="annotations")
     source = Source(slide_id="a", path=drawn_slides / "a.tiff")
     store = FeatureStore.create(tmp_path / "s.zarr", grid={"tissue": "annotations"}, views={})
-    stored = store_laid(store, source, lay_source(source, grid, None, read), views, 1)
+    stored = store_patched(store, source, patch_source(source, grid, None, read), views, 1)
     assert refresh_stored(stored, source, views, 1, read).facts["tissue_file"] == "a.geojson"
     with (folder / "a.geojson").open("a") as file:
         file.write("\n")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from g2l_core.errors import UsageError
-from g2l_core.extraction.patching import lay_source
+from g2l_core.extraction.patching import patch_source
 from g2l_core.patches.grid import GridSpec
 from g2l_core.slides.manifest import Source
 from g2l_core.slides.slide import open_slide
@@ -325,9 +325,9 @@ def test_a_slide_is_laid_by_a_network(tmp_path, slide_path, suffix):
     (tmp_path / "net.toml").write_text(PLAIN)
     method = resolve_tissue(str(tmp_path / f"net{suffix}"))
     source = Source(slide_id="x", path=slide_path)
-    laid = lay_source(source, GridSpec(tissue=method.identity), None, method)
-    by_colour = lay_source(source, GridSpec(), None)
-    laid_set, colour_set = ({tuple(c) for c in found.coords.tolist()} for found in (laid, by_colour))
-    assert len(laid_set & colour_set) / len(laid_set | colour_set) > 0.8
+    laid = patch_source(source, GridSpec(tissue=method.identity), None, method)
+    by_color = patch_source(source, GridSpec(), None)
+    laid_set, color_set = ({tuple(c) for c in found.coords.tolist()} for found in (laid, by_color))
+    assert len(laid_set & color_set) / len(laid_set | color_set) > 0.8
     with pytest.raises(UsageError, match="give its file again with --tissue"):
-        lay_source(source, GridSpec(tissue=method.identity), None)
+        patch_source(source, GridSpec(tissue=method.identity), None)

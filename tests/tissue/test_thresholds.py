@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from g2l_core.errors import NoTissueError, UnknownNameError, UsageError
-from g2l_core.extraction.patching import lay_source, lay_sources
+from g2l_core.extraction.patching import patch_source, patch_sources
 from g2l_core.patches.grid import GridSpec
 from g2l_core.slides.manifest import Source, read_sources
 from g2l_core.slides.slide import open_slide
@@ -20,10 +20,10 @@ from g2l_core.tissue.thresholds import SMALLEST_TISSUE_UM2, THUMBNAIL_MPP, color
 PINK, GLASS = (205, 130, 170), (243, 242, 240)
 
 
-def flat_slide(path, colour, *, size=(1024, 768), noise=3.0, seed=0):
-    """A slide of one colour with a scanner's noise."""
+def flat_slide(path, color, *, size=(1024, 768), noise=3.0, seed=0):
+    """A slide of one color with a scanner's noise."""
     grain = np.random.default_rng(seed).normal(0, noise, (size[1], size[0], 3))
-    image = np.clip(np.array(colour) + grain, 0, 255).astype(np.uint8)
+    image = np.clip(np.array(color) + grain, 0, 255).astype(np.uint8)
     write_pyramid(path, image, mpp=0.5, downsamples=(1,))
     return Source(slide_id=path.stem, path=path)
 
@@ -45,7 +45,7 @@ def shrunk(image: np.ndarray, factor: int) -> np.ndarray:
 
 @pytest.mark.parametrize("index", [0, 1, 2, 3])
 def test_mask_agrees_with_the_planted_truth(index):
-    """Intersection over union of .96 to .97 measured on both centres; lumina are small and are filled on purpose."""
+    """Intersection over union of .96 to .97 measured on both centers; lumina are small and are filled on purpose."""
     thumbnail, truth = drawn(index)
     mask = otsu_tissue(thumbnail, THUMBNAIL_MPP)
     assert mask.shape == (96, 128)
@@ -54,13 +54,13 @@ def test_mask_agrees_with_the_planted_truth(index):
     assert abs(mask.mean() - truth.mean()) < 0.03
 
 
-# ---- by colour ----------------------------------------------------------------------------------------------
+# ---- by color ----------------------------------------------------------------------------------------------
 
 INKS = {"blue": (40, 60, 160), "green": (30, 140, 90), "red": (205, 30, 45), "black": (30, 30, 34)}
 
 
 @pytest.mark.parametrize("index", [0, 1, 2, 3])
-def test_colour_agrees_with_the_planted_truth(index):
+def test_color_agrees_with_the_planted_truth(index):
     """Intersection over union of .93 to .95 measured: the majority rounds corners off."""
     thumbnail, truth = drawn(index)
     mask = color_tissue(thumbnail, THUMBNAIL_MPP)
@@ -69,7 +69,7 @@ def test_colour_agrees_with_the_planted_truth(index):
 
 
 @pytest.mark.parametrize("ink", INKS)
-def test_colour_leaves_pen_out_where_otsu_keeps_it(ink):
+def test_color_leaves_pen_out_where_otsu_keeps_it(ink):
     """A stroke 400 um wide across tissue and glass; on tissue the ink takes its share of the light as well."""
     thumbnail, truth = (part.copy() for part in drawn(0))
     stroke = np.zeros(truth.shape, bool)
@@ -85,14 +85,14 @@ def test_colour_leaves_pen_out_where_otsu_keeps_it(ink):
         assert otsu_tissue(thumbnail, THUMBNAIL_MPP)[inner].mean() > 0.9
 
 
-def test_colour_leaves_the_black_border_of_a_scan_out():
+def test_color_leaves_the_black_border_of_a_scan_out():
     thumbnail = drawn(0)[0].copy()
     thumbnail[:, 90:] = 3
     assert not color_tissue(thumbnail, THUMBNAIL_MPP)[:, 97:].any()
 
 
-def test_colour_leaves_fat_out_and_keeps_the_tissue_beside_it():
-    """Fat drawn as white cells of 80 um, walls of 8 um between them, beside a slab of tissue of the walls' colour."""
+def test_color_leaves_fat_out_and_keeps_the_tissue_beside_it():
+    """Fat drawn as white cells of 80 um, walls of 8 um between them, beside a slab of tissue of the walls' color."""
     fat = np.full((800, 1600, 3), GLASS, np.uint8)
     for start in range(0, 1600, 80):
         fat[:, start : start + 8] = PINK
@@ -104,7 +104,7 @@ def test_colour_leaves_fat_out_and_keeps_the_tissue_beside_it():
     assert mask[:, 132:].all()
 
 
-def test_colour_on_real_tissues(crc_patches):
+def test_color_on_real_tissues(crc_patches):
     """Each tile shrunk to 8 um/px and repeated: 9 of 10 of fat are empty, all of the six other classes are kept."""
     kept: dict[str, list[bool]] = {}
     for path in sorted(crc_patches.glob("*.jpg")):
@@ -115,7 +115,7 @@ def test_colour_on_real_tissues(crc_patches):
     assert all(all(tiles) for tiles in kept.values())
 
 
-def test_colour_agrees_with_otsu_on_real_slides(real_slide, slide_without_mpp):
+def test_color_agrees_with_otsu_on_real_slides(real_slide, slide_without_mpp):
     """They have no pen and no fat: intersection over union of .92 and .98."""
     for path, mpp in ((real_slide, None), (slide_without_mpp, 0.25)):
         with open_slide(path, mpp_override=mpp) as slide:
@@ -140,7 +140,7 @@ def test_glass_is_empty_whatever_its_tint_and_noise(method, glass, noise, seed):
 
 @given(strength=st.floats(0.7, 1.5), noise=st.floats(0, 6), seed=st.integers(0, 99))
 def test_tissue_from_edge_to_edge_is_kept_whole(strength, noise, seed):
-    """Two tissues of unlike colour, the paler one of saturation 46: Otsu's own threshold would fall between them."""
+    """Two tissues of unlike color, the paler one of saturation 46: Otsu's own threshold would fall between them."""
     absorbed = strength * np.where(np.arange(128)[None, :, None] < 64, [30, 90, 50], [70, 130, 60])
     grain = np.random.default_rng(seed).normal(0, noise, (96, 128, 3))
     image = np.clip(250 - absorbed + grain, 0, 255).astype(np.uint8)
@@ -184,7 +184,7 @@ def test_an_empty_slide_is_refused_alone(tmp_path):
         flat_slide(tmp_path / "full.tiff", PINK),
         flat_slide(tmp_path / "tiny.tiff", PINK, size=(200, 200)),
     ]
-    blank, full, tiny = lay_sources(sources, GridSpec(), mpp_override=None, workers=2)
+    blank, full, tiny = patch_sources(sources, GridSpec(), mpp_override=None, workers=2)
     assert isinstance(blank.error, NoTissueError)
     assert "leaves no patch of 256 level-0 px in 1024 x 768 px" in str(blank.error)
     assert "--tissue none" in str(blank.error)
@@ -194,7 +194,7 @@ def test_an_empty_slide_is_refused_alone(tmp_path):
 
 def test_method_none_keeps_even_an_empty_slide(tmp_path):
     source = flat_slide(tmp_path / "blank.tiff", GLASS)
-    assert len(lay_source(source, GridSpec(tissue="none"), None).coords) == 12
+    assert len(patch_source(source, GridSpec(tissue="none"), None).coords) == 12
 
 
 def test_unknown_method_is_named():
@@ -225,7 +225,7 @@ def test_real_slide(real_slide):
     assert mask[height // 2 :, width // 2].all()
     assert not mask[:, : width // 5].any()
     assert not mask[: height // 2, -width // 10 :].any()
-    laid = lay_source(read_sources([real_slide])[0], GridSpec(), None)
+    laid = patch_source(read_sources([real_slide])[0], GridSpec(), None)
     assert laid.facts["patch_px_level0"] == 257
     assert 35 <= len(laid.coords) <= 43  # of 8 x 11
     assert all((laid.coords >= 0).all(axis=1) & (laid.coords + 257 <= (2220, 2967)).all(axis=1))

@@ -28,7 +28,7 @@ from g2l_core.types import Features
 
 
 def _tested(given: TaskInput, family: str) -> tuple[TaskRows, Features]:
-    """The rows that nothing was trained on, every one with its centre."""
+    """The rows that nothing was trained on, every one with its center."""
     chosen = given.test_rows
     rows = given.rows.take(chosen)
     if not rows.center.astype(bool).all():
@@ -37,7 +37,7 @@ def _tested(given: TaskInput, family: str) -> tuple[TaskRows, Features]:
 
 
 def robustness(given: TaskInput) -> list[Figure]:
-    """Both indices over k, neighbours sought among all rows of other slides."""
+    """Both indices over k, neighbors sought among all rows of other slides."""
     rows, features = _tested(given, "robustness")
     ks = given.spec.robustness.k
     found = nearest(features, None, max(ks), groups=rows.slide_ids)
@@ -50,7 +50,7 @@ def robustness(given: TaskInput) -> list[Figure]:
             "k": k,
             "distance": "cosine",
             "design": "all rows",
-            "neighbours": "of other slides",
+            "neighbors": "of other slides",
             "support": round(informative, 4),
         }
         for name, index in (("ratio", ratio_index), ("pathorob", pathorob_index)):
@@ -60,7 +60,7 @@ def robustness(given: TaskInput) -> list[Figure]:
 
 
 def robustness_paired(given: TaskInput) -> list[Figure]:
-    """PathoROB's index over balanced pairs of classes and centres."""
+    """PathoROB's index over balanced pairs of classes and centers."""
     rows, features = _tested(given, "robustness_paired")
     options = given.spec.robustness
     design = paired_combinations(
@@ -83,7 +83,7 @@ def robustness_paired(given: TaskInput) -> list[Figure]:
                 "k": k,
                 "distance": "cosine",
                 "design": f"2x2, {len(design)} combinations",
-                "neighbours": "of other slides",
+                "neighbors": "of other slides",
                 "support": round(counts.support, 4),
                 "class_accuracy": round(counts.class_accuracy, 4),
             },
@@ -93,7 +93,7 @@ def robustness_paired(given: TaskInput) -> list[Figure]:
 
 
 def center(given: TaskInput) -> list[Figure]:
-    """How well a linear probe tells the centre of patients that it was not fitted on; lower is better."""
+    """How well a linear probe tells the center of patients that it was not fitted on; lower is better."""
     rows, features = _tested(given, "center")
     options = given.spec.center_probe
     predicted = predict_centers(features, rows.center, rows.cluster, c=options.c, folds=options.folds, seed=given.seed)
@@ -111,7 +111,7 @@ def center(given: TaskInput) -> list[Figure]:
 
 
 def bias_drop(given: TaskInput) -> list[Figure]:
-    """What probes lose when their training set ties class to centre, on test sets that stay the same."""
+    """What probes lose when their training set ties class to center, on test sets that stay the same."""
     rows, features = _tested(given, "bias_drop")
     options = given.spec.bias_drop
     design = BiasDesign(
@@ -146,7 +146,7 @@ def bias_drop(given: TaskInput) -> list[Figure]:
 
 
 def _largest_centers(rows: TaskRows) -> tuple[str, ...]:
-    """The centres with most patients, as many as there are classes; of equals the first by name."""
+    """The centers with most patients, as many as there are classes; of equals the first by name."""
     names = np.unique(rows.center)
     sizes = [len(np.unique(rows.cluster[rows.center == name])) for name in names]
     order = np.argsort(np.negative(sizes), kind="stable")[: len(np.unique(rows.label))]

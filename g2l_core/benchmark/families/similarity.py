@@ -128,7 +128,7 @@ def _trimmed(pair: _Pair, given: TaskInput) -> Figure:
 
 
 def _mutual(pair: _Pair, given: TaskInput) -> list[Figure]:
-    """Shares of common neighbours: sums over rows, so they are bootstrapped; the neighbours stay those of all rows."""
+    """Shares of common neighbors: sums over rows, so they are bootstrapped; the neighbors stay those of all rows."""
     ks = given.spec.similarity.k
     graphs = [nearest(features, None, max(ks)) for features in (pair.x, pair.y)]
     shared = mutual_neighbors(graphs[0], graphs[1], ks)

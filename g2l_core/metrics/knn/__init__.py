@@ -1,1 +1,1 @@
-"""TODO."""
+"""Exact nearest neighbors by cosine or Euclidean distance."""

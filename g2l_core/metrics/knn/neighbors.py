@@ -1,4 +1,4 @@
-"""Exact nearest neighbours of features, and the vote among them."""
+"""Exact nearest neighbors of features, and the vote among them."""
 
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -53,7 +53,7 @@ def _group_codes(
     if queries is not None and groups is None and query_groups is None:
         return np.zeros(queries, np.int64), np.ones(rows, np.int64)
     if groups is None or query_groups is None:
-        raise TaskError("to exclude neighbours of the same group, give the groups of both sides")
+        raise TaskError("to exclude neighbors of the same group, give the groups of both sides")
     require_aligned(reference=rows, groups=len(groups))
     require_aligned(queries=rows if queries is None else queries, query_groups=len(query_groups))
     _, codes = np.unique(np.concatenate([groups, query_groups]), return_inverse=True)
@@ -67,7 +67,7 @@ def _require_enough(codes: _Codes, k: int) -> None:
     fewest = len(codes[1]) - int(own.max())
     if fewest < k:
         raise TaskError(
-            f"k = {k} neighbours are wanted, but a query has only {fewest:,} reference rows to choose from "
+            f"k = {k} neighbors are wanted, but a query has only {fewest:,} reference rows to choose from "
             "(its own group left out); use a smaller k or more rows"
         )
 
@@ -183,8 +183,8 @@ def nearest(
 
     Args:
         reference: Rows to choose from; float16, float32 or float64.
-        queries: Rows whose neighbours are wanted. None: each reference row seeks among the others.
-        k: Neighbours of each query.
+        queries: Rows whose neighbors are wanted. None: each reference row seeks among the others.
+        k: Neighbors of each query.
         metric: "cosine" or "euclidean".
         groups: The slide (or patient) of each reference row. A query's own group is left out.
         query_groups: That of each query; not given where `queries` is None.
@@ -213,7 +213,7 @@ def nearest(
 
 @dataclass(frozen=True, kw_only=True)
 class Vote:
-    """What the neighbours of each query say."""
+    """What the neighbors of each query say."""
 
     classes: Shaped[np.ndarray, " class"]
     """Sorted; the columns of `probabilities`."""
@@ -231,7 +231,7 @@ def knn_vote(
     weights: Weights = "uniform",
     temperature: float = 0.07,
 ) -> Vote:
-    """The votes of the k nearest neighbours; one graph serves every k.
+    """The votes of the k nearest neighbors; one graph serves every k.
 
     Args:
         neighbors: From `nearest`.
@@ -242,7 +242,7 @@ def knn_vote(
         temperature: Of "similarity", in the unit of `Neighbors.similarities`.
 
     Raises:
-        TaskError: If there is one class only, there are fewer labels than neighbours refer to, or k or the
+        TaskError: If there is one class only, there are fewer labels than neighbors refer to, or k or the
             temperature is out of range.
 
     References:
@@ -251,9 +251,9 @@ def knn_vote(
     """
     k = neighbors.indices.shape[1] if k is None else k
     if not 1 <= k <= neighbors.indices.shape[1]:
-        raise TaskError(f"k must lie between 1 and the {neighbors.indices.shape[1]} neighbours found; got {k}")
+        raise TaskError(f"k must lie between 1 and the {neighbors.indices.shape[1]} neighbors found; got {k}")
     if neighbors.indices.max() >= len(labels):
-        raise TaskError(f"neighbours refer to row {neighbors.indices.max()}, but there are {len(labels)} labels")
+        raise TaskError(f"neighbors refer to row {neighbors.indices.max()}, but there are {len(labels)} labels")
     if temperature <= 0:
         raise TaskError(f"the temperature is positive; got {temperature}")
     classes, codes = np.unique(labels, return_inverse=True)

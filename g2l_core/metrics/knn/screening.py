@@ -1,4 +1,4 @@
-"""Which pairs of rows can be near neighbours at all: a screen of low precision that never loses one.
+"""Which pairs of rows can be near neighbors at all: a screen of low precision that never loses one.
 
 Most of an exact search is one matrix product, and processors multiply bfloat16 at two to eight times the rate of
 float32. So bfloat16 products rank all pairs, with bounds on their error, and only the few pairs that the bounds
@@ -275,7 +275,7 @@ def screen(
         codes: A query and a reference row of one code never pair; k others are left to each query.
         queries: The rows of the queries to ask for. None: all, which are the reference; then each product
             serves both its rows and its columns, and half of them are needed.
-        k: Neighbours wanted.
+        k: Neighbors wanted.
         precision: Of the products.
         most: A query with more candidates than this is left out, and named in `crowded`.
     """

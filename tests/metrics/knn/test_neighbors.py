@@ -1,4 +1,4 @@
-"""Neighbours and votes against scikit-learn, ties and exclusions against brute force."""
+"""Neighbors and votes against scikit-learn, ties and exclusions against brute force."""
 
 import numpy as np
 import pytest
@@ -110,7 +110,7 @@ def test_vote_equals_scikit_learn(metric, weights, k):
 @pytest.mark.parametrize("weights", ["uniform", "distance", "similarity"])
 def test_probabilities_of_the_vote_equal_scikit_learn(metric, weights):
     reference, queries = blobs(0, 400), blobs(1, 150)
-    labels = np.array(["fat", "stroma", "tumour"])[(reference[:, 0] > 5).astype(int) + (reference[:, 1] > 5)]
+    labels = np.array(["fat", "stroma", "tumor"])[(reference[:, 0] > 5).astype(int) + (reference[:, 1] > 5)]
     found = nearest(reference, queries, 9, metric=metric)
     weigh = weights if weights != "similarity" else lambda distances: np.exp(-distances / 0.07)
     for k in (1, 4, 9):
@@ -143,7 +143,7 @@ def test_tied_vote_goes_to_the_nearest_of_the_tied_classes():
     assert knn_predict(hand([0, 2, 1, 3, 4], [1.0, 2.0, 3.0, 4.0, 5.0]), labels) == ["a"]
 
 
-def test_neighbours_at_distance_zero_decide_alone():
+def test_neighbors_at_distance_zero_decide_alone():
     labels = np.array([7, 9])
     found = hand([0, 1, 1], [0.0, 1e-9, 1e-9])
     assert knn_predict(found, labels, weights="distance") == [7]
@@ -191,7 +191,7 @@ def test_widths_must_agree():
 
 @pytest.mark.parametrize(
     ("labels", "k", "said"),
-    [([1, 1, 1], 2, "all 3 labels are 1"), ([0, 1], 2, "there are 2 labels"), ([0, 1, 1], 3, "2 neighbours")],
+    [([1, 1, 1], 2, "all 3 labels are 1"), ([0, 1], 2, "there are 2 labels"), ([0, 1, 1], 3, "2 neighbors")],
 )
 def test_votes_that_cannot_be_taken(labels, k, said):
     with pytest.raises(TaskError, match=said):

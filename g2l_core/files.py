@@ -1,0 +1,63 @@
+"""Write files so that nobody ever sees half of one."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+
+@contextmanager
+def replacing(path: Path, mode: str = "wb", **options: Any) -> Iterator[IO[Any]]:
+    """Open a temporary file beside `path`, which takes the place of `path` when the block ends without an error.
+
+    The content is on the disk before the name is: a reader, and a machine that loses power, sees the old file or the
+    whole new one. After an error the temporary file is gone and `path` is as before.
+
+    Args:
+        path: The file to write. Its folder must exist.
+        mode: As for `open`; a writing one.
+        options: Further arguments of `open`.
+
+    Raises:
+        OSError: The folder cannot be written to, or the disk is full.
+    """
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        with temporary.open(mode, **options) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file as UTF-8, all of it or nothing.
+
+    Raises:
+        OSError: The folder cannot be written to, or the disk is full.
+    """
+    with replacing(path, "w", encoding="utf-8", newline="") as file:
+        file.write(text)
+
+
+def write_with(path: Path, write: Callable[[Path], object]) -> None:
+    """Let a library write a file by its path, then put it in place, all of it or nothing.
+
+    Args:
+        path: The file to write.
+        write: Called with the path of a temporary file in the same folder, of the same suffix.
+
+    Raises:
+        OSError: The folder cannot be written to, or the disk is full.
+    """
+    temporary = path.with_name(f".partial-{path.name}")
+    try:
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
