@@ -52,6 +52,7 @@ from pipeline.cli.options import (
 if TYPE_CHECKING:
     from g2l_core.patches.grid import GridSpec
     from g2l_core.tissue.methods import TissueMethod
+    from pipeline.cache_teacher import ExtractionSummary
 
 EXIT_DONE, EXIT_SOME_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED = 0, 1, 2, 130
 SHOWN_REASONS = 20

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from g2l_core.patches.grid import GridSpec
     from g2l_core.patches.views import ViewSpec
     from g2l_core.tissue.methods import TissueMethod
+    from pipeline.extract import ExtractionSettings
 
 EPOCHS = 10
 

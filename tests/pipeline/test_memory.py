@@ -20,15 +20,15 @@ STAGE_ONE = """
 import json, resource, sys
 from pathlib import Path
 from g2l_core.encoders import resolve_encoder
-from g2l_core.grid import GridSpec
-from g2l_core.views import ViewSpec
-from pipeline.cache_teacher import run_cache
-from pipeline.encoding import CacheSettings
+from g2l_core.patches.grid import GridSpec
+from g2l_core.patches.views import ViewSpec
+from pipeline.cache_teacher import run_extraction
+from pipeline.extract import ExtractionSettings
 
 folder, store, teacher = sys.argv[1:]
 encoder = resolve_encoder(teacher, weights="random:0")
 grid = GridSpec(tissue="none")
-summary = run_cache([Path(folder)], Path(store), [encoder], grid, ViewSpec(), CacheSettings(views=1, batch_size=16))
+summary = run_extraction([Path(folder)], Path(store), [encoder], grid, ViewSpec(), ExtractionSettings(views=1, batch_size=16))
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 print(json.dumps({"slides": summary.slides, "patches": summary.patches, "peak_mib": peak}))
 """

@@ -36,11 +36,11 @@ import torch
 torch.set_num_threads(1)
 from g2l_core import batching
 from g2l_core.encoders import resolve_encoder
-from g2l_core.grid import GridSpec
+from g2l_core.patches.grid import GridSpec
 from g2l_core.store import schema
-from g2l_core.views import ViewSpec
-from pipeline.cache_teacher import run_cache
-from pipeline.encoding import CacheSettings
+from g2l_core.patches.views import ViewSpec
+from pipeline.cache_teacher import run_extraction
+from pipeline.extract import ExtractionSettings
 
 manifest, store, log, teacher, shard_rows, batch_size, views = sys.argv[1:]
 schema.SHARD_ROWS, schema.CHUNK_ROWS = int(shard_rows), 2
@@ -52,9 +52,9 @@ def logged_encode(encoder, pixels):
     return encode(encoder, pixels)
 
 batching.encode = logged_encode
-settings = CacheSettings(views=int(views), batch_size=int(batch_size))
+settings = ExtractionSettings(views=int(views), batch_size=int(batch_size))
 encoder = resolve_encoder(teacher, weights="random:0")
-summary = run_cache([Path(manifest)], Path(store), [encoder], GridSpec(), ViewSpec(), settings)
+summary = run_extraction([Path(manifest)], Path(store), [encoder], GridSpec(), ViewSpec(), settings)
 print(json.dumps({"complete": summary.is_complete, "patches": summary.patches, "encoded": summary.encoded}))
 """
 

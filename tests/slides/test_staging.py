@@ -128,7 +128,7 @@ def test_formats_of_several_files(tmp_path):
 HOLD = """
 import sys, time
 from pathlib import Path
-from g2l_core.staging import Stage
+from g2l_core.slides.staging import Stage
 with Stage(Path(sys.argv[1]), 10_000, [Path(sys.argv[2])], print) as stage:
     print(stage.path_of(Path(sys.argv[2])), flush=True)
     time.sleep(60)
