@@ -56,7 +56,8 @@ def patch_source(
         grid: The patches.
         mpp_override: Micrometers per level-0 pixel where header and manifest give none.
         tissue: The method that `grid.tissue` names; None finds it by that name, which does for thresholds.
-        qc: Where the slide's picture and outlines go (`qc.qc_folder`), also where no patch is left; None writes none.
+        qc: Folder of the slide's picture and outlines (see `overview.overview_folder`); None writes none.
+            They are written also where no patch is left.
 
     Raises:
         SlideError: It cannot be opened or read, its scale is unknown or too coarse, or it has no tissue.

@@ -28,7 +28,8 @@ from pipeline.extract import ExtractionSettings
 folder, store, teacher = sys.argv[1:]
 encoder = resolve_encoder(teacher, weights="random:0")
 grid = GridSpec(tissue="none")
-summary = run_extraction([Path(folder)], Path(store), [encoder], grid, ViewSpec(), ExtractionSettings(views=1, batch_size=16))
+settings = ExtractionSettings(views=1, batch_size=16)
+summary = run_extraction([Path(folder)], Path(store), [encoder], grid, ViewSpec(), settings)
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 print(json.dumps({"slides": summary.slides, "patches": summary.patches, "peak_mib": peak}))
 """
