@@ -35,7 +35,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from g2l_core import batching
-from g2l_core.encoders import resolve_encoder
+from g2l_core.encoders.resolve import resolve_encoder
 from g2l_core.patches.grid import GridSpec
 from g2l_core.store import schema
 from g2l_core.patches.views import ViewSpec
