@@ -34,7 +34,7 @@ import json, os, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from g2l_core import batching
+from g2l_core.extraction import batching
 from g2l_core.encoders.resolve import resolve_encoder
 from g2l_core.patches.grid import GridSpec
 from g2l_core.store import schema
