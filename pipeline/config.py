@@ -73,9 +73,7 @@ def require_known(options: Mapping[str, Any], path: Path) -> None:
 
 def option_names() -> list[str]:
     """Every option that decides a student."""
-    from g2l_core.distillation.objective import ObjectiveSpec
-    from g2l_core.distillation.optim import OptimSpec
-    from g2l_core.distillation.training import TrainSettings
+    from g2l_core.distillation.spec import ObjectiveSpec, OptimSpec, TrainSettings
     from pipeline.distill import DistillSettings
 
     back = {theirs: ours for ours, theirs in _RENAMED.items()}
@@ -94,9 +92,7 @@ def settings_of(options: Mapping[str, Any]) -> "tuple[DistillSettings, int | Non
     Raises:
         UsageError: A value cannot be used.
     """
-    from g2l_core.distillation.objective import ObjectiveSpec
-    from g2l_core.distillation.optim import OptimSpec
-    from g2l_core.distillation.training import TrainSettings
+    from g2l_core.distillation.spec import ObjectiveSpec, OptimSpec, TrainSettings
     from pipeline.distill import DistillSettings
 
     given = {_RENAMED.get(name, name): value for name, value in options.items() if value is not None}

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from textwrap import fill
 
-from g2l_core.distillation.optim import OptimSpec
-from g2l_core.distillation.training import TrainSettings
+from g2l_core.distillation.spec import OptimSpec, TrainSettings
 from g2l_core.encoders.resolve import EncoderSpec, resolve_encoder
 from g2l_core.errors import UsageError
 from g2l_core.patches.grid import GridSpec

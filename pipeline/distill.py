@@ -16,8 +16,9 @@ from g2l_core.distillation.held_out import HeldOutSet, read_held_out
 from g2l_core.distillation.loader import Reading, ReplayLoader, ReplaySpec
 from g2l_core.distillation.logs import read_figures
 from g2l_core.distillation.objective import Objective, TargetStatistics
+from g2l_core.distillation.spec import TrainSettings
 from g2l_core.distillation.target_statistics import target_statistics
-from g2l_core.distillation.training import TrainerHooks, TrainOutcome, TrainSettings, train
+from g2l_core.distillation.training import TrainerHooks, TrainOutcome, train
 from g2l_core.distillation.validation import Curves, held_out_metrics, training_warnings
 from g2l_core.encoders.loading import DTYPES, LoadedEncoder, choose_device, encode_all, features_of, load_encoder
 from g2l_core.encoders.resolve import EncoderSpec, find_stored

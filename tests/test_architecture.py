@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 FLOORS = (
-    {"errors", "types", "results", "rng", "concurrency", "files"},
+    {"errors", "types", "options", "results", "rng", "concurrency", "files"},
     {"slides", "store", "metrics", "report", "synthetic"},
     {"tissue", "patches", "encoders"},
     {"extraction", "distillation", "benchmark", "datasets"},
@@ -21,7 +21,7 @@ FLOORS = (
 
 LIGHT = [
     "g2l_core", "pipeline.cli.main", "g2l_core.store.features", "g2l_core.encoders.resolve",
-    "g2l_core.metrics.similarity",
+    "g2l_core.metrics.similarity", "g2l_core.distillation.spec",
 ]  # fmt: skip
 
 
