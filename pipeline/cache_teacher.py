@@ -22,8 +22,9 @@ from g2l_core.store.locks import LOCKS, locked
 from g2l_core.tissue.methods import TissueMethod
 from g2l_core.tissue.overview import overview_folder
 from pipeline.audit import audit_sources, require_plausible
-from pipeline.extract import ExtractionSettings, encode_slides
+from pipeline.extract import encode_slides
 from pipeline.progress import ProgressLine, clock, say
+from pipeline.settings import ExtractionSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +89,9 @@ def _fill(
     if settings.retry_failed:
         wanted = lost_slides(store)
         sources = [source for source in sources if source.slide_id in wanted]
-    encoders = [load_encoder(spec, device=settings.device, precision=settings.precision) for spec in encoder_specs]
+    encoders = [
+        load_encoder(spec, device=settings.device, precision=settings.encoder_precision) for spec in encoder_specs
+    ]
     for encoder in encoders:
         store.add_encoder(encoder.key, encoder.facts)
     failed = patch_cohort(store, sources, grid, views, settings, tissue)

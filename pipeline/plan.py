@@ -19,9 +19,9 @@ from g2l_core.slides.manifest import Source
 from g2l_core.slides.slide import open_slide
 from g2l_core.tissue.methods import TissueMethod
 from g2l_core.types import Level0Px
-from pipeline.extract import ExtractionSettings
 from pipeline.forecast import RUNS, STEP_RATIO, Forecast, Speeds, forecast, gigabytes, speed_up, view_choices
 from pipeline.progress import ProgressLine
+from pipeline.settings import ExtractionSettings
 
 MEASURED_PATCHES = 256
 LISTED_SLIDES = 20
@@ -83,7 +83,9 @@ def make_plan(
     speeds, why_not = None, "no patch to measure with"
     if laid:
         try:
-            encoders = [load_encoder(s, device=settings.device, precision=settings.precision) for s in encoder_specs]
+            encoders = [
+                load_encoder(s, device=settings.device, precision=settings.encoder_precision) for s in encoder_specs
+            ]
             dims = {encoder.spec.name: encoder.dim for encoder in encoders}
             speeds, why_not = measure(laid, encoders, grid, views, settings), ""
         except (EncoderError, SlideError) as error:
