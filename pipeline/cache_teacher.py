@@ -178,7 +178,6 @@ def patch_cohort(
             except (SlideError, StoreMismatchError) as error:
                 failed[source.slide_id] = str(error)
     new = [source for source in sources if source.slide_id not in known]
-    line = ProgressLine("tissue", "slides")
     outcomes = patch_sources(
         new,
         grid,
@@ -187,16 +186,16 @@ def patch_cohort(
         tissue=tissue,
         qc=overview_folder(store.path) if settings.pictures else None,
     )
-    for done, outcome in enumerate(outcomes, start=1):
-        if outcome.laid is not None:
-            store_patched(store, outcome.source, outcome.laid, views, n_views)
-            for remark in outcome.laid.remarks:
-                say(remark)
-        else:
-            failed[outcome.source.slide_id] = str(outcome.error)
-            store.fail_slide(outcome.source.slide_id, str(outcome.source.path.resolve()), str(outcome.error))
-        line.update(done, len(new))
-    line.close()
+    with ProgressLine("tissue", "slides") as line:
+        for done, outcome in enumerate(outcomes, start=1):
+            if outcome.laid is not None:
+                store_patched(store, outcome.source, outcome.laid, views, n_views)
+                for remark in outcome.laid.remarks:
+                    say(remark)
+            else:
+                failed[outcome.source.slide_id] = str(outcome.error)
+                store.fail_slide(outcome.source.slide_id, str(outcome.source.path.resolve()), str(outcome.error))
+            line.update(done, len(new))
     return failed
 
 
@@ -210,13 +209,13 @@ def encode_cohort(
         note = f"encoder {progress.utilization:.0%} busy  bottleneck: {progress.bottleneck}"
         line.update(progress.patches_done, progress.patches_total, note)
 
-    if settings.local_workers or settings.scheduler:
-        from pipeline.cluster import encode_on_workers
+    with line:
+        if settings.local_workers or settings.scheduler:
+            from pipeline.cluster import encode_on_workers
 
-        progress = encode_on_workers(store, slide_ids, encoders, settings, report)
-    else:
-        progress = encode_slides(store, slide_ids, encoders, settings, report)
-    line.close()
+            progress = encode_on_workers(store, slide_ids, encoders, settings, report)
+        else:
+            progress = encode_slides(store, slide_ids, encoders, settings, report)
     if progress.patches_total:
         say(time_spent(progress))
     return progress

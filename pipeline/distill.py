@@ -279,9 +279,8 @@ def _train(
         world=group.world,
         targets_of=_live(source.live) if source.live else None,
     )
-    found = train(distiller, objective, training, out, loop)
-    line.close()
-    return found
+    with line:
+        return train(distiller, objective, training, out, loop)
 
 
 def _live(teacher: LoadedEncoder) -> Callable[[Tensor], Tensor]:
