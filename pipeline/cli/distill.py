@@ -51,7 +51,7 @@ def distill(
     """Stage two: train a student on the stored features, seeing the very pixels that the teacher saw.
 
     The teacher is not loaded. Interrupt it at any time and go on with --resume. Several GPUs:
-    torchrun --nproc-per-node N -m pipeline.cli.main distill ...
+    torchrun --nproc-per-node N -m pipeline.cli distill ...
     """
     from g2l_core.encoders.resolve import resolve_encoder
     from pipeline.config import settings_of

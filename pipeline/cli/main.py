@@ -79,3 +79,7 @@ def interrupt(_signal: int, _frame: FrameType | None) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(EXIT_INTERRUPTED)
+
+
+if __name__ == "__main__":
+    main()
