@@ -67,12 +67,11 @@ def check_option(name: str, value: object, path: Path) -> Any:
     if name not in (*NAMES, *OPTIONS):
         raise UnknownNameError(f"option in {path}", name, (*NAMES, *OPTIONS))
     kind = OPTIONS[name].kind if name in OPTIONS else str
-    if isinstance(value, list):
-        value = tuple(value)
-    elif kind is str and isinstance(value, int | float):  # hold_out = 0.1
-        value = str(value)
+    plain = tuple(value) if isinstance(value, list) else value
+    if kind is str and type(value) in {int, float}:  # hold_out = 0.1
+        plain = str(value)
     try:
-        return TypeAdapter(kind).validate_python(value, strict=True)
+        return TypeAdapter(kind).validate_python(plain, strict=True)
     except ValidationError:
         raise UsageError(f"{path}: {name} must be {_describe_kind(kind)}, not {value!r}") from None
 

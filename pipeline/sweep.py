@@ -19,9 +19,12 @@ from pipeline.distill import run_distill
 from pipeline.progress import say
 from pipeline.run_page import HELD_OUT, Line, line_chart
 from pipeline.settings import DistillHow
+from pipeline.tables import table_text
 
 RESULTS = "results.csv"
 PAGE = "sweep.html"
+SHOWN = {"cka_debiased": "CKA", "r2_projected": "R2", "knn_overlap": "kNN overlap"}
+"""The metrics on the terminal, with their titles."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +115,7 @@ def _value(text: str) -> Any:
 def run_sweep(
     sweep: Sweep, store: Path, teacher: str, student: str, weights: str | None, out: Path, how: DistillHow
 ) -> SweepResult:
-    """Distill every run that is not finished yet; one that fails costs itself, and is named.
+    """Distill every run that is not finished yet. Where a run fails only that run is lost; the result names it.
 
     Raises:
         G2LError: Nothing could be started.
@@ -176,20 +179,16 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def sweep_text(result: SweepResult, out: Path) -> str:
-    """The table for a terminal of 80 columns: the varied options and four figures, mean and spread over seeds."""
-    shown = ("cka_debiased", "r2_projected", "knn_overlap")
-    lines = [result.sweep.title, f"{'':30}{'runs':>5}" + "".join(f"{_short(name):>15}" for name in shown)]
+    """The table for a terminal of 80 columns: the varied options and three metrics, mean and spread over seeds."""
     first = result.finished[0].before
-    lines.append(f"{'before':30}{'':5}" + "".join(f"{first[name]:>z15.3f}" for name in shown))
-    for key, runs in groups_of(result).items():
-        figures = "".join(f"{_spread([run.after[name] for run in runs]):>15}" for name in shown)
-        lines.append(f"{_words(key)[:29]:30}{len(runs):>5}{figures}")
-    lines.append(f"{len(result.failed)} runs failed" if result.failed else f"page: {out / PAGE}  runs: {out / RESULTS}")
-    return "\n".join(lines)
-
-
-def _short(name: str) -> str:
-    return {"cka_debiased": "CKA", "r2_projected": "R2", "knn_overlap": "kNN overlap"}[name]
+    rows = [("before", "", *(f"{first[name]:z.3f}" for name in SHOWN))]
+    rows += [
+        (_words(key), str(len(runs)), *(_spread([run.after[name] for run in runs]) for name in SHOWN))
+        for key, runs in groups_of(result).items()
+    ]
+    table = table_text(rows, header=("", "runs", *SHOWN.values()), right=range(1, 2 + len(SHOWN)))
+    end = f"{len(result.failed)} runs failed" if result.failed else f"page: {out / PAGE}  runs: {out / RESULTS}"
+    return f"{result.sweep.title}\n{table}\n{end}"
 
 
 def _words(key: Sequence[tuple[str, Any]]) -> str:
