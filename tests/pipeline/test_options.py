@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from g2l_core.options import MACHINE, build, entries, option
 from pipeline.cli.options import from_specs
+from pipeline.cli.reference import PAGE, reference
 from pipeline.config import OPTIONS, check_option
 from pipeline.settings import DistillSettings, ExtractionSettings, Recipe
 
@@ -140,3 +141,7 @@ def test_values_of_the_right_kind_in_a_recipe():
     settings = build(Recipe, found).settings
     assert isinstance(settings, DistillSettings)
     assert settings.train.optim.lr == 1.0
+
+
+def test_the_reference_is_made_from_the_code():
+    assert reference() == PAGE.read_text(encoding="utf-8"), "run python -m pipeline.cli.reference"
