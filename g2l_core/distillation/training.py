@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 from time import perf_counter
@@ -15,36 +15,15 @@ from g2l_core.distillation.checkpoints import RunState, restore, save, save_best
 from g2l_core.distillation.distiller import Average, Distiller
 from g2l_core.distillation.loader import Batch
 from g2l_core.distillation.logs import TrainingLogs
-from g2l_core.distillation.objective import Objective, ObjectiveSpec
-from g2l_core.distillation.optim import EarlyStop, OptimSpec, anneal, build_optimizer
-from g2l_core.errors import RunError, UsageError
+from g2l_core.distillation.objective import Objective
+from g2l_core.distillation.optim import EarlyStop, anneal, build_optimizer
+from g2l_core.distillation.spec import TrainSettings
+from g2l_core.errors import RunError
 
 Figures = Mapping[str, float]
 
 BATCHES_AHEAD = 2
 """Batches put together while one is trained on."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainSettings:
-    """How the student is trained."""
-
-    steps: int
-    objective: ObjectiveSpec = field(default_factory=ObjectiveSpec)
-    optim: OptimSpec = field(default_factory=OptimSpec)
-    projector: str = "linear"
-    grad_checkpoint: bool = False
-    """Recompute activations in the backward pass: less memory, slower."""
-    validate_every: int = 200
-    checkpoint_every: int = 200
-    best_by: str = "cka_debiased"
-    """The held-out figure whose highest value marks the best checkpoint."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Refuse a loop that cannot run."""
-        if self.steps < 1 or self.validate_every < 1 or self.checkpoint_every < 1:
-            raise UsageError("steps, validate_every and checkpoint_every must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,9 +8,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from g2l_core.distillation import losses
 from g2l_core.distillation.distributed import Ranks
 from g2l_core.distillation.losses import kl, kl_queue, logsum, logsum_corr, logsum_per_sample, rkd, standardize
-from g2l_core.distillation.objective import Objective, ObjectiveSpec, TargetStatistics
+from g2l_core.distillation.objective import Objective, TargetStatistics
+from g2l_core.distillation.spec import LOSSES, ObjectiveSpec
 from g2l_core.errors import UsageError
 
 
@@ -133,6 +135,10 @@ def test_dataset_statistics_standardize_the_targets_alone(loss):
     assert float(objective(student, teacher)) == pytest.approx(
         float(plain(student, (teacher - known.mean) / known.deviation)), rel=1e-5
     )
+
+
+def test_the_settings_name_every_loss():
+    assert tuple(losses.LOSSES) == LOSSES
 
 
 def test_the_default_is_the_papers():
