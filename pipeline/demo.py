@@ -17,9 +17,9 @@ from g2l_core.store.features import FeatureStore
 from g2l_core.synthetic.cohort import CohortSpec, draw_cohort, label_patches
 from pipeline.bench import refuse_no_results, run_bench
 from pipeline.cache_teacher import run_extraction
-from pipeline.distill import DistillHow, DistillSettings, run_distill
-from pipeline.extract import ExtractionSettings
+from pipeline.distill import run_distill
 from pipeline.progress import say
+from pipeline.settings import DemoSettings, DistillHow, DistillSettings, ExtractionSettings
 
 PATIENTS, HELD_OUT = 12, 4
 VIEWS = 3
@@ -28,18 +28,6 @@ HEADLINES = {
     "knn_accuracy": "kNN accuracy",
     "robustness_pathorob_k5": "robustness index",
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class DemoSettings:
-    """What the demo can be asked to do differently."""
-
-    teacher: str
-    student: str
-    steps: int
-    mpp_override: float | None = None
-    seed: int = 0
-    workers: int = 2
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,62 +24,18 @@ from g2l_core.distillation.validation import Curves, held_out_metrics, training_
 from g2l_core.encoders.loading import DTYPES, LoadedEncoder, choose_device, encode_all, features_of, load_encoder
 from g2l_core.encoders.resolve import EncoderSpec, find_stored
 from g2l_core.encoders.student_folder import ModelCard, write_student
-from g2l_core.errors import StoreMissingError, UnknownNameError, UsageError
+from g2l_core.errors import StoreMissingError, UsageError
 from g2l_core.patches.pixel_cache import PixelCache
 from g2l_core.store.features import FeatureStore
 from g2l_core.store.provenance import software
 from pipeline.progress import ProgressLine, say
 from pipeline.run_page import training_page
 from pipeline.runs import ABOUT, open_run, read_record, write_record
+from pipeline.settings import DistillHow, DistillSettings
 from pipeline.split import Split, split_store
 
 VALIDATION_PATCHES = 2048
 CURVES_PAGE = "curves.html"
-KEPT = ("last", "best")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DistillSettings:
-    """Everything that decides the student, but for store, teacher and student."""
-
-    train: TrainSettings
-    batch_size: int = 32
-    """Patches a step and rank."""
-    pool_blocks: int = 256
-    where: tuple[str, ...] = ()
-    hold_out: str = "0.1"
-    slides: int | None = None
-    """Train on so many slides; None on all."""
-    views: int | None = None
-    """Replay views 1 to this; None all that are stored; 0, with a live teacher, new ones every epoch."""
-    online: bool = False
-    """Run the teacher on every batch instead of reading its features."""
-    precision: str = "auto"
-    keep: str = "last"
-    """Which weights the student gets in the end: the last, or those of the best validation."""
-
-    def __post_init__(self) -> None:
-        """Refuse what means nothing."""
-        if self.keep not in KEPT:
-            raise UnknownNameError("weights to keep", self.keep, KEPT)
-        if self.views is not None and self.views < (0 if self.online else 1):
-            raise UsageError("--views must be at least 1; 0, new views every epoch, needs --online")
-        if self.online and (self.train.objective.needs_statistics or self.train.objective.needs_bank):
-            raise UsageError(
-                "a live teacher has no stored targets to take statistics or a bank from: use teacher-norm batch"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class DistillHow:
-    """How stage two runs. None of it changes the student, but for the device."""
-
-    resume: bool = False
-    device: str = "auto"
-    workers: int = 2
-    targets_gb: float = 4.0
-    pixel_cache: Path | None = None
-    pixel_cache_gb: float = 50.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -324,9 +280,8 @@ def _train(
         world=group.world,
         targets_of=_live(source.live) if source.live else None,
     )
-    found = train(distiller, objective, training, out, loop)
-    line.close()
-    return found
+    with line:
+        return train(distiller, objective, training, out, loop)
 
 
 def _live(teacher: LoadedEncoder) -> Callable[[Tensor], Tensor]:

@@ -19,9 +19,9 @@ from g2l_core.slides.manifest import Source
 from g2l_core.slides.slide import open_slide
 from g2l_core.tissue.methods import TissueMethod
 from g2l_core.types import Level0Px
-from pipeline.extract import ExtractionSettings
 from pipeline.forecast import RUNS, STEP_RATIO, Forecast, Speeds, forecast, gigabytes, speed_up, view_choices
 from pipeline.progress import ProgressLine
+from pipeline.settings import ExtractionSettings
 
 MEASURED_PATCHES = 256
 LISTED_SLIDES = 20
@@ -70,20 +70,21 @@ def make_plan(
     """Lay the patches of all sources on their thumbnails, and measure reading and encoding on some of them."""
     laid: list[tuple[Source, PatchedSlide]] = []
     failed: dict[str, str] = {}
-    line = ProgressLine("tissue", "slides")
     outcomes = patch_sources(sources, grid, mpp_override=settings.mpp_override, workers=settings.workers, tissue=tissue)
-    for done, outcome in enumerate(outcomes, start=1):
-        if outcome.laid is not None:
-            laid.append((outcome.source, outcome.laid))
-        else:
-            failed[outcome.source.slide_id] = str(outcome.error)
-        line.update(done, len(sources))
-    line.close()
+    with ProgressLine("tissue", "slides") as line:
+        for done, outcome in enumerate(outcomes, start=1):
+            if outcome.laid is not None:
+                laid.append((outcome.source, outcome.laid))
+            else:
+                failed[outcome.source.slide_id] = str(outcome.error)
+            line.update(done, len(sources))
     dims = {spec.name: spec.dim for spec in encoder_specs}
     speeds, why_not = None, "no patch to measure with"
     if laid:
         try:
-            encoders = [load_encoder(s, device=settings.device, precision=settings.precision) for s in encoder_specs]
+            encoders = [
+                load_encoder(s, device=settings.device, precision=settings.encoder_precision) for s in encoder_specs
+            ]
             dims = {encoder.spec.name: encoder.dim for encoder in encoders}
             speeds, why_not = measure(laid, encoders, grid, views, settings), ""
         except (EncoderError, SlideError) as error:
@@ -112,16 +113,15 @@ def measure(
     Raises:
         SlideError: A slide cannot be opened.
     """
-    line = ProgressLine("measuring", "patches")
     rendered, wanted = [], min(MEASURED_PATCHES, sum(len(slide.coords) for _, slide in laid))
     count = 0
-    for block in _sample(laid, grid, views, settings):
-        rendered.append(block)
-        count += len(block.pixels)
-        line.update(min(count, wanted), wanted)
-        if count >= wanted:
-            break
-    line.close()
+    with ProgressLine("measuring", "patches") as line:
+        for block in _sample(laid, grid, views, settings):
+            rendered.append(block)
+            count += len(block.pixels)
+            line.update(min(count, wanted), wanted)
+            if count >= wanted:
+                break
     pixels = np.concatenate([block.pixels.reshape(-1, *block.pixels.shape[2:]) for block in rendered])
     return Speeds(
         patches=count,

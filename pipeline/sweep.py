@@ -10,15 +10,16 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from g2l_core.distillation.spec import ALPHA_LOSSES
 from g2l_core.encoders.resolve import RUN_RECORD, resolve_encoder
 from g2l_core.errors import G2LError, RunError, UsageError
 from g2l_core.report.page import document, table
-from pipeline.config import NAMES, find_recipe, read_toml, require_known, settings_of
-from pipeline.distill import DistillHow, run_distill
+from pipeline.config import NAMES, check_option, find_recipe, read_toml, settings_of
+from pipeline.distill import run_distill
 from pipeline.progress import say
 from pipeline.run_page import HELD_OUT, Line, line_chart
+from pipeline.settings import DistillHow
 
-ALPHA_LOSSES = ("logsum", "logsum_corr")
 RESULTS = "results.csv"
 PAGE = "sweep.html"
 
@@ -86,14 +87,16 @@ def read_sweep(given: str, changes: Sequence[str]) -> Sweep:
             raise UsageError(f"--set {change}: expected NAME=VALUE")
         grid.pop(name, None)
         base[name] = _value(value)
-    for part in (base, grid):
-        require_known({k: v for k, v in part.items() if k not in NAMES}, path)
-        if taken := [name for name in NAMES if name in part]:
-            raise UsageError(f"{path}: {taken[0]} is given on the command line, not in a sweep")
     for name, values in grid.items():
         if not isinstance(values, list) or not values:
             raise UsageError(f"{path}: {name} in [grid] must be a list of values, not {values!r}")
-    return Sweep(title=content.get("title", path.stem), base=base, grid={k: tuple(v) for k, v in grid.items()})
+    if taken := [name for name in NAMES if name in base or name in grid]:
+        raise UsageError(f"{path}: {taken[0]} is given on the command line, not in a sweep")
+    return Sweep(
+        title=content.get("title", path.stem),
+        base={name: check_option(name, value, path) for name, value in base.items()},
+        grid={name: tuple(check_option(name, value, path) for value in values) for name, values in grid.items()},
+    )
 
 
 def _value(text: str) -> Any:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from math import inf, log
 
 from g2l_core.errors import UnknownNameError, UsageError
-from g2l_core.options import option
+from g2l_core.options import LOSS, MACHINE, OPTIMIZER, TRAINING, option
 
 LOSSES = ("logsum", "logsum_corr", "mse", "smooth_l1", "cosine", "kl", "kl_queue", "rkd")
 """The names of `losses.LOSSES`."""
@@ -18,8 +18,6 @@ ALPHA_LOSSES = ("logsum", "logsum_corr")
 
 TEMPERATURES = {"kl": 1.0, "kl_queue": 0.07}
 """The losses that a temperature changes, with the one that they take where none is given."""
-
-LOSS, OPTIMIZER, TRAINING, MACHINE = "Loss", "Optimizer", "Training", "Machine"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,16 +130,15 @@ class OptimSpec:
         panel=OPTIMIZER,
         help="Decay of a moving average of the weights, which is then what is validated and kept; 0 keeps none.",
     )
-    early_stop_window: int = option(
-        100, min=1, panel=TRAINING, help="Steps whose mean loss is the early stop's threshold."
-    )
     early_stop_patience: int = option(
         10,
         min=0,
         panel=TRAINING,
         name="early_stop",
-        help="Stop after more than this many steps in a row above the mean of the last; 0 never stops early.",
+        help="Stop after more than this many steps in a row with a loss above the mean of the steps before; 0 never "
+        "stops early.",
     )
+    early_stop_window: int = option(100, min=1, panel=TRAINING, help="Steps that this mean is taken over.")
 
     def __post_init__(self) -> None:
         """Refuse what cannot run."""
