@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +58,8 @@ class TrainOutcome:
     last_loss: float
     best_step: int
     warnings: tuple[str, ...] = ()
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """Keys that another version wrote into run.json."""
 
 
 @dataclass(frozen=True, kw_only=True)
