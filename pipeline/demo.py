@@ -153,9 +153,9 @@ robustness_k = [3, 5, 10]
 
 def _similarity_task(store: FeatureStore, run: Path) -> str:
     """CKA on the slides that the run held out; without labels there is no class to vote on."""
-    from pipeline.runs import read_record
+    from pipeline.runs import read_run
 
-    held_out = sorted(read_record(run)["rows"]["held_out"])
+    held_out = sorted(read_run(run).rows["held_out"])
     all_slides = [slide.slide_id for slide in store.slides()]
     where = "" if held_out == all_slides else f"where = {_any_of(held_out)}\n"
     return f'title = "G2L demo: your slides"\n\n[tasks.similarity]\nmetrics = ["cka"]\n{where}'

@@ -18,6 +18,7 @@ from pipeline.config import NAMES, check_option, find_recipe, read_toml, setting
 from pipeline.distill import run_distill
 from pipeline.progress import say
 from pipeline.run_page import HELD_OUT, Line, line_chart
+from pipeline.runs import ResultFacts, read_run
 from pipeline.settings import DistillHow
 from pipeline.tables import table_text
 
@@ -149,10 +150,8 @@ def name_of(run: Mapping[str, Any]) -> str:
     return ",".join(f"{name}={value}" for name, value in run.items()).replace("/", "_") or "run"
 
 
-def _result(folder: Path) -> dict[str, Any] | None:
-    path = folder / RUN_RECORD
-    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return record.get("result")
+def _result(folder: Path) -> ResultFacts | None:
+    return read_run(folder).result if (folder / RUN_RECORD).is_file() else None
 
 
 def _finished(folder: Path, run: Mapping[str, Any]) -> RunResult | None:
@@ -160,7 +159,7 @@ def _finished(folder: Path, run: Mapping[str, Any]) -> RunResult | None:
     if result is None:
         return None
     return RunResult(
-        varied=run, folder=folder.name, before=result["before"], after=result["after"], steps=result["outcome"]["steps"]
+        varied=run, folder=folder.name, before=result.before, after=result.after, steps=result.outcome.steps
     )
 
 

@@ -10,17 +10,18 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from g2l_core.distillation.distributed import Ranks
+from g2l_core.distillation.distributed import ProcessGroup
 from g2l_core.distillation.losses import logsum_per_sample, loss_by_name, standardize
 from g2l_core.distillation.spec import ALPHA_LOSSES, TEMPERATURES, ObjectiveSpec
 from g2l_core.errors import UsageError
 
 BANK_ROWS = 8192
+"""Teacher features that `kl_queue` compares with."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TargetStatistics:
-    """Of the teacher's features over all training patches and replayed views, or of a sample of them."""
+    """Statistics of the teacher's features over all training patches and replayed views, or over a sample of them."""
 
     mean: Float[Tensor, " dim"]
     deviation: Float[Tensor, " dim"]
@@ -33,31 +34,31 @@ class Objective(nn.Module):
     """The loss of projected student features against stored teacher features, on this rank's batch."""
 
     def __init__(
-        self, spec: ObjectiveSpec, statistics: TargetStatistics | None = None, ranks: Ranks | None = None
+        self, spec: ObjectiveSpec, statistics: TargetStatistics | None = None, group: ProcessGroup | None = None
     ) -> None:
         super().__init__()
-        self.spec, self._ranks = spec, ranks or Ranks()
+        self.spec, self._group = spec, group or ProcessGroup()
         if (spec.needs_statistics or spec.needs_bank) and statistics is None:
             raise UsageError(f"the loss {spec.loss} with teacher-norm dataset needs the targets' statistics")
         for name in ("mean", "deviation", "bank"):
             self.register_buffer(name, getattr(statistics, name) if statistics else None, persistent=False)
 
     def forward(self, student: Float[Tensor, "n d"], teacher: Float[Tensor, "n d"]) -> Float[Tensor, ""]:
-        """The loss, in float32. Averaged over ranks its gradient is that of the loss as `reduce` defines it.
+        """The loss in float32. Its gradient averaged over ranks is the gradient of the loss as `reduce` defines it.
 
-        A loss computed from gathered rows is the same on every rank and each rank's gradient of it reaches the rows'
-        own ranks, `world` times in all; the mean over ranks that data-parallel training takes undoes that.
+        A loss computed from gathered rows is the same on every rank, and every rank sends its gradient to the ranks
+        that the rows came from: `world` times in all. The mean over ranks of data-parallel training undoes that.
         """
-        spec, ranks = self.spec, self._ranks
+        spec, group = self.spec, self._group
         s, t = student.float(), teacher.float()
-        everywhere = spec.batch_statistics == "global" and spec.norms[1] == "batch"
-        if everywhere:
-            s, t = ranks.gather(s), ranks.gather(t)
+        all_ranks = spec.batch_statistics == "global" and spec.norms[1] == "batch"
+        if all_ranks:
+            s, t = group.gather(s), group.gather(t)
         s, t = self._normalized(s, t)
-        if spec.reduce == "global" and not everywhere:
-            s, t = ranks.gather(s), ranks.gather(t)
-        elif spec.reduce != "global" and everywhere:
-            s, t = ranks.own(s), ranks.own(t)
+        if spec.reduce == "global" and not all_ranks:
+            s, t = group.gather(s), group.gather(t)
+        elif spec.reduce != "global" and all_ranks:
+            s, t = group.local(s), group.local(t)
         return self._loss(s, t)
 
     def _normalized(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from g2l_core.encoders.timm_compat import import_timm
 
 
 def build_optimizer(distiller: Distiller, spec: OptimSpec) -> torch.optim.AdamW:
-    """AdamW over student and projector; each group carries the share of the learning rate that its depth leaves it."""
+    """AdamW over student and projector. Each parameter group's `share` is the factor of its learning rate."""
     return torch.optim.AdamW(_groups(distiller, spec), lr=spec.lr, weight_decay=spec.weight_decay)
 
 
@@ -23,13 +23,13 @@ def _groups(distiller: Distiller, spec: OptimSpec) -> list[dict[str, Any]]:
     import_timm()
     from timm.optim import param_groups_layer_decay  # type: ignore[attr-defined]
 
-    found = param_groups_layer_decay(distiller.student.network, layer_decay=spec.layer_decay)
-    groups = [{"params": group["params"], "share": group["lr_scale"]} for group in found]
+    layers = param_groups_layer_decay(distiller.student.network, layer_decay=spec.layer_decay)
+    groups = [{"params": layer["params"], "share": layer["lr_scale"]} for layer in layers]
     return [*groups, {"params": list(distiller.projector.parameters()), "share": 1.0}]
 
 
 def cosine(step: int, steps: int) -> float:
-    """The annealing factor of a step: 1 at the first, towards 0 at the last."""
+    """The annealing factor of a step: 1 at the first, close to 0 at the last."""
     return 0.5 * (1 + cos(pi * step / steps))
 
 
@@ -37,7 +37,7 @@ def anneal(optimizer: torch.optim.Optimizer, spec: OptimSpec, step: int, steps: 
     """Set learning rate and weight decay, both cosine-annealed (paper, 6); warm-up scales the learning rate alone.
 
     Returns:
-        Learning rate (of a group with the whole of it) and weight decay of this step.
+        Learning rate (of a group whose share is 1) and weight decay of this step.
     """
     factor = cosine(step, steps)
     lr = spec.lr * factor * min(1.0, (step + 1) / spec.warmup if spec.warmup else 1.0)
@@ -57,7 +57,7 @@ class EarlyStop:
     above: int = 0
 
     def update(self, loss: float) -> bool:
-        """Take one step's loss; True when training should stop."""
+        """Add a step's loss, and return whether training should stop."""
         if self.patience and len(self.recent) == self.window:
             self.above = self.above + 1 if loss > sum(self.recent) / self.window else 0
         self.recent.append(loss)

@@ -70,7 +70,7 @@ def distill(
         epochs=epochs,
         how=how,
     )
-    if summary.leads:
+    if summary.is_main:
         typer.echo(_text(summary))
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from g2l_core.distillation import losses
-from g2l_core.distillation.distributed import Ranks
+from g2l_core.distillation.distributed import ProcessGroup
 from g2l_core.distillation.losses import kl, kl_queue, logsum, logsum_corr, logsum_per_sample, rkd, standardize
 from g2l_core.distillation.objective import Objective, TargetStatistics
 from g2l_core.distillation.spec import LOSSES, ObjectiveSpec
@@ -199,5 +199,5 @@ def test_the_bank_is_scaled_as_the_targets_are():
 
 def test_one_rank_gathers_itself():
     z = torch.randn(4, 3)
-    assert Ranks().gather(z) is z
-    assert torch.equal(Ranks(rank=1, world=2).own(torch.cat([z, 2 * z])), 2 * z)
+    assert ProcessGroup().gather(z) is z
+    assert torch.equal(ProcessGroup(rank=1, world=2).local(torch.cat([z, 2 * z])), 2 * z)

@@ -15,7 +15,7 @@ import torch
 import zarr
 from safetensors.torch import load_file
 
-from g2l_core.distillation.loader import good_rows
+from g2l_core.distillation.replay import good_rows
 from g2l_core.distillation.target_statistics import target_statistics
 from g2l_core.encoders.loading import encode_all, load_encoder
 from g2l_core.encoders.resolve import resolve_encoder
