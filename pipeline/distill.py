@@ -377,7 +377,7 @@ def _finish(
         before=figures[0],
         after=figures[step],
     )
-    trained_on = f"{student_spec.weights_in_words}; distilled from {source.name}"
+    trained_on = f"{student_spec.describe_weights()}; distilled from {source.name}"
     exported = write_student(out, distiller.student, student_spec, trained_on=trained_on, card=card)
     tensors = {name: t.detach().cpu().contiguous() for name, t in distiller.projector.state_dict().items()}
     save_file(tensors, out / "projector.safetensors")
