@@ -57,10 +57,10 @@ def run_demo(out: Path, slides: Path | None, settings: DemoSettings) -> str:
     teacher = resolve_encoder(settings.teacher)
     cohort = _user_cohort(slides) if slides else _drawn_cohort(out, settings.seed)
     store = out / "store.zarr"
-    say(f"1/3  caching the teacher: {teacher.name} ({teacher.weights_in_words})")
+    say(f"1/3  caching the teacher: {teacher.name} ({teacher.describe_weights()})")
     _cache(cohort, store, teacher, VIEWS, settings)
     _cache(cohort, store, before, 0, settings)
-    say(f"2/3  distilling into {before.name} ({before.weights_in_words})")
+    say(f"2/3  distilling into {before.name} ({before.describe_weights()})")
     run = out / "run"
     run_distill(
         store,

@@ -330,7 +330,7 @@ def _finish(run: Run, outcome: TrainOutcome, state: RunState) -> None:
         before=validations[0],
         after=validations[step],
     )
-    trained_on = f"{run.student.weights_in_words}; distilled from {run.teacher.name}"
+    trained_on = f"{run.student.describe_weights()}; distilled from {run.teacher.name}"
     exported = write_student(out, distiller.student, run.student, trained_on=trained_on, card=card)
     tensors = {name: t.detach().cpu().contiguous() for name, t in distiller.projector.state_dict().items()}
     save_file(tensors, out / "projector.safetensors")
