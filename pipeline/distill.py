@@ -189,12 +189,12 @@ def _teacher(
 ) -> _Teacher:
     if not settings.online:
         key = find_stored(teacher.name if isinstance(teacher, EncoderSpec) else teacher, store.encoders)
-        return _Teacher(facts=store.encoders[key], key=key)
+        return _Teacher(facts=store.encoders[key].to_json(), key=key)
     if not isinstance(teacher, EncoderSpec):
         raise UsageError("a live teacher is given by its spec")
-    stored = (facts["precision"] for facts in store.encoders.values() if facts["name"] == teacher.name)
+    stored = (facts.precision for facts in store.encoders.values() if facts.name == teacher.name)
     live = load_encoder(teacher, device=str(group.device), precision=next(stored, "auto"))
-    return _Teacher(facts={**live.facts, "online": True}, key=None, live=live)
+    return _Teacher(facts={**live.facts.to_json(), "online": True}, key=None, live=live)
 
 
 def _loader(
@@ -278,7 +278,7 @@ def run_record(
     return {
         "store": {"grid": store.grid, "views": store.views},
         "teacher": source.facts,
-        "student": student.facts,
+        "student": student.facts.to_json(),
         "settings": {**asdict(settings), "where": list(settings.where), "train": asdict(training)},
         "replay": asdict(replay),
         "ranks": group.world,

@@ -38,7 +38,7 @@ def _coverage(slide_id: str, store: "FeatureStore") -> list[str]:
     """Encoders of a slide with the views that are complete."""
     slide = store.slide(slide_id)
     found = []
-    for encoder in slide.encoders:
+    for encoder in slide.encoder_keys:
         views = slide.features_array(encoder).shape[1]
         records = slide.records(encoder)
         complete = sum(all(s.name in records for s in slide.shards([view])) for view in range(views))
@@ -54,13 +54,13 @@ def info(store: StorePath) -> None:
     opened = FeatureStore.open(store)
     slides = list(opened.slides())
     facts = opened.facts
-    typer.echo(f"{store}: format {facts['format']}, {len(slides)} slides, {sum(map(len, slides)):,} patches")
-    typer.echo(f"created   {facts['created']}")
-    for title in ("grid", "views", "software"):
-        _wrapped(title, [f"{key} {value}" for key, value in facts[title].items()])
-    for key, spec in opened.encoders.items():
-        typer.echo(f"encoder   {key}: {spec['dim']} features, {spec['precision']}, pooling {spec['pooling']}")
-        typer.echo(f"          weights {spec['weights']}, digest {spec['digest'][:12]}")
+    typer.echo(f"{store}: format {facts.format}, {len(slides)} slides, {sum(map(len, slides)):,} patches")
+    typer.echo(f"created   {facts.created}")
+    for title, values in (("grid", facts.grid), ("views", facts.views), ("software", facts.software)):
+        _wrapped(title, [f"{key} {value}" for key, value in values.items()])
+    for key, encoder in facts.encoders.items():
+        typer.echo(f"encoder   {key}: {encoder.dim} features, {encoder.precision}, pooling {encoder.pooling}")
+        typer.echo(f"          weights {encoder.weights}, digest {encoder.digest[:12]}")
     failed = opened.failed_slides()
     for slide_id, reason in failed.items():
         typer.echo(f"failed    {slide_id}: {reason}")
@@ -106,14 +106,14 @@ def verify(
 
 
 def _recompute(store: "FeatureStore", n: int, seed: int, device: str) -> "list[Problem]":
-    from pipeline.recompute import LEAST_COSINE
+    from pipeline.recompute import MIN_COSINE
     from pipeline.recompute import recompute as encode_again
 
     problems: list[Problem] = []
     for found in encode_again(store, n, seed=seed, device=device):
         typer.echo(
-            f"{found.encoder}: {found.compared} rows encoded again, least cosine {found.least_cosine:.6f} "
-            f"(expected {LEAST_COSINE})"
+            f"{found.encoder}: {found.compared} rows encoded again, least cosine {found.min_cosine:.6f} "
+            f"(expected {MIN_COSINE})"
         )
         problems += found.problems
     return problems

@@ -15,7 +15,7 @@ import zarr
 
 from g2l_core.extraction.batching import IN_FLIGHT
 from g2l_core.store.features import FeatureStore
-from g2l_core.store.verify import remove_leftovers, verify
+from g2l_core.store.verify import verify
 from tests.conftest import TEACHER
 
 KEY = "timm-mobilenetv3_small_050-64-random0"
@@ -34,8 +34,8 @@ import json, os, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from g2l_core import batching
-from g2l_core.encoders import resolve_encoder
+from g2l_core.extraction import batching
+from g2l_core.encoders.resolve import resolve_encoder
 from g2l_core.patches.grid import GridSpec
 from g2l_core.store import schema
 from g2l_core.patches.views import ViewSpec
@@ -138,9 +138,7 @@ def test_kill_nine_and_the_same_command_again(cohort, tmp_path, monkeypatch):
     require_equal_arrays(killed, whole)
 
     monkeypatch.setattr(schema, "SHARD_ROWS", SHARD_ROWS)
-    store = FeatureStore.open(killed)
-    remove_leftovers(store)
-    assert list(verify(store)) == []
+    assert {problem.kind for problem in verify(FeatureStore.open(killed))} <= {"leftover"}
     # A kill costs what was encoded of one unfinished shard set, the batches in flight and the one in work; each
     # run pads one batch.
     encoded_twice = batches_in(log) * BATCH_SIZE - reference["patches"] * N_VIEWS
