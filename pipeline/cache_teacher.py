@@ -37,7 +37,7 @@ class ExtractionSummary:
     slides: int
     patches: int
     encoded: int
-    """Patches that this call had to encode; 0 where everything was stored already."""
+    """Patches that this call had to encode; 0 if everything was stored already."""
     failed_slides: dict[str, str]
     unreadable: dict[str, list[str]]
     left_out: dict[str, int]

@@ -1,4 +1,4 @@
-"""Which squares of a slide become patches, and in which order they are stored.
+"""Decide which squares of a slide become patches, and in which order they are stored.
 
 Pure arithmetic. All lengths are level-0 pixels unless a name says otherwise; a scale is rounded once, in
 `patch_side_level0`, and every coordinate is a whole multiple of that side.
@@ -17,8 +17,7 @@ from g2l_core.rng import keyed_generator
 from g2l_core.types import Coords, Level0Px, Mpp, TissueMask
 
 MAX_UPSAMPLING = 1.1
-"""A slide may be this much coarser than the wanted mpp; beyond, patches would be made of invented pixels."""
-
+"""A slide may be this much coarser than the wanted mpp. Beyond it, patches would consist of invented pixels."""
 
 STORED_ARTIFACTS = "artefacts"
 """The key of `GridSpec.artifacts` in stores, from before the spelling was settled: names by comma, or `none`."""
@@ -38,18 +37,18 @@ class GridSpec:
     tissue: str = "otsu"
     """Identity of the tissue method, as `tissue.methods.resolve_tissue` names it."""
     min_tissue: float = 0.25
-    """Least share of a patch that must be tissue."""
+    """Minimum fraction of a patch that must be tissue."""
     max_patches: int | None = None
     """Keep at most this many patches of a slide, drawn at random; None keeps all."""
     cell_patches: int = 8
     """Side of a cell: the cells stand in random order, the patches of one cell together."""
     artifacts: tuple[str, ...] = ARTIFACTS
-    """Patches of slides that show one of these keep their row and get no features. Folders of patch images are
-    somebody's choice already and are never filtered."""
+    """Patches of slides that show one of these keep their row and get no features. Patch images were chosen by
+    somebody already and are never filtered."""
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse a grid that cannot be laid."""
+        """Refuse settings that give no grid."""
         if unknown := sorted(set(self.artifacts) - set(ARTIFACTS)):
             raise UnknownNameError("artifact", unknown[0], [*ARTIFACTS, "none"])
         in_order = tuple(name for name in ARTIFACTS if name in self.artifacts)
@@ -79,7 +78,7 @@ class GridSpec:
 
 
 def parse_artifacts(names: str) -> tuple[str, ...]:
-    """The artifacts that a user lists by comma; `none` and blanks stand for none."""
+    """The artifacts that a user lists, separated by commas; `none` and blanks mean none."""
     return tuple(name for part in names.split(",") if (name := part.strip()) not in {"", "none"})
 
 
@@ -117,7 +116,7 @@ def grid_coords(
         tissue: Tissue mask, whose pixel covers `mask_downsample` level-0 pixels; None keeps every patch.
         mask_downsample: Level-0 pixels per mask pixel.
         spec: The grid.
-        slide_id: Names the random order.
+        slide_id: The slide, on which the random order depends.
 
     Returns:
         int32 (n, 2): x, y of the top-left corners, level-0 pixels. Patches lie wholly inside the slide.
@@ -153,7 +152,7 @@ def _cell_index(coords: Coords, side: int, spec: GridSpec) -> Int64[np.ndarray, 
 
 
 def cell_order(coords: Coords, side: Level0Px, spec: GridSpec, slide_id: str) -> Int64[np.ndarray, " patch"]:
-    """The order in which patches are stored: cells at random, inside a cell as they came.
+    """The order in which patches are stored: cells in random order, and patches of a cell in the order given.
 
     A run of rows then samples the whole slide, and a slide's tiles are decoded once per cell.
     """
@@ -163,7 +162,7 @@ def cell_order(coords: Coords, side: Level0Px, spec: GridSpec, slide_id: str) ->
 
 
 def image_order(n: int, spec: GridSpec, slide_id: str) -> Int64[np.ndarray, " patch"]:
-    """The stored order of `n` separate patch images: wholly random, since no two share a tile."""
+    """The stored order of `n` patch images. It is entirely random, since no two images share a tile."""
     return keyed_generator("cells", spec.seed, slide_id).permutation(n)
 
 

@@ -123,7 +123,7 @@ class StoreFacts(Facts):
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> "StoreFacts":
-        """Read the root's facts. Stores older than the artifact filters name none in their grid, and had none."""
+        """Read the facts of a store. One that is older than the artifact filters was made without them."""
         encoders = {key: EncoderFacts.from_json(spec) for key, spec in stored.get("encoders", {}).items()}
         runs = tuple(RunFacts.from_json(run) for run in stored.get("runs", ()))
         grid = {"artefacts": "none", **stored["grid"]}

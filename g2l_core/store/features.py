@@ -111,7 +111,7 @@ class FeatureStore:
         """Refuse other settings than those that the store was made with.
 
         Raises:
-            StoreMismatchError: Names each field that differs.
+            StoreMismatchError: They differ. The message names each field.
         """
         stored, asked = {"grid": self.grid, "views": self.views}, {"grid": grid, "views": views}
         changed = [f"{name} is {there!r} there, {now!r} asked" for name, there, now in differences(stored, asked)]

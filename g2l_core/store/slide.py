@@ -168,7 +168,7 @@ class StoredSlide:
         return sorted(members(folder)) if folder.is_dir() else []
 
     def features_array(self, encoder: str) -> zarr.Array:
-        """The Zarr array of an encoder, float16 (n, views, dim), as it stands.
+        """The Zarr array of an encoder, float16 (n, views, dim), whatever has been written of it.
 
         Raises:
             UnknownNameError: That encoder has none here.
@@ -204,7 +204,7 @@ class StoredSlide:
 
         Raises:
             UnknownNameError: The encoder has no features of this slide.
-            StoreMissingError: Names the slide, the encoder and the view.
+            StoreMissingError: Some are not. The message names the slide, the encoder and the view.
         """
         self.features_array(encoder)
         records = self.records(encoder)

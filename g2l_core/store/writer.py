@@ -1,4 +1,4 @@
-"""Write features into a store, shard by shard."""
+"""Write features into a store, shard by shard, each with its completion record."""
 
 import warnings
 from collections.abc import Sequence
@@ -32,9 +32,9 @@ class FeatureWriter:
         Args:
             slide: The slide.
             encoder: Key of the encoder.
-            digest: Of the encoder, kept with the features.
+            digest: Digest of the encoder, kept with the features.
             dim: Width of a feature.
-            n_views: Views that the array must have room for, the canonical one included.
+            n_views: Number of views that the array must hold, the canonical one included.
 
         Raises:
             StoreError: The disk is full, or cannot be written to.
