@@ -36,7 +36,7 @@ def test_store_format_examples(in_docs_folder, capsys):
     assert np.array_equal(names["features"], slide.features(KEY, view=1))
     assert np.array_equal(names["coords"], slide.coords)
     assert np.array_equal(names["one_slide"].compute(), slide.features(KEY))
-    assert names["likeness"] == pytest.approx(1)
+    assert names["similarity"] == pytest.approx(1)
     assert (names["slide_id"], names["row"]) == ("p06-1", len(FeatureStore.open("s.zarr").slide("p06-1")) - 1)
     assert [path.stem for path in names["files"]] == [f"p0{i}-1" for i in range(1, 7)]
     printed = capsys.readouterr().out
