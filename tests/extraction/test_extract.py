@@ -134,7 +134,7 @@ def test_the_store_keeps_where_the_time_went(slides, tmp_path):
     assert (run["patches"], run["encoders"], run["views"]) == (4, [KEY], 2)
     assert set(run["seconds"]) == {"read", "augment", "encode", "write", "wait"}
     assert 0 < run["seconds"]["encode"] <= run["elapsed"]
-    assert 0 < run["utilization"] <= 1
+    assert 0 < run["utilisation"] <= 1
 
 
 def test_a_failed_slide_is_recorded_and_tried_again(slides, tmp_path):
