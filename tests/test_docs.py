@@ -56,3 +56,13 @@ def test_store_format_names_everything_that_a_store_has(cached_store):
     assert f"shard {schema.SHARD_ROWS} rows, 1 view; chunk {schema.CHUNK_ROWS} rows" in text
     for name in ("coords", "patch_status", "view_params", "pixel_hash"):
         assert re.search(rf"{name} +{slide[name].dtype} ", text)
+
+
+def test_architecture_names_what_there_is():
+    page = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    steps = re.findall(r"^\| \d+ \| .* \| `(\S+)` \| `(\w+)` \|$", page, re.MULTILINE)
+    assert len(steps) == 19
+    for module, name in steps:
+        path = DOCS.parent / "g2l_core" / module
+        source = (path / "__init__.py" if path.is_dir() else path).read_text(encoding="utf-8")
+        assert re.search(rf"^(def |class |){name}\b", source, re.MULTILINE), f"{module} has no {name}"
