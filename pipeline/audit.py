@@ -28,15 +28,14 @@ def audit_sources(
     slides = [source for source in sources if not source.patch_ids]
     facts: list[ScaleFacts] = []
     failed: dict[str, str] = {}
-    line = ProgressLine("scale", "slides")
-    found = run_ahead(read, slides, workers=workers, lookahead=2 * max(1, workers))
-    for done, (source, outcome) in enumerate(zip(slides, found, strict=True), start=1):
-        if isinstance(outcome, str):
-            failed[source.slide_id] = outcome
-        else:
-            facts.append(outcome)
-        line.update(done, len(slides))
-    line.close()
+    outcomes = run_ahead(read, slides, workers=workers, lookahead=2 * max(1, workers))
+    with ProgressLine("scale", "slides") as line:
+        for done, (source, outcome) in enumerate(zip(slides, outcomes, strict=True), start=1):
+            if isinstance(outcome, str):
+                failed[source.slide_id] = outcome
+            else:
+                facts.append(outcome)
+            line.update(done, len(slides))
     return facts, audit_scale(facts), failed
 
 

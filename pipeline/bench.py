@@ -140,7 +140,7 @@ def encoder_summary(key: str, facts: Mapping[str, Any]) -> EncoderSummary:
     return EncoderSummary(
         key=key,
         name=spec.name,
-        weights=spec.weights_in_words,
+        weights=spec.describe_weights(),
         dim=facts["dim"],
         pooling=spec.pooling,
         precision=facts["precision"],

@@ -22,8 +22,9 @@ from g2l_core.store.locks import LOCKS, locked
 from g2l_core.tissue.methods import TissueMethod
 from g2l_core.tissue.overview import overview_folder
 from pipeline.audit import audit_sources, require_plausible
-from pipeline.extract import ExtractionSettings, encode_slides
+from pipeline.extract import encode_slides
 from pipeline.progress import ProgressLine, clock, say
+from pipeline.settings import ExtractionSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +89,9 @@ def _fill(
     if settings.retry_failed:
         wanted = lost_slides(store)
         sources = [source for source in sources if source.slide_id in wanted]
-    encoders = [load_encoder(spec, device=settings.device, precision=settings.precision) for spec in encoder_specs]
+    encoders = [
+        load_encoder(spec, device=settings.device, precision=settings.encoder_precision) for spec in encoder_specs
+    ]
     for encoder in encoders:
         store.add_encoder(encoder.key, encoder.facts)
     failed = patch_cohort(store, sources, grid, views, settings, tissue)
@@ -175,7 +178,6 @@ def patch_cohort(
             except (SlideError, StoreMismatchError) as error:
                 failed[source.slide_id] = str(error)
     new = [source for source in sources if source.slide_id not in known]
-    line = ProgressLine("tissue", "slides")
     outcomes = patch_sources(
         new,
         grid,
@@ -184,16 +186,16 @@ def patch_cohort(
         tissue=tissue,
         qc=overview_folder(store.path) if settings.pictures else None,
     )
-    for done, outcome in enumerate(outcomes, start=1):
-        if outcome.laid is not None:
-            store_patched(store, outcome.source, outcome.laid, views, n_views)
-            for remark in outcome.laid.remarks:
-                say(remark)
-        else:
-            failed[outcome.source.slide_id] = str(outcome.error)
-            store.fail_slide(outcome.source.slide_id, str(outcome.source.path.resolve()), str(outcome.error))
-        line.update(done, len(new))
-    line.close()
+    with ProgressLine("tissue", "slides") as line:
+        for done, outcome in enumerate(outcomes, start=1):
+            if outcome.laid is not None:
+                store_patched(store, outcome.source, outcome.laid, views, n_views)
+                for remark in outcome.laid.remarks:
+                    say(remark)
+            else:
+                failed[outcome.source.slide_id] = str(outcome.error)
+                store.fail_slide(outcome.source.slide_id, str(outcome.source.path.resolve()), str(outcome.error))
+            line.update(done, len(new))
     return failed
 
 
@@ -207,13 +209,13 @@ def encode_cohort(
         note = f"encoder {progress.utilization:.0%} busy  bottleneck: {progress.bottleneck}"
         line.update(progress.patches_done, progress.patches_total, note)
 
-    if settings.local_workers or settings.scheduler:
-        from pipeline.cluster import encode_on_workers
+    with line:
+        if settings.local_workers or settings.scheduler:
+            from pipeline.cluster import encode_on_workers
 
-        progress = encode_on_workers(store, slide_ids, encoders, settings, report)
-    else:
-        progress = encode_slides(store, slide_ids, encoders, settings, report)
-    line.close()
+            progress = encode_on_workers(store, slide_ids, encoders, settings, report)
+        else:
+            progress = encode_slides(store, slide_ids, encoders, settings, report)
     if progress.patches_total:
         say(time_spent(progress))
     return progress

@@ -20,7 +20,8 @@ from g2l_core.errors import EncoderError, G2LError, UsageError
 from g2l_core.extraction.extract import ExtractionProgress, missing_patches
 from g2l_core.store.features import FeatureStore
 from g2l_core.store.locks import LOCKS, locked
-from pipeline.extract import ExtractionSettings, encode_slides
+from pipeline.extract import encode_slides
+from pipeline.settings import ExtractionSettings
 
 if TYPE_CHECKING:
     from distributed import Client

@@ -1,25 +1,27 @@
-"""Options of `g2l distill` by name: from the command line, a recipe, or a sweep; unknown ones are refused."""
+"""Recipes and sweeps: TOML files of the options of `g2l distill`, checked against the specs that declare them."""
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import fields
+from enum import EnumType
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, get_args, get_origin
 
 from g2l_core.errors import UnknownNameError, UsageError
-
-if TYPE_CHECKING:
-    from pipeline.distill import DistillSettings
+from g2l_core.options import Entry, build, entries
+from pipeline.settings import DistillSettings, Recipe
 
 RECIPES = Path(__file__).parent / "configs"
-
-_RENAMED = {"early_stop": "early_stop_patience"}
-"""Options whose name is not that of the setting."""
-
-_LENGTH = ("steps", "epochs")
-EPOCHS = 10
 NAMES = ("teacher", "student", "weights")
-"""Who is distilled from whom: options, but no settings."""
+"""Who is distilled from whom: options that a recipe can set and a sweep cannot."""
+
+OPTIONS: Mapping[str, Entry] = {entry.name: entry for entry in entries(Recipe)}
+"""What decides a student."""
+
+_WORDS = {
+    str: ("text", "text"), int: ("a whole number", "whole numbers"), float: ("a number", "numbers"),
+    Path: ("a path", "paths"), bool: ("true or false", "true or false"),
+}  # fmt: skip
+"""The word for a value, and for several."""
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -34,58 +36,61 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise UsageError(f"cannot read {path}: {error}") from error
 
 
-def find_recipe(given: str, folder: str = "") -> Path:
+def find_recipe(name: str, folder: str = "") -> Path:
     """A file, or a shipped recipe by its name.
 
     Raises:
         UnknownNameError: It is neither.
     """
     shipped = {path.stem: path for path in sorted((RECIPES / folder).glob("*.toml"))}
-    if given in shipped:
-        return shipped[given]
-    if Path(given).is_file():
-        return Path(given)
-    raise UnknownNameError("recipe", given, shipped, "Or give a TOML file.")
+    if name in shipped:
+        return shipped[name]
+    if Path(name).is_file():
+        return Path(name)
+    raise UnknownNameError("recipe", name, shipped, "Or give a TOML file.")
 
 
-def read_recipe(given: str) -> dict[str, Any]:
+def read_recipe(name: str) -> dict[str, Any]:
     """The options that a recipe sets, by name.
 
     Raises:
-        UsageError: It cannot be read, or sets something that is no option.
+        UsageError: It cannot be read, sets something that is no option, or has a value of the wrong kind.
     """
-    path = find_recipe(given)
-    options = read_toml(path)
-    require_known(options, path)
-    return options
+    path = find_recipe(name)
+    return {key: check_option(key, value, path) for key, value in read_toml(path).items()}
 
 
-def require_known(options: Mapping[str, Any], path: Path) -> None:
-    """Refuse what is no option of `g2l distill`.
+def check_option(name: str, value: object, path: Path) -> Any:
+    """The value of an option of `g2l distill` as its spec declares it.
 
     Raises:
-        UnknownNameError: Names it, and the nearest.
+        UnknownNameError: There is no such option; the message names the nearest.
+        UsageError: The value is of another kind.
     """
-    for name in options:
-        if name not in option_names():
-            raise UnknownNameError(f"option in {path}", name, option_names())
+    from pydantic import TypeAdapter, ValidationError
+
+    if name not in (*NAMES, *OPTIONS):
+        raise UnknownNameError(f"option in {path}", name, (*NAMES, *OPTIONS))
+    kind = OPTIONS[name].kind if name in OPTIONS else str
+    plain = tuple(value) if isinstance(value, list) else value
+    if kind is str and type(value) in {int, float}:  # hold_out = 0.1
+        plain = str(value)
+    try:
+        return TypeAdapter(kind).validate_python(plain, strict=True)
+    except ValidationError:
+        raise UsageError(f"{path}: {name} must be {describe_kind(kind)}, not {value!r}") from None
 
 
-def option_names() -> list[str]:
-    """Every option that decides a student."""
-    from g2l_core.distillation.objective import ObjectiveSpec
-    from g2l_core.distillation.optim import OptimSpec
-    from g2l_core.distillation.training import TrainSettings
-    from pipeline.distill import DistillSettings
-
-    back = {theirs: ours for ours, theirs in _RENAMED.items()}
-    parts = {"objective", "optim", "train", "steps"}
-    kinds = (ObjectiveSpec, OptimSpec, TrainSettings, DistillSettings)
-    found = [back.get(f.name, f.name) for kind in kinds for f in fields(kind) if f.name not in parts]
-    return [*NAMES, *found, *_LENGTH]
+def describe_kind(kind: Any) -> str:
+    """A type as the word for its values in TOML: `tuple[int, ...]` is a list of whole numbers."""
+    if isinstance(kind, EnumType):
+        return " or ".join(str(choice.value) for choice in kind)
+    if get_origin(kind) in {tuple, list}:
+        return f"a list of {_WORDS[get_args(kind)[0]][1]}"
+    return _WORDS[kind][0] if kind in _WORDS else describe_kind(get_args(kind)[0])
 
 
-def settings_of(options: Mapping[str, Any]) -> "tuple[DistillSettings, int | None]":
+def settings_of(options: Mapping[str, Any]) -> tuple[DistillSettings, int | None]:
     """The settings that options mean, and the epochs where no number of steps is given.
 
     Args:
@@ -94,27 +99,5 @@ def settings_of(options: Mapping[str, Any]) -> "tuple[DistillSettings, int | Non
     Raises:
         UsageError: A value cannot be used.
     """
-    from g2l_core.distillation.objective import ObjectiveSpec
-    from g2l_core.distillation.optim import OptimSpec
-    from g2l_core.distillation.training import TrainSettings
-    from pipeline.distill import DistillSettings
-
-    given = {_RENAMED.get(name, name): value for name, value in options.items() if value is not None}
-    if "where" in given:
-        given["where"] = tuple(given["where"])
-
-    def of(kind: type) -> dict[str, Any]:
-        return {f.name: given[f.name] for f in fields(kind) if f.name in given}
-
-    steps = given.pop("steps", None)
-    try:
-        train = TrainSettings(
-            **of(TrainSettings),
-            steps=steps or 1,
-            objective=ObjectiveSpec(**of(ObjectiveSpec)),
-            optim=OptimSpec(**of(OptimSpec)),
-        )
-        settings = DistillSettings(**of(DistillSettings), train=train)
-    except TypeError as error:
-        raise UsageError(f"an option has a value of the wrong kind: {error}") from error
-    return settings, None if steps else given.get("epochs", EPOCHS)
+    recipe = build(Recipe, {**options, "steps": options.get("steps") or 1})
+    return recipe.settings, None if options.get("steps") else recipe.epochs

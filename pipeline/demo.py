@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from textwrap import fill
 
-from g2l_core.distillation.optim import OptimSpec
-from g2l_core.distillation.training import TrainSettings
+from g2l_core.distillation.spec import OptimSpec, TrainSettings
 from g2l_core.encoders.resolve import EncoderSpec, resolve_encoder
 from g2l_core.errors import UsageError
 from g2l_core.patches.grid import GridSpec
@@ -18,9 +17,9 @@ from g2l_core.store.features import FeatureStore
 from g2l_core.synthetic.cohort import CohortSpec, draw_cohort, label_patches
 from pipeline.bench import refuse_no_results, run_bench
 from pipeline.cache_teacher import run_extraction
-from pipeline.distill import DistillHow, DistillSettings, run_distill
-from pipeline.extract import ExtractionSettings
+from pipeline.distill import run_distill
 from pipeline.progress import say
+from pipeline.settings import DemoSettings, DistillHow, DistillSettings, ExtractionSettings
 
 PATIENTS, HELD_OUT = 12, 4
 VIEWS = 3
@@ -29,18 +28,6 @@ HEADLINES = {
     "knn_accuracy": "kNN accuracy",
     "robustness_pathorob_k5": "robustness index",
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class DemoSettings:
-    """What the demo can be asked to do differently."""
-
-    teacher: str
-    student: str
-    steps: int
-    mpp_override: float | None = None
-    seed: int = 0
-    workers: int = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,10 +57,10 @@ def run_demo(out: Path, slides: Path | None, settings: DemoSettings) -> str:
     teacher = resolve_encoder(settings.teacher)
     cohort = _user_cohort(slides) if slides else _drawn_cohort(out, settings.seed)
     store = out / "store.zarr"
-    say(f"1/3  caching the teacher: {teacher.name} ({teacher.weights_in_words})")
+    say(f"1/3  caching the teacher: {teacher.name} ({teacher.describe_weights()})")
     _cache(cohort, store, teacher, VIEWS, settings)
     _cache(cohort, store, before, 0, settings)
-    say(f"2/3  distilling into {before.name} ({before.weights_in_words})")
+    say(f"2/3  distilling into {before.name} ({before.describe_weights()})")
     run = out / "run"
     run_distill(
         store,
@@ -166,9 +153,9 @@ robustness_k = [3, 5, 10]
 
 def _similarity_task(store: FeatureStore, run: Path) -> str:
     """CKA on the slides that the run held out; without labels there is no class to vote on."""
-    from pipeline.runs import read_record
+    from pipeline.runs import read_run
 
-    held_out = sorted(read_record(run)["rows"]["held_out"])
+    held_out = sorted(read_run(run).rows["held_out"])
     all_slides = [slide.slide_id for slide in store.slides()]
     where = "" if held_out == all_slides else f"where = {_any_of(held_out)}\n"
     return f'title = "G2L demo: your slides"\n\n[tasks.similarity]\nmetrics = ["cka"]\n{where}'

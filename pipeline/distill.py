@@ -1,4 +1,8 @@
-"""Stage two: from stored features to a student. Behind `g2l distill`; the teacher is loaded only with --online."""
+"""Stage two, behind `g2l distill`: from stored features to a student.
+
+`run_distill` collects what decides a run, `_distill` opens everything that can be refused, trains, and writes the
+student. The teacher's network is loaded only with --online.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -13,76 +17,65 @@ from g2l_core.distillation.checkpoints import RunState, restore_best
 from g2l_core.distillation.distiller import Distiller, checkpoint_gradients
 from g2l_core.distillation.distributed import ProcessGroup, init_distributed
 from g2l_core.distillation.held_out import HeldOutSet, read_held_out
-from g2l_core.distillation.loader import Reading, ReplayLoader, ReplaySpec
+from g2l_core.distillation.loader import Reading, ReplayDataset
 from g2l_core.distillation.logs import read_figures
 from g2l_core.distillation.objective import Objective, TargetStatistics
+from g2l_core.distillation.replay import ReplaySpec
 from g2l_core.distillation.target_statistics import target_statistics
-from g2l_core.distillation.training import TrainerHooks, TrainOutcome, TrainSettings, train
+from g2l_core.distillation.training import TrainerHooks, TrainOutcome, train
 from g2l_core.distillation.validation import Curves, held_out_metrics, training_warnings
 from g2l_core.encoders.loading import DTYPES, LoadedEncoder, choose_device, encode_all, features_of, load_encoder
 from g2l_core.encoders.resolve import EncoderSpec, find_stored
 from g2l_core.encoders.student_folder import ModelCard, write_student
-from g2l_core.errors import StoreMissingError, UnknownNameError, UsageError
+from g2l_core.errors import StoreMissingError, UsageError
+from g2l_core.files import write_text
 from g2l_core.patches.pixel_cache import PixelCache
 from g2l_core.store.features import FeatureStore
 from g2l_core.store.provenance import software
 from pipeline.progress import ProgressLine, say
 from pipeline.run_page import training_page
-from pipeline.runs import ABOUT, open_run, read_record, write_record
+from pipeline.runs import ResultFacts, RunFacts, open_run, read_run, write_run
+from pipeline.settings import DistillHow, DistillSettings
 from pipeline.split import Split, split_store
 
 VALIDATION_PATCHES = 2048
 CURVES_PAGE = "curves.html"
-KEPT = ("last", "best")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillSettings:
-    """Everything that decides the student, but for store, teacher and student."""
+class Teacher:
+    """Where targets come from: a store's features, or a network that runs live."""
 
-    train: TrainSettings
-    batch_size: int = 32
-    """Patches a step and rank."""
-    pool_blocks: int = 256
-    where: tuple[str, ...] = ()
-    hold_out: str = "0.1"
-    slides: int | None = None
-    """Train on so many slides; None on all."""
-    views: int | None = None
-    """Replay views 1 to this; None all that are stored; 0, with a live teacher, new ones every epoch."""
-    online: bool = False
-    """Run the teacher on every batch instead of reading its features."""
-    precision: str = "auto"
-    keep: str = "last"
-    """Which weights the student gets in the end: the last, or those of the best validation."""
+    facts: Mapping[str, Any]
+    key: str | None = None
+    """The teacher's key in the store; None where it runs live."""
+    live: LoadedEncoder | None = None
 
-    def __post_init__(self) -> None:
-        """Refuse what means nothing."""
-        if self.keep not in KEPT:
-            raise UnknownNameError("weights to keep", self.keep, KEPT)
-        if self.views is not None and self.views < (0 if self.online else 1):
-            raise UsageError("--views must be at least 1; 0, new views every epoch, needs --online")
-        if self.online and (self.train.objective.needs_statistics or self.train.objective.needs_bank):
-            raise UsageError(
-                "a live teacher has no stored targets to take statistics or a bank from: use teacher-norm batch"
-            )
+    @property
+    def name(self) -> str:
+        """How a student's record names its teacher."""
+        return self.key or f"{self.live.key if self.live else ''}, run live"
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillHow:
-    """How stage two runs. None of it changes the student, but for the device."""
+class Run:
+    """What one distillation is made from."""
 
-    resume: bool = False
-    device: str = "auto"
-    workers: int = 2
-    targets_gb: float = 4.0
-    pixel_cache: Path | None = None
-    pixel_cache_gb: float = 50.0
+    store: FeatureStore
+    teacher: Teacher
+    student: EncoderSpec
+    """The student before training."""
+    split: Split
+    settings: DistillSettings
+    machine: DistillHow
+    group: ProcessGroup
+    out: Path
+    """The run folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistillSummary:
-    """What stage two did."""
+    """What a distillation did."""
 
     out: Path
     steps: int
@@ -91,24 +84,10 @@ class DistillSummary:
     before: dict[str, float]
     after: dict[str, float]
     share_waiting: float
-    """Of the training time, waiting for data."""
+    """Fraction of the training time that was spent waiting for data."""
     warnings: tuple[str, ...] = ()
-    leads: bool = True
-    """Whether this process speaks for all that train together."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Teacher:
-    """Where targets come from."""
-
-    facts: Mapping[str, Any]
-    key: str | None
-    """In the store; None where it runs live."""
-    live: LoadedEncoder | None = None
-
-    @property
-    def name(self) -> str:
-        return self.key or f"{self.live.key if self.live else ''}, run live"
+    is_main: bool = True
+    """Whether this process prints the summary of all that train together."""
 
 
 def run_distill(
@@ -125,219 +104,201 @@ def run_distill(
 
     Args:
         store_path: The store.
-        teacher: The teacher as the user names it; a spec where it runs live.
+        teacher: The teacher as the user names it, or its spec where it runs live.
         student_spec: The student before training.
         out: The run folder.
-        settings: The rest; `settings.train.steps` counts unless `epochs` is given.
+        settings: Everything else that decides the student. Its number of steps is ignored where `epochs` is given.
         epochs: Passes over the training patches.
-        how: Device, workers, caches.
+        how: Device, workers and caches.
 
     Raises:
-        G2LError: Something does not fit; nothing has been trained then.
+        G2LError: Something does not fit, and nothing has been trained; or training failed.
     """
-    how = how or DistillHow()
-    with init_distributed(choose_device(how.device)) as group:
-        return _distill(store_path, teacher, student_spec, out, settings, epochs, how, group)
+    machine = how or DistillHow()
+    with init_distributed(choose_device(machine.device)) as group:
+        store = FeatureStore.open(store_path)
+        run = Run(
+            store=store,
+            teacher=_open_teacher(store, teacher, settings, group),
+            student=student_spec,
+            split=split_store(store, settings.where, settings.hold_out, settings.train.seed, slides=settings.slides),
+            settings=settings,
+            machine=machine,
+            group=group,
+            out=out,
+        )
+        return _distill(run, epochs)
 
 
-def _distill(
-    store_path: Path,
-    teacher: str | EncoderSpec,
-    student_spec: EncoderSpec,
-    out: Path,
-    settings: DistillSettings,
-    epochs: int | None,
-    how: DistillHow,
-    group: ProcessGroup,
-) -> DistillSummary:
-    store = FeatureStore.open(store_path)
-    source = _teacher(store, teacher, settings, group)
-    split = split_store(store, settings.where, settings.hold_out, settings.train.seed, slides=settings.slides)
-    loader = _loader(store, split, source, settings, how, group)
-    training = settings.train
+def _distill(run: Run, epochs: int | None) -> DistillSummary:
+    """Open everything that can be refused, then train, then write the student."""
+    batches = _open_batches(run)
     if epochs is not None:
-        batches = epochs * loader.batches_per_epoch
-        training = replace(training, steps=max(1, batches // training.optim.accumulate))
-    student = load_encoder(student_spec, device=str(group.device), precision=training_precision(settings.precision))
-    held_out = _held_out(store, split, source, training.seed, settings.batch_size)
-    record = run_record(store, source, student, settings, training, split, loader.spec, group)
-    if group.leads:
-        open_run(out, record, resume=how.resume)
-    group.wait()
-    distiller = _distiller(student, held_out, training)
-    objective = Objective(training.objective, _statistics(store, split, source, training, loader.spec), group)
-    outcome, state = _train(distiller, objective, loader, held_out, student, source, training, settings, out, group)
-    group.wait()
-    if group.leads:
-        _finish(out, state, student_spec, source, split, settings, outcome, record)
-    figures = read_figures(out / "validation.csv")
+        run = _with_steps(run, epochs * batches.batches_per_epoch)
+    precision = training_precision(run.settings.precision)
+    student = load_encoder(run.student, device=str(run.group.device), precision=precision)
+    held_out = _read_held_out(run)
+    if run.group.is_main:
+        open_run(run.out, run_facts(run, student, batches.spec), resume=run.machine.resume)
+    run.group.wait()
+    outcome, state = _train(run, student, batches, held_out)
+    run.group.wait()
+    if run.group.is_main:
+        _finish(run, outcome, state)
+    validations = read_figures(run.out / "validation.csv")
     return DistillSummary(
-        out=out,
+        out=run.out,
         steps=outcome.steps,
         stopped_early=outcome.stopped_early,
-        held_out=split.description,
-        before=figures[0],
-        after=figures[-1],
-        share_waiting=_share_waiting(out),
+        held_out=run.split.description,
+        before=validations[0],
+        after=validations[-1],
+        share_waiting=_share_waiting(run.out),
         warnings=outcome.warnings,
-        leads=group.leads,
+        is_main=run.group.is_main,
     )
 
 
-def _teacher(
+def _open_teacher(
     store: FeatureStore, teacher: str | EncoderSpec, settings: DistillSettings, group: ProcessGroup
-) -> _Teacher:
+) -> Teacher:
     if not settings.online:
         key = find_stored(teacher.name if isinstance(teacher, EncoderSpec) else teacher, store.encoders)
-        return _Teacher(facts=store.encoders[key], key=key)
+        return Teacher(facts=store.encoders[key], key=key)
     if not isinstance(teacher, EncoderSpec):
         raise UsageError("a live teacher is given by its spec")
     stored = (facts["precision"] for facts in store.encoders.values() if facts["name"] == teacher.name)
     live = load_encoder(teacher, device=str(group.device), precision=next(stored, "auto"))
-    return _Teacher(facts={**live.facts, "online": True}, key=None, live=live)
+    return Teacher(facts={**live.facts, "online": True}, live=live)
 
 
-def _loader(
-    store: FeatureStore, split: Split, source: _Teacher, settings: DistillSettings, how: DistillHow, group: ProcessGroup
-) -> ReplayLoader:
+def _open_batches(run: Run) -> ReplayDataset:
+    machine, group = run.machine, run.group
     spec = ReplaySpec(
-        encoder=source.key,
-        n_augmented=_views(store, split, source, settings),
-        batch_size=settings.batch_size * group.world,
-        pool_blocks=settings.pool_blocks,
-        seed=settings.train.seed,
+        encoder=run.teacher.key,
+        n_augmented=_replayed_views(run),
+        batch_size=run.settings.batch_size * group.world,
+        pool_blocks=run.settings.pool_blocks,
+        seed=run.settings.train.seed,
     )
-    cache = PixelCache(how.pixel_cache, how.pixel_cache_gb) if how.pixel_cache else None
     reading = Reading(
-        workers=how.workers, rank=group.rank, world=group.world, targets_gb=how.targets_gb, pixel_cache=cache
+        workers=machine.workers,
+        rank=group.rank,
+        world=group.world,
+        targets_gb=machine.targets_gb,
+        pixel_cache=PixelCache(machine.pixel_cache, machine.pixel_cache_gb) if machine.pixel_cache else None,
     )
-    return ReplayLoader(store, split.train, spec, reading)
+    return ReplayDataset(run.store, run.split.train, spec, reading)
 
 
-def _views(store: FeatureStore, split: Split, source: _Teacher, settings: DistillSettings) -> int:
-    """Augmented views to replay.
+def _replayed_views(run: Run) -> int:
+    """Number of augmented views to replay.
 
     Raises:
-        StoreMissingError: The teacher has none, or fewer than are wanted.
+        StoreMissingError: The teacher has none, or fewer than the settings want.
     """
-    slides = [store.slide(slide_id) for slide_id in {*split.train, *split.held_out}]
-    if source.key is None:
+    slides = [run.store.slide(slide_id) for slide_id in {*run.split.train, *run.split.held_out}]
+    key, views = run.teacher.key, run.settings.views
+    if key is None:
         stored = min(slide.view_params.shape[1] for slide in slides) - 1
-        return stored if settings.views is None else settings.views
-    stored = min(slide.features_array(source.key).shape[1] for slide in slides) - 1
-    wanted = settings.views or max(stored, 1)
+        return stored if views is None else views
+    stored = min(slide.features_array(key).shape[1] for slide in slides) - 1
+    wanted = views or max(stored, 1)
     if stored < wanted:
         there = f"{stored} augmented views, not {wanted}," if stored else "only the canonical view"
         raise StoreMissingError(
-            f"{store.path} has {there} of {source.key}: run g2l cache-teacher with --views {max(wanted, 2)}"
+            f"{run.store.path} has {there} of {key}: run g2l cache-teacher with --views {max(wanted, 2)}"
         )
     return wanted
 
 
-def _held_out(store: FeatureStore, split: Split, source: _Teacher, seed: int, batch_size: int) -> HeldOutSet:
-    found = read_held_out(store, split.held_out, source.key, limit=VALIDATION_PATCHES, seed=seed)
-    if source.live is None:
-        return found
-    return replace(found, targets=encode_all(source.live, found.pixels, batch_size).astype(np.float16))
+def _with_steps(run: Run, batches: int) -> Run:
+    """The run with as many steps as a number of batches makes."""
+    steps = max(1, batches // run.settings.train.optim.accumulate)
+    return replace(run, settings=replace(run.settings, train=replace(run.settings.train, steps=steps)))
 
 
-def _distiller(student: LoadedEncoder, held_out: HeldOutSet, training: TrainSettings) -> Distiller:
-    module = student.module.requires_grad_(True)
-    if training.grad_checkpoint:
-        checkpoint_gradients(module)
-    width = held_out.targets.shape[1]
-    return Distiller(module, student.dim, width, training.seed, training.projector).to(student.device)
+def training_precision(precision: str) -> str:
+    """The forward precision of training; float16 would need loss scaling, which the paper does not use.
+
+    Raises:
+        UsageError: The precision cannot train.
+    """
+    if precision not in {"auto", "bf16", "fp32"}:
+        raise UsageError(f"--precision {precision} cannot train; use bf16 or fp32")
+    return "fp32" if precision == "auto" else precision
 
 
-def _statistics(
-    store: FeatureStore, split: Split, source: _Teacher, training: TrainSettings, replay: ReplaySpec
-) -> TargetStatistics | None:
-    if source.key is None or not (training.objective.needs_statistics or training.objective.needs_bank):
-        return None
-    return target_statistics(store, split.train, source.key, replay.n_augmented)
+def _read_held_out(run: Run) -> HeldOutSet:
+    held_out = read_held_out(
+        run.store, run.split.held_out, run.teacher.key, limit=VALIDATION_PATCHES, seed=run.settings.train.seed
+    )
+    if run.teacher.live is None:
+        return held_out
+    features = encode_all(run.teacher.live, held_out.pixels, run.settings.batch_size)
+    return replace(held_out, targets=features.astype(np.float16))
 
 
-def training_precision(asked: str) -> str:
-    """The forward precision of training; float16 would need loss scaling, which the paper does not use."""
-    if asked not in {"auto", "bf16", "fp32"}:
-        raise UsageError(f"--precision {asked} cannot train; use bf16 or fp32")
-    return "fp32" if asked == "auto" else asked
-
-
-def run_record(
-    store: FeatureStore,
-    source: _Teacher,
-    student: LoadedEncoder,
-    settings: DistillSettings,
-    training: TrainSettings,
-    split: Split,
-    replay: ReplaySpec,
-    group: ProcessGroup,
-) -> dict[str, Any]:
-    """What identifies a run, as plain values: another of these cannot resume it."""
-    return {
-        "store": {"grid": store.grid, "views": store.views},
-        "teacher": source.facts,
-        "student": student.facts,
-        "settings": {**asdict(settings), "where": list(settings.where), "train": asdict(training)},
-        "replay": asdict(replay),
-        "ranks": group.world,
-        "held_out": split.description,
-        "rows": {
+def run_facts(run: Run, student: LoadedEncoder, replay: ReplaySpec) -> RunFacts:
+    """What run.json says of a run before it has a result."""
+    return RunFacts(
+        store={"grid": run.store.grid, "views": run.store.views},
+        teacher=run.teacher.facts,
+        student=student.facts,
+        settings={**asdict(run.settings), "where": list(run.settings.where)},
+        replay=asdict(replay),
+        ranks=run.group.world,
+        held_out=run.split.description,
+        rows={
             side: {slide_id: len(rows) for slide_id, rows in part.items()}
-            for side, part in (("train", split.train), ("held_out", split.held_out))
+            for side, part in (("train", run.split.train), ("held_out", run.split.held_out))
         },
-        ABOUT: {"store": str(store.path.resolve()), "software": software(), "device": str(group.device)},
-    }
+        about={"store": str(run.store.path.resolve()), "software": software(), "device": str(run.group.device)},
+    )
 
 
 def _train(
-    distiller: Distiller,
-    objective: Objective,
-    loader: ReplayLoader,
-    held_out: HeldOutSet,
-    student: LoadedEncoder,
-    source: _Teacher,
-    training: TrainSettings,
-    settings: DistillSettings,
-    out: Path,
-    group: ProcessGroup,
+    run: Run, student: LoadedEncoder, batches: ReplayDataset, held_out: HeldOutSet
 ) -> tuple[TrainOutcome, RunState]:
-    line = ProgressLine("distill", "steps")
+    settings, group = run.settings.train, run.group
+    module = student.module.requires_grad_(True)
+    if settings.grad_checkpoint:
+        checkpoint_gradients(module)
+    teacher_dim = held_out.targets.shape[1]
+    distiller = Distiller(module, student.dim, teacher_dim, settings.seed, settings.projector).to(student.device)
+    objective = Objective(settings.objective, _statistics(run, batches.spec), group)
 
     def report(step: int, loss: float) -> None:
-        if group.leads:
-            line.update(step, training.steps, f"loss {loss:.3f}")
+        if group.is_main:
+            line.update(step, settings.steps, f"loss {loss:.3f}")
 
-    loop = TrainerHooks(
-        batches=loader.batches,
-        device=student.device,
+    hooks = TrainerHooks(
+        batches=batches.batches,
+        group=group,
         autocast=None if student.precision == "fp32" else DTYPES[student.precision],
-        validate=lambda eval_model: held_out_metrics(eval_model, held_out, student.device, settings.batch_size),
-        warn=lambda state, folder: _warn(state, folder, training.steps),
+        validate=lambda model: held_out_metrics(model, held_out, student.device, run.settings.batch_size),
+        warn=lambda state, folder: _warn(state, folder, settings.steps),
         report=report,
-        wrap=group.wrap,
-        mean_over_ranks=group.mean,
-        leads=group.leads,
-        world=group.world,
-        targets_of=_live(source.live) if source.live else None,
+        teacher=_live_features(run.teacher.live) if run.teacher.live else None,
     )
-    found = train(distiller, objective, training, out, loop)
-    line.close()
-    return found
+    with ProgressLine("distill", "steps") as line:
+        return train(distiller, objective, settings, run.out, hooks)
 
 
-def _live(teacher: LoadedEncoder) -> Callable[[Tensor], Tensor]:
-    """The teacher's features of a batch on the device, rounded as a store would keep them."""
+def _statistics(run: Run, replay: ReplaySpec) -> TargetStatistics | None:
+    objective, key = run.settings.train.objective, run.teacher.key
+    if key is None or not (objective.needs_statistics or objective.needs_bank):
+        return None
+    return target_statistics(run.store, run.split.train, key, replay.n_augmented)
 
-    def targets_of(pixels: Tensor) -> Tensor:
-        return features_of(teacher, pixels).half().float()
 
-    return targets_of
+def _live_features(teacher: LoadedEncoder) -> Callable[[Tensor], Tensor]:
+    """Gives the teacher's features of a batch on the device, rounded as a store keeps them."""
+    return lambda pixels: features_of(teacher, pixels).half().float()
 
 
 def _warn(state: RunState, folder: Path, steps: int) -> None:
-    """Say once what the curves warn of."""
+    """Print each kind of warning about the curves once."""
     curves = Curves(
         validations=read_figures(folder / "validation.csv"),
         losses=[row["loss_per_element"] for row in read_figures(folder / "log.csv")],
@@ -345,55 +306,50 @@ def _warn(state: RunState, folder: Path, steps: int) -> None:
     )
     for warning in training_warnings(curves):
         kind = warning.partition(" ")[0]
-        if not any(said.startswith(kind) for said in state.said):
-            state.said.append(warning)
+        if not any(printed.startswith(kind) for printed in state.warnings):
+            state.warnings.append(warning)
             say(f"warning  step {state.step}: {warning}")
 
 
-def _finish(
-    out: Path,
-    state: RunState,
-    student_spec: EncoderSpec,
-    source: _Teacher,
-    split: Split,
-    settings: DistillSettings,
-    outcome: TrainOutcome,
-    record: Mapping[str, Any],
-) -> None:
-    """Write the student, its model card, the curves, and the result into run.json."""
+def _finish(run: Run, outcome: TrainOutcome, state: RunState) -> None:
+    """Write the student with its model card, the projector, the result into run.json, and the page of curves."""
+    out, facts = run.out, read_run(run.out)
     distiller, step = state.eval_model, state.step
-    if settings.keep == "best":
+    if run.settings.keep == "best":
         step = restore_best(out, distiller) or 0
-    figures = {int(row["step"]): row for row in read_figures(out / "validation.csv")}
+    validations = {int(row["step"]): row for row in read_figures(out / "validation.csv")}
     card = ModelCard(
         name=out.resolve().name,
-        teacher=source.facts,
-        student=student_spec,
-        settings=record["settings"],
-        train_slides=len(split.train),
-        train_patches=sum(map(len, split.train.values())),
-        held_out=split.description,
+        teacher=run.teacher.facts,
+        student=run.student,
+        settings=facts.settings,
+        train_slides=len(run.split.train),
+        train_patches=sum(map(len, run.split.train.values())),
+        held_out=run.split.description,
         step=step,
-        before=figures[0],
-        after=figures[step],
+        before=validations[0],
+        after=validations[step],
     )
-    trained_on = f"{student_spec.weights_in_words}; distilled from {source.name}"
-    exported = write_student(out, distiller.student, student_spec, trained_on=trained_on, card=card)
+    trained_on = f"{run.student.describe_weights()}; distilled from {run.teacher.name}"
+    exported = write_student(out, distiller.student, run.student, trained_on=trained_on, card=card)
     tensors = {name: t.detach().cpu().contiguous() for name, t in distiller.projector.state_dict().items()}
     save_file(tensors, out / "projector.safetensors")
-    result: dict[str, Any] = {
-        "outcome": asdict(outcome),
-        "before": figures[0],
-        "after": figures[step],
-        "exported": exported,
-    }
-    result |= {"kept": settings.keep, "kept_step": step, "share_waiting": _share_waiting(out)}
-    write_record(out, {**read_record(out), "result": result})
-    (out / CURVES_PAGE).write_text(training_page(out.resolve().name, out, read_record(out)), encoding="utf-8")
+    result = ResultFacts(
+        outcome=outcome,
+        before=validations[0],
+        after=validations[step],
+        exported=exported,
+        kept=run.settings.keep,
+        kept_step=step,
+        share_waiting=_share_waiting(out),
+    )
+    facts = replace(facts, result=result)
+    write_run(out, facts)
+    write_text(out / CURVES_PAGE, training_page(card.name, out, facts.to_json()))
 
 
 def _share_waiting(out: Path) -> float:
-    """The share of the training time that was spent waiting for data; the first step fills the pool and is left out."""
+    """Fraction of the training time spent waiting for data, without the first step, which fills the pool."""
     rows = read_figures(out / "log.csv")[1:]
     seconds = sum(row["seconds"] for row in rows)
     return sum(row["seconds_waiting"] for row in rows) / seconds if seconds else 0.0

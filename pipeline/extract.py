@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
 from g2l_core.encoders.loading import LoadedEncoder
@@ -10,35 +9,7 @@ from g2l_core.extraction.extract import ExtractionProgress, extract_features, mi
 from g2l_core.slides.staging import Stage
 from g2l_core.store.features import FeatureStore
 from pipeline.progress import say
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExtractionSettings:
-    """How stage one runs. None of it changes the features, but for the precision."""
-
-    views: int = 2
-    """Augmented views of each patch, beside the canonical one."""
-    device: str = "auto"
-    precision: str = "auto"
-    batch_size: int = 32
-    workers: int = 2
-    mpp_override: float | None = None
-    accept_mpp: bool = False
-    """Go on with scales that look implausible."""
-    force_mpp: bool = False
-    """Encode patches at a scale that the encoder's card does not name."""
-    pictures: bool = True
-    """Whether every slide gets a picture and GeoJSON of its tissue beside the store."""
-    stage_dir: Path | None = None
-    """A fast local folder that the next slides are copied to."""
-    stage_gb: float = 50.0
-    """Most GB (1e9 bytes) of copies at a time."""
-    local_workers: int = 0
-    """Processes on this machine that share the encoding; 0 encodes in this one."""
-    scheduler: str | None = None
-    """Address of a dask scheduler whose workers share the encoding."""
-    retry_failed: bool = False
-    """Take up only slides that failed and patches that could not be read."""
+from pipeline.settings import ExtractionSettings
 
 
 def encode_slides(

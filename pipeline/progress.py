@@ -1,64 +1,83 @@
-"""One live line on a terminal, a log line every few seconds elsewhere; always on stderr."""
+"""How far a long piece of work is: one live line on a terminal, a log line every few seconds elsewhere; on stderr."""
 
 import sys
-from shutil import get_terminal_size
 from time import monotonic
+from types import TracebackType
 from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, Task, TextColumn
+from rich.table import Column
 
 LOG_EVERY_S = 5.0
 DRAW_EVERY_S = 0.2
+BAR_COLUMNS = 110
+"""Terminals of this width have room for a bar."""
 
 
 class ProgressLine:
-    """Shows how far a long piece of work is: done, rate, time left, and a note such as the bottleneck."""
+    """Shows done, rate, time left, and a note such as the bottleneck. As a context manager it ends the live line."""
 
     def __init__(self, title: str, unit: str, *, stream: TextIO | None = None) -> None:
-        self._title, self._unit = title, unit
-        self._stream = stream or sys.stderr
-        self._live = self._stream.isatty()
-        self._begin = monotonic()
+        console = Console(file=stream or sys.stderr)
+        self._title, self._unit, self._stream = title, unit, console.file
+        self._live = console.is_terminal and not console.is_dumb_terminal
         self._last = -1e9
-        self._first_done: int | None = None
-        self._ended = False
+        self._task: Task | None = None
+        gives_way = Column(ratio=1, no_wrap=True, overflow="ellipsis")
+        self._progress = Progress(
+            TextColumn("{task.description}", markup=False, table_column=gives_way),
+            *([BarColumn(bar_width=20)] if console.width >= BAR_COLUMNS else []),
+            TextColumn("{task.fields[state]}", markup=False, table_column=Column(no_wrap=True)),
+            console=console,
+            auto_refresh=False,
+            expand=True,
+        )
 
     def update(self, done: int, total: int, note: str = "") -> None:
         """Show the state, at most every few moments, and at the end."""
-        now = monotonic()
-        if self._first_done is None:
-            self._first_done, self._begin = done, now
-        every = DRAW_EVERY_S if self._live else LOG_EVERY_S
-        if (now - self._last < every and done < total) or not total or self._ended:
+        if not total or (self._task and self._task.finished):
             return
-        self._ended = done >= total
+        if self._task is None:
+            self._progress.add_task(self._title, total=total, state="", first=done)
+            (self._task,) = self._progress.tasks
+        self._progress.update(self._task.id, completed=done, total=total)
+        now = monotonic()
+        if now - self._last < (DRAW_EVERY_S if self._live else LOG_EVERY_S) and done < total:
+            return
         self._last = now
-        state = f"  {done:,}/{total:,} {self._unit}{self._speed(done, total, now)}"
-        state += f"  {note}" if note else ""
-        if self._live:
-            self._stream.write("\r\x1b[K" + fitted(self._title, state, get_terminal_size().columns - 1))
-        else:
-            self._stream.write(f"{self._title}{state}\n")
-        self._stream.flush()
-
-    def _speed(self, done: int, total: int, now: float) -> str:
-        elapsed, since = now - self._begin, done - (self._first_done or 0)
-        if elapsed < 0.5 or since <= 0:
-            return ""
-        rate = since / elapsed
-        left = (total - done) / rate
-        return f"  {rate:,.0f}/s  " + (f"{clock(left)} left" if done < total else f"in {clock(elapsed)}")
+        state = f"{done:,}/{total:,} {self._unit}{_speed(self._task)}" + (f"  {note}" if note else "")
+        if not self._live:
+            self._stream.write(f"{self._title}  {state}\n")
+            self._stream.flush()
+            return
+        self._progress.update(self._task.id, state=state, refresh=True)
+        if not self._progress.live.is_started:
+            self._progress.start()
+            self._progress.console.show_cursor(True)  # Ctrl-C ends the process at once and would leave it hidden
 
     def close(self) -> None:
         """End the live line."""
-        if self._live and self._last > 0:
-            self._stream.write("\n")
-            self._stream.flush()
+        if self._progress.live.is_started:
+            self._progress.stop()
+
+    def __enter__(self) -> "ProgressLine":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
 
-def fitted(title: str, state: str, columns: int) -> str:
-    """Title and state in one line of a terminal; a long title gives way, since it does not change."""
-    room = columns - len(state)
-    short = title if len(title) <= room else title[: max(room - 1, 0)] + "…"
-    return (short + state)[:columns]
+def _speed(task: Task) -> str:
+    """The rate of late and the time left, or the mean rate and the time taken; nothing where too little is done."""
+    elapsed = task.elapsed or 0.0
+    if elapsed < 0.5 or not task.speed:
+        return ""
+    if task.finished:
+        return f"  {(task.completed - task.fields['first']) / elapsed:,.0f}/s  in {clock(elapsed)}"
+    return f"  {task.speed:,.0f}/s  {clock(task.time_remaining or 0.0)} left"
 
 
 def say(line: str) -> None:

@@ -7,7 +7,7 @@ from math import ceil
 import numpy as np
 from jaxtyping import Int64
 
-from g2l_core.distillation.loader import good_rows
+from g2l_core.distillation.replay import good_rows
 from g2l_core.errors import UsageError
 from g2l_core.rng import keyed_generator
 from g2l_core.slides.manifest import fits, held_out_groups, parse_condition

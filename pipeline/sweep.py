@@ -10,17 +10,22 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from g2l_core.distillation.spec import ALPHA_LOSSES
 from g2l_core.encoders.resolve import RUN_RECORD, resolve_encoder
 from g2l_core.errors import G2LError, RunError, UsageError
 from g2l_core.report.page import document, table
-from pipeline.config import NAMES, find_recipe, read_toml, require_known, settings_of
-from pipeline.distill import DistillHow, run_distill
+from pipeline.config import NAMES, check_option, find_recipe, read_toml, settings_of
+from pipeline.distill import run_distill
 from pipeline.progress import say
 from pipeline.run_page import HELD_OUT, Line, line_chart
+from pipeline.runs import ResultFacts, read_run
+from pipeline.settings import DistillHow
+from pipeline.tables import table_text
 
-ALPHA_LOSSES = ("logsum", "logsum_corr")
 RESULTS = "results.csv"
 PAGE = "sweep.html"
+SHOWN = {"cka_debiased": "CKA", "r2_projected": "R2", "knn_overlap": "kNN overlap"}
+"""The metrics on the terminal, with their titles."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,14 +91,16 @@ def read_sweep(given: str, changes: Sequence[str]) -> Sweep:
             raise UsageError(f"--set {change}: expected NAME=VALUE")
         grid.pop(name, None)
         base[name] = _value(value)
-    for part in (base, grid):
-        require_known({k: v for k, v in part.items() if k not in NAMES}, path)
-        if taken := [name for name in NAMES if name in part]:
-            raise UsageError(f"{path}: {taken[0]} is given on the command line, not in a sweep")
     for name, values in grid.items():
         if not isinstance(values, list) or not values:
             raise UsageError(f"{path}: {name} in [grid] must be a list of values, not {values!r}")
-    return Sweep(title=content.get("title", path.stem), base=base, grid={k: tuple(v) for k, v in grid.items()})
+    if taken := [name for name in NAMES if name in base or name in grid]:
+        raise UsageError(f"{path}: {taken[0]} is given on the command line, not in a sweep")
+    return Sweep(
+        title=content.get("title", path.stem),
+        base={name: check_option(name, value, path) for name, value in base.items()},
+        grid={name: tuple(check_option(name, value, path) for value in values) for name, values in grid.items()},
+    )
 
 
 def _value(text: str) -> Any:
@@ -109,7 +116,7 @@ def _value(text: str) -> Any:
 def run_sweep(
     sweep: Sweep, store: Path, teacher: str, student: str, weights: str | None, out: Path, how: DistillHow
 ) -> SweepResult:
-    """Distill every run that is not finished yet; one that fails costs itself, and is named.
+    """Distill every run that is not finished yet. Where a run fails only that run is lost; the result names it.
 
     Raises:
         G2LError: Nothing could be started.
@@ -143,10 +150,8 @@ def name_of(run: Mapping[str, Any]) -> str:
     return ",".join(f"{name}={value}" for name, value in run.items()).replace("/", "_") or "run"
 
 
-def _result(folder: Path) -> dict[str, Any] | None:
-    path = folder / RUN_RECORD
-    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return record.get("result")
+def _result(folder: Path) -> ResultFacts | None:
+    return read_run(folder).result if (folder / RUN_RECORD).is_file() else None
 
 
 def _finished(folder: Path, run: Mapping[str, Any]) -> RunResult | None:
@@ -154,7 +159,7 @@ def _finished(folder: Path, run: Mapping[str, Any]) -> RunResult | None:
     if result is None:
         return None
     return RunResult(
-        varied=run, folder=folder.name, before=result["before"], after=result["after"], steps=result["outcome"]["steps"]
+        varied=run, folder=folder.name, before=result.before, after=result.after, steps=result.outcome.steps
     )
 
 
@@ -173,20 +178,16 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def sweep_text(result: SweepResult, out: Path) -> str:
-    """The table for a terminal of 80 columns: the varied options and four figures, mean and spread over seeds."""
-    shown = ("cka_debiased", "r2_projected", "knn_overlap")
-    lines = [result.sweep.title, f"{'':30}{'runs':>5}" + "".join(f"{_short(name):>15}" for name in shown)]
+    """The table for a terminal of 80 columns: the varied options and three metrics, mean and spread over seeds."""
     first = result.finished[0].before
-    lines.append(f"{'before':30}{'':5}" + "".join(f"{first[name]:>z15.3f}" for name in shown))
-    for key, runs in groups_of(result).items():
-        figures = "".join(f"{_spread([run.after[name] for run in runs]):>15}" for name in shown)
-        lines.append(f"{_words(key)[:29]:30}{len(runs):>5}{figures}")
-    lines.append(f"{len(result.failed)} runs failed" if result.failed else f"page: {out / PAGE}  runs: {out / RESULTS}")
-    return "\n".join(lines)
-
-
-def _short(name: str) -> str:
-    return {"cka_debiased": "CKA", "r2_projected": "R2", "knn_overlap": "kNN overlap"}[name]
+    rows = [("before", "", *(f"{first[name]:z.3f}" for name in SHOWN))]
+    rows += [
+        (_words(key), str(len(runs)), *(_spread([run.after[name] for run in runs]) for name in SHOWN))
+        for key, runs in groups_of(result).items()
+    ]
+    table = table_text(rows, header=("", "runs", *SHOWN.values()), right=range(1, 2 + len(SHOWN)))
+    end = f"{len(result.failed)} runs failed" if result.failed else f"page: {out / PAGE}  runs: {out / RESULTS}"
+    return f"{result.sweep.title}\n{table}\n{end}"
 
 
 def _words(key: Sequence[tuple[str, Any]]) -> str:

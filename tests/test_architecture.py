@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 FLOORS = (
-    {"errors", "types", "results", "rng", "concurrency", "files"},
+    {"errors", "types", "options", "results", "rng", "concurrency", "files"},
     {"slides", "store", "metrics", "report", "synthetic"},
     {"tissue", "patches", "encoders"},
     {"extraction", "distillation", "benchmark", "datasets"},
@@ -21,7 +21,7 @@ FLOORS = (
 
 LIGHT = [
     "g2l_core", "pipeline.cli.main", "g2l_core.store.features", "g2l_core.encoders.resolve",
-    "g2l_core.metrics.similarity",
+    "g2l_core.metrics.similarity", "g2l_core.distillation.spec",
 ]  # fmt: skip
 
 
@@ -82,9 +82,25 @@ def test_light_modules_import_no_torch(module):
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-@pytest.mark.parametrize("command", [["--help"], ["store", "ls", "STORE"], ["store", "info", "STORE"]])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["--help"],
+        ["cache-teacher", "--help"],
+        ["distill", "--help"],
+        ["store", "ls", "STORE"],
+        ["store", "info", "STORE"],
+    ],
+)
 def test_looking_imports_no_torch(command, cached_store):
     arguments = [str(cached_store) if part == "STORE" else part for part in command]
     code = f"import sys; from pipeline.cli.main import app; app({arguments!r}, standalone_mode=False)"
     code += "; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 0
+
+
+def test_the_list_of_commands_is_quick():
+    """Nothing that takes long to import is there before a command is chosen."""
+    code = "import sys; from pipeline.cli.main import app; app(['--help'], standalone_mode=False)"
+    code += "; sys.exit(bool({'torch', 'numpy', 'pydantic'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 0

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int64, Shaped, UInt64
-from sklearn.model_selection import StratifiedGroupKFold
 
 from g2l_core.benchmark.labels import LabelTable
 from g2l_core.benchmark.spec import TaskSpec
 from g2l_core.errors import LeakError, TaskError
 from g2l_core.metrics.bags import bag_values
+from g2l_core.metrics.folds import group_folds
 from g2l_core.slides.manifest import fits, parse_condition
 from g2l_core.store.features import FeatureStore, StoredSlide
 from g2l_core.store.schema import STATUS, UNKNOWN_HASH
@@ -255,14 +255,11 @@ def split_parts(
     """
     if not spec.folds:
         return [(np.flatnonzero(part == "train"), np.flatnonzero(part == "test"))]
-    for name in np.unique(strata):
-        members = len(np.unique(clusters[strata == name]))
-        if members < spec.folds:
-            raise TaskError(
-                f"task {spec.name}: class {name} is in {members} {unit}, fewer than the {spec.folds} folds; use fewer"
-            )
-    splitter = StratifiedGroupKFold(n_splits=spec.folds, shuffle=True, random_state=seed)
-    return list(splitter.split(np.empty((len(strata), 0)), strata, clusters))
+
+    def describe(name: object, members: int) -> str:
+        return f"task {spec.name}: class {name} is in {members} {unit}"
+
+    return group_folds(strata, clusters, spec.folds, seed=seed, describe=describe)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The network that is trained: student, projector, and the shadow of their weights where one is kept."""
+"""The network that is trained: student, projector, and optionally a moving average of their weights."""
 
 import copy
 
@@ -13,7 +13,7 @@ PROJECTORS = ("linear", "mlp")
 
 
 class Distiller(nn.Module):
-    """The student and the projector W_p on top of it; the projector is dropped after training (paper, 4)."""
+    """The student and the projector W_p on top of it. The projector is dropped after training (paper, 4)."""
 
     def __init__(
         self, student: PatchEncoder, student_dim: int, teacher_dim: int, seed: int, projector: str = "linear"
@@ -28,7 +28,13 @@ class Distiller(nn.Module):
 
 
 def build_projector(kind: str, student_dim: int, teacher_dim: int, seed: int) -> nn.Module:
-    """W_p: one linear map (the paper's), or two with GELU between and the teacher's width.
+    """Build W_p.
+
+    Args:
+        kind: linear, the paper's, is one linear map. mlp is two, with GELU between them and the teacher's width.
+        student_dim: Dimensions of the student's features.
+        teacher_dim: Dimensions of the teacher's features.
+        seed: Random seed of the initial weights.
 
     Raises:
         UnknownNameError: There is no such projector.
@@ -53,7 +59,7 @@ def checkpoint_gradients(student: PatchEncoder) -> None:
     """Recompute activations in the backward pass: less memory, about a third more time, the same gradients.
 
     Raises:
-        EncoderError: The architecture cannot.
+        EncoderError: The architecture does not support it.
     """
     enable = getattr(student.network, "set_grad_checkpointing", None)
     if enable is None:
@@ -62,7 +68,7 @@ def checkpoint_gradients(student: PatchEncoder) -> None:
 
 
 class Average:
-    """An exponential moving average of a network's weights; buffers are the network's own, at their latest."""
+    """An exponential moving average of a network's weights. Buffers are copied from the network, not averaged."""
 
     def __init__(self, network: Distiller, decay: float) -> None:
         self.decay = decay
@@ -70,8 +76,8 @@ class Average:
 
     @torch.no_grad()
     def update(self, network: nn.Module) -> None:
-        """Move every average by 1 - decay of the way to its weight."""
-        for mine, theirs in zip(self.network.parameters(), network.parameters(), strict=True):
-            mine.lerp_(theirs, 1 - self.decay)
-        for kept, latest in zip(self.network.buffers(), network.buffers(), strict=True):
-            kept.copy_(latest)
+        """Update from the network: average = decay average + (1 - decay) weight."""
+        for average, weight in zip(self.network.parameters(), network.parameters(), strict=True):
+            average.lerp_(weight, 1 - self.decay)
+        for copied, latest in zip(self.network.buffers(), network.buffers(), strict=True):
+            copied.copy_(latest)

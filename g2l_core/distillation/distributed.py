@@ -1,9 +1,9 @@
-"""Processes that train together: torchrun starts them, this joins them."""
+"""The processes that train together: torchrun starts them, `init_distributed` connects them."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
@@ -13,11 +13,19 @@ from g2l_core.errors import UsageError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ranks:
-    """The processes that train together; a single one gathers nothing."""
+class ProcessGroup:
+    """This process among those that train together. A single process, the default, gathers nothing."""
 
     rank: int = 0
     world: int = 1
+    """Number of processes."""
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    """Where this process trains."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and prints."""
+        return self.rank == 0
 
     def gather(self, z: Float[Tensor, "n d"]) -> Float[Tensor, "all d"]:
         """All ranks' rows, one rank after the other; gradients flow back to the rank that each row came from."""
@@ -27,21 +35,9 @@ class Ranks:
 
         return torch.cat(all_gather(z.contiguous()))
 
-    def own(self, z: Float[Tensor, "all d"]) -> Float[Tensor, "n d"]:
+    def local(self, z: Float[Tensor, "all d"]) -> Float[Tensor, "n d"]:
         """This rank's part of gathered rows."""
         return z.chunk(self.world)[self.rank]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProcessGroup(Ranks):
-    """This process among those that train together."""
-
-    device: torch.device
-
-    @property
-    def leads(self) -> bool:
-        """Whether this process writes."""
-        return self.rank == 0
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """The module with gradients averaged over ranks after every backward pass."""
@@ -51,27 +47,29 @@ class ProcessGroup(Ranks):
         return nn.parallel.DistributedDataParallel(module, device_ids=devices, broadcast_buffers=False)
 
     def mean(self, value: float) -> float:
-        """The mean of a figure over ranks, the same on each."""
+        """The mean of a value over ranks, the same on each rank."""
         if self.world == 1:
             return value
-        found = torch.tensor(value, dtype=torch.float64, device=self.device)
-        if self.device.type == "cuda":
-            found = found.float()
-        distributed.all_reduce(found)
-        return float(found) / self.world
+        dtype = torch.float32 if self.device.type == "cuda" else torch.float64
+        total = torch.tensor(value, dtype=dtype, device=self.device)
+        distributed.all_reduce(total)
+        return float(total) / self.world
 
     def wait(self) -> None:
-        """Go on when every rank is here."""
+        """Return once every rank has called this."""
         if self.world > 1:
             distributed.barrier()
 
 
 @contextmanager
 def init_distributed(device: torch.device) -> Iterator[ProcessGroup]:
-    """Join the processes that torchrun started; alone where it did not.
+    """Connect the processes that torchrun started, and disconnect them at the end of the block.
 
     Args:
-        device: Where to train; on GPUs each process takes the one of its local number.
+        device: Where to train. On GPUs each process takes the one with its local rank.
+
+    Yields:
+        This process's group: a single process where torchrun did not start it.
 
     Raises:
         UsageError: There are more processes than GPUs.
@@ -80,11 +78,12 @@ def init_distributed(device: torch.device) -> Iterator[ProcessGroup]:
     if world == 1:
         yield ProcessGroup(device=device)
         return
-    rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
+    rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
     if device.type == "cuda":
-        if local >= torch.cuda.device_count():
-            raise UsageError(f"{local + 1} processes need as many GPUs, this machine has {torch.cuda.device_count()}")
-        device = torch.device("cuda", local)
+        n_gpus = torch.cuda.device_count()
+        if local_rank >= n_gpus:
+            raise UsageError(f"{local_rank + 1} processes need as many GPUs, this machine has {n_gpus}")
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world)
     try:

@@ -1,4 +1,4 @@
-"""The held-out patches of a distillation, kept in memory: canonical views and the teacher's features of them."""
+"""The held-out patches of a distillation, held in memory: canonical views and the teacher's features of them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float16, Int64, UInt8
 
-from g2l_core.distillation.loader import SlideTables, require_finite, require_same_pixels
+from g2l_core.distillation.replay import SlideTables, require_finite, require_same_pixels
 from g2l_core.errors import StoreMissingError
 from g2l_core.patches.grid import GridSpec
 from g2l_core.patches.render import open_patches, render_block
@@ -26,7 +26,14 @@ class HeldOutSet:
 def read_held_out(
     store: FeatureStore, rows: Mapping[str, Int64[np.ndarray, " _"]], encoder: str | None, *, limit: int, seed: int
 ) -> HeldOutSet:
-    """View 0 of some rows, at most `limit` of them, drawn at random over all slides.
+    """Read view 0 of some rows.
+
+    Args:
+        store: The store.
+        rows: Rows to choose from, by slide id.
+        encoder: The teacher's key in the store; None reads no targets, for a teacher that runs live.
+        limit: Maximum number of rows; they are drawn at random over all slides.
+        seed: Random seed.
 
     Raises:
         StoreMissingError: The teacher's canonical view is not complete, or there are no rows.
@@ -40,22 +47,21 @@ def read_held_out(
     pixels, targets, first = [], [], 0
     spec = ViewSpec.from_json(store.views)
     for slide_id, chosen in sorted(rows.items()):
-        mine = np.sort(chosen)[kept[first : first + len(chosen)]]
+        drawn = np.sort(chosen)[kept[first : first + len(chosen)]]
         first += len(chosen)
-        if not len(mine):
+        if not len(drawn):
             continue
         slide = SlideTables(store.slide(slide_id), GridSpec.from_json(store.grid), spec)
         reader = open_patches(slide.stored, GridSpec.from_json(store.grid))
-        block = render_block(reader, mine.tolist(), slide.params[mine, :1], np.zeros(len(mine), np.uint8), spec)
+        block = render_block(reader, drawn.tolist(), slide.params[drawn, :1], np.zeros(len(drawn), np.uint8), spec)
         reader.close()
-        canonical = np.zeros(len(mine), np.int64)
-        require_same_pixels(slide, mine, canonical, slide.known_hashes(mine, canonical)[:, 0], block.hashes[:, 0])
+        require_same_pixels(slide, drawn, np.zeros(len(drawn), np.int64), block.hashes)
         pixels.append(block.pixels[:, 0])
-        targets.append(_held_out_targets(slide, encoder, mine))
+        targets.append(_read_targets(slide, encoder, drawn))
     return HeldOutSet(pixels=np.concatenate(pixels), targets=np.concatenate(targets))
 
 
-def _held_out_targets(slide: SlideTables, encoder: str | None, rows: np.ndarray) -> Float16[np.ndarray, "row dim"]:
+def _read_targets(slide: SlideTables, encoder: str | None, rows: np.ndarray) -> Float16[np.ndarray, "row dim"]:
     if encoder is None:
         return np.empty((len(rows), 0), np.float16)
     features = slide.stored.features(encoder)[rows]

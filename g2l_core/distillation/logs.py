@@ -1,37 +1,38 @@
-"""The logs of a run: `log.csv` and `validation.csv`, which survive a kill, and TensorBoard where it is installed."""
+"""The logs of a run: `log.csv`, `validation.csv`, and TensorBoard where it is installed."""
 
 import csv
 from collections.abc import Mapping
 from pathlib import Path
 
 from g2l_core.distillation.tensorboard import TensorBoardLog
+from g2l_core.files import replacing
 
 
 class TrainingLogs:
-    """log.csv and validation.csv, cut back to where a resumed run goes on, and TensorBoard where it is installed."""
+    """All logs of a run. Opening them drops what a run resumed at `step` will write again."""
 
     def __init__(self, folder: Path, step: int) -> None:
         self._steps = CsvLog(folder / "log.csv", keep_below=step)
         self._validation = CsvLog(folder / "validation.csv", keep_below=step + 1 if step else 0)
-        self._board = TensorBoardLog(folder, step)
+        self._tensorboard = TensorBoardLog(folder, step)
 
     def step(self, row: Mapping[str, float]) -> None:
-        """One step."""
+        """Add a step's row."""
         self._steps.write(row)
-        self._board.add("train", row)
+        self._tensorboard.add("train", row)
 
     def validation(self, row: Mapping[str, float]) -> None:
-        """One validation."""
+        """Add a validation's row."""
         self._validation.write(row)
-        self._board.add("held out", row)
+        self._tensorboard.add("held out", row)
 
     def close(self) -> None:
-        """No more comes."""
-        self._board.close()
+        """Close the logs."""
+        self._tensorboard.close()
 
 
 class CsvLog:
-    """A CSV that survives a kill: each row is flushed, and a resumed run drops what it will write again."""
+    """A CSV that survives a kill: each row is flushed. Opening it drops a torn row, and steps from `keep_below` on."""
 
     def __init__(self, path: Path, *, keep_below: int) -> None:
         self._path = path
@@ -40,16 +41,14 @@ class CsvLog:
         self._rewrite(rows)
 
     def _rewrite(self, rows: list[dict[str, str]]) -> None:
-        temporary = self._path.with_suffix(".partial")
-        with temporary.open("w", newline="", encoding="utf-8") as file:
+        with replacing(self._path, "w", newline="", encoding="utf-8") as file:
             if rows:
                 writer = csv.DictWriter(file, self._columns)
                 writer.writeheader()
                 writer.writerows(rows)
-        temporary.replace(self._path)
 
     def write(self, row: Mapping[str, float]) -> None:
-        """Append one row; the first one names the columns."""
+        """Append a row. The first row of a file decides its columns."""
         empty = self._path.stat().st_size == 0
         with self._path.open("a", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, tuple(row) if empty else self._columns)
@@ -60,7 +59,7 @@ class CsvLog:
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """The whole rows of a log; a kill can leave half a line, which then lacks its last field."""
+    """The complete rows of a log. A kill can leave half a line, which lacks its last field and is left out."""
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:
@@ -68,5 +67,5 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 
 def read_figures(path: Path) -> list[dict[str, float]]:
-    """The rows of a log as numbers."""
+    """The complete rows of a log as numbers; empty where there is no log."""
     return [{name: float(value) for name, value in row.items()} for row in read_csv(path)]

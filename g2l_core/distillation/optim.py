@@ -8,45 +8,12 @@ from typing import Any
 import torch
 
 from g2l_core.distillation.distiller import Distiller
+from g2l_core.distillation.spec import OptimSpec
 from g2l_core.encoders.timm_compat import import_timm
-from g2l_core.errors import UsageError
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimSpec:
-    """AdamW and its schedule. Defaults are the paper's (arXiv 2510.11176, method 6 and 7); the rest is off."""
-
-    lr: float = 1e-4
-    weight_decay: float = 0.05
-    warmup: int = 0
-    """Steps over which the learning rate rises to `lr`, linearly."""
-    clip: float = 0.0
-    """Largest norm of all gradients together; 0 clips nothing."""
-    accumulate: int = 1
-    """Batches whose gradients make one step."""
-    layer_decay: float = 1.0
-    """Each block's learning rate is this share of the one after it (BEiT, arXiv 2106.08254)."""
-    ema: float = 0.0
-    """Decay of a moving average of the weights, which is then what is watched and kept; 0 keeps none."""
-    early_stop_window: int = 100
-    """Steps whose mean loss is the early stop's bar."""
-    early_stop_patience: int = 10
-    """Stop after more than this many steps in a row above the bar; 0 never stops early."""
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot run."""
-        if self.lr <= 0 or self.weight_decay < 0:
-            raise UsageError(f"expected lr > 0 and weight decay >= 0, not {self.lr} and {self.weight_decay}")
-        if self.warmup < 0 or self.clip < 0 or self.accumulate < 1:
-            raise UsageError("expected warmup >= 0, clip >= 0 and accumulate >= 1")
-        if not 0 < self.layer_decay <= 1 or not 0 <= self.ema < 1:
-            raise UsageError(f"expected 0 < layer decay <= 1 and 0 <= ema < 1, not {self.layer_decay} and {self.ema}")
-        if self.early_stop_window < 1 or self.early_stop_patience < 0:
-            raise UsageError("expected early-stop window >= 1 and patience >= 0")
 
 
 def build_optimizer(distiller: Distiller, spec: OptimSpec) -> torch.optim.AdamW:
-    """AdamW over student and projector; each group carries the share of the learning rate that its depth leaves it."""
+    """AdamW over student and projector. Each parameter group's `share` is the factor of its learning rate."""
     return torch.optim.AdamW(_groups(distiller, spec), lr=spec.lr, weight_decay=spec.weight_decay)
 
 
@@ -56,13 +23,13 @@ def _groups(distiller: Distiller, spec: OptimSpec) -> list[dict[str, Any]]:
     import_timm()
     from timm.optim import param_groups_layer_decay  # type: ignore[attr-defined]
 
-    found = param_groups_layer_decay(distiller.student.network, layer_decay=spec.layer_decay)
-    groups = [{"params": group["params"], "share": group["lr_scale"]} for group in found]
+    layers = param_groups_layer_decay(distiller.student.network, layer_decay=spec.layer_decay)
+    groups = [{"params": layer["params"], "share": layer["lr_scale"]} for layer in layers]
     return [*groups, {"params": list(distiller.projector.parameters()), "share": 1.0}]
 
 
 def cosine(step: int, steps: int) -> float:
-    """The annealing factor of a step: 1 at the first, towards 0 at the last."""
+    """The annealing factor of a step: 1 at the first, close to 0 at the last."""
     return 0.5 * (1 + cos(pi * step / steps))
 
 
@@ -70,7 +37,7 @@ def anneal(optimizer: torch.optim.Optimizer, spec: OptimSpec, step: int, steps: 
     """Set learning rate and weight decay, both cosine-annealed (paper, 6); warm-up scales the learning rate alone.
 
     Returns:
-        Learning rate (of a group with the whole of it) and weight decay of this step.
+        Learning rate (of a group whose share is 1) and weight decay of this step.
     """
     factor = cosine(step, steps)
     lr = spec.lr * factor * min(1.0, (step + 1) / spec.warmup if spec.warmup else 1.0)
@@ -90,7 +57,7 @@ class EarlyStop:
     above: int = 0
 
     def update(self, loss: float) -> bool:
-        """Take one step's loss; True when training should stop."""
+        """Add a step's loss, and return whether training should stop."""
         if self.patience and len(self.recent) == self.window:
             self.above = self.above + 1 if loss > sum(self.recent) / self.window else 0
         self.recent.append(loss)

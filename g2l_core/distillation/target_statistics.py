@@ -16,25 +16,25 @@ SAMPLE_ROWS = 1_000_000
 def target_statistics(
     store: FeatureStore, rows: Mapping[str, Int64[np.ndarray, " _"]], encoder: str, n_augmented: int
 ) -> TargetStatistics:
-    """Statistics of the replayed views' features.
+    """Compute the statistics of the replayed views' features.
 
     Rows lie in a slide's store in the random order of its cells, so the first ones are a sample of the whole slide:
     each slide gives its first rows, at most a million in all, in every replayed view. The bank is spread in the same
     way, over view 1.
 
     Args:
-        store: With the teacher's features.
+        store: The store, with the teacher's features.
         rows: Training rows by slide id.
         encoder: The teacher's key.
-        n_augmented: Views 1 to this.
+        n_augmented: The last replayed view; the first is 1.
     """
     count, total, squares = 0, np.float64(0), np.float64(0)
-    for _, features in _first(store, rows, encoder, range(1, 1 + n_augmented), SAMPLE_ROWS):
+    for features in _first_rows(store, rows, encoder, range(1, 1 + n_augmented), SAMPLE_ROWS):
         values = features.astype(np.float64)
         count, total, squares = count + len(values), total + values.sum(0), squares + np.square(values).sum(0)
     mean = total / count
     deviation = np.sqrt(np.maximum(squares / count - np.square(mean), 0))
-    bank = np.concatenate([features for _, features in _first(store, rows, encoder, range(1, 2), BANK_ROWS)])
+    bank = np.concatenate(list(_first_rows(store, rows, encoder, range(1, 2), BANK_ROWS)))
     return TargetStatistics(
         mean=torch.from_numpy(np.asarray(mean, np.float32)),
         deviation=torch.from_numpy(np.maximum(deviation, 1e-3 * deviation.max()).astype(np.float32)),
@@ -42,15 +42,15 @@ def target_statistics(
     )
 
 
-def _first(
-    store: FeatureStore, rows: Mapping[str, Int64[np.ndarray, " _"]], encoder: str, views: range, most: int
-) -> Iterator[tuple[int, Float16[np.ndarray, "row dim"]]]:
-    """Yield (view, features of the first chosen rows) of every slide, at most `most` rows in all."""
-    share = max(1, most // (len(rows) * len(views)))
+def _first_rows(
+    store: FeatureStore, rows: Mapping[str, Int64[np.ndarray, " _"]], encoder: str, views: range, max_rows: int
+) -> Iterator[Float16[np.ndarray, "row dim"]]:
+    """Yield the features of every slide's first chosen rows, view by view, at most `max_rows` rows in all."""
+    per_slide = max(1, max_rows // (len(rows) * len(views)))
     for slide_id, chosen in sorted(rows.items()):
-        mine = np.sort(chosen)[:share]
-        if not len(mine):
+        first = np.sort(chosen)[:per_slide]
+        if not len(first):
             continue
         slide = store.slide(slide_id)
         for view in views:
-            yield view, slide.read_rows(encoder, 0, int(mine[-1]) + 1, view=view)[mine]
+            yield slide.read_rows(encoder, 0, int(first[-1]) + 1, view=view)[first]

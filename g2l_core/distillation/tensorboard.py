@@ -1,4 +1,4 @@
-"""A run's figures for TensorBoard, where it is installed."""
+"""A run's metric values for TensorBoard, where it is installed."""
 
 import importlib.util
 import warnings
@@ -8,10 +8,10 @@ from typing import Any
 
 
 class TensorBoardLog:
-    """Writes to RUN/tensorboard; nothing where TensorBoard is not installed."""
+    """Writes to RUN/tensorboard. It writes nothing where TensorBoard is not installed."""
 
     def __init__(self, folder: Path, step: int) -> None:
-        """Begin, or go on at `step`: later points of a run that was killed are hidden."""
+        """Begin, or continue at `step`: later points of a run that was killed are hidden."""
         self._writer: Any = None
         if importlib.util.find_spec("tensorboard") is None:
             return
@@ -22,7 +22,7 @@ class TensorBoardLog:
             self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step or None)
 
     def add(self, group: str, row: Mapping[str, float]) -> None:
-        """Add a row's figures at its step."""
+        """Add a row's values at its step."""
         if self._writer is None:
             return
         for name, value in row.items():
@@ -30,6 +30,6 @@ class TensorBoardLog:
                 self._writer.add_scalar(f"{group}/{name}", value, int(row["step"]))
 
     def close(self) -> None:
-        """Write what is buffered."""
+        """Write what is buffered, and close the log."""
         if self._writer is not None:
             self._writer.close()

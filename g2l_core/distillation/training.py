@@ -1,4 +1,4 @@
-"""Stage two's loop: student and projector learn a teacher's features of the very pixels that they see."""
+"""The training loop: student and projector learn a teacher's features of the very pixels that they see."""
 
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,64 +14,39 @@ from torch import Tensor, nn
 from g2l_core.concurrency import in_background
 from g2l_core.distillation.checkpoints import RunState, restore, save, save_best
 from g2l_core.distillation.distiller import Average, Distiller
+from g2l_core.distillation.distributed import ProcessGroup
 from g2l_core.distillation.loader import Batch
 from g2l_core.distillation.logs import TrainingLogs
-from g2l_core.distillation.objective import Objective, ObjectiveSpec
-from g2l_core.distillation.optim import EarlyStop, OptimSpec, anneal, build_optimizer
-from g2l_core.errors import RunError, UsageError
+from g2l_core.distillation.objective import Objective
+from g2l_core.distillation.optim import EarlyStop, anneal, build_optimizer
+from g2l_core.distillation.spec import TrainSettings
+from g2l_core.errors import RunError
 
-Figures = Mapping[str, float]
+MetricValues = Mapping[str, float]
 
 BATCHES_AHEAD = 2
-"""Batches put together while one is trained on."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainSettings:
-    """How the student is trained."""
-
-    steps: int
-    objective: ObjectiveSpec = field(default_factory=ObjectiveSpec)
-    optim: OptimSpec = field(default_factory=OptimSpec)
-    projector: str = "linear"
-    grad_checkpoint: bool = False
-    """Recompute activations in the backward pass: less memory, slower."""
-    validate_every: int = 200
-    checkpoint_every: int = 200
-    best_by: str = "cka_debiased"
-    """The held-out figure whose highest value marks the best checkpoint."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Refuse a loop that cannot run."""
-        if self.steps < 1 or self.validate_every < 1 or self.checkpoint_every < 1:
-            raise UsageError("steps, validate_every and checkpoint_every must be at least 1")
+"""Batches that are prepared while one is trained on."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerHooks:
-    """What the loop is given from outside: data, devices, and whoever watches."""
+    """What the training loop gets from its caller: the data, the processes and devices, and what to call when."""
 
     batches: Callable[[int], Generator[Batch, None, None]]
-    """Gives the stream of batches from a position on; the position of step s is s times `accumulate`."""
-    device: torch.device
-    autocast: torch.dtype | None
-    """The student's forward precision; None is float32. The loss is always float32."""
-    validate: Callable[[Distiller], Figures]
-    """Figures of validation.csv, of the watched network."""
+    """Called with a position, returns the endless stream of batches from there on. Step s begins at position s times
+    `accumulate`."""
+    group: ProcessGroup = field(default_factory=ProcessGroup)
+    """Where to train, and with which other processes. The main one writes logs and checkpoints."""
+    autocast: torch.dtype | None = None
+    """Precision of the student's forward pass; None is float32. The loss is always float32."""
+    validate: Callable[[Distiller], MetricValues]
+    """Called with the network to evaluate, returns a row of validation.csv without its step."""
     warn: Callable[[RunState, Path], None]
-    """Called after every validation."""
+    """Called after every validation with the state and the run folder."""
     report: Callable[[int, float], None]
     """Called after every step with its number and loss."""
-    wrap: Callable[[nn.Module], nn.Module] = lambda module: module
-    """Makes the trained module data-parallel where several ranks train."""
-    mean_over_ranks: Callable[[float], float] = lambda value: value
-    leads: bool = True
-    """Whether this rank writes logs and checkpoints."""
-    world: int = 1
-    """Ranks that train together."""
-    targets_of: Callable[[Tensor], Tensor] | None = None
-    """The teacher itself, from pixels on the device to features; None takes the batch's stored ones."""
+    teacher: Callable[[Tensor], Tensor] | None = None
+    """A teacher that runs live, from pixels on the device to features. None takes the batch's stored features."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,11 +58,13 @@ class TrainOutcome:
     last_loss: float
     best_step: int
     warnings: tuple[str, ...] = ()
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """Keys that another version wrote into run.json."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """A batch ready for the device."""
+    """A batch as tensors, ready to be copied to the device."""
 
     epoch: int
     pixels: Tensor
@@ -94,15 +72,15 @@ class Prepared:
 
 
 class DistillationStep(nn.Module):
-    """From pixels and targets to the loss: the whole of what data-parallel training must wrap."""
+    """From pixels and targets to the loss: everything that data-parallel training must wrap."""
 
-    def __init__(self, distiller: Distiller, objective: Objective, loop: TrainerHooks) -> None:
+    def __init__(self, distiller: Distiller, objective: Objective, hooks: TrainerHooks) -> None:
         super().__init__()
         self.distiller, self.objective = distiller, objective
-        self._device, self._autocast = loop.device.type, loop.autocast
+        self._device, self._autocast = hooks.group.device.type, hooks.autocast
 
     def forward(self, pixels: Tensor, targets: Tensor) -> Tensor:
-        """The batch's loss; statistics and loss in float32 whatever the autocast."""
+        """The batch's loss. Statistics and loss are in float32 whatever the autocast."""
         with torch.autocast(self._device, self._autocast or torch.bfloat16, enabled=self._autocast is not None):
             projected = self.distiller(pixels)
         loss: Tensor = self.objective(projected, targets)
@@ -110,46 +88,50 @@ class DistillationStep(nn.Module):
 
 
 def train(
-    distiller: Distiller, objective: Objective, settings: TrainSettings, folder: Path, loop: TrainerHooks
+    distiller: Distiller, objective: Objective, settings: TrainSettings, folder: Path, hooks: TrainerHooks
 ) -> tuple[TrainOutcome, RunState]:
     """Train, from the last good checkpoint in `folder` if there is one.
 
     Args:
-        distiller: Student and projector, on the loop's device.
+        distiller: Student and projector, on the group's device.
         objective: The loss.
         settings: The schedule.
-        folder: Gets log.csv, validation.csv and checkpoints/.
-        loop: Data, devices and watchers.
+        folder: The run folder, which gets log.csv, validation.csv and checkpoints/.
+        hooks: Data, processes, and what to call when.
+
+    Returns:
+        How training ended, and the state that it ended in.
 
     Raises:
         RunError: The loss is not finite, or a checkpoint cannot be written.
     """
     torch.manual_seed(settings.seed)  # dropout and drop path, where a student has them
     state = _begin(distiller, settings, folder)
-    step_module = loop.wrap(DistillationStep(distiller, objective, loop).to(loop.device))
-    logs = TrainingLogs(folder, state.step) if loop.leads else None
+    group = hooks.group
+    step_module = group.wrap(DistillationStep(distiller, objective, hooks).to(group.device))
+    logs = TrainingLogs(folder, state.step) if group.is_main else None
     if state.step == 0 and logs:
-        _validate(state, logs, settings, folder, loop)
-    prepared = _prepared(loop.batches(state.step * settings.optim.accumulate), loop.device)
+        _validate(state, logs, settings, folder, hooks)
+    prepared = _prepare(hooks.batches(state.step * settings.optim.accumulate), group.device)
     stream = in_background(prepared, depth=BATCHES_AHEAD)
     while state.step < settings.steps and not state.stopped:
-        row = train_step(state, step_module, stream, settings, loop)
+        row = train_step(state, step_module, stream, settings, hooks)
         state.stopped = state.early_stop.update(state.loss)
         state.step += 1
         if logs:
             logs.step(row)
         done = state.stopped or state.step == settings.steps
         if logs and (done or state.step % settings.validate_every == 0):
-            _validate(state, logs, settings, folder, loop)
+            _validate(state, logs, settings, folder, hooks)
         if logs and (done or state.step % settings.checkpoint_every == 0):
             save(folder, state)
-        loop.report(state.step, state.loss)
+        hooks.report(state.step, state.loss)
     stream.close()
     if logs:
         logs.close()
     outcome = TrainOutcome(
         steps=state.step, stopped_early=state.stopped, last_loss=state.loss, best_step=state.best_step,
-        warnings=tuple(state.said),
+        warnings=tuple(state.warnings),
     )  # fmt: skip
     return outcome, state
 
@@ -167,9 +149,16 @@ def _begin(distiller: Distiller, settings: TrainSettings, folder: Path) -> RunSt
 
 
 def train_step(
-    state: RunState, step_module: nn.Module, stream: Iterator[Prepared], settings: TrainSettings, loop: TrainerHooks
+    state: RunState, step_module: nn.Module, stream: Iterator[Prepared], settings: TrainSettings, hooks: TrainerHooks
 ) -> dict[str, float]:
-    """One update from `accumulate` batches: forward in training mode, backward, clip, step. Returns its log row."""
+    """Make one update from `accumulate` batches: forward in training mode, backward, clip, step.
+
+    Returns:
+        The step's row of log.csv.
+
+    Raises:
+        RunError: The loss is not finite.
+    """
     begin, waited, total = perf_counter(), 0.0, 0.0
     optim = settings.optim
     lr, weight_decay = anneal(state.optimizer, optim, state.step, settings.steps)
@@ -180,7 +169,7 @@ def train_step(
         batch = next(stream)
         waited += perf_counter() - asked
         with _without_sync(step_module) if i + 1 < optim.accumulate else nullcontext():
-            pixels, targets = _on_device(batch, loop)
+            pixels, targets = _to_device(batch, hooks)
             loss = step_module(pixels, targets) / optim.accumulate
             loss.backward()
         total += float(loss.detach())
@@ -189,13 +178,15 @@ def train_step(
     state.optimizer.step()
     if state.average:
         state.average.update(state.distiller)
-    state.loss = _finite(loop.mean_over_ranks(total), state.step)
-    rows, width = len(targets) * (loop.world if settings.objective.reduce == "global" else 1), targets.shape[1]
+    state.loss = hooks.group.mean(total)
+    if not isfinite(state.loss):
+        raise RunError(f"the loss of step {state.step} is {state.loss}. Lower --lr; the checkpoints before it are kept")
+    rows = len(targets) * (hooks.group.world if settings.objective.reduce == "global" else 1)
     return {
         "step": state.step,
         "epoch": batch.epoch,
         "loss": state.loss,
-        "loss_per_element": settings.objective.comparable(state.loss, rows, width),
+        "loss_per_element": settings.objective.comparable(state.loss, rows, targets.shape[1]),
         "lr": lr,
         "weight_decay": weight_decay,
         "seconds": round(perf_counter() - begin, 4),
@@ -203,49 +194,38 @@ def train_step(
     }
 
 
-def _prepared(batches: Generator[Batch, None, None], device: torch.device) -> Generator[Prepared, None, None]:
-    """Batches as tensors, in page-locked memory where a GPU takes them: its copies then need not wait."""
-    pinned = device.type == "cuda"
+def _prepare(batches: Generator[Batch, None, None], device: torch.device) -> Generator[Prepared, None, None]:
+    """Yield batches as tensors, in page-locked memory for a GPU, so that copies to it need not wait."""
+    pin = device.type == "cuda"
     try:
         for batch in batches:
             pixels, targets = torch.from_numpy(batch.pixels), torch.from_numpy(batch.targets)
-            if pinned:
+            if pin:
                 pixels, targets = pixels.pin_memory(), targets.pin_memory()
             yield Prepared(epoch=batch.epoch, pixels=pixels, targets=targets)
     finally:
         batches.close()
 
 
-def _on_device(batch: Prepared, loop: TrainerHooks) -> tuple[Tensor, Tensor]:
-    """A batch's pixels and its targets: stored ones, or the teacher's of these pixels."""
-    pixels = batch.pixels.to(loop.device, non_blocking=True)
-    if loop.targets_of is not None:
-        return pixels, loop.targets_of(pixels)
-    return pixels, batch.targets.to(loop.device, non_blocking=True).float()
+def _to_device(batch: Prepared, hooks: TrainerHooks) -> tuple[Tensor, Tensor]:
+    """A batch's pixels and targets: the stored ones, or a live teacher's features of these pixels."""
+    pixels = batch.pixels.to(hooks.group.device, non_blocking=True)
+    if hooks.teacher is not None:
+        return pixels, hooks.teacher(pixels)
+    return pixels, batch.targets.to(hooks.group.device, non_blocking=True).float()
 
 
 def _without_sync(step_module: nn.Module) -> AbstractContextManager[None]:
-    """Leave gradients on their rank: they are summed over ranks once a step."""
+    """Keep gradients on their rank for now: they are averaged over ranks once a step."""
     no_sync = getattr(step_module, "no_sync", None)
     return no_sync() if no_sync else nullcontext()
 
 
-def _finite(loss: float, step: int) -> float:
-    """The loss itself, if it is a number.
-
-    Raises:
-        RunError: It is not.
-    """
-    if not isfinite(loss):
-        raise RunError(f"the loss of step {step} is {loss}. Lower --lr; the checkpoints before it are kept")
-    return loss
-
-
-def _validate(state: RunState, logs: TrainingLogs, settings: TrainSettings, folder: Path, loop: TrainerHooks) -> None:
-    """Measure the watched network on held-out patches; keep it if it is the best so far."""
-    figures = loop.validate(state.eval_model)
-    logs.validation({"step": state.step, **figures})
-    if figures[settings.best_by] > state.best:
-        state.best, state.best_step = figures[settings.best_by], state.step
+def _validate(state: RunState, logs: TrainingLogs, settings: TrainSettings, folder: Path, hooks: TrainerHooks) -> None:
+    """Evaluate the network on held-out patches, and keep it if it is the best so far."""
+    values = hooks.validate(state.eval_model)
+    logs.validation({"step": state.step, **values})
+    if values[settings.best_by] > state.best:
+        state.best, state.best_step = values[settings.best_by], state.step
         save_best(folder, state)
-    loop.warn(state, folder)
+    hooks.warn(state, folder)

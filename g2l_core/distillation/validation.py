@@ -1,4 +1,4 @@
-"""How close a student is to its teacher on held-out patches, and what a run's curves warn of."""
+"""How close a student is to its teacher on held-out patches, and warnings from a run's curves."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Float64, Int64
+from jaxtyping import Float, Float32, Float64
 
 from g2l_core.distillation.distiller import Distiller
 from g2l_core.distillation.held_out import HeldOutSet
@@ -18,22 +18,28 @@ OVERLAP_K = 10
 """Neighbors of the mutual overlap, as in Huh et al. 2024 (arXiv 2405.07987)."""
 
 DEAD = 1e-3
-"""A dimension whose deviation is a smaller share than this of the largest does not count."""
+"""Dimensions whose deviation is a smaller fraction than this of the largest one are ignored."""
 
 STALLED_VALIDATIONS = 5
 STALLED_GAIN = 0.005
-PARTED_VALIDATIONS = 3
+DIVERGED_VALIDATIONS = 3
 
 
 def held_out_metrics(
     distiller: Distiller, held_out: HeldOutSet, device: torch.device, batch_size: int
 ) -> dict[str, float]:
-    """How close the student is to the teacher on held-out canonical views.
+    """Measure how close the student is to the teacher on held-out canonical views.
+
+    Args:
+        distiller: Student and projector.
+        held_out: Pixels and the teacher's features of them.
+        device: Where the distiller is.
+        batch_size: Patches that are encoded at a time.
 
     Returns:
-        Linear CKA of student and teacher, debiased and biased; the same of the projected student; mutual kNN overlap
-        of student and teacher; and of projected student and teacher, both standardized over the held-out patches: the
-        mean cosine, and the explained variance R^2, the squared correlation of each dimension, averaged.
+        Metric values by name. Of student and teacher: linear CKA, debiased and biased, and the mutual kNN overlap. Of
+        projected student and teacher: the same CKA; and, both standardized over the held-out patches, the mean cosine
+        and the explained variance R^2, which is the squared correlation of each dimension, averaged.
     """
     student, projected = _encode(distiller, held_out, device, batch_size)
     teacher = held_out.targets.astype(np.float32)
@@ -50,7 +56,7 @@ def held_out_metrics(
 
 
 def _standardized(z: Float32[np.ndarray, "n dim"]) -> Float64[np.ndarray, "n dim"]:
-    """Each dimension with mean 0 and variance 1 whatever its scale; 0 where it is constant."""
+    """Each dimension with mean 0 and variance 1; a constant dimension becomes 0."""
     centered = z.astype(np.float64) - z.mean(axis=0, dtype=np.float64)
     deviation = centered.std(axis=0)
     return centered / np.where(deviation > 0, deviation, 1)
@@ -59,7 +65,7 @@ def _standardized(z: Float32[np.ndarray, "n dim"]) -> Float64[np.ndarray, "n dim
 def _encode(
     distiller: Distiller, held_out: HeldOutSet, device: torch.device, batch_size: int
 ) -> tuple[Float32[np.ndarray, "n dim"], Float32[np.ndarray, "n teacher_dim"]]:
-    """Features of the student, and projected ones."""
+    """Features of the student, and projected features."""
     was_training = distiller.training
     distiller.eval()
     features, projected = [], []
@@ -79,60 +85,63 @@ def _cka(x: np.ndarray, y: np.ndarray, suffix: str) -> dict[str, float]:
 
 
 def neighbor_overlap(x: Float[np.ndarray, "n dim_x"], y: Float[np.ndarray, "n dim_y"], k: int) -> float:
-    """Mean share of each row's k nearest (cosine) in `x` that are among its k nearest in `y`; k is less than n."""
+    """Mean fraction of each row's k nearest rows (cosine) in `x` that are among its k nearest in `y`.
+
+    Args:
+        x: Features of n rows.
+        y: Other features of the same rows.
+        k: Neighbors; n - 1 at most.
+    """
     k = min(k, len(x) - 1)
-    of_x, of_y = (nearest(z, None, k).indices for z in (x, y))
-    return float(np.mean([_shared(a, b) for a, b in zip(of_x, of_y, strict=True)]) / k)
-
-
-def _shared(a: Int64[np.ndarray, " k"], b: Int64[np.ndarray, " k"]) -> int:
-    return len(np.intersect1d(a, b))
+    nearest_x, nearest_y = (nearest(z, None, k).indices for z in (x, y))
+    return float(np.mean([len(np.intersect1d(a, b)) for a, b in zip(nearest_x, nearest_y, strict=True)]) / k)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Curves:
-    """A run so far."""
+    """The curves of a run so far."""
 
     validations: Sequence[Mapping[str, float]]
-    """Rows of validation.csv."""
+    """The rows of validation.csv."""
     losses: Sequence[float]
-    """Comparable loss of every step."""
+    """The comparable loss of every step."""
     steps: int
-    """Steps that the run will have."""
+    """Steps of the whole run."""
 
 
 def training_warnings(curves: Curves) -> list[str]:
-    """What the curves of a run warn of (the failure signs of the paper's summary).
+    """Warnings from the curves of a run (the failure signs of the paper's summary).
 
-    - CKA stalls: it has not gained 0.005 over the last five validations, below 0.9, in the run's first three quarters
-      (later the annealed rate leaves no room).
-    - Training and held-out curves part: over the last three validations the training loss fell while the held-out
+    - CKA stalls: it is below 0.9 and has not gained 0.005 over the last five validations. This is checked in the run's
+      first three quarters, since the annealed learning rate leaves no room for a gain later.
+    - Training and held-out curves diverge: over the last three validations the training loss fell, and the held-out
       explained variance fell each time.
     """
-    found = []
+    warnings = []
     cka = [row["cka_debiased"] for row in curves.validations]
     last = curves.validations[-1]["step"] if curves.validations else 0
     if len(cka) > STALLED_VALIDATIONS and cka[-1] < 0.9 and last < 0.75 * curves.steps:
         before = max(cka[:-STALLED_VALIDATIONS])
         if max(cka[-STALLED_VALIDATIONS:]) < before + STALLED_GAIN:
-            found.append(
+            warnings.append(
                 f"CKA to the teacher has stalled at {cka[-1]:.3f} for {STALLED_VALIDATIONS} validations: "
                 "more slides, more views or a larger student may help"
             )
-    if _parted(curves):
-        found.append(
-            f"training loss falls while held-out R^2 has fallen {PARTED_VALIDATIONS} times in a row: "
+    if _diverged(curves):
+        warnings.append(
+            f"training loss falls while held-out R^2 has fallen {DIVERGED_VALIDATIONS} times in a row: "
             "the student learns its training slides by heart; more slides or views help, or checkpoints/best.pt"
         )
-    return found
+    return warnings
 
 
-def _parted(curves: Curves) -> bool:
-    recent = curves.validations[-PARTED_VALIDATIONS - 1 :]
-    if len(recent) <= PARTED_VALIDATIONS:
+def _diverged(curves: Curves) -> bool:
+    """Whether the training loss has fallen while the held-out explained variance fell at every recent validation."""
+    recent = curves.validations[-DIVERGED_VALIDATIONS - 1 :]
+    if len(recent) <= DIVERGED_VALIDATIONS:
         return False
     falling = all(later["r2_projected"] < earlier["r2_projected"] for earlier, later in pairwise(recent))
     steps = [int(row["step"]) for row in recent]
-    parts = [curves.losses[a:b] for a, b in pairwise(steps)]
-    means = [float(np.mean(part)) for part in parts if len(part)]
+    spans = [curves.losses[a:b] for a, b in pairwise(steps)]
+    means = [float(np.mean(span)) for span in spans if len(span)]
     return falling and len(means) > 1 and means[-1] < means[0]

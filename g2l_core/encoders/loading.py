@@ -138,9 +138,9 @@ def build_network(spec: EncoderSpec) -> nn.Module:
     Raises:
         EncoderError: The weights cannot be had or do not fit.
     """
-    source, _, where = spec.weights.partition(":")
-    network = build_architecture(spec.architecture, spec.arguments, int(where) if source == "random" else 0)
-    if source not in {"random", "module"}:
+    source = spec.source
+    network = build_architecture(spec.architecture, spec.arguments, int(source.where) if spec.is_untrained else 0)
+    if source.kind not in {"random", "module"}:
         tensors = read_tensors(weights_file(spec))
         state = state_dict_in_timm_layout(tensors, spec.layout, network.state_dict(), spec.name)
         network.load_state_dict(state, strict=True)

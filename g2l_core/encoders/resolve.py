@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from g2l_core.encoders.registry import TABLE
-from g2l_core.encoders.spec import POOLINGS, EncoderSpec, spec_from_json, spec_to_json
+from g2l_core.encoders.spec import POOLINGS, EncoderSpec, WeightsSource, spec_from_json, spec_to_json
 from g2l_core.encoders.spec_file import read_encoder_file
 from g2l_core.errors import EncoderError, UnknownNameError, UsageError
 
@@ -139,12 +139,12 @@ def _with_pooling(spec: EncoderSpec, pooling: str) -> EncoderSpec:
 
 
 def _with_weights(spec: EncoderSpec, weights: str) -> EncoderSpec:
-    source, _, where = weights.partition(":")
-    if source == "random":
-        if not where.isdecimal():
+    source = WeightsSource.parse(weights)
+    if source.kind == "random":
+        if not source.where.isdecimal():
             raise UsageError(f"--weights {weights}: expected random:SEED with a whole number, such as random:0")
         return replace(spec, weights=weights, layout="timm", trained_on="")
-    if source == "hub" and "/" in where:
+    if source.kind == "hub" and "/" in source.where:
         return replace(spec, weights=weights, layout="auto", trained_on="")
     path = Path(weights)
     if not path.is_file():
@@ -183,9 +183,8 @@ def encoder_key(spec: EncoderSpec, digest: str) -> str:
     a user names add the digest's beginning, so that two of one name stay apart.
     """
     slug = re.sub(r"[^A-Za-z0-9_]+", "-", spec.name).strip("-")
-    source, _, where = spec.weights.partition(":")
-    if source == "random":
-        return f"{slug}-random{where}"
+    if spec.is_untrained:
+        return f"{slug}-random{spec.source.where}"
     published = any(spec.weights == known.weights for known in TABLE.values())
     return slug if published else f"{slug}-{digest[:8]}"
 

@@ -147,7 +147,7 @@ def _made_of(card: ModelCard) -> dict[str, str]:
     optim = train["optim"]
     return {
         "teacher": f"{teacher['name']} ({origin}), digest {teacher['digest'][:12]}",
-        "student before": f"{card.student.name} ({card.student.weights_in_words})",
+        "student before": f"{card.student.name} ({card.student.describe_weights()})",
         "data": f"{card.train_patches:,} patches of {card.train_slides} slides; held out: {card.held_out}",
         "training": f"step {card.step:,} of {train['steps']:,}, batch {card.settings['batch_size']}, loss "
         f"{train['objective']['loss']}, lr {optim['lr']:g}, weight decay {optim['weight_decay']:g}",

@@ -4,83 +4,20 @@ Pure arithmetic. All lengths are level-0 pixels unless a name says otherwise; a 
 `patch_side_level0`, and every coordinate is a whole multiple of that side.
 """
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int64
 
-from g2l_core.errors import MppError, UnknownNameError, UsageError
+from g2l_core.errors import MppError
+from g2l_core.patches.spec import ARTIFACTS as ARTIFACTS
+from g2l_core.patches.spec import GridSpec as GridSpec
+from g2l_core.patches.spec import parse_artifacts as parse_artifacts
 from g2l_core.rng import keyed_generator
 from g2l_core.types import Coords, Level0Px, Mpp, TissueMask
 
 MAX_UPSAMPLING = 1.1
 """A slide may be this much coarser than the wanted mpp; beyond, patches would be made of invented pixels."""
-
-
-STORED_ARTIFACTS = "artefacts"
-"""The key of `GridSpec.artifacts` in stores, from before the spelling was settled: names by comma, or `none`."""
-
-ARTIFACTS = ("black", "pen", "blurred")
-"""What a slide's patches can be left out for, in the order in which it is looked for."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class GridSpec:
-    """The patches of a store. Part of its identity."""
-
-    mpp: float = 0.5
-    """Micrometers per pixel of a patch."""
-    patch_px: int = 256
-    """Side of a patch at that mpp; the grid does not overlap."""
-    tissue: str = "otsu"
-    """Identity of the tissue method, as `tissue.methods.resolve_tissue` names it."""
-    min_tissue: float = 0.25
-    """Least share of a patch that must be tissue."""
-    max_patches: int | None = None
-    """Keep at most this many patches of a slide, drawn at random; None keeps all."""
-    cell_patches: int = 8
-    """Side of a cell: the cells stand in random order, the patches of one cell together."""
-    artifacts: tuple[str, ...] = ARTIFACTS
-    """Patches of slides that show one of these keep their row and get no features. Folders of patch images are
-    somebody's choice already and are never filtered."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Refuse a grid that cannot be laid."""
-        if unknown := sorted(set(self.artifacts) - set(ARTIFACTS)):
-            raise UnknownNameError("artifact", unknown[0], [*ARTIFACTS, "none"])
-        in_order = tuple(name for name in ARTIFACTS if name in self.artifacts)
-        object.__setattr__(self, "artifacts", in_order)
-        if not 0.05 <= self.mpp <= 50:
-            raise UsageError(f"mpp must be between 0.05 and 50 um/px, not {self.mpp}; 20x is 0.5, 40x is 0.25")
-        if self.patch_px < 16:
-            raise UsageError(f"patch_px must be at least 16, not {self.patch_px}")
-        if not 0 <= self.min_tissue <= 1:
-            raise UsageError(f"min_tissue is a share between 0 and 1, not {self.min_tissue}")
-        if self.max_patches is not None and self.max_patches < 1:
-            raise UsageError(f"max_patches must be at least 1, not {self.max_patches}")
-        if self.cell_patches < 1:
-            raise UsageError(f"cell_patches must be at least 1, not {self.cell_patches}")
-
-    @classmethod
-    def from_json(cls, stored: Mapping[str, Any]) -> "GridSpec":
-        """The spec that `to_json` wrote."""
-        known = {name: value for name, value in stored.items() if name in cls.__dataclass_fields__}
-        return cls(**known, artifacts=parse_artifacts(stored.get(STORED_ARTIFACTS, "none")))
-
-    def to_json(self) -> dict[str, Any]:
-        """The spec as a store keeps it, in plain values."""
-        fields = {**asdict(self), STORED_ARTIFACTS: ",".join(self.artifacts) or "none"}
-        del fields["artifacts"]
-        return fields
-
-
-def parse_artifacts(names: str) -> tuple[str, ...]:
-    """The artifacts that a user lists by comma; `none` and blanks stand for none."""
-    return tuple(name for part in names.split(",") if (name := part.strip()) not in {"", "none"})
 
 
 def patch_side_level0(spec: GridSpec, slide_mpp: Mpp) -> Level0Px:

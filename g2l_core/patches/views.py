@@ -9,19 +9,17 @@ on the processor's vector width, on threads, or on OpenCV's version: 4.10, 4.12 
 """
 
 import struct
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from itertools import permutations
-from typing import Any
 
 import cv2
 import numpy as np
 import xxhash
 from jaxtyping import Float, Float32, Int32, UInt8, UInt64
 
-from g2l_core.errors import UsageError
 from g2l_core.patches.color import brightness, contrast, hue, saturation
+from g2l_core.patches.spec import ViewSpec as ViewSpec
 
 COLUMNS = (
     "crop_x",
@@ -43,73 +41,6 @@ order indexes `itertools.permutations(range(4))` of (brightness, contrast, satur
 _ORDERS = tuple(permutations(range(4)))
 _NEUTRAL_FACTORS = (1.0, 1.0, 1.0, 0.0)
 _DRAWS = 16  # a blake2b digest of 64 bytes as uint32; column i uses draw i, the last four are spare
-_MAX_HUE = 1 / 6
-
-
-@dataclass(frozen=True, kw_only=True)
-class ViewSpec:
-    """How views are drawn; the defaults are the G2L paper's (arXiv 2510.11176).
-
-    Raises:
-        UsageError: a probability outside [0, 1], a crop larger than the patch, or another impossible value.
-    """
-
-    patch_px: int = 256
-    """Side of the patches that come in."""
-    crop_px: int = 224
-    """Side of the views that go out."""
-    hflip: float = 0.5
-    """Probability of a left-right flip."""
-    vflip: float = 0.5
-    """Probability of an up-down flip."""
-    jitter: float = 0.5
-    """Probability of the color jitter, of all four factors together."""
-    brightness: float = 0.15
-    """The factor is uniform in 1 +- this; so are the next two."""
-    contrast: float = 0.15
-    saturation: float = 0.1
-    hue: float = 0.05
-    """The shift is uniform in 0 +- this, in turns of the color circle; at most 1/6."""
-    blur: float = 0.1
-    """Probability of the Gaussian blur."""
-    blur_kernel_px: int = 9
-    """Side of the blur's kernel, odd."""
-    blur_sigma: Sequence[float] = (0.1, 2.0)
-    """Bounds of the blur's standard deviation in pixels; kept as a tuple."""
-    seed: int = 0
-    """An unsigned 64-bit integer."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "blur_sigma", tuple(self.blur_sigma))  # JSON gives a list
-        reach = self.blur_kernel_px // 2
-        chances = (self.hflip, self.vflip, self.jitter, self.blur)
-        spreads = (self.brightness, self.contrast, self.saturation)
-        rules = {
-            "1 < crop_px <= patch_px": 1 < self.crop_px <= self.patch_px,
-            "hflip, vflip, jitter and blur in [0, 1]": all(0 <= p <= 1 for p in chances),
-            "brightness, contrast and saturation in [0, 1]": all(0 <= s <= 1 for s in spreads),
-            "hue in [0, 1/6]": 0 <= self.hue <= _MAX_HUE,
-            "an odd blur_kernel_px": self.blur_kernel_px % 2 == 1,
-            "blur_kernel_px // 2 in [0, crop_px)": 0 <= reach < self.crop_px,
-            "blur_sigma = (low, high) with 0 < low <= high < inf": _is_range(self.blur_sigma),
-            "seed in [0, 2**64)": 0 <= self.seed < 2**64,
-        }
-        broken = [rule for rule, holds in rules.items() if not holds]
-        if broken:
-            raise UsageError(f"view spec: expected {'; '.join(broken)}; got {self}. Change these settings.")
-
-    @classmethod
-    def from_json(cls, stored: Mapping[str, Any]) -> "ViewSpec":
-        """The spec that `to_json` wrote; keys that it does not know are left out."""
-        return cls(**{name: value for name, value in stored.items() if name in cls.__dataclass_fields__})
-
-    def to_json(self) -> dict[str, Any]:
-        """The spec as a store keeps it, in plain values."""
-        return {**asdict(self), "blur_sigma": list(self.blur_sigma)}
-
-
-def _is_range(bounds: Sequence[float]) -> bool:
-    return len(bounds) == 2 and 0 < bounds[0] <= bounds[1] < float("inf")
 
 
 def sample_views(

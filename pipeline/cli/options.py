@@ -1,86 +1,136 @@
-"""Options that several commands share: one type, one help text."""
+"""Options made from the fields of specs, and the few that several commands share beside them."""
 
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import is_dataclass
+from functools import wraps
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
+from typer.models import OptionInfo
 
-if TYPE_CHECKING:
-    from g2l_core.patches.grid import GridSpec
-    from g2l_core.tissue.methods import TissueMethod
+from g2l_core.options import ENCODER, OUTPUT, PANELS, Entry, build, entries
+
+Command = Callable[..., None]
 
 Inputs = Annotated[
     list[Path],
-    typer.Argument(help="Slides, folders of slides or of patch images, or a manifest CSV.", show_default=False),
+    typer.Argument(
+        help="Slides, folders of slides or of patch images, or a manifest CSV.",
+        show_default=False,
+    ),
 ]
 Store = Annotated[Path, typer.Option(help="The feature store (a Zarr folder); made or completed.", show_default=False)]
 Weights = Annotated[
-    str | None, typer.Option(help="In place of the encoder's own: a file, hub:REPOSITORY@REVISION, or random:SEED.")
-]
-Mpp = Annotated[float, typer.Option(help="Micrometers per pixel of a patch; 20x is 0.5, 40x is 0.25.")]
-PatchPx = Annotated[int, typer.Option(help="Side of a patch in pixels at that scale.")]
-CropPx = Annotated[int, typer.Option(help="Side of a view, cut from the patch.")]
-MaxPatches = Annotated[int | None, typer.Option(help="At most this many patches of a slide, at random.")]
-Tissue = Annotated[
-    str, typer.Option(help="otsu, color, none, a network (FILE.onnx, FILE.pt), or a folder of GeoJSON or PNG masks.")
-]
-Artifacts = Annotated[
-    str,
+    str | None,
     typer.Option(
-        "--artifacts", "--artefacts", help="Leave out patches that show black, pen or blurred (by comma), or none."
+        help="In place of the encoder's own weights: a file, hub:REPOSITORY@REVISION, or random:SEED.",
+        rich_help_panel=ENCODER,
     ),
 ]
-Pictures = Annotated[
-    bool, typer.Option("--pictures/--no-pictures", help="Draw every slide's kept patches beside the store.")
-]
-MinTissue = Annotated[float, typer.Option(help="Least share of a patch that must be tissue.")]
-Seed = Annotated[int, typer.Option(help="Names every random draw.")]
-MppOverride = Annotated[
-    float | None, typer.Option(help="um/px of slides whose header and manifest give none.", show_default=False)
-]
-AcceptMpp = Annotated[bool, typer.Option("--accept-mpp", help="Go on with um/px that the audit calls doubtful.")]
-ForceMpp = Annotated[
-    bool, typer.Option("--force-mpp", help="Encode patches at a scale that the encoder's card does not name.")
-]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-Precision = Annotated[str, typer.Option(help="auto (fp32 on CPU, the model card's on GPU), fp32, bf16 or fp16.")]
-Compile = Annotated[
-    bool, typer.Option("--compile", help="Compile the network: faster on a GPU, half a minute to start.")
-]
-BatchSize = Annotated[int, typer.Option(min=1, help="Views encoded together.")]
-Workers = Annotated[int, typer.Option(min=1, help="Threads that read and augment.")]
-LocalWorkers = Annotated[int, typer.Option(min=0, help="Processes here that share the encoding; 0 is this one.")]
-Scheduler = Annotated[
-    str | None, typer.Option(help="A dask scheduler whose workers share the encoding.", show_default=False)
-]
-StageDir = Annotated[
-    Path | None, typer.Option(help="Copy the next slides to this fast local folder ahead.", show_default=False)
-]
-StageGb = Annotated[float, typer.Option(min=0.001, help="Most GB of such copies at a time.")]
-RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Take up only failed slides and unreadable patches.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Only plan: patches, bytes, hours. See g2l plan.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the summary as JSON on stdout.")]
+Seed = Annotated[int, typer.Option(help="Random seed.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the summary as JSON on stdout.", rich_help_panel=OUTPUT)]
+
+_METAVARS = {int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH", bool: ""}
 
 
-def grid_of(
-    *, mpp: float, patch_px: int, tissue: str, artifacts: str, min_tissue: float, max_patches: int | None, seed: int
-) -> "tuple[GridSpec, TissueMethod]":
-    """The grid that these options mean, and the tissue method that it names.
+def from_specs(*, without: Collection[str] = (), **defaults: Any) -> Callable[[Command], Command]:
+    """Give a command the options of its specs.
 
-    Raises:
-        UsageError: An option cannot be used.
+    A parameter whose type is a spec, a dataclass with fields made by `g2l_core.options.option`, stands for all options
+    of that spec; the command gets the spec built from them. `Annotated[dict[str, Any], Spec]` asks for their values by
+    name in its place. An option that two specs have, or a spec and the command, is one option: the command's or the
+    first spec's.
+
+    Args:
+        without: Names of options that this command does not have.
+        defaults: Defaults of this command that differ from the spec's.
     """
-    from g2l_core.patches.grid import GridSpec, parse_artifacts
-    from g2l_core.tissue.methods import resolve_tissue
 
-    method = resolve_tissue(tissue)
-    grid = GridSpec(
-        mpp=mpp,
-        patch_px=patch_px,
-        tissue=method.identity,
-        min_tissue=min_tissue,
-        max_patches=max_patches,
-        artifacts=parse_artifacts(artifacts),
-        seed=seed,
+    def decorate(command: Command) -> Command:
+        hints = get_type_hints(command, include_extras=True)
+        specs = {name: spec for name, hint in hints.items() if (spec := _spec_of(hint))}
+        own = {
+            name: parameter.replace(kind=Parameter.KEYWORD_ONLY, annotation=_with_metavar(hints[name]))
+            for name, parameter in signature(command).parameters.items()
+            if name not in specs
+        }
+        known = {entry.name for spec in specs.values() for entry in entries(spec)}
+        if unknown := {*without, *defaults} - known:
+            raise TypeError(f"no such option: {', '.join(sorted(unknown))}")
+        made, aliases = dict(own), dict[str, str]()
+        for entry in (entry for spec in specs.values() for entry in entries(spec)):
+            if entry.name in made or entry.name in without:
+                continue
+            for parameter in _parameters(entry, defaults.get(entry.name, entry.default)):
+                made[parameter.name] = parameter
+                if parameter.name != entry.name:
+                    aliases[parameter.name] = entry.name
+
+        @wraps(command)
+        def with_options(**values: Any) -> None:
+            for alias, name in aliases.items():
+                former = values.pop(alias)
+                values[name] = values[name] if former is None else former
+            arguments = {name: values[name] for name in own}
+            for name, spec in specs.items():
+                arguments[name] = build(spec, values) if is_dataclass(hints[name]) else _values(spec, values)
+            command(**arguments)
+
+        ordered = sorted(made.values(), key=_place)
+        with_options.__signature__ = Signature(ordered)  # type: ignore[attr-defined]
+        with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in ordered}
+        return with_options
+
+    return decorate
+
+
+def _spec_of(hint: Any) -> type | None:
+    candidates = get_args(hint)[1:] if get_origin(hint) is Annotated else [hint]
+    return next((found for found in candidates if isinstance(found, type) and is_dataclass(found)), None)
+
+
+def _values(spec: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    return {entry.name: values[entry.name] for entry in entries(spec)}
+
+
+def _parameters(entry: Entry, default: Any) -> Iterator[Parameter]:
+    """An option's parameter of the command, then a hidden one for each former name of it."""
+    name, kind, option = entry.name, entry.kind, entry.option
+    flag = f"--{name.replace('_', '-')}"
+    if kind is bool and default:
+        flag += f"/--no-{name.replace('_', '-')}"
+    if option.parse:
+        kind, default = str, ",".join(default) or "none"
+    elif get_origin(kind) is tuple:
+        kind, default = list[get_args(kind)[0]] | None, None  # type: ignore[misc]
+    shown = {"help": option.help, "rich_help_panel": option.panel, "metavar": _metavar(kind), "min": option.min}
+    hidden = option.recipe_only
+    info = typer.Option(flag, show_default=default is not None, hidden=hidden, **shown)  # type: ignore[arg-type]
+    yield Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info])
+    for alias in option.aliases:
+        info = typer.Option(f"--{alias.replace('_', '-')}", hidden=True)
+        yield Parameter(alias, Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, info])
+
+
+def _with_metavar(annotation: Any) -> Any:
+    kind, info = get_args(annotation)
+    if isinstance(info, OptionInfo):
+        info.metavar = _metavar(kind)
+    return annotation
+
+
+def _metavar(kind: Any) -> str | None:
+    """The word for a value: that of the type, or of the first in a union or a list."""
+    if kind in _METAVARS or not get_args(kind):
+        return _METAVARS.get(kind)
+    return _metavar(get_args(kind)[0])
+
+
+def _place(parameter: Parameter) -> int:
+    """Options without a panel first, then panel by panel."""
+    panel = (
+        get_args(parameter.annotation)[-1].rich_help_panel if get_origin(parameter.annotation) is Annotated else None
     )
-    return grid, method
+    return PANELS.index(panel) if panel else -1

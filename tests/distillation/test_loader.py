@@ -1,16 +1,20 @@
 """The replayed stream: a permutation, a function of (seed, epoch), resumable anywhere, checked against the store."""
 
+import itertools
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import torch
 import zarr
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader
 
 from g2l_core.distillation.held_out import read_held_out
-from g2l_core.distillation.loader import Reading, ReplayLoader, ReplaySpec, good_rows
+from g2l_core.distillation.loader import Reading, ReplayDataset
+from g2l_core.distillation.replay import ReplaySpec, good_rows
 from g2l_core.distillation.sampling import plan_epoch
 from g2l_core.errors import StoreCorruptError, StoreMismatchError, StoreMissingError, UsageError
 from g2l_core.patches.pixel_cache import PixelCache
@@ -49,15 +53,15 @@ def test_an_epoch_draws_every_row_once(block_rows, pool, batch_size, epoch):
 
 
 @given(st.lists(st.integers(1, 64), min_size=2, max_size=30), st.integers(0, 20), st.sampled_from([1, 2, 4]))
-def test_jobs_are_what_a_rank_has_still_to_read(block_rows, steps, world):
+def test_a_plan_lists_what_a_rank_has_still_to_read(block_rows, steps, world):
     found = plan(block_rows)
     part = 8 // world
     read = []
     for rank in range(world):
-        jobs = found.jobs(steps, slice(rank * part, (rank + 1) * part))
-        assert [place for place, _ in jobs] == sorted({place for place, _ in jobs})
-        assert all((np.diff(rows) > 0).all() for _, rows in jobs)
-        read += [(place, row) for place, rows in jobs for row in rows.tolist()]
+        reads = found.reads(steps, slice(rank * part, (rank + 1) * part))
+        assert [place for place, _ in reads] == sorted({place for place, _ in reads})
+        assert all((np.diff(rows) > 0).all() for _, rows in reads)
+        read += [(place, row) for place, rows in reads for row in rows.tolist()]
     assert sorted(read) == sorted(map(tuple, found.batches[steps:].reshape(-1, 2).tolist()))
 
 
@@ -92,11 +96,11 @@ def first(loader, count, start=0):
 
 
 def test_batches_do_not_depend_on_threads_or_on_where_they_start(store, rows):
-    whole = first(ReplayLoader(store, rows, spec(), Reading(workers=3)), 40)
-    per_epoch = ReplayLoader(store, rows, spec(), Reading(workers=1)).batches_per_epoch
+    whole = first(ReplayDataset(store, rows, spec(), Reading(workers=3)), 40)
+    per_epoch = ReplayDataset(store, rows, spec(), Reading(workers=1)).batches_per_epoch
     assert per_epoch < 40  # the stream crosses into a second epoch
     for start in (0, 5, per_epoch - 1, per_epoch + 2):
-        again = first(ReplayLoader(store, rows, spec(), Reading(workers=1)), 3, start)
+        again = first(ReplayDataset(store, rows, spec(), Reading(workers=1)), 3, start)
         for ours, theirs in zip(again, whole[start:], strict=False):
             assert (ours.position, ours.epoch) == (theirs.position, theirs.epoch)
             assert np.array_equal(ours.pixels, theirs.pixels)
@@ -110,13 +114,13 @@ def test_pixels_and_targets_belong_together(store, rows):
         for view in (1, 2):
             features = slide.features(KEY, view=view)
             of_hash |= {int(h): f for h, f in zip(hashes[:, view], features, strict=True)}
-    for batch in first(ReplayLoader(store, rows, spec(), Reading(workers=2)), 10):
+    for batch in first(ReplayDataset(store, rows, spec(), Reading(workers=2)), 10):
         for h, target in zip(pixel_hash(batch.pixels), batch.targets, strict=True):
             assert np.array_equal(of_hash[int(h)], target)
 
 
 def test_two_epochs_show_both_views_of_every_patch(store, rows):
-    loader = ReplayLoader(store, rows, spec(batch_size=2), Reading(workers=2))
+    loader = ReplayDataset(store, rows, spec(batch_size=2), Reading(workers=2))
     seen = {int(h) for b in first(loader, 2 * loader.batches_per_epoch) for h in pixel_hash(b.pixels)}
     stored = {int(h) for slide in store.slides() for h in slide.pixel_hash[:, 1:].ravel()}
     assert seen <= stored
@@ -141,7 +145,7 @@ def slide_group(path):
 
 def test_other_pixels_are_refused(copy, rows):
     slide_group(copy)["pixel_hash"][:, 1:] = 7
-    loader = ReplayLoader(FeatureStore.open(copy), {"p01-1": rows["p01-1"]}, spec())
+    loader = ReplayDataset(FeatureStore.open(copy), {"p01-1": rows["p01-1"]}, spec())
     with pytest.raises(StoreMismatchError, match=r"slide p01-1, row \d+, view [12]: the pixels are not those"):
         next(loader.batches())
 
@@ -150,8 +154,8 @@ def test_nan_targets_are_refused(copy, rows):
     slide_group(copy)[f"features/{KEY}"][:, 1:, 3] = np.nan
     chosen = {"p01-1": rows["p01-1"]}
     with pytest.raises(StoreCorruptError, match="p01-1.*not finite"):
-        ReplayLoader(FeatureStore.open(copy), chosen, spec())
-    loader = ReplayLoader(FeatureStore.open(copy), chosen, spec(), Reading(targets_gb=0))
+        ReplayDataset(FeatureStore.open(copy), chosen, spec())
+    loader = ReplayDataset(FeatureStore.open(copy), chosen, spec(), Reading(targets_gb=0))
     with pytest.raises(StoreCorruptError, match="p01-1.*not finite"):
         next(loader.batches())
 
@@ -160,22 +164,59 @@ def test_a_changed_slide_is_refused(copy, rows):
     group = slide_group(copy)
     group.attrs["g2l"] = {**group.attrs["g2l"], "fingerprint": "0" * 32}
     with pytest.raises(StoreMismatchError, match="p01-1.*is not the file that was cached"):
-        ReplayLoader(FeatureStore.open(copy), rows, spec())
+        ReplayDataset(FeatureStore.open(copy), rows, spec())
 
 
 def test_missing_views_are_refused(store, rows):
     with pytest.raises(StoreMissingError, match=r"view 3 of .* is not complete"):
-        ReplayLoader(store, rows, spec(n_augmented=3))
+        ReplayDataset(store, rows, spec(n_augmented=3))
 
 
 def test_fewer_rows_than_a_batch_are_refused(store, rows):
     with pytest.raises(UsageError, match=r"patches to train on are fewer than one batch of 4096"):
-        ReplayLoader(store, rows, spec(batch_size=4096))
+        ReplayDataset(store, rows, spec(batch_size=4096))
 
 
 def test_a_batch_of_one_is_refused():
     with pytest.raises(UsageError, match="no batch statistics"):
         spec(batch_size=1)
+
+
+# ---- as a dataset for PyTorch -----------------------------------------------------------------------------------
+
+
+def test_a_data_loader_gives_the_batches_as_tensors(store, rows):
+    loader = DataLoader(ReplayDataset(store, rows, spec()), batch_size=None, num_workers=0)
+    for found, wanted in zip(loader, first(ReplayDataset(store, rows, spec()), 5), strict=False):
+        assert (found.position, found.epoch) == (wanted.position, wanted.epoch)
+        assert isinstance(found.pixels, torch.Tensor)
+        assert np.array_equal(found.pixels, wanted.pixels)
+        assert np.array_equal(found.targets, wanted.targets)
+
+
+def test_a_state_dict_resumes_with_the_same_batches(store, rows):
+    whole = ReplayDataset(store, rows, spec())
+    count = whole.batches_per_epoch + 2
+    stream = iter(DataLoader(whole, batch_size=None, num_workers=0))
+    states, batches = [], []
+    for _ in range(count):
+        states.append(whole.state_dict())
+        batches.append(next(stream))
+    assert states == [{"position": i} for i in range(count)]
+    for i in (0, 3, count - 2):
+        resumed = ReplayDataset(store, rows, spec(), Reading(workers=1))
+        resumed.load_state_dict(states[i])
+        again = list(itertools.islice(DataLoader(resumed, batch_size=None, num_workers=0), 2))
+        assert same_batches(again, batches[i : i + 2])
+        assert resumed.state_dict() == {"position": i + 2}
+        assert next(iter(resumed)).position == i + 2  # iterating goes on where it ended
+
+
+def test_worker_processes_are_refused(store, rows, monkeypatch):
+    dataset = ReplayDataset(store, rows, spec())
+    monkeypatch.setattr("g2l_core.distillation.loader.get_worker_info", object)  # as in a worker process
+    with pytest.raises(UsageError, match="reads ahead in threads of its own"):
+        next(iter(dataset))
 
 
 # ---- ranks, memory, new views, the pixel cache ------------------------------------------------------------------
@@ -189,27 +230,27 @@ def same_batches(ours, theirs):
 
 
 @pytest.mark.parametrize("start", [0, 7])
-def test_ranks_part_the_batches_of_one(store, rows, start):
-    whole = first(ReplayLoader(store, rows, spec()), 30, start)
+def test_ranks_share_the_batches_of_one(store, rows, start):
+    whole = first(ReplayDataset(store, rows, spec()), 30, start)
     parts = [
-        first(ReplayLoader(store, rows, spec(), Reading(workers=1, rank=rank, world=2)), 30, start) for rank in (0, 1)
+        first(ReplayDataset(store, rows, spec(), Reading(workers=1, rank=rank, world=2)), 30, start) for rank in (0, 1)
     ]
     for batch, low, high in zip(whole, *parts, strict=True):
         assert np.array_equal(batch.pixels, np.concatenate([low.pixels, high.pixels]))
         assert np.array_equal(batch.targets, np.concatenate([low.targets, high.targets]))
     with pytest.raises(UsageError, match="a batch of 8 cannot be parted among 3 ranks"):
-        ReplayLoader(store, rows, spec(), Reading(world=3))
+        ReplayDataset(store, rows, spec(), Reading(world=3))
 
 
 def test_targets_are_the_same_from_memory_and_from_blocks(store, rows):
-    held = ReplayLoader(store, rows, spec(), Reading(targets_gb=1))
-    read = ReplayLoader(store, rows, spec(), Reading(targets_gb=0))
+    held = ReplayDataset(store, rows, spec(), Reading(targets_gb=1))
+    read = ReplayDataset(store, rows, spec(), Reading(targets_gb=0))
     assert same_batches(first(held, 12), first(read, 12))
 
 
 def test_a_live_teacher_can_have_new_views_every_epoch(store, rows):
     """View 1 + epoch of every patch; those that are stored have the stored pixels, later ones none seen before."""
-    loader = ReplayLoader(store, rows, spec(encoder=None, n_augmented=0), Reading(workers=2))
+    loader = ReplayDataset(store, rows, spec(encoder=None, n_augmented=0), Reading(workers=2))
     stream = loader.batches()
     epochs = [
         [int(h) for _ in range(loader.batches_per_epoch) for h in pixel_hash(next(stream).pixels)] for _ in range(4)
@@ -225,25 +266,25 @@ def test_a_live_teacher_can_have_new_views_every_epoch(store, rows):
 
 
 def test_the_pixel_cache_gives_the_same_batches_without_the_slides(store, rows, tmp_path, monkeypatch):
-    wanted = first(ReplayLoader(store, rows, spec(), Reading(workers=2)), 30)
-    cached = ReplayLoader(store, rows, spec(), Reading(workers=2, pixel_cache=PixelCache(tmp_path, 1.0)))
+    wanted = first(ReplayDataset(store, rows, spec(), Reading(workers=2)), 30)
+    cached = ReplayDataset(store, rows, spec(), Reading(workers=2, pixel_cache=PixelCache(tmp_path, 1.0)))
     assert same_batches(first(cached, 30), wanted)
-    again = ReplayLoader(store, rows, spec(), Reading(workers=2, pixel_cache=PixelCache(tmp_path, 1.0)))
-    monkeypatch.setattr("g2l_core.distillation.loader.open_patches", None)  # what is kept needs no slide
+    again = ReplayDataset(store, rows, spec(), Reading(workers=2, pixel_cache=PixelCache(tmp_path, 1.0)))
+    monkeypatch.setattr("g2l_core.distillation.replay.open_patches", None)  # what is kept needs no slide
     per_epoch = again.batches_per_epoch
     assert same_batches(first(again, min(30, per_epoch)), wanted[:per_epoch])
 
 
 def test_the_pixel_cache_is_bounded_and_distrusts_torn_patches(store, rows, tmp_path):
     size = 256 * 256 * 3
-    first(ReplayLoader(store, rows, spec(), Reading(pixel_cache=PixelCache(tmp_path, 10.5 * size / 1e9))), 30)
+    first(ReplayDataset(store, rows, spec(), Reading(pixel_cache=PixelCache(tmp_path, 10.5 * size / 1e9))), 30)
     kept = sum(int(np.count_nonzero(np.fromfile(p, np.uint64))) for p in tmp_path.glob("*.hashes"))
     assert kept == 10
     for path in tmp_path.glob("*.pixels"):
         pixels = np.memmap(path, np.uint8, "r+")
         pixels[pixels > 0] = 1
-    torn = ReplayLoader(store, rows, spec(), Reading(pixel_cache=PixelCache(tmp_path, 10.5 * size / 1e9)))
-    assert same_batches(first(torn, 30), first(ReplayLoader(store, rows, spec()), 30))
+    torn = ReplayDataset(store, rows, spec(), Reading(pixel_cache=PixelCache(tmp_path, 10.5 * size / 1e9)))
+    assert same_batches(first(torn, 30), first(ReplayDataset(store, rows, spec()), 30))
 
 
 def test_a_pixel_cache_that_cannot_be_made(tmp_path):

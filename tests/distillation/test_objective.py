@@ -8,9 +8,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from g2l_core.distillation.distributed import Ranks
+from g2l_core.distillation import losses
+from g2l_core.distillation.distributed import ProcessGroup
 from g2l_core.distillation.losses import kl, kl_queue, logsum, logsum_corr, logsum_per_sample, rkd, standardize
-from g2l_core.distillation.objective import Objective, ObjectiveSpec, TargetStatistics
+from g2l_core.distillation.objective import Objective, TargetStatistics
+from g2l_core.distillation.spec import LOSSES, ObjectiveSpec
 from g2l_core.errors import UsageError
 
 
@@ -135,6 +137,10 @@ def test_dataset_statistics_standardize_the_targets_alone(loss):
     )
 
 
+def test_the_settings_name_every_loss():
+    assert tuple(losses.LOSSES) == LOSSES
+
+
 def test_the_default_is_the_papers():
     student, teacher = gaussians()
     assert float(Objective(ObjectiveSpec())(student, teacher)) == float(
@@ -193,5 +199,5 @@ def test_the_bank_is_scaled_as_the_targets_are():
 
 def test_one_rank_gathers_itself():
     z = torch.randn(4, 3)
-    assert Ranks().gather(z) is z
-    assert torch.equal(Ranks(rank=1, world=2).own(torch.cat([z, 2 * z])), 2 * z)
+    assert ProcessGroup().gather(z) is z
+    assert torch.equal(ProcessGroup(rank=1, world=2).local(torch.cat([z, 2 * z])), 2 * z)

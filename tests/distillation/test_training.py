@@ -51,19 +51,19 @@ def batches(start=0):
         start += 1
 
 
-def loop(**changes):
-    given = {
-        "batches": batches, "device": torch.device("cpu"), "autocast": None, "validate": lambda _: {"figure": 1.0},
-        "warn": lambda state, folder: None, "report": lambda step, loss: None, **changes,
+def hooks(**changes):
+    defaults = {
+        "batches": batches, "validate": lambda _: {"figure": 1.0}, "warn": lambda state, folder: None,
+        "report": lambda step, loss: None,
     }  # fmt: skip
-    return TrainerHooks(**given)
+    return TrainerHooks(**{**defaults, **changes})
 
 
-def run(folder, model=None, how=None, **changes):
+def run(folder, model=None, calls=None, **changes):
     folder.mkdir(exist_ok=True)
     model = model or distiller()
     chosen = settings(**changes)
-    outcome, _ = train(model, Objective(chosen.objective), chosen, folder, how or loop())
+    outcome, _ = train(model, Objective(chosen.objective), chosen, folder, calls or hooks())
     return model, outcome
 
 
@@ -126,7 +126,7 @@ def interrupted(folder, stop, **changes):
         if step == stop:
             raise KeyboardInterrupt
 
-    run(folder, how=loop(report=report), **changes)
+    run(folder, calls=hooks(report=report), **changes)
 
 
 def test_a_torn_checkpoint_is_passed_over(tmp_path):
@@ -151,7 +151,7 @@ def test_early_stop_needs_a_full_window_and_more_than_patience_in_a_row():
     rule = EarlyStop(window=3, patience=2)
     assert not any(rule.update(loss) for loss in (1.0, 1.0, 1.0))
     assert not rule.update(2.0)  # above the mean, once
-    assert not rule.update(1.0)  # below it: the count begins anew
+    assert not rule.update(1.0)  # below it: the count begins again
     assert [rule.update(loss) for loss in (5.0, 6.0, 7.0)] == [False, False, True]
 
 
@@ -194,7 +194,7 @@ def test_unknown_loss_and_bad_settings():
 
 @pytest.mark.parametrize("loss", ["logsum", "logsum_corr", "mse", "cosine", "smooth_l1", "kl", "rkd"])
 def test_every_loss_trains_under_bfloat16(tmp_path, loss):
-    _, outcome = run(tmp_path, how=loop(autocast=torch.bfloat16), steps=2, loss=loss)
+    _, outcome = run(tmp_path, calls=hooks(autocast=torch.bfloat16), steps=2, loss=loss)
     assert math.isfinite(outcome.last_loss)
 
 
@@ -276,7 +276,7 @@ def test_layers_near_the_input_learn_more_slowly():
     assert share[id(model.projector.weight)] == 1
 
 
-def test_averaged_weights_are_watched_and_kept(tmp_path):
+def test_averaged_weights_are_validated_and_kept(tmp_path):
     eval_model = []
     model = distiller()
     chosen = settings(ema=0.5, steps=3, validate_every=1)
@@ -286,8 +286,8 @@ def test_averaged_weights_are_watched_and_kept(tmp_path):
         seen.append(model.projector.weight.detach().clone())
 
     first = model.projector.weight.detach().clone()
-    how = loop(validate=lambda w: eval_model.append(w.projector.weight.clone()) or {"figure": 1.0}, report=report)
-    _, state = train(model, Objective(chosen.objective), chosen, tmp_path, how)
+    calls = hooks(validate=lambda w: eval_model.append(w.projector.weight.clone()) or {"figure": 1.0}, report=report)
+    _, state = train(model, Objective(chosen.objective), chosen, tmp_path, calls)
     average = first
     for weight in seen:
         average = average.lerp(weight, 0.5)
@@ -298,10 +298,10 @@ def test_averaged_weights_are_watched_and_kept(tmp_path):
         interrupted(tmp_path / "stopped", 2, ema=0.5)
     again = distiller()
     chosen = settings(ema=0.5)
-    _, resumed = train(again, Objective(chosen.objective), chosen, tmp_path / "stopped", loop())
+    _, resumed = train(again, Objective(chosen.objective), chosen, tmp_path / "stopped", hooks())
     uninterrupted = distiller()
     (tmp_path / "whole").mkdir()
-    _, straight = train(uninterrupted, Objective(chosen.objective), chosen, tmp_path / "whole", loop())
+    _, straight = train(uninterrupted, Objective(chosen.objective), chosen, tmp_path / "whole", hooks())
     assert same_weights(resumed.eval_model, straight.eval_model)
     assert not same_weights(resumed.eval_model, whole)
 
@@ -322,7 +322,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory():
 
 def test_the_best_checkpoint_is_that_of_the_highest_figure(tmp_path):
     figures = iter([0.1, 0.5, 0.3, 0.4])
-    model, outcome = run(tmp_path, how=loop(validate=lambda _: {"figure": next(figures)}), steps=6, validate_every=2)
+    model, outcome = run(tmp_path, calls=hooks(validate=lambda _: {"figure": next(figures)}), steps=6, validate_every=2)
     assert outcome.best_step == 2
     best = distiller()
     assert restore_best(tmp_path, best) == 2
@@ -333,10 +333,10 @@ def test_a_live_teacher_replaces_stored_targets(tmp_path):
     """The same targets, computed from the pixels, give the same weights bit for bit."""
     stored = {batch.pixels.tobytes(): batch.targets for batch in itertools.islice(batches(), 6)}
 
-    def targets_of(pixels):
+    def teacher(pixels):
         return torch.from_numpy(stored[pixels.numpy().tobytes()]).float()
 
-    live, _ = run(tmp_path / "live", how=loop(targets_of=targets_of))
+    live, _ = run(tmp_path / "live", calls=hooks(teacher=teacher))
     cached, _ = run(tmp_path / "cached")
     assert same_weights(live, cached)
 

@@ -9,7 +9,7 @@ import pytest
 
 from g2l_core.encoders.loading import encode, load_encoder
 from g2l_core.encoders.resolve import TABLE, encoder_key, find_stored, resolve_encoder, run_encoder
-from g2l_core.encoders.spec import spec_from_json, spec_to_json
+from g2l_core.encoders.spec import WeightsSource, spec_from_json, spec_to_json
 from g2l_core.errors import EncoderError, UnknownNameError, UsageError
 from tests.encoders.test_loading import VIT, saved, views
 
@@ -47,7 +47,7 @@ def test_a_timm_architecture_brings_its_preprocessing_but_no_weights():
     assert spec.mean == (0.485, 0.456, 0.406)
     assert (spec.input_px, spec.arguments, spec.interpolation) == (56, {"img_size": 56}, "bicubic")
     assert spec.is_untrained
-    assert spec.weights_in_words == "random, seed 1"
+    assert spec.describe_weights() == "random, seed 1"
     with pytest.raises(UsageError, match="timm:resnet18 is an architecture without weights: give --weights FILE, or"):
         resolve_encoder("timm:resnet18")
     with pytest.raises(UsageError, match="give --weights FILE$"):
@@ -73,8 +73,8 @@ def test_bad_weights_arguments(tmp_path):
     with pytest.raises(UsageError, match="no such file"):
         resolve_encoder("hibou-l", weights=str(tmp_path / "absent.pt"))
     assert not resolve_encoder("hibou-l").is_untrained
-    assert resolve_encoder("hibou-l").weights_in_words == "1.1 M slides (histai/hibou-L)"
-    assert resolve_encoder("hibou-l", weights="random:0").weights_in_words == "random, seed 0"
+    assert resolve_encoder("hibou-l").describe_weights() == "1.1 M slides (histai/hibou-L)"
+    assert resolve_encoder("hibou-l", weights="random:0").describe_weights() == "random, seed 0"
 
 
 def test_specs_survive_json():
@@ -140,6 +140,25 @@ def test_another_pooling():
     assert find_stored("virchow2@448+cls", {"virchow2-448-cls": {"name": spec.name}}) == "virchow2-448-cls"
     with pytest.raises(UnknownNameError, match="unknown pooling 'clss'. Did you mean cls"):
         resolve_encoder("virchow2+clss")
+
+
+@pytest.mark.parametrize(
+    ("text", "where", "revision", "file"),
+    [
+        ("hub:lab/model@v2#w.pt", "lab/model", "v2", "w.pt"),
+        ("hub:lab/model#w.pt", "lab/model", "", "w.pt"),
+        ("hub:lab/model", "lab/model", "", ""),
+        ("package:a_package/*.pth", "a_package", "", "*.pth"),
+        ("file:/a@b/c#d:e", "/a@b/c#d:e", "", ""),
+        ("module:lab.nets:build", "lab.nets:build", "", ""),
+        ("random:3", "3", "", ""),
+        ("", "", "", ""),
+    ],
+)
+def test_where_weights_come_from(text, where, revision, file):
+    source = WeightsSource.parse(text)
+    assert (source.kind, source.where, source.revision, source.file) == (text.partition(":")[0], where, revision, file)
+    assert str(source) == text
 
 
 def test_weights_from_another_repository_or_revision():

@@ -15,7 +15,7 @@ import torch
 import zarr
 from safetensors.torch import load_file
 
-from g2l_core.distillation.loader import good_rows
+from g2l_core.distillation.replay import good_rows
 from g2l_core.distillation.target_statistics import target_statistics
 from g2l_core.encoders.loading import encode_all, load_encoder
 from g2l_core.encoders.resolve import resolve_encoder
@@ -23,7 +23,7 @@ from g2l_core.encoders.student_export import FORMATS, export_student
 from g2l_core.encoders.timm_compat import import_timm
 from g2l_core.errors import EncoderError, G2LError, RunError, StoreCorruptError, UnknownNameError, UsageError
 from g2l_core.store.features import FeatureStore
-from pipeline.config import RECIPES, find_recipe, option_names, read_recipe, read_toml, settings_of
+from pipeline.config import NAMES, OPTIONS, RECIPES, find_recipe, read_recipe, read_toml, settings_of
 from pipeline.distill import DistillHow, run_distill
 from pipeline.split import split_store
 from pipeline.sweep import read_sweep, run_sweep, sweep_text
@@ -208,7 +208,7 @@ def test_options_of_a_recipe_that_are_none(tmp_path):
         find_recipe("brest")
     with pytest.raises(UsageError, match="cannot read"):
         read_toml(tmp_path / "absent.toml")
-    assert {"loss", "lr", "early_stop", "views", "slides", "steps", "teacher"} <= set(option_names())
+    assert {"loss", "lr", "early_stop", "views", "slides", "steps", "teacher"} <= {*NAMES, *OPTIONS}
 
 
 # ---- sweeps ---------------------------------------------------------------------------------------------------

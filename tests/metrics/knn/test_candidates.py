@@ -1,4 +1,4 @@
-"""The screened search finds exactly what brute force finds, whatever the rows are like."""
+"""The filtered search finds exactly what brute force finds, whatever the rows are like."""
 
 from itertools import pairwise
 
@@ -8,11 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from g2l_core.metrics.knn import candidates
 from g2l_core.metrics.knn import neighbors as module
-from g2l_core.metrics.knn import screening
+from g2l_core.metrics.knn.candidates import _floats, _rounded_bits
 from g2l_core.metrics.knn.neighbors import nearest
-from g2l_core.metrics.knn.points import gap_bounds, gaps, points_of, widened
-from g2l_core.metrics.knn.screening import _floats, _rounded_bits
+from g2l_core.metrics.knn.normalized import normalized_rows, squared_distance_bounds, squared_distances, widened
+from g2l_core.metrics.knn.reference import nearest_by_definition
 
 SEEDS = st.integers(0, 2**32 - 1)
 METRICS = pytest.mark.parametrize("metric", ["cosine", "euclidean"])
@@ -44,45 +45,35 @@ def outlying(rng, n, dim):
 KINDS = pytest.mark.parametrize("draw", [spread, shifted, tight, repeated, outlying])
 
 
-def brute_force(features, queries, k, metric, groups, query_groups):
-    """Distances as the definition has them, in float64, ties to the lower row."""
-    rows, asked = features.astype(np.float64), queries.astype(np.float64)
-    if metric == "cosine":
-        rows, asked = (f / np.linalg.norm(f, axis=1, keepdims=True) for f in (rows, asked))
-    squares = ((asked[:, None] - rows) ** 2).sum(axis=-1)
-    squares[query_groups[:, None] == groups] = np.inf
-    return np.argsort(squares, axis=1, kind="stable")[:, :k], np.sort(squares, axis=1)[:, :k]
-
-
 @pytest.fixture
 def small_tiles(monkeypatch):
     monkeypatch.setattr(module, "_MANY_PAIRS", 1)
-    monkeypatch.setattr(screening, "_TILE", 32)
+    monkeypatch.setattr(candidates, "_TILE", 32)
 
 
 @METRICS
 @KINDS
 @pytest.mark.parametrize("bfloat16", [True, False])
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
-def test_screen_equals_brute_force(metric, draw, bfloat16, dtype, small_tiles, monkeypatch):
+def test_filtered_search_equals_brute_force(metric, draw, bfloat16, dtype, small_tiles, monkeypatch):
     monkeypatch.setattr(module, "bfloat16_is_fast", lambda: bfloat16)
     rng = np.random.default_rng(0)
     features = (draw(rng, 500, 24) / (2 if dtype == np.float16 else 1)).astype(dtype)
     groups = rng.integers(30, size=500)
-    expected, squares = brute_force(features, features, 7, metric, groups, groups)
+    expected = nearest_by_definition(features, None, 7, metric=metric, groups=groups)
     found = nearest(features, None, 7, metric=metric, groups=groups)
-    distances = squares / 2 if metric == "cosine" else np.sqrt(squares)
-    np.testing.assert_allclose(found.distances, distances, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(found.distances, expected.distances, rtol=1e-9, atol=1e-12)
+    squares = 2 * expected.distances if metric == "cosine" else expected.distances**2
     resolved = np.array([all(abs(a - b) > 1e-13 or a == b == 0 for a, b in pairwise(row)) for row in squares])
     assert resolved.mean() > 0.5 or draw is repeated
-    np.testing.assert_array_equal(found.indices[resolved], expected[resolved])
+    np.testing.assert_array_equal(found.indices[resolved], expected.indices[resolved])
 
 
 @METRICS
 @KINDS
 @settings(max_examples=8)
 @given(seed=SEEDS, k=st.integers(1, 12))
-def test_screen_equals_the_exhaustive_search(metric, draw, seed, k):
+def test_filtered_search_equals_the_exhaustive_search(metric, draw, seed, k):
     rng = np.random.default_rng(seed)
     features, queries = (draw(rng, 150, 6).astype(np.float32) for _ in range(2))
     groups, query_groups = rng.integers(8, size=(2, 150))
@@ -91,7 +82,7 @@ def test_screen_equals_the_exhaustive_search(metric, draw, seed, k):
     alone = nearest(features, queries, k, metric=metric)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_MANY_PAIRS", 1)
-        patch.setattr(screening, "_TILE", 32)
+        patch.setattr(candidates, "_TILE", 32)
         for expected, arguments in (
             (plain, (features, None, groups, None)),
             (plain_queries, (features, queries, groups, query_groups)),
@@ -109,39 +100,41 @@ def test_rows_that_are_all_alike_come_in_their_order(metric, small_tiles):
     assert (found.distances == 0).all()
 
 
-def test_most_queries_are_settled_by_the_first_screen(small_tiles, monkeypatch):
-    asked = []
-    plain = module._screened
+def test_most_queries_are_settled_by_the_first_filter(small_tiles, monkeypatch):
+    searches = []
+    plain = module._settle_filtered
 
-    def spy(found, asked_points, base, codes, left, precision):
-        rest = plain(found, asked_points, base, codes, left, precision)
-        asked.append((precision, len(left), len(rest)))
+    def spy(search, pending, precision):
+        rest = plain(search, pending, precision)
+        searches.append((precision, len(pending), len(rest)))
         return rest
 
-    monkeypatch.setattr(module, "_screened", spy)
+    monkeypatch.setattr(module, "_settle_filtered", spy)
     monkeypatch.setattr(module, "bfloat16_is_fast", lambda: True)
     rng = np.random.default_rng(0)
     features = spread(rng, 3000, 64).astype(np.float16)
     features[:300] = tight(rng, 300, 64) * 5
     nearest(features, None, 1)
-    assert asked[0][:2] == ("bfloat16", 3000)
-    assert 0 < asked[0][2] <= 300
-    assert asked[1][:2] == ("float32", asked[0][2])
+    assert searches[0][:2] == ("bfloat16", 3000)
+    assert 0 < searches[0][2] <= 300
+    assert searches[1][:2] == ("float32", searches[0][2])
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float32"])
 @pytest.mark.parametrize(("rows", "dim"), [(200, 50), (700, 1024)])
 def test_scores_are_upper_bounds_within_the_doubt(precision, rows, dim):
     rng = np.random.default_rng(0)
-    points, base = points_of(outlying(rng, rows, dim), None, "euclidean")
+    normalized, reference = normalized_rows(outlying(rng, rows, dim), None, "euclidean")
     codes = np.arange(rows), np.arange(rows)
-    sweep = screening.screen((points, base), codes, None, 3, precision=precision, most=100)
-    side = sweep.reference
-    got = screening._product(side.left(slice(None)), side.values)
-    x = points.of(side.rows)
+    filtered = candidates.candidate_filter(
+        (normalized, reference), codes, None, 3, precision=precision, max_candidates=100
+    )
+    side = filtered.reference
+    got = candidates._product(side.left_factor(slice(None)), side.values)
+    x = normalized.take(side.rows)
     squares = np.einsum("ij,ij->i", x, x)
     exact = -np.maximum(squares[:, None] + squares - 2 * x @ x.T, 0) / 2
-    most = exact + 2 * sweep.rho * (squares[:, None] + squares)
+    most = exact + 2 * filtered.rho * (squares[:, None] + squares)
     assert got.dtype == side.values.dtype
     for bound, within in ((exact, np.less_equal), (most, np.greater_equal)):
         assert within(torch.from_numpy(bound).to(got.dtype).double().numpy(), got.double().numpy()).all()
@@ -151,10 +144,12 @@ def test_scores_are_upper_bounds_within_the_doubt(precision, rows, dim):
 @pytest.mark.parametrize("draw", [spread, shifted, tight, outlying])
 def test_distances_in_float32_lie_within_their_bounds(metric, draw):
     rng = np.random.default_rng(0)
-    points, base = points_of(draw(rng, 300, 40).astype(np.float32), None, metric)
+    normalized, reference = normalized_rows(draw(rng, 300, 40).astype(np.float32), None, metric)
     query, row = np.repeat(np.arange(300), 300), np.tile(np.arange(300), 300)
-    exact = gaps(points, base, query, row, np.float64)
-    low, high = gap_bounds(gaps(points, base, query, row, np.float32), points, base)
+    exact = squared_distances(normalized, reference, query, row, np.float64)
+    low, high = squared_distance_bounds(
+        squared_distances(normalized, reference, query, row, np.float32), normalized, reference
+    )
     assert (low <= exact).all()
     assert (exact <= high).all()
     assert (low > 0).any()
@@ -179,8 +174,8 @@ def test_rounding_is_torch_s(values):
 def test_large_features_are_widened_row_by_row_to_the_same_end(metric, kind, monkeypatch):
     features = spread(np.random.default_rng(0), 300, 24).astype(kind)
     kept = nearest(features, None, 5, metric=metric)
-    monkeypatch.setattr("g2l_core.metrics.knn.points._MOST_WIDE", 0)
-    assert points_of(features, None, metric)[1].wide is None
-    made_anew = nearest(features, None, 5, metric=metric)
-    assert np.array_equal(kept.indices, made_anew.indices)
-    assert np.array_equal(kept.distances, made_anew.distances)
+    monkeypatch.setattr("g2l_core.metrics.knn.normalized._FLOAT32_BYTES", 0)
+    assert normalized_rows(features, None, metric)[1].float32 is None
+    recomputed = nearest(features, None, 5, metric=metric)
+    assert np.array_equal(kept.indices, recomputed.indices)
+    assert np.array_equal(kept.distances, recomputed.distances)

@@ -1,0 +1,44 @@
+"""`g2l bench`: stage three."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from g2l_core.options import MACHINE
+from pipeline.cli import EXIT_DONE, EXIT_SOME_FAILED
+from pipeline.cli.options import Json, Seed, from_specs
+
+
+@from_specs()
+def bench(
+    tasks: Annotated[Path, typer.Argument(help="The task file (TOML), or a shipped one's name.", show_default=False)],
+    store: Annotated[list[Path], typer.Option(help="A feature store; repeatable.", show_default=False)],
+    encoders: Annotated[
+        str, typer.Option(help="Names, keys or run folders, by comma; the teacher first.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option(help="The report's folder.", show_default=False)],
+    baseline: Annotated[
+        str, typer.Option(help="An encoder to take further differences from.", show_default=False)
+    ] = "",
+    draws: Annotated[int, typer.Option(min=100, help="Bootstrap resamples.")] = 1000,
+    seed: Seed = 0,
+    device: Annotated[
+        str, typer.Option(help="Where CKA's sums are taken: cpu, cuda or auto.", rich_help_panel=MACHINE)
+    ] = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Stage three: CKA, kNN, linear probe and robustness from stored features alone, with intervals."""
+    from g2l_core.report.write import terminal_table
+    from pipeline.bench import refuse_no_results, run_bench
+
+    names = [name.strip() for name in encoders.split(",") if name.strip()]
+    report = run_bench(tasks, store, names, out, baseline=baseline, draws=draws, seed=seed, device=device)
+    for failure in report.failures:
+        who = f" ({failure.encoder})" if failure.encoder else ""
+        typer.echo(f"failed  {failure.task}{who}: {failure.reason}", err=True)
+    refuse_no_results(report)
+    typer.echo((out / "results.json").read_text(encoding="utf-8") if as_json else terminal_table(report))
+    if not as_json:
+        typer.echo(f"report: {out / 'report.html'}")
+    raise typer.Exit(EXIT_SOME_FAILED if report.failures else EXIT_DONE)

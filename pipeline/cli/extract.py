@@ -1,0 +1,138 @@
+"""`g2l cache-teacher` and `g2l embed`: stage one."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from g2l_core.errors import UsageError
+from g2l_core.options import OUTPUT, PATCHES
+from g2l_core.patches.spec import GridSpec, ViewSpec
+from pipeline.cli import EXIT_DONE, EXIT_SOME_FAILED
+from pipeline.cli.options import Inputs, Json, Store, Weights, from_specs
+from pipeline.cli.plan import EPOCHS, print_plan
+from pipeline.settings import ExtractionSettings
+
+if TYPE_CHECKING:
+    from g2l_core.encoders.resolve import EncoderSpec
+    from g2l_core.tissue.methods import TissueMethod
+    from pipeline.cache_teacher import ExtractionSummary
+
+SHOWN_REASONS = 20
+
+
+@from_specs()
+def cache_teacher(
+    inputs: Inputs,
+    store: Store,
+    teacher: Annotated[str, typer.Option(help="The encoder; g2l models lists them.", show_default=False)],
+    grid: GridSpec,
+    views: ViewSpec,
+    settings: ExtractionSettings,
+    weights: Weights = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Only plan: patches, bytes, hours. See g2l plan.", rich_help_panel=OUTPUT),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Stage one: tile slides, run the teacher once over every patch and view, store its features.
+
+    Interrupt it at any time: the same command again goes on where it stopped.
+    """
+    from g2l_core.encoders.resolve import resolve_encoder
+    from g2l_core.tissue.methods import resolve_tissue
+
+    tissue = resolve_tissue(grid.tissue)
+    grid = replace(grid, tissue=tissue.identity)
+    specs = [resolve_encoder(teacher, weights=weights)]
+    if dry_run:
+        raise typer.Exit(print_plan(inputs, specs, grid, tissue, views, settings, EPOCHS, as_json))
+    raise typer.Exit(_extract(inputs, store, specs, grid, tissue, views, settings, as_json))
+
+
+@from_specs(without=("pictures",), views=0)
+def embed(
+    inputs: Inputs,
+    store: Store,
+    encoder: Annotated[list[str], typer.Option(help="An encoder or run folder; repeatable.", show_default=False)],
+    settings: ExtractionSettings,
+    weights: Weights = None,
+    tissue: Annotated[
+        str | None,
+        typer.Option(
+            help="The store's network or folder again, for new slides.", show_default=False, rich_help_panel=PATCHES
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Cache any encoder's features beside the teacher's, all of them in one decode of the slides.
+
+    The store's own grid and views are used; make it with g2l cache-teacher first.
+    """
+    from g2l_core.encoders.resolve import resolve_encoder
+    from g2l_core.store.features import FeatureStore
+    from g2l_core.tissue.methods import resolve_tissue
+
+    existing = FeatureStore.open(store)
+    grid = GridSpec.from_json(existing.grid)
+    method = resolve_tissue(tissue) if tissue else None
+    if method and method.identity != grid.tissue:
+        raise UsageError(f"--tissue {tissue}: the store's tissue method is {grid.tissue!r}, not {method.identity!r}")
+    specs = [resolve_encoder(name, weights=weights) for name in encoder]
+    if len(specs) > 1 and weights is not None:
+        raise UsageError("--weights speaks of one encoder; embed them one after the other")
+    views = ViewSpec.from_json(existing.views)
+    raise typer.Exit(_extract(inputs, store, specs, grid, method, views, settings, as_json))
+
+
+def _extract(
+    inputs: Sequence[Path],
+    store: Path,
+    specs: "Sequence[EncoderSpec]",
+    grid: GridSpec,
+    tissue: "TissueMethod | None",
+    views: ViewSpec,
+    settings: ExtractionSettings,
+    as_json: bool,
+) -> int:
+    """Run stage one, print what it did, and return the exit code."""
+    from pipeline.cache_teacher import run_extraction
+
+    summary = run_extraction(inputs, store, specs, grid, views, settings, tissue=tissue)
+    typer.echo(json.dumps(_summary_json(summary), indent=2) if as_json else _summary_text(summary))
+    _list_losses(summary.failed_slides, {s: f"{len(r)} patches: {r[0]}" for s, r in summary.unreadable.items()})
+    return EXIT_DONE if summary.is_complete else EXIT_SOME_FAILED
+
+
+def _summary_json(summary: "ExtractionSummary") -> dict[str, Any]:
+    return {
+        "store": str(summary.store),
+        "encoders": list(summary.encoders),
+        "slides": summary.slides,
+        "patches": summary.patches,
+        "encoded": summary.encoded,
+        "failed_slides": summary.failed_slides,
+        "unreadable": summary.unreadable,
+        "left_out": summary.left_out,
+        "seconds": {part: round(seconds, 3) for part, seconds in summary.seconds.items()},
+    }
+
+
+def _summary_text(summary: "ExtractionSummary") -> str:
+    done = f"{summary.store}: {summary.patches:,} patches of {summary.slides} slides for {', '.join(summary.encoders)}"
+    done += f"; {summary.encoded:,} encoded now" if summary.encoded else "; all of them were stored already"
+    left_out = ", ".join(f"{count:,} {name}" for name, count in summary.left_out.items())
+    return f"{done}\nleft out: {left_out}" if left_out else done
+
+
+def _list_losses(*losses: dict[str, str]) -> None:
+    """Name on stderr everything that was lost, with its reason."""
+    for group in losses:
+        for slide_id, reason in list(group.items())[:SHOWN_REASONS]:
+            typer.echo(f"failed  {slide_id}: {reason}", err=True)
+        if len(group) > SHOWN_REASONS:
+            typer.echo(f"failed  and {len(group) - SHOWN_REASONS} more; g2l store info lists all", err=True)
