@@ -18,6 +18,7 @@ import numpy as np
 import xxhash
 from jaxtyping import Float, Float32, Int32, UInt8, UInt64
 
+from g2l_core.errors import UsageError
 from g2l_core.patches.color import brightness, contrast, hue, saturation
 from g2l_core.patches.spec import ViewSpec as ViewSpec
 
