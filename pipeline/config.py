@@ -2,6 +2,7 @@
 
 import tomllib
 from collections.abc import Mapping
+from enum import EnumType
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -16,7 +17,11 @@ NAMES = ("teacher", "student", "weights")
 OPTIONS: Mapping[str, Entry] = {entry.name: entry for entry in entries(Recipe)}
 """What decides a student."""
 
-_WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+_WORDS = {
+    str: ("text", "text"), int: ("a whole number", "whole numbers"), float: ("a number", "numbers"),
+    Path: ("a path", "paths"), bool: ("true or false", "true or false"),
+}  # fmt: skip
+"""The word for a value, and for several."""
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -67,20 +72,22 @@ def check_option(name: str, value: object, path: Path) -> Any:
     if name not in (*NAMES, *OPTIONS):
         raise UnknownNameError(f"option in {path}", name, (*NAMES, *OPTIONS))
     kind = OPTIONS[name].kind if name in OPTIONS else str
-    if isinstance(value, list):
-        value = tuple(value)
-    elif kind is str and isinstance(value, int | float):  # hold_out = 0.1
-        value = str(value)
+    plain = tuple(value) if isinstance(value, list) else value
+    if kind is str and type(value) in {int, float}:  # hold_out = 0.1
+        plain = str(value)
     try:
-        return TypeAdapter(kind).validate_python(value, strict=True)
+        return TypeAdapter(kind).validate_python(plain, strict=True)
     except ValidationError:
-        raise UsageError(f"{path}: {name} must be {_describe_kind(kind)}, not {value!r}") from None
+        raise UsageError(f"{path}: {name} must be {describe_kind(kind)}, not {value!r}") from None
 
 
-def _describe_kind(kind: Any) -> str:
-    if get_origin(kind) is tuple:
-        return f"a list of {_describe_kind(get_args(kind)[0])}"
-    return _WORDS[kind] if kind in _WORDS else _describe_kind(get_args(kind)[0])
+def describe_kind(kind: Any) -> str:
+    """A type as the word for its values in TOML: `tuple[int, ...]` is a list of whole numbers."""
+    if isinstance(kind, EnumType):
+        return " or ".join(str(choice.value) for choice in kind)
+    if get_origin(kind) in {tuple, list}:
+        return f"a list of {_WORDS[get_args(kind)[0]][1]}"
+    return _WORDS[kind][0] if kind in _WORDS else describe_kind(get_args(kind)[0])
 
 
 def settings_of(options: Mapping[str, Any]) -> tuple[DistillSettings, int | None]:

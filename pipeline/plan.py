@@ -22,6 +22,7 @@ from g2l_core.types import Level0Px
 from pipeline.forecast import RUNS, STEP_RATIO, Forecast, Speeds, forecast, gigabytes, speed_up, view_choices
 from pipeline.progress import ProgressLine
 from pipeline.settings import ExtractionSettings
+from pipeline.tables import table_text
 
 MEASURED_PATCHES = 256
 LISTED_SLIDES = 20
@@ -73,8 +74,8 @@ def make_plan(
     outcomes = patch_sources(sources, grid, mpp_override=settings.mpp_override, workers=settings.workers, tissue=tissue)
     with ProgressLine("tissue", "slides") as line:
         for done, outcome in enumerate(outcomes, start=1):
-            if outcome.laid is not None:
-                laid.append((outcome.source, outcome.laid))
+            if outcome.patched is not None:
+                laid.append((outcome.source, outcome.patched))
             else:
                 failed[outcome.source.slide_id] = str(outcome.error)
             line.update(done, len(sources))
@@ -162,7 +163,7 @@ def _cells(slide: PatchedSlide, grid: GridSpec) -> list[tuple[int, int]]:
 
 
 def _side(slide: PatchedSlide) -> Level0Px:
-    return Level0Px(int(str(slide.facts["patch_px_level0"])))
+    return Level0Px(slide.facts.patch_px_level0)
 
 
 def _reader(source: Source, slide: PatchedSlide, grid: GridSpec, mpp_override: float | None) -> PatchReader:
@@ -172,7 +173,7 @@ def _reader(source: Source, slide: PatchedSlide, grid: GridSpec, mpp_override: f
     return SlidePatches(opened, slide.coords, _side(slide), grid.patch_px)
 
 
-# -- telling ---------------------------------------------------------------------------------------------
+# -- printing ---------------------------------------------------------------------------------------------
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:
@@ -205,53 +206,55 @@ def _choices(plan: Plan) -> list[dict[str, Any]]:
 
 def plan_text(plan: Plan) -> str:
     """The plan at 80 columns."""
-    lines = [f"{patches:>11,}  {slide_id}" for slide_id, patches in list(plan.patches.items())[:LISTED_SLIDES]]
+    slides = [(f"{patches:,}", slide_id) for slide_id, patches in list(plan.patches.items())[:LISTED_SLIDES]]
     if len(plan.patches) > LISTED_SLIDES:
-        lines.append(f"{'':11}  and {len(plan.patches) - LISTED_SLIDES:,} more slides")
-    lines += [f"{'failed':>11}  {slide_id}: {reason}" for slide_id, reason in plan.failed_slides.items()]
+        slides.append(("", f"and {len(plan.patches) - LISTED_SLIDES:,} more slides"))
+    slides += [("failed", f"{slide_id}: {reason}") for slide_id, reason in plan.failed_slides.items()]
     failed = f", {len(plan.failed_slides):,} failed" if plan.failed_slides else ""
-    lines += [f"{plan.total:>11,}  patches of {len(plan.patches):,} slides{failed}", ""]
-    lines += [f"{'encoders':11}{name}: {dim or 'unknown number of'} features" for name, dim in plan.dims.items()]
-    lines += [*_cost_lines(plan), "", *_choice_lines(plan)]
-    return "\n".join(lines)
+    slides.append((f"{plan.total:,}", f"patches of {len(plan.patches):,} slides{failed}"))
+    facts = [("encoders", f"{name}: {dim or 'unknown number of'} features") for name, dim in plan.dims.items()]
+    parts = [table_text(slides, right=[0]), table_text([*facts, *_cost_rows(plan)]), _choice_text(plan)]
+    return "\n\n".join(parts)
 
 
-def _cost_lines(plan: Plan) -> list[str]:
+def _cost_rows(plan: Plan) -> list[tuple[str, str]]:
     size, view = plan.gigabytes(1 + plan.views), plan.gigabytes(1)
-    lines = []
+    rows = []
     if size is not None and view is not None:
-        lines.append(f"{'store':11}{_size(view)} a view, {_size(size)} with {plan.views} augmented views")
+        rows.append(("store", f"{_size(view)} a view, {_size(size)} with {plan.views} augmented views"))
     if plan.speeds is None:
-        return [*lines, f"{'time':11}not measured: {plan.why_not}"]
+        return [*rows, ("time", f"not measured: {plan.why_not}")]
     speeds, cost = plan.speeds, forecast(plan.speeds, plan.total, 1 + plan.views, plan.workers)
     encode = " + ".join(f"{1e3 * seconds:.1f}" for seconds in speeds.encode.values())
-    lines.append(
-        f"{'measured':11}on {speeds.patches} patches: read {1e3 * speeds.read:.1f} ms a patch, "
-        f"augment {1e3 * speeds.augment:.2f} and"
+    measured = (
+        f"on {speeds.patches} patches: read {1e3 * speeds.read:.1f} ms a patch, "
+        f"augment {1e3 * speeds.augment:.2f} and encode {encode} ms a view"
     )
-    lines.append(f"{'':11}encode {encode} ms a view")
-    lines.append(f"{'time':11}{_time(cost.hours)}; {cost.bottleneck} sets the pace")
-    lines.append(
-        f"{'readers':11}{cost.patches_needed:,.0f} patches/s keep the encoder busy; {plan.workers} workers read "
+    readers = (
+        f"{cost.patches_needed:,.0f} patches/s keep the encoder busy; {plan.workers} workers read "
         f"{cost.patches_read:,.0f}/s"
     )
     if cost.enough_workers > plan.workers:
-        lines.append(f"{'':11}--workers {cost.enough_workers} would be enough")
-    return lines
+        readers += f"; --workers {cost.enough_workers} would be enough"
+    time = f"{_time(cost.hours)}; {cost.bottleneck} sets the pace"
+    return [*rows, ("measured", measured), ("time", time), ("readers", readers)]
 
 
-def _choice_lines(plan: Plan) -> list[str]:
-    lines = [
-        f"A teacher cached with V views, against one run live in {plan.epochs} epochs of distillation",
-        f"(its forward pass costing {STEP_RATIO:g} of a student's step, as H-optimus-0 for Hibou-L):",
-        f"{'V':>5}{'store':>11}{'time':>11}{'one run':>11}{'five runs':>11}",
+def _choice_text(plan: Plan) -> str:
+    rows = [
+        (
+            str(row["views"]),
+            "?" if row["gigabytes"] is None else _size(row["gigabytes"]),
+            "?" if row["hours"] is None else _time(row["hours"]),
+            *(f"{row[f'speed_up_{runs}_runs']:.2f} x" for runs in RUNS),
+        )
+        for row in _choices(plan)
     ]
-    for row in _choices(plan):
-        size = "?" if row["gigabytes"] is None else _size(row["gigabytes"])
-        time = "?" if row["hours"] is None else _time(row["hours"])
-        gains = "".join(f"{row[f'speed_up_{runs}_runs']:>9.2f} x" for runs in RUNS)
-        lines.append(f"{row['views']:>5}{size:>11}{time:>11}{gains}")
-    return lines
+    return (
+        f"A teacher cached with V views, against one run live in {plan.epochs} epochs of distillation\n"
+        f"(its forward pass costing {STEP_RATIO:g} of a student's step, as H-optimus-0 for Hibou-L):\n"
+        + table_text(rows, header=("V", "store", "time", "one run", "five runs"), right=range(5))
+    )
 
 
 def _size(gb: float) -> str:

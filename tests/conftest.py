@@ -14,38 +14,43 @@ settings.register_profile("quick", max_examples=50, derandomize=True, deadline=N
 settings.register_profile("nightly", max_examples=2000, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
-SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+DATA_VARIABLE = "G2L_TEST_DATA"
+"""Names the folder of the real slides and patches; tests/data/README.md says what is in it and where to get it."""
+
+BESIDE_CHECKOUT = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
-def _shared(relative: str) -> Path:
-    path = SHARED_DATA / relative
+def _real_data(relative: str) -> Path:
+    path = Path(os.environ.get(DATA_VARIABLE, BESIDE_CHECKOUT)) / relative
     if not path.exists():
-        pytest.skip(f"the real data {relative} is not beside this checkout (../shared/data)")
+        pytest.skip(
+            f"needs the real data {relative}: set {DATA_VARIABLE} to a folder that has it (tests/data/README.md)"
+        )
     return path
 
 
 @pytest.fixture(scope="session")
 def real_slide() -> Path:
     """A real Aperio slide: 2220 x 2967 px, 0.499 um/px, one level, 240 px JPEG tiles."""
-    return _shared("slides/CMU-1-Small-Region.svs")
+    return _real_data("slides/CMU-1-Small-Region.svs")
 
 
 @pytest.fixture(scope="session")
 def slide_without_mpp() -> Path:
     """A real Aperio JPEG2000 slide whose header gives no um/px and no objective power."""
-    return _shared("slides/tcga-cr-7395-01a-01-ts1.svs")
+    return _real_data("slides/tcga-cr-7395-01a-01-ts1.svs")
 
 
 @pytest.fixture(scope="session")
 def oscc_patches() -> Path:
     """1,224 real oral-mucosa patches of 224 px in `train|test/Normal|OSCC`."""
-    return _shared("patches/oscc-rahman")
+    return _real_data("patches/oscc-rahman")
 
 
 @pytest.fixture(scope="session")
 def crc_patches() -> Path:
     """70 real colorectal patches of 224 px at 0.5 um/px, `CLASS___*.jpg`, ten of each of seven classes."""
-    return _shared("patches/crc-val-he-7k-sample")
+    return _real_data("patches/crc-val-he-7k-sample")
 
 
 TEACHER = "timm:mobilenetv3_small_050@64"

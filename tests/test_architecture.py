@@ -82,9 +82,25 @@ def test_light_modules_import_no_torch(module):
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-@pytest.mark.parametrize("command", [["--help"], ["store", "ls", "STORE"], ["store", "info", "STORE"]])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["--help"],
+        ["cache-teacher", "--help"],
+        ["distill", "--help"],
+        ["store", "ls", "STORE"],
+        ["store", "info", "STORE"],
+    ],
+)
 def test_looking_imports_no_torch(command, cached_store):
     arguments = [str(cached_store) if part == "STORE" else part for part in command]
     code = f"import sys; from pipeline.cli.main import app; app({arguments!r}, standalone_mode=False)"
     code += "; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 0
+
+
+def test_the_list_of_commands_is_quick():
+    """Nothing that takes long to import is there before a command is chosen."""
+    code = "import sys; from pipeline.cli.main import app; app(['--help'], standalone_mode=False)"
+    code += "; sys.exit(bool({'torch', 'numpy', 'pydantic'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 0

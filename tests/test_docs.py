@@ -36,7 +36,7 @@ def test_store_format_examples(in_docs_folder, capsys):
     assert np.array_equal(names["features"], slide.features(KEY, view=1))
     assert np.array_equal(names["coords"], slide.coords)
     assert np.array_equal(names["one_slide"].compute(), slide.features(KEY))
-    assert names["likeness"] == pytest.approx(1)
+    assert names["similarity"] == pytest.approx(1)
     assert (names["slide_id"], names["row"]) == ("p06-1", len(FeatureStore.open("s.zarr").slide("p06-1")) - 1)
     assert [path.stem for path in names["files"]] == [f"p0{i}-1" for i in range(1, 7)]
     printed = capsys.readouterr().out
@@ -56,3 +56,13 @@ def test_store_format_names_everything_that_a_store_has(cached_store):
     assert f"shard {schema.SHARD_ROWS} rows, 1 view; chunk {schema.CHUNK_ROWS} rows" in text
     for name in ("coords", "patch_status", "view_params", "pixel_hash"):
         assert re.search(rf"{name} +{slide[name].dtype} ", text)
+
+
+def test_architecture_names_what_there_is():
+    page = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    steps = re.findall(r"^\| (\d+) \| .* \| `(\S+)` \| `(\w+)` \|$", page, re.MULTILINE)
+    assert [int(number) for number, _, _ in steps] == list(range(1, 21))
+    for _, module, name in steps:
+        path = DOCS.parent / "g2l_core" / module
+        source = (path / "__init__.py" if path.is_dir() else path).read_text(encoding="utf-8")
+        assert re.search(rf"^(def |class |){name}\b", source, re.MULTILINE), f"{module} has no {name}"

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int64, Shaped, UInt64
-from sklearn.model_selection import StratifiedGroupKFold
 
 from g2l_core.benchmark.labels import LabelTable
 from g2l_core.benchmark.spec import TaskSpec
 from g2l_core.errors import LeakError, TaskError
 from g2l_core.metrics.bags import bag_values
+from g2l_core.metrics.folds import group_folds
 from g2l_core.slides.manifest import fits, parse_condition
 from g2l_core.store.features import FeatureStore, StoredSlide
 from g2l_core.store.schema import STATUS, UNKNOWN_HASH
@@ -129,7 +129,7 @@ def _taking_part(stores: Sequence[FeatureStore], spec: TaskSpec) -> list[StoredS
 def _cluster_unit(slides: Sequence[StoredSlide], spec: TaskSpec, grouped: bool) -> str:
     if grouped:
         return "patients" if spec.group == "patient_id" else f"groups of {spec.group}"
-    return "slides" if all(slide.facts["kind"] == "slide" for slide in slides) else "images"
+    return "slides" if all(slide.facts.kind == "slide" for slide in slides) else "images"
 
 
 def _columns_of(index: int, slide: StoredSlide, spec: TaskSpec, table: LabelTable | None) -> dict[str, np.ndarray]:
@@ -145,7 +145,7 @@ def _columns_of(index: int, slide: StoredSlide, spec: TaskSpec, table: LabelTabl
     cluster = column(spec.group)
     grouped = cluster != ""
     if not grouped.all():
-        names = [slide.slide_id if slide.facts["kind"] == "slide" else f"{slide.slide_id}#{row}" for row in good]
+        names = [slide.slide_id if slide.facts.kind == "slide" else f"{slide.slide_id}#{row}" for row in good]
         cluster = np.where(cluster == "", np.array(names, dtype=np.str_), cluster)
     return {
         "slide_index": np.full(len(good), index),
@@ -255,14 +255,11 @@ def split_parts(
     """
     if not spec.folds:
         return [(np.flatnonzero(part == "train"), np.flatnonzero(part == "test"))]
-    for name in np.unique(strata):
-        members = len(np.unique(clusters[strata == name]))
-        if members < spec.folds:
-            raise TaskError(
-                f"task {spec.name}: class {name} is in {members} {unit}, fewer than the {spec.folds} folds; use fewer"
-            )
-    splitter = StratifiedGroupKFold(n_splits=spec.folds, shuffle=True, random_state=seed)
-    return list(splitter.split(np.empty((len(strata), 0)), strata, clusters))
+
+    def describe(name: object, members: int) -> str:
+        return f"task {spec.name}: class {name} is in {members} {unit}"
+
+    return group_folds(strata, clusters, spec.folds, seed=seed, describe=describe)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,15 +4,14 @@ import csv
 import re
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from io import StringIO
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
-from xml.etree import ElementTree
 
-from g2l_core.errors import ManifestError
+from g2l_core.errors import ManifestError, UsageError
 
 SHOWN = 5
-SPREADSHEET = "{http://schemas.openxmlformats.org/spreadsheetml/2006/main}"
 TCGA_PATIENT = re.compile(r"TCGA-\w{2}-\w{4}")
 
 
@@ -116,48 +115,24 @@ def spreadsheet(path: Path, sheet: str, columns: Sequence[str]) -> list[dict[str
 
     Raises:
         ManifestError: It cannot be read, or lacks the sheet or a column.
+        UsageError: openpyxl is not installed.
     """
     try:
-        with zipfile.ZipFile(path) as book:
-            grid = _cells(book, sheet)
-    except (OSError, zipfile.BadZipFile, KeyError, ElementTree.ParseError) as error:
+        import openpyxl
+    except ImportError as error:
+        raise UsageError(f"reading {path} needs a package: pip install 'g2l[xlsx]'") from error
+    try:
+        with closing(openpyxl.load_workbook(path, read_only=True, data_only=True)) as book:
+            grid = [
+                ["" if v is None else str(v).strip() for v in row] for row in book[sheet].iter_rows(values_only=True)
+            ]
+    except (OSError, zipfile.BadZipFile, KeyError, ValueError) as error:
         raise ManifestError(f"cannot read the sheet {sheet} of {path}: {error}") from error
-    header = {column: name.strip() for column, name in grid[0].items()} if grid else {}
-    missing = [column for column in columns if column not in header.values()]
+    header, *rows = grid or [[]]
+    missing = [column for column in columns if column not in header]
     if missing:
-        raise ManifestError(f"sheet {sheet} of {path} has no column {missing[0]!r}; found {', '.join(header.values())}")
-    return [{name: row.get(column, "").strip() for column, name in header.items()} for row in grid[1:]]
-
-
-def _cells(book: zipfile.ZipFile, sheet: str) -> list[dict[str, str]]:
-    """The sheet's rows as {column letters: text} (ECMA-376, part 1, section 18.3)."""
-    relation = "{http://schemas.openxmlformats.org/officeDocument/2006/relationships}id"
-    sheets = ElementTree.fromstring(book.read("xl/workbook.xml")).iter(f"{SPREADSHEET}sheet")
-    ids = {element.get("name"): element.get(relation) for element in sheets}
-    targets = {
-        e.get("Id"): e.get("Target", "") for e in ElementTree.fromstring(book.read("xl/_rels/workbook.xml.rels"))
-    }
-    shared = _shared_strings(book)
-    place = targets[ids[sheet]].removeprefix("/xl/")
-    rows = ElementTree.fromstring(book.read(f"xl/{place}")).iter(f"{SPREADSHEET}row")
-    return [
-        {(cell.get("r") or "").rstrip("0123456789"): _text(cell, shared) for cell in row.iter(f"{SPREADSHEET}c")}
-        for row in rows
-    ]
-
-
-def _shared_strings(book: zipfile.ZipFile) -> list[str]:
-    if "xl/sharedStrings.xml" not in book.namelist():
-        return []
-    items = ElementTree.fromstring(book.read("xl/sharedStrings.xml")).iter(f"{SPREADSHEET}si")
-    return ["".join(part.text or "" for part in item.iter(f"{SPREADSHEET}t")) for item in items]
-
-
-def _text(cell: ElementTree.Element, shared: Sequence[str]) -> str:
-    if cell.get("t") == "inlineStr":
-        return "".join(part.text or "" for part in cell.iter(f"{SPREADSHEET}t"))
-    value = cell.findtext(f"{SPREADSHEET}v") or ""
-    return shared[int(value)] if cell.get("t") == "s" else value
+        raise ManifestError(f"sheet {sheet} of {path} has no column {missing[0]!r}; found {', '.join(header)}")
+    return [dict(zip_longest(header, row[: len(header)], fillvalue="")) for row in rows]
 
 
 def tcga_labels(name: str) -> dict[str, str]:

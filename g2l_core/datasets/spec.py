@@ -1,7 +1,8 @@
 """What a public dataset is, and what its reader finds."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 from g2l_core.types import Rgb
@@ -40,7 +41,7 @@ class Reading:
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """The facts of a public dataset, and its reader."""
+    """The facts of a public dataset: a table of datasets.toml."""
 
     name: str
     title: str
@@ -64,7 +65,8 @@ class Dataset:
     """The tree that --root must have."""
     source: str
     """What documents the layout."""
-    read: Callable[[Path], Reading]
+    reader: str
+    """The function that reads its folder: MODULE.FUNCTION of this package."""
     patch_px: int = 0
     """Side of its patch images in pixels; 0 for slides, which stage one tiles."""
     mpp: float | None = None
@@ -73,5 +75,15 @@ class Dataset:
     """Whether images of one slide differ in label or split, so that stage three needs them by image."""
     cell_label: str = ""
     """The label column that masks give by patch; its slides are tiled with stage one's own grid."""
-    notes: tuple[str, ...] = field(default_factory=tuple)
-    """What one must know before believing a figure."""
+    notes: tuple[str, ...] = ()
+    """What one must know before believing a metric value."""
+
+    def read(self, root: Path) -> Reading:
+        """Read the dataset's folder as its authors publish it.
+
+        Raises:
+            ManifestError: The folder has another layout.
+        """
+        module, _, function = self.reader.partition(".")
+        reading: Reading = getattr(import_module(f"{__package__}.{module}"), function)(root)
+        return reading

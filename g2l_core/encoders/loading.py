@@ -5,7 +5,6 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from g2l_core.encoders.resolve import EncoderSpec, encoder_key, spec_to_json
 from g2l_core.encoders.weight_layouts import state_dict_in_timm_layout
 from g2l_core.encoders.weights import read_tensors, state_digest, weights_file
 from g2l_core.errors import EncoderError, UnknownNameError, UsageError
+from g2l_core.store.facts import EncoderFacts
 from g2l_core.store.provenance import digest
 
 COMPILED = "+compile"
@@ -46,15 +46,10 @@ class LoadedEncoder:
         return encoder_key(self.spec, self.digest)
 
     @property
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> EncoderFacts:
         """What a store keeps of it."""
-        return {
-            **spec_to_json(self.spec),
-            "dim": self.dim,
-            "precision": self.precision,
-            "weights_digest": self.weights_digest,
-            "digest": self.digest,
-        }
+        found = {"precision": self.precision, "weights_digest": self.weights_digest, "digest": self.digest}
+        return EncoderFacts.from_json({**spec_to_json(self.spec), "dim": self.dim, **found})
 
 
 def load_encoder(spec: EncoderSpec, *, device: str = "auto", precision: str = "auto") -> LoadedEncoder:
@@ -138,9 +133,9 @@ def build_network(spec: EncoderSpec) -> nn.Module:
     Raises:
         EncoderError: The weights cannot be had or do not fit.
     """
-    source, _, where = spec.weights.partition(":")
-    network = build_architecture(spec.architecture, spec.arguments, int(where) if source == "random" else 0)
-    if source not in {"random", "module"}:
+    source = spec.source
+    network = build_architecture(spec.architecture, spec.arguments, int(source.where) if spec.is_untrained else 0)
+    if source.kind not in {"random", "module"}:
         tensors = read_tensors(weights_file(spec))
         state = state_dict_in_timm_layout(tensors, spec.layout, network.state_dict(), spec.name)
         network.load_state_dict(state, strict=True)

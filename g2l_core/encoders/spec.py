@@ -20,6 +20,42 @@ MPP_TOLERANCE = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
+class WeightsSource:
+    """Where an encoder's weights come from. `str` gives the text that specs and stores keep, `parse` reads it.
+
+    The texts are hub:REPOSITORY@REVISION#FILE (revision and file may be absent), package:MODULE/GLOB, file:PATH,
+    run:FOLDER, module:FUNCTION (the function loads them) and random:SEED.
+    """
+
+    kind: str
+    """What stands before the colon; empty for an architecture without weights."""
+    where: str
+    """The repository, module, path, folder, function or seed."""
+    revision: str = ""
+    """Of a repository; empty for its newest."""
+    file: str = ""
+    """The name of a file in a repository, or the pattern of one in a package."""
+
+    @classmethod
+    def parse(cls, text: str) -> "WeightsSource":
+        """Read the text that `str` gives."""
+        kind, _, where = text.partition(":")
+        if kind == "hub":
+            address, _, file = where.partition("#")
+            repository, _, revision = address.partition("@")
+            return cls(kind=kind, where=repository, revision=revision, file=file)
+        if kind == "package":
+            module, _, pattern = where.partition("/")
+            return cls(kind=kind, where=module, file=pattern)
+        return cls(kind=kind, where=where)
+
+    def __str__(self) -> str:
+        revision = f"@{self.revision}" if self.revision else ""
+        file = f"{'/' if self.kind == 'package' else '#'}{self.file}" if self.file else ""
+        return f"{self.kind}:{self.where}{revision}{file}" if self.kind else ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EncoderSpec:
     """Everything that decides an encoder's features, but for the weights' values and the precision."""
 
@@ -30,8 +66,7 @@ class EncoderSpec:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     """Further arguments of `timm.create_model` or of the function; layers by the names in `architectures.LAYERS`."""
     weights: str
-    """Where the weights come from: hub:REPOSITORY@REVISION#FILE, package:MODULE/GLOB, file:PATH, run:FOLDER,
-    module:FUNCTION (the function loads them), random:SEED."""
+    """Where the weights come from, as a `WeightsSource` writes it."""
     layout: str = "auto"
     """How the weights file names its tensors; auto finds out from the names. See `layouts.LAYOUTS`."""
     input_px: int = 224
@@ -66,16 +101,20 @@ class EncoderSpec:
             raise UsageError(f"{self.name}: std must be above 0, not {self.std}")
 
     @property
-    def is_untrained(self) -> bool:
-        """Whether the weights are random."""
-        return self.weights.startswith("random:")
+    def source(self) -> WeightsSource:
+        """Where the weights come from."""
+        return WeightsSource.parse(self.weights)
 
     @property
-    def weights_in_words(self) -> str:
-        """Where the weights come from, for people."""
-        source, _, where = self.weights.partition(":")
+    def is_untrained(self) -> bool:
+        """Whether the weights are random."""
+        return self.source.kind == "random"
+
+    def describe_weights(self) -> str:
+        """What the weights were trained on, or else where they come from, for people."""
+        where = self.source.where
         words = {"random": f"random, seed {where}", "file": f"file {where}", "run": f"distilled, {where}"}
-        return self.trained_on or words.get(source, self.weights)
+        return self.trained_on or words.get(self.source.kind, self.weights)
 
     def fits_mpp(self, mpp: float) -> bool:
         """Whether patches at `mpp` micrometers per pixel are what the card asks for."""

@@ -25,8 +25,8 @@ def parameters_of(spec: EncoderSpec) -> str:
 
 def source_of(spec: EncoderSpec) -> str:
     """Repository or package of the weights."""
-    kind, _, where = spec.weights.partition(":")
-    return where.partition("@")[0] if kind == "hub" else where.partition("/")[0].replace("_", "-")
+    source = spec.source
+    return source.where if source.kind == "hub" else source.where.replace("_", "-")
 
 
 def encoder_lines() -> list[str]:

@@ -18,8 +18,8 @@ from g2l_core.errors import EncoderError
 FILE_NAMES = ("model.safetensors", "pytorch_model.bin")
 
 
-def hub_file(spec: EncoderSpec, where: str) -> Path:
-    """The local copy of REPOSITORY[@REVISION][#FILE], downloaded if it is not in the hub's cache.
+def hub_file(spec: EncoderSpec) -> Path:
+    """The local copy of a repository's weights file, downloaded if it is not in the hub's cache.
 
     HF_TOKEN, HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE mean what they mean to `huggingface_hub`.
 
@@ -28,8 +28,7 @@ def hub_file(spec: EncoderSpec, where: str) -> Path:
     """
     from huggingface_hub import errors, hf_hub_download
 
-    address, _, file_name = where.partition("#")
-    repository, _, revision = address.partition("@")
+    repository, revision, file_name = spec.source.where, spec.source.revision, spec.source.file
     # The client lets errors of its transport through (a connection that breaks); its own share their base.
     refusals: tuple[type[Exception], ...] = (*errors.HfHubHTTPError.__bases__, OSError, ValueError)
     names = (file_name,) if file_name else FILE_NAMES
@@ -81,22 +80,21 @@ def weights_file(spec: EncoderSpec) -> Path:
     Raises:
         EncoderError: It cannot be had.
     """
-    source, _, where = spec.weights.partition(":")
-    match source:
+    match spec.source.kind:
         case "file":
-            return Path(where)
+            return Path(spec.source.where)
         case "run":
-            return Path(where) / "model.safetensors"
+            return Path(spec.source.where) / "model.safetensors"
         case "package":
-            return _package_file(spec, where)
+            return _package_file(spec)
         case _:
-            return hub_file(spec, where)
+            return hub_file(spec)
 
 
-def _package_file(spec: EncoderSpec, where: str) -> Path:
-    package, _, pattern = where.partition("/")
-    found = importlib.util.find_spec(package)
-    files = sorted(Path(found.origin).parent.glob(pattern)) if found and found.origin else []
+def _package_file(spec: EncoderSpec) -> Path:
+    package = spec.source.where
+    module = importlib.util.find_spec(package)
+    files = sorted(Path(module.origin).parent.glob(spec.source.file)) if module and module.origin else []
     if not files:
         raise EncoderError(f"{spec.name} needs the package {package.replace('_', '-')}: pip install it")
     return files[0]

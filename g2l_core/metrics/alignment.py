@@ -19,7 +19,7 @@ def rbf_cka(
     *,
     debiased: bool,
     bandwidth: float = 1.0,
-    most_rows: int = 2048,
+    max_rows: int = 2048,
     seed: int,
 ) -> float:
     """CKA with the kernels exp(-|x - x'|^2 / (2 s^2)), s being `bandwidth` times the median distance of two rows.
@@ -31,7 +31,7 @@ def rbf_cka(
         y: Features of the other on the same patches.
         debiased: See `similarity.linear_cka`.
         bandwidth: In median distances, those of each encoder for itself.
-        most_rows: Of more rows, so many are drawn without replacement: three kernels of 32 MiB for 2,048.
+        max_rows: Of more rows, so many are drawn without replacement: three kernels of 32 MiB for 2,048.
         seed: Draws them.
 
     Raises:
@@ -44,8 +44,8 @@ def rbf_cka(
     require_aligned(x=len(x), y=len(y))
     if bandwidth <= 0:
         raise TaskError(f"the bandwidth is a positive multiple of the median distance; got {bandwidth}")
-    if len(x) > most_rows:
-        rows = np.sort(np.random.default_rng(seed).choice(len(x), most_rows, replace=False))
+    if len(x) > max_rows:
+        rows = np.sort(np.random.default_rng(seed).choice(len(x), max_rows, replace=False))
         x, y = x[rows], y[rows]
     return kernel_cka(_rbf_kernel(x, bandwidth, "x"), _rbf_kernel(y, bandwidth, "y"), debiased=debiased)
 
@@ -126,11 +126,6 @@ def procrustes_similarity(moments: CkaMoments) -> float:
     return float(np.linalg.svd(centered[x, y], compute_uv=False).sum()) / spread**0.5
 
 
-def procrustes_distance(moments: CkaMoments) -> float:
-    """2 - 2 `procrustes_similarity`: the squared distance left after the best rotation, from 0 to 2."""
-    return 2 - 2 * procrustes_similarity(moments)
-
-
 def centered_gram(moments: CkaMoments) -> Float64[np.ndarray, "dim dim"]:
     """The sums of products of [x | y] about their mean."""
     return moments.gram - np.outer(moments.total, moments.total) / moments.n
@@ -179,7 +174,7 @@ def central_rows(
         share: To leave out by each encoder; 2 `share` go at most. 0 keeps all.
 
     Returns:
-        Whether to keep each row: give x[kept] and y[kept] to `similarity.cka_interval`.
+        Whether to keep each row: give x[kept] and y[kept] to `similarity.leave_out_each`.
 
     Raises:
         TaskError: If the lengths differ, a row holds NaN, or the share is outside [0, 0.5).

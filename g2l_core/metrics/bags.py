@@ -1,6 +1,6 @@
 """From patches to slides and patients without training: a bag's mean feature, and its patches' vote.
 
-A bag is the patches of one slide or one patient. Bags stand in the order of their sorted names, everywhere.
+A bag is the patches of one slide or one patient. Bags always come in the order of their sorted names.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from g2l_core.metrics.statistics import cluster_codes, cluster_sums, require_ali
 
 
 def bag_rows(bags: Shaped[np.ndarray, " row"]) -> list[Int64[np.ndarray, " member"]]:
-    """The rows of each bag, ascending; bags in the order of their sorted names.
+    """Return the rows of each bag, ascending; bags in the order of their sorted names.
 
     Raises:
         TaskError: If there is no row.
@@ -26,14 +26,14 @@ def bag_rows(bags: Shaped[np.ndarray, " row"]) -> list[Int64[np.ndarray, " membe
 def mean_pool(
     features: Float[np.ndarray, "row dim"], bags: Shaped[np.ndarray, " bag_row"]
 ) -> tuple[Shaped[np.ndarray, " bag"], Float64[np.ndarray, "bag dim"]]:
-    """The mean feature of each bag, for a linear probe or a Cox model.
+    """Average the features of each bag, for a linear probe or a Cox model.
 
     Args:
-        features: Of the patches; any float type, summed in float64.
-        bags: The slide or patient of each.
+        features: (row, dim) features of the patches; any float type, summed in float64.
+        bags: (row,) slide or patient of each.
 
     Returns:
-        The sorted names of the bags, and the mean of each. The order of patches changes the last bits only.
+        The (bag,) sorted names, and the (bag, dim) means. The order of patches changes the last bits only.
 
     Raises:
         TaskError: If the lengths differ or there is no patch.
@@ -46,15 +46,15 @@ def mean_pool(
 def bag_values(
     values: Shaped[np.ndarray, " row"], bags: Shaped[np.ndarray, " bag_row"], name: str
 ) -> Shaped[np.ndarray, " bag"]:
-    """The one value that all patches of a bag share: its label, patient, time or event.
+    """Return the one value that all patches of a bag share: its label, patient, time or event.
 
     Args:
-        values: Of each patch.
-        bags: The slide or patient of each.
+        values: (row,) value of each patch.
+        bags: (row,) slide or patient of each.
         name: What the value is, for the message.
 
     Returns:
-        One value a bag, in the order of their sorted names.
+        The (bag,) values, in the order of the bags' sorted names.
 
     Raises:
         TaskError: If the lengths differ, or a bag holds several values.
@@ -63,23 +63,23 @@ def bag_values(
     parts = bag_rows(bags)
     for rows in parts:
         if (values[rows] != values[rows[0]]).any():
-            found = np.unique(values[rows])[:3].tolist()
-            raise TaskError(f"each bag has one {name}, but {bags[rows[0]]} has {found}; label bags, not patches")
+            several = np.unique(values[rows])[:3].tolist()
+            raise TaskError(f"each bag has one {name}, but {bags[rows[0]]} has {several}; label bags, not patches")
     return values[np.array([rows[0] for rows in parts])]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Vote:
-    """What the patches of each bag say together."""
+    """Result of `patch_vote`."""
 
     bags: Shaped[np.ndarray, " bag"]
     """Sorted."""
     probabilities: Float64[np.ndarray, "bag class"]
     """The mean over the bag's patches."""
     shares: Float64[np.ndarray, "bag class"]
-    """Of patches for which the class is the most probable (the first of equals)."""
+    """Fraction of the patches for which the class is the most probable (the first of equals)."""
     majority: Shaped[np.ndarray, " bag"]
-    """The class with the greatest share; of equals the one with the greater mean probability."""
+    """The class with the greatest share; among equals the one with the greater mean probability."""
 
 
 def patch_vote(
@@ -87,12 +87,12 @@ def patch_vote(
     classes: Shaped[np.ndarray, " class"],
     bags: Shaped[np.ndarray, " bag_row"],
 ) -> Vote:
-    """Lets patches speak for their bag: the mean of their probabilities, and the majority.
+    """Classify bags by their patches: the mean of the probabilities, and the majority.
 
     Args:
-        probabilities: Of each patch and class, as `probe.linear_probe` gives them.
-        classes: The columns' classes.
-        bags: The slide or patient of each patch.
+        probabilities: (row, class) probabilities of each patch, as from `probe.linear_probe`.
+        classes: (class,) classes of the columns.
+        bags: (row,) slide or patient of each patch.
 
     Raises:
         TaskError: If the lengths differ or there is no patch.

@@ -1,4 +1,4 @@
-"""Whether predicted probabilities can be believed, from sums that a bootstrap can draw (`statistics.of_sums`)."""
+"""Calibration of predicted probabilities, from sums that a bootstrap can draw (`statistics.of_sums`)."""
 
 import numpy as np
 from jaxtyping import Float64, Shaped
@@ -8,7 +8,7 @@ from g2l_core.metrics.rows import require_finite
 from g2l_core.metrics.statistics import cluster_sums, require_aligned
 
 BINS = 15
-"""Of the confidence, equally wide over [0, 1]: as Guo et al. (2017)."""
+"""Bins of the confidence, equally wide over [0, 1], as in Guo et al. (2017)."""
 
 
 def _hot(
@@ -16,7 +16,7 @@ def _hot(
     probabilities: Float64[np.ndarray, "probability_row column"],
     classes: Shaped[np.ndarray, " class"],
 ) -> Float64[np.ndarray, "row class"]:
-    """1 in the column of each row's class."""
+    """Return a matrix with 1 in the column of each row's class."""
     require_aligned(truth=len(truth), probabilities=len(probabilities))
     require_aligned(columns=probabilities.shape[1], classes=len(classes))
     require_finite(probabilities, "the probabilities")
@@ -32,13 +32,16 @@ def brier_sums(
     classes: Shaped[np.ndarray, " class"],
     clusters: Shaped[np.ndarray, " cluster_row"],
 ) -> Float64[np.ndarray, "cluster 2"]:
-    """Of each cluster: the sum of squared errors of all classes' probabilities, and the number of rows.
+    """Sum the squared errors of all classes' probabilities over each cluster.
 
     Args:
-        truth: The class of each row.
-        probabilities: Of each row and class.
-        classes: The columns' classes.
-        clusters: The patient or slide of each row.
+        truth: (row,) class of each row.
+        probabilities: (row, class) predicted probabilities.
+        classes: (class,) classes of the columns.
+        clusters: (row,) patient or slide of each row.
+
+    Returns:
+        (cluster, 2): the sum of squared errors, and the number of rows.
 
     Raises:
         TaskError: If the lengths differ, a probability is NaN, or a true class is not among `classes`.
@@ -48,10 +51,15 @@ def brier_sums(
 
 
 def brier_score(sums: Float64[np.ndarray, "draw 2"]) -> Float64[np.ndarray, " draw"]:
-    """The mean over rows of sum_k (p_k - [truth is k])^2: from 0 to 2; of two classes, twice the one-column score.
+    """Compute the Brier score: the mean over rows of sum_k (p_k - [truth is k])^2.
+
+    It lies between 0 and 2. With two classes it is twice the score of one column.
 
     Args:
-        sums: From `brier_sums`, added up over the clusters of each draw.
+        sums: (draw, 2) sums from `brier_sums`, added up over the clusters of each draw.
+
+    Returns:
+        The (draw,) scores.
 
     References:
         Brier, Verification of Forecasts Expressed in Terms of Probability (1950), equation 2.
@@ -65,10 +73,13 @@ def calibration_sums(
     classes: Shaped[np.ndarray, " class"],
     clusters: Shaped[np.ndarray, " cluster_row"],
 ) -> Float64[np.ndarray, "cluster sums"]:
-    """Of each cluster: the sum of (right - confidence) in each of `BINS` bins, and the number of rows.
+    """Sum (right - confidence) over the rows of each cluster, in each of `BINS` bins.
 
-    The confidence is the greatest probability of a row, of equal ones that of the first class; bin b holds
-    b / BINS <= confidence < (b + 1) / BINS, the last one 1 too.
+    The confidence is the greatest probability of a row; among equal ones that of the first class. Bin b holds
+    b / BINS <= confidence < (b + 1) / BINS; the last one includes 1. Arguments are those of `brier_sums`.
+
+    Returns:
+        (cluster, `BINS` + 1): the sum of each bin, and the number of rows.
 
     Raises:
         TaskError: As `brier_sums`.
@@ -83,12 +94,15 @@ def calibration_sums(
 
 
 def calibration_error(sums: Float64[np.ndarray, "draw sums"]) -> Float64[np.ndarray, " draw"]:
-    """The expected calibration error: the mean over rows of |accuracy - mean confidence| of the row's bin.
+    """Compute the expected calibration error: sum_b n_b / n |accuracy_b - mean confidence_b| over bins b.
 
     It is biased upwards where bins hold few rows, so it compares encoders on the same rows only.
 
     Args:
-        sums: From `calibration_sums`, added up over the clusters of each draw.
+        sums: (draw, `BINS` + 1) sums from `calibration_sums`, added up over the clusters of each draw.
+
+    Returns:
+        The (draw,) errors.
 
     References:
         Guo et al., On Calibration of Modern Neural Networks (2017), equation 3.

@@ -8,7 +8,7 @@ from jaxtyping import Float, Float64, Int64
 from scipy.linalg import cholesky, solve_triangular
 from scipy.optimize import OptimizeResult, minimize
 
-from g2l_core.metrics.knn.points import widened
+from g2l_core.metrics.knn.normalized import widened
 from g2l_core.metrics.rows import row_blocks
 
 GRADIENT_TOLERANCE = 1e-7

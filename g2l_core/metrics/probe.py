@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float, Float64, Int64, Num, Shaped
-from sklearn.model_selection import StratifiedGroupKFold
 
 from g2l_core.errors import TaskError
 from g2l_core.metrics import logistic
+from g2l_core.metrics.folds import stratified_group_folds
 from g2l_core.metrics.rows import require_finite
 from g2l_core.metrics.statistics import Statistic, cluster_codes, of_weights, require_aligned
 
@@ -76,7 +76,9 @@ def linear_probe(
         raise TaskError(f"a probe needs two classes at least; all {len(labels):,} labels are {classes[0]}")
     c, folds_converged = c_values[0], True
     if len(c_values) > 1:
-        parts = _folds(labels, groups, folds, seed)
+        if groups is None:
+            raise TaskError("to choose among several C, give the patient of each row: folds must not share one")
+        parts = stratified_group_folds(labels, groups, folds, seed=seed)
         c, folds_converged = _choose_c(train, codes, parts, sorted(c_values), max_iterations)
     scaling = logistic.scaling_of(train)
     design = logistic.design_of(train, codes, len(classes), scaling)
@@ -87,24 +89,6 @@ def linear_probe(
         c=c,
         converged=converged and folds_converged,
     )
-
-
-def _folds(
-    labels: Shaped[np.ndarray, " row"], groups: Shaped[np.ndarray, " group"] | None, folds: int, seed: int
-) -> list[tuple[Int64[np.ndarray, " fit"], Int64[np.ndarray, " held"]]]:
-    """Folds by group in which every class is on either side."""
-    if groups is None:
-        raise TaskError("to choose among several C, give the patient of each row: folds must not share one")
-    require_aligned(labels=len(labels), groups=len(groups))
-    for name in np.unique(labels):
-        members = len(np.unique(groups[labels == name]))
-        if members < folds:
-            raise TaskError(f"class {name} has {members} groups, fewer than the {folds} folds; use fewer")
-    splitter = StratifiedGroupKFold(n_splits=folds, shuffle=True, random_state=seed)
-    parts = list(splitter.split(np.empty((len(labels), 0)), labels, groups))
-    if any(len(np.unique(labels[fit])) < len(np.unique(labels)) for fit, _ in parts):
-        raise TaskError(f"a class is missing from the training part of one of {folds} folds; use fewer")
-    return parts
 
 
 def _choose_c(

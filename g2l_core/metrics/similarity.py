@@ -1,10 +1,11 @@
 """How alike the features of two encoders are: linear CKA, exact in one pass, with intervals over clusters."""
 
+from collections.abc import Callable, Iterator
 from functools import partial
 from math import nan, sqrt
 
 import numpy as np
-from jaxtyping import Float, Float64, Int64, Shaped
+from jaxtyping import Bool, Float, Float64, Int64, Shaped
 from scipy.special import stdtr, stdtrit
 
 from g2l_core.errors import TaskError
@@ -17,7 +18,7 @@ from g2l_core.rng import keyed_generator
 _DIGITS_LOST = 1e-11
 """A sum of squares smaller than this share of the terms it is the difference of has under five digits left."""
 
-MOST_GROUPS = 32
+MAX_GROUPS = 32
 """More clusters than this are left out by groups: the t quantile of 31 degrees of freedom is within 4 % of the normal
 one, and each group left out costs a CKA."""
 
@@ -87,58 +88,89 @@ def leave_out_each(
     debiased: bool,
     device: str = "cpu",
 ) -> tuple[float, Float64[np.ndarray, " group"]]:
-    """CKA of all rows, and without each group of clusters.
+    """Compute linear CKA of all rows, and without each group of clusters, for `jackknife`.
 
-    Sums over rows are taken on the device (see `moments.cka_moments`); kernels of few rows, which cost little, on
-    the CPU.
+    Args:
+        x: (row, dim_x) features of one encoder; any float type.
+        y: (row, dim_y) features of the other on the same patches.
+        clusters: (row,) patient or slide of each row.
+        debiased: See `linear_cka`.
+        device: Where sums over rows are taken (see `moments.cka_moments`). Kernels of few rows, which cost little, stay
+            on the CPU.
+
+    Returns:
+        The value, and the (group,) values without each group; none where there is one cluster.
+
+    Raises:
+        TaskError: As `cka_moments` and `linear_cka`, which must hold without any one group too.
+
+    Examples:
+        >>> import numpy as np
+        >>> x = np.random.default_rng(0).standard_normal((60, 4))
+        >>> patients = np.repeat(np.arange(6), 10)
+        >>> value, without = leave_out_each(x, x + 1, patients, debiased=True)
+        >>> round(value, 6), without.round(6).tolist()
+        (1.0, [1.0, 1.0, 1.0, 1.0, 1.0, 1.0])
     """
+    if len(x) > x.shape[1] + y.shape[1]:  # whichever matrices are the smaller
+        return leave_out_moments(partial(linear_cka, debiased=debiased), x, y, clusters, device)
     require_aligned(x=len(x), y=len(y), clusters=len(clusters))
-    groups, count = jackknife_groups(clusters)
-    if len(x) <= x.shape[1] + y.shape[1]:  # whichever matrices are the smaller
-        whole, without = _leave_out_of_kernels(x, y, groups, count, debiased)
-    else:
-        whole, without = _leave_out_of_moments(x, y, groups, count, debiased, device)
-    return whole, np.array(without if count > 1 else [])
-
-
-def jackknife_groups(clusters: Shaped[np.ndarray, " row"]) -> tuple[Int64[np.ndarray, " row"], int]:
-    """The clusters themselves, or, where they are many, `MOST_GROUPS` equal random groups of whole clusters."""
-    codes, count = cluster_codes(clusters)
-    if count <= MOST_GROUPS:
-        return codes, count
-    group_of = keyed_generator("jackknife groups", count).permutation(count) % MOST_GROUPS
-    return group_of[codes], MOST_GROUPS
-
-
-def _leave_out_of_moments(
-    x: Float[np.ndarray, "row dim_x"],
-    y: Float[np.ndarray, "row dim_y"],
-    groups: Int64[np.ndarray, " row"],
-    count: int,
-    debiased: bool,
-    device: str,
-) -> tuple[float, list[float]]:
-    """By differences of moments; a second pass keeps only one group's in memory."""
-    moments = partial(cka_moments, center=cka_center(x, y), device=device)
-    whole = moments(x, y)
-    parts = (moments(x[groups == g], y[groups == g]) for g in range(count if count > 1 else 0))
-    return linear_cka(whole, debiased=debiased), [linear_cka(whole - part, debiased=debiased) for part in parts]
-
-
-def _leave_out_of_kernels(
-    x: Float[np.ndarray, "row dim_x"],
-    y: Float[np.ndarray, "row dim_y"],
-    groups: Int64[np.ndarray, " row"],
-    count: int,
-    debiased: bool,
-) -> tuple[float, list[float]]:
-    """By parts of the two n x n kernels, which few rows make the smaller matrices."""
     require_finite(x, "x")
     require_finite(y, "y")
     kernels = [_kernel(features) for features in (x, y)]
-    kept = [np.flatnonzero(groups != g) for g in range(count)] if count > 1 else []
+    kept = (np.flatnonzero(keep) for keep in _without_each(clusters))
     without = [kernel_cka(*(k[np.ix_(rows, rows)] for k in kernels), debiased=debiased) for rows in kept]
-    return kernel_cka(kernels[0], kernels[1], debiased=debiased), without
+    return kernel_cka(kernels[0], kernels[1], debiased=debiased), np.array(without)
+
+
+def leave_out_moments(
+    measure: Callable[[CkaMoments], float],
+    x: Float[np.ndarray, "row dim_x"],
+    y: Float[np.ndarray, "row_y dim_y"],
+    clusters: Shaped[np.ndarray, " cluster_row"],
+    device: str = "cpu",
+) -> tuple[float, Float64[np.ndarray, " group"]]:
+    """Compute a measure that follows from moments for all rows, and without each group of clusters.
+
+    The moments of a group are subtracted from those of all rows; those of one group at a time are held.
+
+    Args:
+        measure: Such as `linear_cka` or `alignment.procrustes_similarity`.
+        x: (row, dim_x) features of one encoder.
+        y: (row, dim_y) features of the other on the same patches.
+        clusters: (row,) patient or slide of each row.
+        device: See `moments.cka_moments`.
+
+    Returns:
+        As `leave_out_each`.
+
+    Raises:
+        TaskError: As `cka_moments` and the measure.
+    """
+    require_aligned(x=len(x), y=len(y), clusters=len(clusters))
+    moments = partial(cka_moments, center=cka_center(x, y), device=device)
+    whole = moments(x, y)
+    without = [measure(whole - moments(x[~keep], y[~keep])) for keep in _without_each(clusters)]
+    return measure(whole), np.array(without)
+
+
+def _without_each(clusters: Shaped[np.ndarray, " row"]) -> Iterator[Bool[np.ndarray, " row"]]:
+    """Yield for each group of clusters which rows are outside it; nothing where there is one."""
+    groups, count = jackknife_groups(clusters)
+    return (groups != group for group in range(count if count > 1 else 0))
+
+
+def jackknife_groups(clusters: Shaped[np.ndarray, " row"]) -> tuple[Int64[np.ndarray, " row"], int]:
+    """Number the clusters, or, where they are many, `MAX_GROUPS` equal random groups of whole clusters.
+
+    Returns:
+        The (row,) group of each row, and the number of groups.
+    """
+    codes, count = cluster_codes(clusters)
+    if count <= MAX_GROUPS:
+        return codes, count
+    group_of = keyed_generator("jackknife groups", count).permutation(count) % MAX_GROUPS
+    return group_of[codes], MAX_GROUPS
 
 
 def _kernel(features: Float[np.ndarray, "row dim"]) -> Float64[np.ndarray, "row row"]:
@@ -188,13 +220,44 @@ def _hollow_hsic(k: Float64[np.ndarray, "row row"], other: Float64[np.ndarray, "
 
 
 def jackknife_unit(clusters: Shaped[np.ndarray, " row"], unit: str) -> str:
-    """What is left out at a time, in words."""
+    """Return the name of what is left out at a time: the unit itself, or groups of it where they are many."""
     _, count = cluster_codes(clusters)
-    return unit if count <= MOST_GROUPS else f"groups of {count} {unit}"
+    return unit if count <= MAX_GROUPS else f"groups of {count} {unit}"
 
 
-def jackknife(value: float, without: Float64[np.ndarray, " cluster"], unit: str) -> tuple[Estimate, float]:
-    """The t interval and two-sided p-value (against 0) from the figures without each cluster."""
+def jackknife(value: float, without: Float64[np.ndarray, " group"], unit: str) -> tuple[Estimate, float]:
+    """Return the 95 % interval of a value, and its p-value against 0, from leaving out one group at a time.
+
+    With G groups, value v, values v_g without each and their mean m, the variance is (G - 1) / G sum_g (v_g - m)^2, and
+    the interval is v -+ t sqrt(variance) with the t quantile of G - 1 degrees of freedom.
+
+    The bootstrap does not serve for CKA. It draws clusters several times over, and the debiased estimator is an average
+    over pairs of *different* rows: a row and its copy would count as such a pair, which puts back the products of rows
+    with themselves that debiasing removed. The jackknife only leaves rows out; of many clusters, random groups of them
+    (Kott 2001).
+
+    For the difference of two encoders to one teacher, give the differences of values taken on the same groups: what the
+    two share cancels.
+
+    Args:
+        value: Of all rows.
+        without: (group,) values without each group, as from `leave_out_each`.
+        unit: What a group is, in the plural, for the method's text (`jackknife_unit`).
+
+    Returns:
+        The estimate, whose bounds are not clamped; and the two-sided p-value of the t test against 0. NaN where there
+        is one cluster.
+
+    References:
+        Efron & Tibshirani, An Introduction to the Bootstrap (1993), equation 11.5; U-statistics: Arvesen,
+        Jackknifing U-Statistics (1969).
+
+    Examples:
+        >>> import numpy as np
+        >>> estimate, p_value = jackknife(0.5, np.array([0.4, 0.5, 0.6]), "slides")
+        >>> round(estimate.low, 3), round(estimate.high, 3), round(p_value, 3)
+        (0.003, 0.997, 0.049)
+    """
     count = len(without)
     if count < 2:
         return Estimate(value=value, method=f"none: all rows are of one cluster ({unit})"), nan
@@ -203,72 +266,3 @@ def jackknife(value: float, without: Float64[np.ndarray, " cluster"], unit: str)
     p_value = float(2 * stdtr(count - 1, -abs(value) / error)) if error else float(value == 0)
     method = f"jackknife over {count} {unit}, t with {count - 1} degrees of freedom"
     return Estimate(value=value, low=value - half, high=value + half, method=method), p_value
-
-
-def cka_interval(
-    x: Float[np.ndarray, "row dim_x"],
-    y: Float[np.ndarray, "row_y dim_y"],
-    clusters: Shaped[np.ndarray, " cluster_row"],
-    *,
-    debiased: bool,
-    unit: str = "clusters",
-) -> Estimate:
-    """Linear CKA with a 95 % interval from leaving out one cluster at a time.
-
-    The bootstrap does not serve here. It draws clusters several times over, and the debiased estimator is
-    an average over pairs of *different* rows: a row and its copy would count as such a pair, which puts
-    back the very products of rows with themselves that debiasing removed, and the draws would lie above
-    the estimate. The jackknife only leaves rows out; of many clusters, random groups of them (Kott 2001).
-
-    Args:
-        x: Features of one encoder; any float type.
-        y: Features of the other on the same patches.
-        clusters: The patient or slide of each row.
-        debiased: See `linear_cka`.
-        unit: What a cluster is, in the plural, for the method's text.
-
-    Returns:
-        The estimate; t quantile with clusters - 1 degrees of freedom, bounds not clamped to [0, 1], and
-        NaN where there is one cluster.
-
-    Raises:
-        TaskError: As `cka_moments` and `linear_cka`, which must hold without any one cluster too.
-
-    References:
-        Efron & Tibshirani, An Introduction to the Bootstrap (1993), equation 11.5; U-statistics: Arvesen,
-        Jackknifing U-Statistics (1969).
-    """
-    return jackknife(*leave_out_each(x, y, clusters, debiased), jackknife_unit(clusters, unit))[0]
-
-
-def cka_difference(
-    x: Float[np.ndarray, "row dim_x"],
-    reference: Float[np.ndarray, "row_reference dim_reference"],
-    y: Float[np.ndarray, "row_y dim_y"],
-    clusters: Shaped[np.ndarray, " cluster_row"],
-    *,
-    debiased: bool,
-    unit: str = "clusters",
-) -> tuple[Estimate, float]:
-    """How much nearer one encoder is to the teacher than another: CKA(x, y) - CKA(reference, y).
-
-    Both are taken without the same cluster each time, so what they share cancels.
-
-    Args:
-        x: Features of the encoder, e.g. the student after distillation; any float type.
-        reference: Features of the encoder to compare with, e.g. the student before.
-        y: Features of the teacher.
-        clusters: The patient or slide of each row.
-        debiased: See `linear_cka`.
-        unit: What a cluster is, in the plural.
-
-    Returns:
-        The difference with its 95 % interval (see `cka_interval`), and the two-sided p-value of the t test
-        against no difference; NaN where there is one cluster.
-
-    Raises:
-        TaskError: As `cka_interval`.
-    """
-    value, without = leave_out_each(x, y, clusters, debiased)
-    reference_value, reference_without = leave_out_each(reference, y, clusters, debiased)
-    return jackknife(value - reference_value, without - reference_without, jackknife_unit(clusters, unit))

@@ -1,8 +1,8 @@
 """Intervals and tests by resampling whole clusters: patients, slides, or whatever is independent.
 
-Rows of one patient are not independent, so patients are drawn, never rows. Nothing is evaluated anew in
-a draw: a statistic is given how often every cluster was drawn, and works from per-cluster sums (`of_sums`)
-or from row weights (`of_weights`).
+Rows of one patient are not independent, so patients are drawn, never rows. A draw evaluates no features again: a
+statistic receives how often every cluster was drawn, and works from per-cluster sums (`of_sums`) or from row weights
+(`of_weights`).
 """
 
 from collections.abc import Callable, Iterator
@@ -16,34 +16,40 @@ from g2l_core.errors import TaskError
 from g2l_core.results import Estimate
 
 Statistic: TypeAlias = Callable[[Int64[np.ndarray, "draw cluster"]], Float64[np.ndarray, " draw"]]
-"""From how often each cluster was drawn (in the order of their sorted names) to the figure of each draw."""
+"""Maps how often each cluster was drawn, in the order of their sorted names, to the metric value of each draw."""
 
 _BLOCK = 1 << 22
-"""Most weights held at a time: 32 MiB."""
+"""Weights held at a time: 32 MiB."""
 
 
 def require_aligned(**lengths: int) -> None:
-    """Checks that what belongs together is equally long.
+    """Check that arrays which belong together are equally long.
 
     Args:
         **lengths: The length of each, by the name to print.
 
     Raises:
         TaskError: If they differ, or are 0.
+
+    Examples:
+        >>> require_aligned(features=3, labels=2)
+        Traceback (most recent call last):
+            ...
+        g2l_core.errors.TaskError: these must have the same length, and not 0; got features 3, labels 2
     """
     if len(set(lengths.values())) > 1 or 0 in lengths.values():
-        found = ", ".join(f"{name} {length:,}" for name, length in lengths.items())
-        raise TaskError(f"these must have the same length, and not 0; got {found}")
+        listed = ", ".join(f"{name} {length:,}" for name, length in lengths.items())
+        raise TaskError(f"these must have the same length, and not 0; got {listed}")
 
 
 def cluster_codes(clusters: Shaped[np.ndarray, " row"]) -> tuple[Int64[np.ndarray, " row"], int]:
-    """Numbers the clusters in the order of their sorted names.
+    """Number the clusters in the order of their sorted names.
 
     Args:
-        clusters: The cluster of each row: patient or slide ids, of any type that sorts.
+        clusters: (row,) patient or slide of each row, of any type that sorts.
 
     Returns:
-        The number of each row's cluster, and how many clusters there are.
+        The (row,) number of each row's cluster, and how many clusters there are.
 
     Raises:
         TaskError: If there is no row.
@@ -56,14 +62,14 @@ def cluster_codes(clusters: Shaped[np.ndarray, " row"]) -> tuple[Int64[np.ndarra
 def cluster_sums(
     rows: Num[np.ndarray, "row column"], clusters: Shaped[np.ndarray, " cluster_row"]
 ) -> Num[np.ndarray, "cluster column"]:
-    """Sums the rows of each cluster.
+    """Sum the rows of each cluster.
 
     Args:
-        rows: Counts of each row.
-        clusters: The cluster of each row.
+        rows: (row, column) counts.
+        clusters: (row,) cluster of each row.
 
     Returns:
-        The sums, same dtype; clusters in the order of their sorted names.
+        The (cluster, column) sums in the same dtype; clusters in the order of their sorted names.
 
     Raises:
         TaskError: If the lengths differ.
@@ -79,11 +85,11 @@ def of_sums(
     score: Callable[[Num[np.ndarray, "draw *column"]], Float64[np.ndarray, " draw"]],
     sums: Num[np.ndarray, "cluster *column"],
 ) -> Statistic:
-    """A statistic that follows from sums over rows: one matrix product for all draws.
+    """Return a statistic that follows from sums over rows: one matrix product for all draws.
 
     Args:
-        score: From the sums over all drawn rows to the figure (NaN where it is undefined).
-        sums: The sums over each cluster, in the order of their sorted names.
+        score: Maps the (draw, ...) sums over all drawn rows to (draw,) metric values; NaN where undefined.
+        sums: (cluster, ...) sums over each cluster, in the order of their sorted names.
     """
     exact = sums.astype(np.float64)  # counts below 2^53 are exact, and only floats go through BLAS
     return lambda drawn: score(np.tensordot(drawn.astype(np.float64), exact, axes=1))
@@ -93,11 +99,11 @@ def of_weights(
     score: Callable[[Int64[np.ndarray, "draw row"]], Float64[np.ndarray, " draw"]],
     clusters: Shaped[np.ndarray, " row"],
 ) -> Statistic:
-    """A statistic that needs the weight of every row, such as the area under the ROC curve.
+    """Return a statistic that needs the weight of every row, such as the area under the ROC curve.
 
     Args:
-        score: From integer row weights to the figure (NaN where it is undefined).
-        clusters: The cluster of each row.
+        score: Maps (draw, row) integer weights to (draw,) metric values; NaN where undefined.
+        clusters: (row,) cluster of each row.
     """
     codes, _ = cluster_codes(clusters)
     step = max(1, _BLOCK // len(codes))
@@ -110,7 +116,7 @@ def of_weights(
 
 
 def _multiplicities(count: int, draws: int, seed: int) -> Iterator[Int64[np.ndarray, "draw cluster"]]:
-    """How often each cluster is drawn, `count` draws with replacement at a time; blocks of draws."""
+    """Yield, in blocks of draws, how often each cluster is drawn by `count` picks with replacement."""
     rng = np.random.default_rng(seed)
     step = max(1, _BLOCK // count)
     for start in range(0, draws, step):
@@ -149,21 +155,21 @@ def cluster_bootstrap(
     draws: int = 1000,
     seed: int,
 ) -> Estimate:
-    """The 95 % percentile interval of a statistic when whole clusters are drawn with replacement.
+    """Compute the 95 % percentile interval of a statistic when whole clusters are drawn with replacement.
 
-    Percentile intervals are too narrow with few clusters (with ten, some 90 % hold the truth), which is
-    why the method names their number.
+    The interval reaches from the 2.5th to the 97.5th percentile of the values over draws. Percentile intervals are too
+    narrow with few clusters (with ten, some 90 % hold the truth), so the method's text states their number.
 
     Args:
         statistic: From `of_sums` or `of_weights`, over the same clusters.
-        clusters: The cluster of each row.
+        clusters: (row,) cluster of each row.
         unit: What a cluster is, in the plural, for the method's text: "patients".
-        draws: Resamples.
-        seed: The same seed gives the same interval.
+        draws: Number of resamples.
+        seed: Random seed.
 
     Returns:
-        The statistic on the data as it is, with its interval; NaN bounds where there is one cluster.
-        Draws in which the statistic is undefined are left out, and the method counts them.
+        The statistic on the data as it is, with its interval. The bounds are NaN where there is one cluster. Draws in
+        which the statistic is undefined are left out, and the method's text counts them.
 
     Raises:
         TaskError: If there is no row, or the statistic is undefined on the whole data.
@@ -188,15 +194,15 @@ def paired_bootstrap(
     draws: int = 1000,
     seed: int,
 ) -> tuple[Estimate, float]:
-    """How far one encoder's statistic stands above another's, both taken on the same draws.
+    """Compare two encoders: the difference of their statistics, both taken on the same draws.
 
     Args:
         statistic: The encoder's; from `of_sums` or `of_weights`.
         reference: The reference encoder's, over the same rows.
-        clusters: The cluster of each row.
+        clusters: (row,) cluster of each row.
         unit: What a cluster is, in the plural.
-        draws: Resamples.
-        seed: The same seed gives the same interval.
+        draws: Number of resamples.
+        seed: Random seed.
 
     Returns:
         The difference (statistic - reference) with its 95 % percentile interval, and the two-sided p-value
@@ -222,13 +228,15 @@ def paired_bootstrap(
 
 
 def holm(p_values: Float64[np.ndarray, " test"]) -> Float64[np.ndarray, " test"]:
-    """Adjusts p-values for being several, by Holm's step-down method.
+    """Adjust p-values for multiple tests, by Holm's step-down method.
+
+    Of m p-values in ascending order, the i-th becomes the maximum over j <= i of min(1, (m - j + 1) p_j).
 
     Args:
-        p_values: NaN where a test could not be made; it stays NaN and does not count as a test.
+        p_values: (test,) p-values. NaN marks a test that could not be made; it stays NaN and does not count.
 
     Returns:
-        The adjusted p-values: below 0.05 where the test holds at 5 % for the family.
+        The (test,) adjusted p-values. Where they are below 0.05, the tests hold at 5 % all together.
 
     Raises:
         TaskError: If a p-value is outside [0, 1].

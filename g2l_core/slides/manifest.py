@@ -4,8 +4,9 @@ A *source* is one slide, or the patch images that belong together. Its id keeps 
 `a/x.svs` and `b/x.svs` stay apart.
 """
 
-import csv
+import logging
 import os
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ from g2l_core.rng import keyed_generator
 from g2l_core.slides.ome_zarr import SUFFIX, is_ome_zarr
 from g2l_core.slides.readers import IMAGE_SUFFIXES, dicom_series, slide_suffixes
 from g2l_core.types import SlideId
+
+_log = logging.getLogger(__name__)
 
 COLUMN_ALIASES: Mapping[str, tuple[str, ...]] = {
     "path": ("path", "image_path", "slide_path", "wsi", "file", "filename"),
@@ -200,35 +203,72 @@ def _shared_labels(rows: Sequence[Mapping[str, str]]) -> dict[str, str]:
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV (or TSV) with a header, its columns under G2L's names, values stripped.
+    """The rows of a table of separated values with a header, its columns under G2L's names, values stripped.
+
+    The header tells whether commas, semicolons or tabs separate the fields. Every value stays text, and a blank one is
+    an empty string. A file that is not UTF-8 is read as Western European (cp1252), and a warning is logged.
 
     Raises:
         ManifestError: It cannot be read, has no header, or a row has another number of fields.
     """
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ManifestError(f"cannot read the table {path}: {error}") from error
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    try:
-        lines = list(csv.reader(StringIO(text, newline=""), delimiter=delimiter))
-    except csv.Error as error:
-        raise ManifestError(f"{path} is no table of comma- or tab-separated values: {error}") from error
-    if not lines:
+    import pandas
+
+    text = _table_text(path)
+    if not text.strip():
         raise ManifestError(f"the table {path} is empty; expected a header line")
-    header = [_canonical_column(name) for name in lines[0]]
+    try:
+        table = pandas.read_csv(
+            StringIO(text, newline=""),
+            sep=_delimiter(text, "\t" if path.suffix.lower() == ".tsv" else ","),
+            engine="python",  # the C engine reads a row that is cut short as one of blanks
+            header=None,
+            dtype=str,
+            keep_default_na=False,
+            skip_blank_lines=False,
+        )
+    except pandas.errors.ParserError as error:
+        if wide := re.search(r"Expected (\d+) fields in line (\d+), saw (\d+)", str(error)):
+            raise _wrong_width(path, int(wide[2]), int(wide[3]), int(wide[1])) from None
+        raise ManifestError(f"{path} is no table of comma- or tab-separated values: {error}") from error
+    names, *rows = table.itertuples(index=False, name=None)
+    header = [_canonical_column(name) for name in names]
     if len(set(header)) < len(header):
-        raise ManifestError(f"{path} has two columns of one meaning: {', '.join(lines[0])}")
-    return list(_records(header, lines[1:], path))
+        raise ManifestError(f"{path} has two columns of one meaning: {', '.join(names)}")
+    return list(_records(header, rows, path))
 
 
-def _records(header: list[str], lines: Iterable[list[str]], path: Path) -> Iterator[dict[str, str]]:
-    for number, fields in enumerate(lines, start=2):
-        if not any(field.strip() for field in fields):
+def _table_text(path: Path) -> str:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ManifestError(f"cannot read the table {path}: {error}") from error
+    if b"\0" in content:
+        raise ManifestError(f"cannot read the table {path}: it is no utf-8 text; save it as CSV in UTF-8")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        _log.warning("%s is no utf-8 text (%s) and is read as cp1252; check the letters with accents", path, error)
+        return content.decode("cp1252", errors="replace")
+
+
+def _delimiter(text: str, usual: str) -> str:
+    """The separator that occurs most often in the header, outside of quotes; the usual one where none does."""
+    header = re.sub(r'"[^"]*"', "", text.partition("\n")[0])
+    return max((usual, ",", ";", "\t"), key=header.count)
+
+
+def _records(header: list[str], rows: Iterable[tuple[str | None, ...]], path: Path) -> Iterator[dict[str, str]]:
+    for number, row in enumerate(rows, start=2):
+        fields = [value.strip() for value in row if value is not None]
+        if not any(fields):
             continue  # spreadsheets leave lines of commas behind
         if len(fields) != len(header):
-            raise ManifestError(f"{path}, line {number}: {len(fields)} fields where the header has {len(header)}")
-        yield {name: value.strip() for name, value in zip(header, fields, strict=True)}
+            raise _wrong_width(path, number, len(fields), len(header))
+        yield dict(zip(header, fields, strict=True))
+
+
+def _wrong_width(path: Path, line: int, fields: int, expected: int) -> ManifestError:
+    return ManifestError(f"{path}, line {line}: {fields} fields where the header has {expected}")
 
 
 def _canonical_column(name: str) -> str:

@@ -6,24 +6,27 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from g2l_core.errors import UnknownNameError, UsageError
+from pipeline.cli.options import from_specs
 
 if TYPE_CHECKING:
     from g2l_core.datasets.manifest import Written
     from g2l_core.datasets.spec import Dataset
 
 
+@from_specs()
 def datasets(
     name: Annotated[str | None, typer.Argument(help="One dataset; none lists all.", show_default=False)] = None,
     root: Annotated[
-        Path | None, typer.Option(help="Its folder as published; without, it is described.", show_default=False)
+        Path | None,
+        typer.Option(help="Its folder as published. Without it, the dataset is described.", show_default=False),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="The manifest; NAME.csv here if not given.", show_default=False)
+        Path | None, typer.Option(help="The manifest to write; NAME.csv here if not given.", show_default=False)
     ] = None,
 ) -> None:
     """List public datasets, describe one, or read its folder as published and write its manifest.
 
-    Its labels (NAME-labels.csv), and images that had to be written, go beside the manifest.
+    Its labels (NAME-labels.csv), and images that had to be written, are written beside the manifest.
     """
     from g2l_core.datasets.page import describe
     from g2l_core.datasets.table import DATASETS
@@ -44,10 +47,10 @@ def datasets(
         return
     from g2l_core.datasets.manifest import write_manifest
 
-    typer.echo(_told(DATASETS[key], write_manifest(DATASETS[key], root, out or Path(f"{key}.csv"))))
+    typer.echo(_written_text(DATASETS[key], write_manifest(DATASETS[key], root, out or Path(f"{key}.csv"))))
 
 
-def _told(dataset: "Dataset", written: "Written") -> str:
+def _written_text(dataset: "Dataset", written: "Written") -> str:
     kind = "images" if dataset.patch_px else "slides"
     of = f" of {dataset.published:,} published" if dataset.published else ""
     patients = f", {written.patients:,} patients" if written.patients else ", no patient ids"

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -10,6 +10,9 @@ from g2l_core.options import ENCODER
 from pipeline.cli import EXIT_DONE, EXIT_SOME_FAILED
 from pipeline.cli.options import Weights, from_specs
 from pipeline.settings import DistillHow, Recipe
+
+if TYPE_CHECKING:
+    from pipeline.distill import DistillSummary
 
 Folder = Annotated[Path, typer.Option(help="The feature store.", show_default=False)]
 Teacher = Annotated[str, typer.Option(help="The teacher, by its name or key in the store.", show_default=False)]
@@ -71,13 +74,15 @@ def distill(
         typer.echo(_text(summary))
 
 
-def _text(summary: Any) -> str:
+def _text(summary: "DistillSummary") -> str:
+    from pipeline.tables import table_text
+
     stopped = " (stopped early: the loss rose)" if summary.stopped_early else ""
     lines = [f"{summary.out}: {summary.steps:,} steps{stopped}; held out: {summary.held_out}"]
-    lines.append(f"{'':24}{'before':>9}{'after':>9}")
-    lines += [
-        f"{name:24}{summary.before[name]:>9.3f}{summary.after[name]:>9.3f}" for name in summary.before if name != "step"
+    rows = [
+        (name, f"{summary.before[name]:.3f}", f"{summary.after[name]:.3f}") for name in summary.before if name != "step"
     ]
+    lines.append(table_text(rows, header=("", "before", "after"), right=(1, 2)))
     lines.append(f"{summary.share_waiting:.1%} of the time waiting for data; curves: {summary.out / 'curves.html'}")
     return "\n".join(lines)
 

@@ -40,10 +40,10 @@ def show_version(asked: bool) -> None:
 
 @app.callback()
 def settings(
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", metavar="", help="Show tracebacks.")] = False,
     _version: Annotated[
         bool,
-        typer.Option("--version", help="Show the version and exit.", callback=show_version, is_eager=True),
+        typer.Option("--version", metavar="", help="Show the version and exit.", callback=show_version, is_eager=True),
     ] = False,
 ) -> None:
     """Options before the command."""

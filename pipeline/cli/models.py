@@ -4,9 +4,12 @@ from typing import Annotated
 
 import typer
 
+from pipeline.cli.options import from_specs
 
+
+@from_specs()
 def models(
-    name: Annotated[str | None, typer.Argument(help="Show all of one encoder.", show_default=False)] = None,
+    name: Annotated[str | None, typer.Argument(help="Show all about one encoder.", show_default=False)] = None,
 ) -> None:
     """List the encoders that have names, or show one."""
     from g2l_core.encoders.resolve import resolve_encoder

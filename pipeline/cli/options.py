@@ -56,6 +56,9 @@ def from_specs(*, without: Collection[str] = (), **defaults: Any) -> Callable[[C
             for name, parameter in signature(command).parameters.items()
             if name not in specs
         }
+        known = {entry.name for spec in specs.values() for entry in entries(spec)}
+        if unknown := {*without, *defaults} - known:
+            raise TypeError(f"no such option: {', '.join(sorted(unknown))}")
         made, aliases = dict(own), dict[str, str]()
         for entry in (entry for spec in specs.values() for entry in entries(spec)):
             if entry.name in made or entry.name in without:
@@ -118,9 +121,11 @@ def _with_metavar(annotation: Any) -> Any:
     return annotation
 
 
-def _metavar(kind: Any) -> str:
+def _metavar(kind: Any) -> str | None:
     """The word for a value: that of the type, or of the first in a union or a list."""
-    return _METAVARS[kind] if kind in _METAVARS else _metavar(get_args(kind)[0])
+    if kind in _METAVARS or not get_args(kind):
+        return _METAVARS.get(kind)
+    return _metavar(get_args(kind)[0])
 
 
 def _place(parameter: Parameter) -> int:

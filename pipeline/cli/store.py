@@ -6,6 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pipeline.cli import EXIT_DONE, EXIT_SOME_FAILED
+from pipeline.cli.options import Seed, from_specs
+
 if TYPE_CHECKING:
     from g2l_core.store.features import FeatureStore
     from g2l_core.store.verify import Problem
@@ -25,20 +28,23 @@ class ExportFormat(StrEnum):
 def list_slides(store: StorePath) -> None:
     """List the slides and, for each, its patches and the encoders that are complete."""
     from g2l_core.store.features import FeatureStore
+    from pipeline.tables import stdout_width, table_text
 
     opened = FeatureStore.open(store)
-    for slide in opened.slides():
-        encoders = ", ".join(_coverage(slide.slide_id, opened)) or "no features yet"
-        typer.echo(f"{len(slide):>9,}  {slide.slide_id}  {encoders}")
-    for slide_id, reason in opened.failed_slides().items():
-        typer.echo(f"   failed  {slide_id}: {reason}")
+    rows = [
+        (f"{len(slide):,}", slide.slide_id, ", ".join(_coverage(slide.slide_id, opened)) or "no features yet")
+        for slide in opened.slides()
+    ]
+    rows += [("failed", slide_id, reason) for slide_id, reason in opened.failed_slides().items()]
+    if rows:
+        typer.echo(table_text(rows, right=[0], width=stdout_width()))
 
 
 def _coverage(slide_id: str, store: "FeatureStore") -> list[str]:
     """Encoders of a slide with the views that are complete."""
     slide = store.slide(slide_id)
     found = []
-    for encoder in slide.encoders:
+    for encoder in slide.encoder_keys:
         views = slide.features_array(encoder).shape[1]
         records = slide.records(encoder)
         complete = sum(all(s.name in records for s in slide.shards([view])) for view in range(views))
@@ -50,41 +56,32 @@ def _coverage(slide_id: str, store: "FeatureStore") -> list[str]:
 def info(store: StorePath) -> None:
     """Show what a store was made with: grid, views, encoders, software, and what failed."""
     from g2l_core.store.features import FeatureStore
+    from pipeline.tables import table_text
 
     opened = FeatureStore.open(store)
     slides = list(opened.slides())
     facts = opened.facts
-    typer.echo(f"{store}: format {facts['format']}, {len(slides)} slides, {sum(map(len, slides)):,} patches")
-    typer.echo(f"created   {facts['created']}")
-    for title in ("grid", "views", "software"):
-        _wrapped(title, [f"{key} {value}" for key, value in facts[title].items()])
+    rows = [("created", str(facts.created))]
+    rows += [
+        (title, ", ".join(f"{key} {value}" for key, value in values.items()))
+        for title, values in (("grid", facts.grid), ("views", facts.views), ("software", facts.software))
+    ]
     for key, spec in opened.encoders.items():
-        typer.echo(f"encoder   {key}: {spec['dim']} features, {spec['precision']}, pooling {spec['pooling']}")
-        typer.echo(f"          weights {spec['weights']}, digest {spec['digest'][:12]}")
-    failed = opened.failed_slides()
-    for slide_id, reason in failed.items():
-        typer.echo(f"failed    {slide_id}: {reason}")
-
-
-def _wrapped(title: str, words: list[str]) -> None:
-    """Words behind a title, broken at 80 columns."""
-    line = f"{title:10}"
-    for i, word in enumerate(words):
-        piece = word + (", " if i + 1 < len(words) else "")
-        if len(line) + len(piece) > 80:
-            typer.echo(line.rstrip())
-            line = " " * 10
-        line += piece
-    typer.echo(line)
+        rows.append(("encoder", f"{key}: {spec.dim} features, {spec.precision}, pooling {spec.pooling}"))
+        rows.append(("", f"weights {spec.weights}, digest {spec.digest[:12]}"))
+    rows += [("failed", f"{slide_id}: {reason}") for slide_id, reason in opened.failed_slides().items()]
+    typer.echo(f"{store}: format {facts.format}, {len(slides)} slides, {sum(map(len, slides)):,} patches")
+    typer.echo(table_text(rows))
 
 
 @app.command()
+@from_specs()
 def verify(
     store: StorePath,
     recompute: Annotated[
         int, typer.Option(min=0, help="Also encode this many random rows of every encoder again.")
     ] = 0,
-    seed: Annotated[int, typer.Option(help="Names the draw of those rows.")] = 0,
+    seed: Seed = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
     """Re-read every shard and compare it with its completion record.
@@ -102,24 +99,25 @@ def verify(
         typer.echo(str(problem))
     wrong = sum(problem.kind != "leftover" for problem in problems)
     typer.echo(f"{store}: " + (f"{wrong} problems" if wrong else "every recorded shard is as it was written"))
-    raise typer.Exit(1 if wrong else 0)
+    raise typer.Exit(EXIT_SOME_FAILED if wrong else EXIT_DONE)
 
 
 def _recompute(store: "FeatureStore", n: int, seed: int, device: str) -> "list[Problem]":
-    from pipeline.recompute import LEAST_COSINE
+    from pipeline.recompute import MIN_COSINE
     from pipeline.recompute import recompute as encode_again
 
     problems: list[Problem] = []
     for found in encode_again(store, n, seed=seed, device=device):
         typer.echo(
-            f"{found.encoder}: {found.compared} rows encoded again, least cosine {found.least_cosine:.6f} "
-            f"(expected {LEAST_COSINE})"
+            f"{found.encoder}: {found.compared} rows encoded again, least cosine {found.min_cosine:.6f} "
+            f"(expected {MIN_COSINE})"
         )
         problems += found.problems
     return problems
 
 
 @app.command()
+@from_specs()
 def export(
     store: StorePath,
     out: Annotated[Path, typer.Option(help="Folder to write to.", show_default=False)],

@@ -13,6 +13,7 @@ from g2l_core.benchmark.spec import KnnOptions, RobustnessOptions, TaskSpec
 from g2l_core.errors import LeakError, ManifestError, TaskError
 from g2l_core.results import Comparison, Estimate
 from g2l_core.store import schema
+from g2l_core.store.facts import EncoderFacts
 from g2l_core.store.writer import FeatureWriter
 from tests.planted import PATCHES, PATIENTS, make_store, patch_labels, write_labels
 
@@ -186,7 +187,7 @@ def test_one_class_only(planted, tmp_path):
 
 def test_unreadable_patches_are_left_out(tmp_path):
     store = make_store(tmp_path / "s.zarr", {"teacher": (1, 0)})
-    store.slide("s0")._array("patch_status")[:5] = schema.STATUS["unreadable"]
+    store.slide("s0").array("patch_status")[:5] = schema.STATUS["unreadable"]
     write_labels(tmp_path / "labels.csv", patch_labels())
     assert len(gather([store], SPEC, tmp_path)) == PATIENTS * PATCHES - 5
 
@@ -266,7 +267,7 @@ def test_a_run_that_is_gone_cannot_tell_its_slides(tmp_path, content):
 
 def test_rows_that_are_not_finite_are_told_once_an_encoder(tmp_path):
     store = make_store(tmp_path / "s.zarr", {"teacher": (1, 0), "weak": (0.5, 0)})
-    store.slide("s2")._array("features/weak")[3, 0, 5] = np.nan
+    store.slide("s2").array("features/weak")[3, 0, 5] = np.nan
     write_labels(tmp_path / "labels.csv", patch_labels())
     found = evaluate_task([store], SPEC, replace(BENCH, encoders=("teacher", "weak"), baseline=""), tmp_path)
     (failure,) = found.failures
@@ -277,9 +278,7 @@ def test_rows_that_are_not_finite_are_told_once_an_encoder(tmp_path):
 
 def test_an_encoder_that_has_fewer_slides(tmp_path):
     store = make_store(tmp_path / "s.zarr", {"teacher": (1, 0)})
-    store.add_encoder(
-        "part", {"digest": "part", "weights_digest": "part", "name": "part", "weights": "file:p", "dim": 3}
-    )
+    store.add_encoder("part", EncoderFacts(digest="part", name="part", weights="file:p", dim=3))
     writer = FeatureWriter.open(store.slide("s0"), "part", digest="part", dim=3, n_views=1)
     (shard,) = writer.missing([0])
     hashes = store.slide("s0").pixel_hash[:, 0]

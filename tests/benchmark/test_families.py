@@ -43,7 +43,7 @@ from g2l_core.metrics.moments import cka_center, cka_moments
 from g2l_core.metrics.probe import balanced_accuracy, confusion, linear_probe
 from g2l_core.metrics.ridge import fit_ridge
 from g2l_core.metrics.robustness import paired_combinations, paired_counts, pathorob_index
-from g2l_core.metrics.similarity import cka_interval
+from g2l_core.metrics.similarity import jackknife, leave_out_each
 from g2l_core.metrics.survival import concordance_index, fit_cox
 from tests.planted import PATCHES, make_store, write_labels
 
@@ -127,8 +127,8 @@ def test_every_family_has_its_needs_and_no_figure_two_families():
 def test_cka_is_the_pure_function_s_with_its_interval(evaluated):
     _, outcome, rows, weak, teacher = evaluated("cka")
     for kind in ("debiased", "biased"):
-        pure = cka_interval(weak, teacher, rows.cluster, debiased=kind == "debiased", unit="patients")
-        assert result(outcome, f"cka_{kind}").estimate == pure
+        pure = leave_out_each(weak, teacher, rows.cluster, debiased=kind == "debiased")
+        assert result(outcome, f"cka_{kind}").estimate == jackknife(*pure, "patients")[0]
     assert compared(outcome, "cka_debiased") == {("strong", "weak")}
 
 
@@ -152,8 +152,8 @@ def test_similarity(evaluated):
     _, outcome, rows, weak, teacher = evaluated("similarity", similarity=options)
     assert value(outcome, "similarity_rbf_cka") == pytest.approx(rbf_cka(weak, teacher, debiased=True, seed=0))
     kept = central_rows(weak, teacher, share=0.02)
-    pure = cka_interval(weak[kept], teacher[kept], rows.cluster[kept], debiased=True, unit="patients")
-    assert result(outcome, "similarity_trimmed_cka").estimate == pure
+    pure = leave_out_each(weak[kept], teacher[kept], rows.cluster[kept], debiased=True)
+    assert result(outcome, "similarity_trimmed_cka").estimate == jackknife(*pure, "patients")[0]
     graphs = [nearest(features, None, 10) for features in (weak, teacher)]
     shared = mutual_neighbors(*graphs, [5])
     assert value(outcome, "similarity_mutual_knn_k5") == pytest.approx(shared.mean() / 5)

@@ -23,7 +23,7 @@ from g2l_core.metrics.calibration import brier_score, brier_sums, calibration_er
 from g2l_core.metrics.knn.neighbors import knn_predict, nearest
 from g2l_core.metrics.probe import accuracy, auc_statistic, balanced_accuracy, confusion, linear_probe, macro_f1
 from g2l_core.metrics.robustness import pathorob_index, ratio_index, robustness_counts
-from g2l_core.metrics.similarity import cka_interval
+from g2l_core.metrics.similarity import jackknife, jackknife_unit, leave_out_each
 from g2l_core.metrics.statistics import cluster_bootstrap, cluster_sums, of_sums
 
 KS = (1, 5, 10, 20)
@@ -141,7 +141,8 @@ def main() -> None:
     print(f"{asked.rows:,} rows, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} before", flush=True)
     seconds: dict[str, float] = {}
     with timed("CKA", seconds):
-        cka = cka_interval(*features, labels["patient"], debiased=True, unit="patients")
+        values = leave_out_each(*features, labels["patient"], debiased=True)
+        cka = jackknife(*values, jackknife_unit(labels["patient"], "patients"))[0]
     print(f"  {cka.value:.4f} [{cka.low:.4f}, {cka.high:.4f}]")
     for values in features:
         evaluate(values, labels, asked.draws, seconds)

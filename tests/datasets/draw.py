@@ -1,10 +1,10 @@
 """Miniatures of published folders: tiny images, the names and trees of the real thing."""
 
 import csv
-import zipfile
 
 import cv2
 import numpy as np
+import openpyxl
 import tifffile
 
 from g2l_core.datasets.manifest import write_manifest
@@ -49,39 +49,13 @@ def text(path, content):
 
 
 def spreadsheet(path, sheet, rows):
-    """An .xlsx by hand: the first row as shared strings, as spreadsheets write text, the rest as they are."""
-    main = "http://schemas.openxmlformats.org/spreadsheetml/2006/main"
-    office = "http://schemas.openxmlformats.org/officeDocument/2006/relationships"
-    cells = [
-        "".join(
-            f'<c r="{"ABCDEFG"[j]}{i + 1}" t="s"><v>{j}</v></c>'
-            if i == 0
-            else f'<c r="{"ABCDEFG"[j]}{i + 1}"><v>{value}</v></c>'
-            if isinstance(value, int)
-            else f'<c r="{"ABCDEFG"[j]}{i + 1}" t="inlineStr"><is><t>{value}</t></is></c>'
-            for j, value in enumerate(row)
-            if value != ""
-        )
-        for i, row in enumerate(rows)
-    ]
-    body = "".join(f'<row r="{i + 1}">{row}</row>' for i, row in enumerate(cells))
-    strings = "".join(f"<si><t>{value}</t></si>" for value in rows[0])
+    """An .xlsx whose second sheet has the rows."""
+    book = openpyxl.Workbook()
+    book.create_sheet(sheet)
+    for row in rows:
+        book[sheet].append(row)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(path, "w") as book:
-        book.writestr(
-            "xl/workbook.xml",
-            f'<workbook xmlns="{main}" xmlns:r="{office}"><sheets><sheet name="Other" sheetId="1" r:id="rId1"/>'
-            f'<sheet name="{sheet}" sheetId="2" r:id="rId2"/></sheets></workbook>',
-        )
-        book.writestr(
-            "xl/_rels/workbook.xml.rels",
-            '<Relationships xmlns="http://schemas.openxmlformats.org/package/2006/relationships">'
-            '<Relationship Id="rId2" Target="worksheets/sheet2.xml"/></Relationships>',
-        )
-        book.writestr("xl/sharedStrings.xml", f'<sst xmlns="{main}">{strings}</sst>')
-        book.writestr(
-            "xl/worksheets/sheet2.xml", f'<worksheet xmlns="{main}"><sheetData>{body}</sheetData></worksheet>'
-        )
+    book.save(path)
 
 
 def made(name, root, out):

@@ -1,13 +1,14 @@
 """Breast datasets: miniatures of the published folders, manifests checked by hand."""
 
 import re
+import sys
 
 import cv2
 import numpy as np
 import pytest
 
 from g2l_core.datasets.breast import tiger_origin
-from g2l_core.errors import ManifestError
+from g2l_core.errors import ManifestError, UsageError
 from tests.datasets.draw import column, empty, image, made, mask, slide, spreadsheet, text
 
 SLIDE = "TCGA-A2-A0CM-01Z-00-DX1.AC4901DE-4B6D-4185-BB9F-156033839828"
@@ -205,6 +206,14 @@ def test_bracs_refuses_a_spreadsheet_that_is_another(tmp_path):
         made("bracs-roi", tmp_path, tmp_path)
     book.write_bytes(b"no workbook")
     with pytest.raises(ManifestError, match="cannot read the sheet"):
+        made("bracs-roi", tmp_path, tmp_path)
+
+
+def test_a_spreadsheet_without_openpyxl(tmp_path, monkeypatch):
+    draw_bracs_roi(tmp_path)
+    (tmp_path / "BRACS.xlsx").touch()
+    monkeypatch.setitem(sys.modules, "openpyxl", None)
+    with pytest.raises(UsageError, match=r"BRACS\.xlsx needs a package: pip install 'g2l\[xlsx\]'"):
         made("bracs-roi", tmp_path, tmp_path)
 
 

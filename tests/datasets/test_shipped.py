@@ -1,12 +1,16 @@
 """The shipped task files, the figures they expect, and the page about the datasets."""
 
 import tomllib
+from dataclasses import fields
+from itertools import chain
 from pathlib import Path
 
 import pytest
 
 from g2l_core.benchmark.spec import Expected, TaskSpec, parse_expected
+from g2l_core.datasets import breast, others, prostate
 from g2l_core.datasets.page import page
+from g2l_core.datasets.spec import Dataset
 from g2l_core.datasets.table import DATASETS
 from g2l_core.errors import TaskError, UsageError
 from pipeline.bench import find_tasks, read_tasks, shipped_tasks
@@ -28,6 +32,33 @@ def test_every_shipped_task_fits_its_dataset(name):
         assert task.label in {*dataset.labels, ""}
         needs_labels = dataset.label_file or dataset.cell_label == task.label != ""
         assert task.labels == (f"{dataset.name}-labels.csv" if needs_labels else "")
+
+
+@pytest.mark.parametrize(
+    ("name", "label", "classes"),
+    [
+        ("tcga-tils", "tils", breast.TILS),
+        ("bracs-roi", "lesion", breast.BRACS),
+        ("bracs-wsi", "lesion", breast.BRACS),
+        ("breakhis", "tumor", tuple(breast.BREAKHIS)),
+        ("breakhis", "tumor_type", tuple(chain.from_iterable(breast.BREAKHIS.values()))),
+        ("tiger", "tissue", breast.TIGER_TISSUES),
+        ("bach", "lesion", breast.BACH),
+        ("gleason-arvaniti", "gleason", prostate.GLEASON),
+        ("aggc22", "gleason", prostate.AGGC),
+        ("chimera", "bcr", tuple(prostate.CHIMERA_BCR.values())),
+        ("nct-crc", "tissue", others.NCT),
+        ("tcga-crc-msi", "msi", others.MSI),
+        ("lc25000", "tissue", tuple(chain.from_iterable(others.LC25000.values()))),
+    ],
+)
+def test_the_table_has_the_classes_that_the_readers_give(name, label, classes):
+    assert DATASETS[name].labels[label] == classes
+
+
+def test_every_key_of_the_table_is_a_field():
+    table = tomllib.loads((ROOT / "g2l_core" / "datasets" / "datasets.toml").read_text(encoding="utf-8"))
+    assert set().union(*table["datasets"].values()) <= {field.name for field in fields(Dataset)}
 
 
 def test_no_task_file_is_forgotten():

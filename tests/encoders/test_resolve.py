@@ -9,8 +9,9 @@ import pytest
 
 from g2l_core.encoders.loading import encode, load_encoder
 from g2l_core.encoders.resolve import TABLE, encoder_key, find_stored, resolve_encoder, run_encoder
-from g2l_core.encoders.spec import spec_from_json, spec_to_json
+from g2l_core.encoders.spec import WeightsSource, spec_from_json, spec_to_json
 from g2l_core.errors import EncoderError, UnknownNameError, UsageError
+from g2l_core.store.facts import EncoderFacts
 from tests.encoders.test_loading import VIT, saved, views
 
 # ---- names --------------------------------------------------------------------------------------------------
@@ -47,7 +48,7 @@ def test_a_timm_architecture_brings_its_preprocessing_but_no_weights():
     assert spec.mean == (0.485, 0.456, 0.406)
     assert (spec.input_px, spec.arguments, spec.interpolation) == (56, {"img_size": 56}, "bicubic")
     assert spec.is_untrained
-    assert spec.weights_in_words == "random, seed 1"
+    assert spec.describe_weights() == "random, seed 1"
     with pytest.raises(UsageError, match="timm:resnet18 is an architecture without weights: give --weights FILE, or"):
         resolve_encoder("timm:resnet18")
     with pytest.raises(UsageError, match="give --weights FILE$"):
@@ -73,8 +74,8 @@ def test_bad_weights_arguments(tmp_path):
     with pytest.raises(UsageError, match="no such file"):
         resolve_encoder("hibou-l", weights=str(tmp_path / "absent.pt"))
     assert not resolve_encoder("hibou-l").is_untrained
-    assert resolve_encoder("hibou-l").weights_in_words == "1.1 M slides (histai/hibou-L)"
-    assert resolve_encoder("hibou-l", weights="random:0").weights_in_words == "random, seed 0"
+    assert resolve_encoder("hibou-l").describe_weights() == "1.1 M slides (histai/hibou-L)"
+    assert resolve_encoder("hibou-l", weights="random:0").describe_weights() == "random, seed 0"
 
 
 def test_specs_survive_json():
@@ -92,8 +93,12 @@ def test_keys_tell_apart_what_differs():
     assert encoder_key(replace(VIT, name="timm:a/b.c@56"), digest) == "timm-a-b-c-56-random0"
 
 
+def stored_as(name, weights_digest=""):
+    return EncoderFacts(name=name, weights_digest=weights_digest, digest="0", dim=1)
+
+
 def test_which_stored_encoder_is_meant():
-    stored = {"a-random0": {"name": "timm:a"}, "a-random1": {"name": "timm:a"}, "b": {"name": "H-B"}}
+    stored = {"a-random0": stored_as("timm:a"), "a-random1": stored_as("timm:a"), "b": stored_as("H-B")}
     assert find_stored("a-random0", stored) == "a-random0"
     assert find_stored("A_Random1", stored) == "a-random1"
     assert find_stored("hb", stored) == "b"
@@ -116,10 +121,10 @@ def test_a_run_folder_is_an_encoder(tmp_path):
     spec = resolve_encoder(str(run))
     assert (spec.name, spec.weights) == ("my run", f"run:{run / 'student'}")
     np.testing.assert_array_equal(encode(load_encoder(spec), views(2)), encode(load_encoder(VIT), views(2)))
-    stored = {"x-1": {"name": "x", "weights_digest": "abc"}, "y": {"name": "my run", "weights_digest": "def"}}
+    stored = {"x-1": stored_as("x", "abc"), "y": stored_as("my run", "def")}
     assert find_stored(str(run), stored) == "x-1"
     with pytest.raises(UnknownNameError, match="This run has no features here yet: g2l embed"):
-        find_stored(str(run), {"y": {"name": "my run", "weights_digest": "def"}})
+        find_stored(str(run), {"y": stored_as("my run", "def")})
 
 
 def run_folder_unknown(run: Path) -> bool:
@@ -137,9 +142,28 @@ def test_another_pooling():
     assert (spec.input_px, spec.arguments["img_size"]) == (448, 448)
     assert resolve_encoder("virchow2+cls_mean") is TABLE["virchow2"]
     assert encoder_key(spec, "0123456789") == "virchow2-448-cls"
-    assert find_stored("virchow2@448+cls", {"virchow2-448-cls": {"name": spec.name}}) == "virchow2-448-cls"
+    assert find_stored("virchow2@448+cls", {"virchow2-448-cls": stored_as(spec.name)}) == "virchow2-448-cls"
     with pytest.raises(UnknownNameError, match="unknown pooling 'clss'. Did you mean cls"):
         resolve_encoder("virchow2+clss")
+
+
+@pytest.mark.parametrize(
+    ("text", "where", "revision", "file"),
+    [
+        ("hub:lab/model@v2#w.pt", "lab/model", "v2", "w.pt"),
+        ("hub:lab/model#w.pt", "lab/model", "", "w.pt"),
+        ("hub:lab/model", "lab/model", "", ""),
+        ("package:a_package/*.pth", "a_package", "", "*.pth"),
+        ("file:/a@b/c#d:e", "/a@b/c#d:e", "", ""),
+        ("module:lab.nets:build", "lab.nets:build", "", ""),
+        ("random:3", "3", "", ""),
+        ("", "", "", ""),
+    ],
+)
+def test_where_weights_come_from(text, where, revision, file):
+    source = WeightsSource.parse(text)
+    assert (source.kind, source.where, source.revision, source.file) == (text.partition(":")[0], where, revision, file)
+    assert str(source) == text
 
 
 def test_weights_from_another_repository_or_revision():

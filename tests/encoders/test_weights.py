@@ -39,7 +39,7 @@ LOAD = """
 import json, sys, time
 time.sleep = lambda _: None  # the client waits half a minute in all before it gives up
 from g2l_core.encoders.loading import load_encoder
-from g2l_core.encoders import spec_from_json
+from g2l_core.encoders.spec import spec_from_json
 from g2l_core.errors import EncoderError
 for spec in map(spec_from_json, json.loads(sys.argv[1])):
     try:

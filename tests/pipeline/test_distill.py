@@ -97,7 +97,7 @@ def test_the_exported_digest_is_the_loaded_encoder_s(run):
 
 KILLED = """
 import sys
-from tests.test_distill import settings, student, KEY
+from tests.pipeline.test_distill import settings, student, KEY
 from pipeline.distill import DistillHow, run_distill
 out = __import__("pathlib").Path(sys.argv[2])
 run_distill(sys.argv[1], KEY, student(), out, settings(), how=DistillHow(resume=True))

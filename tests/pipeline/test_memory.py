@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 STAGE_ONE = """
 import json, resource, sys
 from pathlib import Path
-from g2l_core.encoders import resolve_encoder
+from g2l_core.encoders.resolve import resolve_encoder
 from g2l_core.patches.grid import GridSpec
 from g2l_core.patches.views import ViewSpec
 from pipeline.cache_teacher import run_extraction

@@ -1,5 +1,6 @@
 """Inputs: folders, manifests under several tools' column names, ids that collide, label tables, held-out groups."""
 
+import re
 from math import ceil
 from pathlib import Path
 
@@ -247,9 +248,17 @@ def test_manifests_that_cannot_be_used(tmp_path, text, message):
         read_sources([write(tmp_path / "m.csv", text)])
 
 
-def test_a_manifest_in_another_encoding_is_named(tmp_path):
-    with pytest.raises(ManifestError, match=r"cannot read the table .*m\.csv: .*utf-8"):
-        read_sources([write(tmp_path / "m.csv", "path,note\na.svs,Zürich\n", "latin-1")])
+def test_a_manifest_in_another_encoding_is_read_with_a_warning(tmp_path, caplog):
+    (source,) = read_sources([write(tmp_path / "m.csv", "path,city\na.svs,Zürich\n", "cp1252")])
+    assert source.labels == {"city": "Zürich"}
+    assert re.search(r"m\.csv is no utf-8 text .* read as cp1252", caplog.text)
+
+
+@pytest.mark.parametrize("content", ["path\na.svs\n".encode("utf-16"), b"PK\x03\x04\0\0"])
+def test_a_manifest_that_is_no_text_is_refused(tmp_path, content):
+    (tmp_path / "m.csv").write_bytes(content)
+    with pytest.raises(ManifestError, match=r"cannot read the table .*m\.csv: it is no utf-8 text; save it as CSV"):
+        read_sources([tmp_path / "m.csv"])
 
 
 # ---- tables -------------------------------------------------------------------------------------------------
@@ -270,6 +279,16 @@ def test_tab_separated_table(tmp_path):
     ]
     (source,) = read_sources([write(tmp_path / "m.TSV", "wsi\tmpp\na.svs\t0.5\n")])
     assert source.mpp == 0.5
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+def test_the_header_tells_the_delimiter(tmp_path, delimiter, suffix):
+    lines = (["slide", '"a,b"', "c"], ["S1", "NA", '"x;y,z\tw"'], ["S2", "", "007"])
+    assert read_table(write(tmp_path / f"t{suffix}", "\n".join(delimiter.join(line) for line in lines))) == [
+        {"slide_id": "S1", "a,b": "NA", "c": "x;y,z\tw"},
+        {"slide_id": "S2", "a,b": "", "c": "007"},
+    ]
 
 
 def test_every_alias_means_one_column(tmp_path):

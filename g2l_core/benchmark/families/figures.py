@@ -69,11 +69,11 @@ class LeftOut(Interval):
     unit: str
 
     def estimate(self, how: Draws) -> Estimate:
-        """See `similarity.cka_interval`; nothing is drawn."""
+        """See `similarity.jackknife`; nothing is drawn."""
         return jackknife(self.value, self.without, self.unit)[0]
 
     def difference(self, reference: Interval, how: Draws) -> tuple[Estimate, float]:
-        """See `similarity.cka_difference`."""
+        """See `similarity.jackknife`."""
         assert isinstance(reference, LeftOut)
         return jackknife(self.value - reference.value, self.without - reference.without, self.unit)
 

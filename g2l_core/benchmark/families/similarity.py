@@ -11,9 +11,8 @@ from g2l_core.benchmark.families.figures import Drawn, Figure, LeftOut, Settings
 from g2l_core.errors import TaskError
 from g2l_core.metrics.alignment import central_rows, effective_rank, mutual_neighbors, procrustes_similarity, rbf_cka
 from g2l_core.metrics.knn.neighbors import nearest
-from g2l_core.metrics.moments import cka_center, cka_moments
 from g2l_core.metrics.ridge import RidgeMap, explained_share, fit_ridge, mean_cosine, ridge_sums
-from g2l_core.metrics.similarity import jackknife_groups, jackknife_unit, leave_out_each
+from g2l_core.metrics.similarity import jackknife_groups, jackknife_unit, leave_out_each, leave_out_moments
 from g2l_core.metrics.statistics import cluster_codes, cluster_sums, of_sums
 from g2l_core.rng import keyed_generator
 from g2l_core.types import Features
@@ -110,7 +109,7 @@ def similarity(given: TaskInput) -> list[Figure]:
 
 def _rbf(pair: _Pair, given: TaskInput) -> Figure:
     bandwidth = given.spec.similarity.bandwidth
-    measure = partial(rbf_cka, debiased=True, bandwidth=bandwidth, most_rows=len(pair.x), seed=given.seed)
+    measure = partial(rbf_cka, debiased=True, bandwidth=bandwidth, max_rows=len(pair.x), seed=given.seed)
     settings = {**pair.settings, "bandwidth": bandwidth, "debiased": True}
     without = _without_each(lambda kept: measure(pair.x[kept], pair.y[kept]), pair)
     return _left_out("similarity_rbf_cka", measure(pair.x, pair.y), without, pair, settings)
@@ -149,12 +148,8 @@ def _mean_share(shared: Int64[np.ndarray, " row"], k: int, clusters: Shaped[np.n
 
 
 def _procrustes(pair: _Pair) -> Figure:
-    moments, groups = partial(cka_moments, center=cka_center(pair.x, pair.y), device=pair.device), pair.groups
-    whole = moments(pair.x, pair.y)
-    names = np.unique(groups)
-    parts = (moments(pair.x[groups == g], pair.y[groups == g]) for g in names if len(names) > 1)
-    without = np.array([procrustes_similarity(whole - part) for part in parts])
-    return _left_out("similarity_procrustes", procrustes_similarity(whole), without, pair, pair.settings)
+    value, without = leave_out_moments(procrustes_similarity, pair.x, pair.y, pair.clusters, pair.device)
+    return _left_out("similarity_procrustes", value, without, pair, pair.settings)
 
 
 def _effective_rank(pair: _Pair) -> Figure:

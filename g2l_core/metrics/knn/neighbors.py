@@ -7,8 +7,14 @@ import numpy as np
 from jaxtyping import Float, Float64, Int64, Shaped
 
 from g2l_core.errors import TaskError
-from g2l_core.metrics.knn.points import Metric, Points, gap_bounds, gaps, points_of
-from g2l_core.metrics.knn.screening import Precision, bfloat16_is_fast, screen
+from g2l_core.metrics.knn.candidates import Pairs, Precision, bfloat16_is_fast, candidate_filter
+from g2l_core.metrics.knn.normalized import (
+    Metric,
+    NormalizedRows,
+    normalized_rows,
+    squared_distance_bounds,
+    squared_distances,
+)
 from g2l_core.metrics.rows import row_blocks
 from g2l_core.metrics.statistics import require_aligned
 
@@ -18,11 +24,11 @@ _Codes: TypeAlias = tuple[Int64[np.ndarray, " query"], Int64[np.ndarray, " row"]
 """Of the queries and of the reference."""
 
 _BLOCK_SCORES = 1 << 25
-"""Most scores held at a time: 128 MiB of float32."""
+"""Scores held at a time: 128 MiB of float32."""
 _MANY_TIMES_K = 3
-"""A distance takes a third less in float32: of fewer pairs than this many times k a query, float64 measures all."""
+"""A distance takes a third less time in float32. Up to this many times k pairs a query are measured in float64 only."""
 _MANY_PAIRS = 1 << 27
-"""From so many pairs on, a screen of low precision pays."""
+"""From so many pairs on, the candidate filter pays."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,13 +47,29 @@ class Neighbors:
         return 1 - self.distances if self.metric == "cosine" else -self.distances
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Search:
+    """What the steps of one search share."""
+
+    queries: NormalizedRows
+    reference: NormalizedRows
+    codes: _Codes
+    """A query and a reference row of the same code never pair."""
+    neighbors: Neighbors
+    """The result, filled query by query."""
+
+    @property
+    def k(self) -> int:
+        return self.neighbors.indices.shape[1]
+
+
 def _group_codes(
     groups: Shaped[np.ndarray, " row"] | None,
     query_groups: Shaped[np.ndarray, " query"] | None,
     rows: int,
     queries: int | None,
 ) -> _Codes:
-    """Codes that a query and the rows it must not meet have in common."""
+    """Return codes that are equal for a query and the rows excluded for it."""
     if queries is None:
         query_groups = groups = np.arange(rows) if groups is None else groups
     if queries is not None and groups is None and query_groups is None:
@@ -63,8 +85,8 @@ def _group_codes(
 def _require_enough(codes: _Codes, k: int) -> None:
     if k < 1:
         raise TaskError(f"k is at least 1; got {k}")
-    own = np.bincount(codes[1], minlength=int(codes[0].max()) + 1)[codes[0]]
-    fewest = len(codes[1]) - int(own.max())
+    excluded = np.bincount(codes[1], minlength=int(codes[0].max()) + 1)[codes[0]]
+    fewest = len(codes[1]) - int(excluded.max())
     if fewest < k:
         raise TaskError(
             f"k = {k} neighbors are wanted, but a query has only {fewest:,} reference rows to choose from "
@@ -72,97 +94,92 @@ def _require_enough(codes: _Codes, k: int) -> None:
         )
 
 
-def _settle(
-    found: Neighbors,
-    asked: Points,
-    base: Points,
-    queries: Int64[np.ndarray, " pair"],
-    rows: Int64[np.ndarray, " pair"],
-) -> None:
-    """Enters the k nearest of queries, given pairs that hold them, those of one query together.
+def _settle(search: _Search, pairs: Pairs) -> None:
+    """Write the k nearest of some queries, given pairs that hold them; all pairs of a query come together.
 
-    All are measured in float64; where they are many, float32 leaves those in doubt. Equal pairs are measured once.
-    1 - cos = |u - v|^2 / 2, which is exactly 0 for equal rows.
+    All pairs are measured in float64. Where they are many, float32 first leaves those in doubt. Equal pairs are
+    measured once. 1 - cos = |u - v|^2 / 2 is exactly 0 for equal rows.
     """
-    k = found.indices.shape[1]
-    settled = np.unique(queries)
-    if len(queries) > _MANY_TIMES_K * k * len(settled):
-        queries, rows = _in_doubt(asked, base, queries, rows, k)
-    pairs, copies = _unlike_pairs(asked, base, queries, rows)
-    squares = gaps(asked, base, *pairs, np.float64)[copies]
+    k, neighbors = search.k, search.neighbors
+    settled = np.unique(pairs[0])
+    if len(pairs[0]) > _MANY_TIMES_K * k * len(settled):
+        pairs = _in_doubt(search, pairs)
+    distinct, copies = _distinct_pairs(search, pairs)
+    squares = squared_distances(search.queries, search.reference, *distinct, np.float64)[copies]
+    queries, rows = pairs
     order = np.lexsort((rows, squares, queries))
     best = order[np.searchsorted(queries[order], settled)[:, None] + np.arange(k)]
-    found.indices[settled] = rows[best]
-    if found.metric == "cosine":
-        found.distances[settled] = squares[best] / 2
+    neighbors.indices[settled] = rows[best]
+    if neighbors.metric == "cosine":
+        neighbors.distances[settled] = squares[best] / 2
     else:
-        found.distances[settled] = np.sqrt(squares[best]) * base.lengths[0]
+        neighbors.distances[settled] = np.sqrt(squares[best]) * search.reference.lengths[0]
 
 
-def _in_doubt(
-    asked: Points, base: Points, queries: Int64[np.ndarray, " pair"], rows: Int64[np.ndarray, " pair"], k: int
-) -> tuple[Int64[np.ndarray, " near"], Int64[np.ndarray, " near"]]:
-    """The pairs that may be among the k nearest of their query, measured in float32."""
-    pairs, copies = _unlike_pairs(asked, base, queries, rows)
-    low, high = gap_bounds(gaps(asked, base, *pairs, np.float32), asked, base)
+def _in_doubt(search: _Search, pairs: Pairs) -> Pairs:
+    """Return the pairs that may be among the k nearest of their query, by distances in float32."""
+    distinct, copies = _distinct_pairs(search, pairs)
+    rounded = squared_distances(search.queries, search.reference, *distinct, np.float32)
+    low, high = squared_distance_bounds(rounded, search.queries, search.reference)
+    queries, rows = pairs
     order = np.lexsort((high[copies], queries))
     _, first, counts = np.unique(queries[order], return_index=True, return_counts=True)
     limit = np.empty(len(queries))
-    limit[order] = np.repeat(high[copies[order[first + k - 1]]], counts)
+    limit[order] = np.repeat(high[copies[order[first + search.k - 1]]], counts)
     near = low[copies] <= limit
     return queries[near], rows[near]
 
 
-def _unlike_pairs(
-    asked: Points, base: Points, queries: Int64[np.ndarray, " pair"], rows: Int64[np.ndarray, " pair"]
-) -> tuple[tuple[Int64[np.ndarray, " unlike"], Int64[np.ndarray, " unlike"]], Int64[np.ndarray, " pair"]]:
-    """Pairs of which no two hold the same bytes, and which of them each pair is."""
-    count = len(base.alike)
-    pairs, copies = np.unique(asked.alike[queries] * count + base.alike[rows], return_inverse=True)
-    return np.divmod(pairs, count), copies
+def _distinct_pairs(search: _Search, pairs: Pairs) -> tuple[Pairs, Int64[np.ndarray, " pair"]]:
+    """Return pairs of which no two hold the same bytes, and for each given pair which of them it equals."""
+    queries, rows = search.queries.first_copy[pairs[0]], search.reference.first_copy[pairs[1]]
+    count = len(search.reference.first_copy)
+    distinct, copies = np.unique(queries * count + rows, return_inverse=True)
+    return np.divmod(distinct, count), copies
 
 
-def _screened(
-    found: Neighbors,
-    asked: Points,
-    base: Points,
-    codes: _Codes,
-    left: Int64[np.ndarray, " left"],
-    precision: Precision,
+def _settle_filtered(
+    search: _Search, pending: Int64[np.ndarray, " pending"], precision: Precision
 ) -> Int64[np.ndarray, " crowded"]:
-    """Settles what a screen can; returns the queries it cannot."""
-    k = found.indices.shape[1]
-    all_pairs = asked is base and len(left) == len(base.alike)
-    sweep = screen((asked, base), codes, None if all_pairs else left, k, precision=precision, most=8 * k + 64)
-    for queries, rows in sweep.pairs():
-        if len(queries):
-            _settle(found, asked, base, queries, rows)
-    return np.sort(np.concatenate(sweep.crowded))
+    """Settle the queries that a candidate filter leaves few candidates; return the others."""
+    all_pairs = search.queries is search.reference and len(pending) == len(search.codes[0])
+    candidates = candidate_filter(
+        (search.queries, search.reference),
+        search.codes,
+        None if all_pairs else pending,
+        search.k,
+        precision=precision,
+        max_candidates=8 * search.k + 64,
+    )
+    for pairs in candidates.pairs():
+        if len(pairs[0]):
+            _settle(search, pairs)
+    return np.sort(np.concatenate(candidates.crowded))
 
 
-def _exhaustive(found: Neighbors, asked: Points, base: Points, codes: _Codes, left: Int64[np.ndarray, " left"]) -> None:
-    """Ranks all pairs of some queries in float32; measures those within the doubt of the k-th best.
+def _settle_exhaustively(search: _Search, pending: Int64[np.ndarray, " pending"]) -> None:
+    """Rank all pairs of some queries in float32, and measure those that rounding leaves in doubt about the k-th best.
 
     The error of a product is at most dim 2^-24 |q| |r|, and some more for the rounding of the rows themselves
     (Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 3.1).
     """
-    count, k = len(base.alike), found.indices.shape[1]
-    ranked = np.empty((count, base.features.shape[1]), np.float32)
+    count, dim = search.reference.features.shape
+    ranked = np.empty((count, dim), np.float32)
     for part in row_blocks(count):
-        ranked[part] = base.of(part)
+        ranked[part] = search.reference.take(part)
     squares = np.einsum("ij,ij->i", ranked, ranked)
-    unit_error = (base.features.shape[1] + 8) * 2.0**-24
+    unit_error = (dim + 8) * 2.0**-24
     step = max(1, _BLOCK_SCORES // count)
-    for start in range(0, len(left), step):
-        block = left[start : start + step]
-        sought = asked.of(block)
-        scores = sought.astype(np.float32) @ ranked.T
+    for start in range(0, len(pending), step):
+        block = pending[start : start + step]
+        queries = search.queries.take(block)
+        scores = queries.astype(np.float32) @ ranked.T
         scores -= squares / 2
-        scores[codes[0][block, None] == codes[1]] = -np.inf
-        doubt = 2 * unit_error * (np.linalg.norm(sought, axis=1) * np.sqrt(squares.max()) + squares.max() / 2)
-        kth = np.partition(scores, count - k, axis=1)[:, -k]
-        queries, rows = np.nonzero(scores >= (kth - doubt).astype(np.float32)[:, None])
-        _settle(found, asked, base, block[queries], rows)
+        scores[search.codes[0][block, None] == search.codes[1]] = -np.inf
+        doubt = 2 * unit_error * (np.linalg.norm(queries, axis=1) * np.sqrt(squares.max()) + squares.max() / 2)
+        kth = np.partition(scores, count - search.k, axis=1)[:, -search.k]
+        query, row = np.nonzero(scores >= (kth - doubt).astype(np.float32)[:, None])
+        _settle(search, (block[query], row))
 
 
 def nearest(
@@ -174,24 +191,36 @@ def nearest(
     groups: Shaped[np.ndarray, " group_row"] | None = None,
     query_groups: Shaped[np.ndarray, " query_group_row"] | None = None,
 ) -> Neighbors:
-    """Finds the k nearest reference rows of each query; exact, and the same on every machine.
+    """Find the k nearest reference rows of each query; exact, and the same on every machine.
 
-    Products of low precision rank all pairs: bfloat16 where the processor is made for it and the pairs are
-    many, else float32. All pairs that the bounds on their error leave in doubt are measured again in float64,
-    and those distances decide.
-    Equal rows have equal distances and stand in the order of the reference.
+    The distance is 1 - q.r / (|q| |r|) for "cosine" and |q - r| for "euclidean". Equal rows have equal distances and
+    come in the order of the reference.
+
+    Low-precision products first rank all pairs (see the package's overview). All pairs that the bounds on their error
+    leave in doubt are measured again in float64, and those distances decide. `reference.nearest_by_definition` computes
+    the same in a few lines.
 
     Args:
-        reference: Rows to choose from; float16, float32 or float64.
-        queries: Rows whose neighbors are wanted. None: each reference row seeks among the others.
+        reference: (row, dim) features to choose from; float16, float32 or float64.
+        queries: (query, dim) features whose neighbors are wanted. None: each reference row searches among the others.
         k: Neighbors of each query.
         metric: "cosine" or "euclidean".
         groups: The slide (or patient) of each reference row. A query's own group is left out.
-        query_groups: That of each query; not given where `queries` is None.
+        query_groups: The slide (or patient) of each query; not given where `queries` is None.
+
+    Returns:
+        Indices and distances, both (query, k).
 
     Raises:
         TaskError: If a row holds NaN or is zero (cosine), the widths or lengths differ, or a query has
             fewer than k rows to choose from.
+
+    Examples:
+        >>> import numpy as np
+        >>> reference = np.array([[1.0, 0.0], [0.0, 1.0], [3.0, 4.0]])
+        >>> found = nearest(reference, np.array([[2.0, 0.0]]), 2)
+        >>> found.indices.tolist(), found.similarities.round(6).tolist()
+        ([[0, 2]], [[1.0, 0.6]])
     """
     count = len(reference if queries is None else queries)
     require_aligned(queries=count)
@@ -199,16 +228,18 @@ def nearest(
         require_aligned(reference_dim=reference.shape[1], query_dim=queries.shape[1])
     codes = _group_codes(groups, query_groups, len(reference), None if queries is None else count)
     _require_enough(codes, k)
-    asked, base = points_of(reference, queries, metric)
-    found = Neighbors(metric=metric, indices=np.empty((count, k), np.int64), distances=np.empty((count, k)))
-    left = np.arange(count)
+    query_rows, reference_rows = normalized_rows(reference, queries, metric)
+    neighbors = Neighbors(metric=metric, indices=np.empty((count, k), np.int64), distances=np.empty((count, k)))
+    search = _Search(queries=query_rows, reference=reference_rows, codes=codes, neighbors=neighbors)
+    # Each step settles what it can and passes the other queries on to the next, more precise one.
+    pending = np.arange(count)
     precisions: tuple[Precision, ...] = ("bfloat16", "float32")
     for precision in precisions:
-        if len(left) * len(reference) >= _MANY_PAIRS and (precision == "float32" or bfloat16_is_fast()):
-            left = _screened(found, asked, base, codes, left, precision)
-    if len(left):
-        _exhaustive(found, asked, base, codes, left)
-    return found
+        if len(pending) * len(reference) >= _MANY_PAIRS and (precision == "float32" or bfloat16_is_fast()):
+            pending = _settle_filtered(search, pending, precision)
+    if len(pending):
+        _settle_exhaustively(search, pending)
+    return neighbors
 
 
 @dataclass(frozen=True, kw_only=True)

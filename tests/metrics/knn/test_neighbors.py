@@ -9,6 +9,7 @@ from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 from g2l_core.errors import TaskError
 from g2l_core.metrics.knn import neighbors as module
 from g2l_core.metrics.knn.neighbors import Neighbors, knn_predict, knn_vote, nearest
+from g2l_core.metrics.knn.reference import nearest_by_definition
 
 METRICS = pytest.mark.parametrize("metric", ["cosine", "euclidean"])
 
@@ -35,14 +36,8 @@ def test_equals_scikit_learn(metric, dtype, block, monkeypatch):
 def test_large_mean_does_not_cost_the_order(metric):
     rng = np.random.default_rng(0)
     reference = 1000 + rng.standard_normal((200, 16))
-    found = nearest(reference, None, 5, metric=metric)
-    if metric == "cosine":
-        unit = reference / np.linalg.norm(reference, axis=1, keepdims=True)
-        exact = ((unit[:, None] - unit[None]) ** 2).sum(-1) / 2
-    else:
-        exact = np.sqrt(((reference[:, None] - reference[None]) ** 2).sum(-1))
-    np.fill_diagonal(exact, np.inf)
-    np.testing.assert_array_equal(found.indices, np.argsort(exact, axis=1, kind="stable")[:, :5])
+    found, expected = (find(reference, None, 5, metric=metric) for find in (nearest, nearest_by_definition))
+    np.testing.assert_array_equal(found.indices, expected.indices)
 
 
 @METRICS
@@ -68,14 +63,9 @@ def test_own_group_and_self_are_left_out(metric, seed):
     rng = np.random.default_rng(seed)
     features = rng.standard_normal((40, 3))
     groups = rng.choice(["s1", "s2", "s3", "s4"], size=40)
-    exact = np.linalg.norm(features[:, None] - features[None], axis=-1)
-    if metric == "cosine":
-        unit = features / np.linalg.norm(features, axis=1, keepdims=True)
-        exact = 1 - unit @ unit.T
-    exact[groups[:, None] == groups[None]] = np.inf
     k = int((groups[:, None] != groups[None]).sum(axis=1).min())
-    found = nearest(features, None, k, metric=metric, groups=groups)
-    np.testing.assert_array_equal(found.indices, np.argsort(exact, axis=1, kind="stable")[:, :k])
+    found, expected = (f(features, None, k, metric=metric, groups=groups) for f in (nearest, nearest_by_definition))
+    np.testing.assert_array_equal(found.indices, expected.indices)
     half = nearest(features[20:], features[:20], 1, metric=metric, groups=groups[20:], query_groups=groups[:20])
     assert (groups[20:][half.indices[:, 0]] != groups[:20]).all()
     alone = nearest(features, None, 39, metric=metric)
@@ -200,13 +190,13 @@ def test_votes_that_cannot_be_taken(labels, k, said):
 
 def test_thousands_of_equal_rows_are_measured_once(monkeypatch):
     measured = []
-    plain = module.gaps
+    plain = module.squared_distances
 
-    def spy(queries, reference, query, row, kind):
+    def spy(queries, reference, query, row, dtype):
         measured.append(len(query))
-        return plain(queries, reference, query, row, kind)
+        return plain(queries, reference, query, row, dtype)
 
-    monkeypatch.setattr(module, "gaps", spy)
+    monkeypatch.setattr(module, "squared_distances", spy)
     features = blobs(0, 3000)
     features[1000:] = features[0]
     found = nearest(features, None, 4)

@@ -1,0 +1,40 @@
+"""Tables of plain text for a terminal."""
+
+import sys
+from collections.abc import Iterable, Sequence
+from shutil import get_terminal_size
+
+from rich.console import Console
+from rich.table import Table
+
+COLUMNS = 80
+_UNLIMITED = 10_000
+
+
+def table_text(
+    rows: Iterable[Sequence[str]], *, header: Sequence[str] = (), right: Sequence[int] = (), width: int = COLUMNS
+) -> str:
+    """Rows in aligned columns, two spaces apart; what is too long goes on in the next line of its column.
+
+    Args:
+        rows: The cells of each row.
+        header: Titles of the columns; none where there are none.
+        right: Columns, by number, that are aligned on the right.
+        width: Columns of the terminal that the table may take.
+    """
+    lines = [list(row) for row in rows]
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=bool(header), header_style="")
+    for column in range(len(header or next(iter(lines), ()))):
+        justify = "right" if column in right else "left"
+        table.add_column(header[column] if header else "", justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for line in lines:
+        table.add_row(*line)
+    console = Console(width=width, color_system=None, markup=False, highlight=False, emoji=False)
+    with console.capture() as captured:
+        console.print(table)
+    return "\n".join(line.rstrip() for line in captured.get().splitlines())
+
+
+def stdout_width() -> int:
+    """Columns of the terminal; without one, as in a pipe, lines are as long as what they say."""
+    return get_terminal_size().columns if sys.stdout.isatty() else _UNLIMITED

@@ -1,0 +1,127 @@
+"""What G2L 0.1.0 wrote is read by this version: a store, a run folder and a report (see golden/README.md)."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from typer.testing import CliRunner
+
+from g2l_core.encoders.loading import encode, load_encoder
+from g2l_core.encoders.resolve import resolve_encoder
+from g2l_core.patches.grid import GridSpec
+from g2l_core.patches.views import ViewSpec
+from g2l_core.report.write import read_report
+from g2l_core.slides.fingerprint import fingerprint
+from g2l_core.store.features import FeatureStore
+from g2l_core.store.verify import verify
+from g2l_core.synthetic.cohort import CohortSpec, draw_cohort
+from pipeline.bench import run_bench
+from pipeline.cli.main import app
+
+GOLDEN = Path(__file__).parent / "golden"
+FIRST_FEATURES = [0.740975, -0.774601, -0.621364, 1.625274, 0.853321, -1.746059, -0.170760, 0.094356]
+"""Of a fixed image, by the student, as 0.1.0 computed them."""
+
+TEACHER, STUDENT = "golden-teacher-random0", "run-feaa1f2f"
+
+
+@pytest.fixture
+def store(tmp_path) -> Path:
+    """A copy, so that nothing is ever written into the golden store."""
+    return Path(shutil.copytree(GOLDEN / "store", tmp_path / "store"))
+
+
+def test_the_store_is_whole(store):
+    opened = FeatureStore.open(store)
+    assert [(p.kind, p.slide_id, p.encoder) for p in verify(opened)] == [
+        ("failed", "broken", ""),
+        ("missing", "images", TEACHER),
+    ]
+    assert opened.slide_ids() == ["broken", "images", *(f"p0{i}-1" for i in range(1, 7))]
+    assert list(opened.failed_slides()) == ["broken"]
+    assert GridSpec.from_json(opened.grid) == GridSpec(max_patches=6)
+    assert ViewSpec.from_json(opened.views) == ViewSpec()
+
+
+def test_its_slides_say_what_they_said(store):
+    slide = FeatureStore.open(store).slide("p01-1")
+    assert slide.labels == {"patient_id": "p01", "medical_center": "north"}
+    assert slide.coords.tolist() == [[0, 256], [768, 256], [0, 512], [1024, 512], [1024, 768], [768, 1280]]
+    assert slide.pixel_hash[0].tolist() == [11891193378896726608, 17032702187368938992]
+    assert FeatureStore.open(store).slide("images").patch_ids is not None
+
+
+@pytest.mark.parametrize(
+    ("encoder", "dim", "first"),
+    [(TEACHER, 16, [-0.04367065, -1.16601562, -0.72851562]), (STUDENT, 8, [0.76757812, -0.79492188, -0.60302734])],
+)
+def test_its_features_have_the_same_bits(store, encoder, dim, first):
+    features = FeatureStore.open(store).slide("p01-1").features(encoder)
+    assert features.shape == (6, dim)
+    np.testing.assert_array_equal(features[0, :3], np.float16(first))
+
+
+def test_the_command_line_lists_it(store):
+    done = CliRunner().invoke(app, ["store", "ls", str(store)])
+    assert done.exit_code == 0
+    assert TEACHER in done.output
+    assert "broken" in done.output
+
+
+def test_the_run_folder_is_an_encoder():
+    student = load_encoder(resolve_encoder(str(GOLDEN / "run")), device="cpu")
+    pixels = (np.arange(2 * 224 * 224 * 3) % 251).astype(np.uint8).reshape(2, 224, 224, 3)
+    assert student.key == STUDENT
+    np.testing.assert_allclose(encode(student, pixels)[0], FIRST_FEATURES, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_run_goes_on_where_it_stopped(store, tmp_path):
+    """From the checkpoint of step 2, on slides drawn again, to the weights that 0.1.0 ended with at step 4."""
+    draw_cohort(tmp_path / "cohort", CohortSpec(patients=6, size_um=(768.0, 768.0)))
+    shutil.rmtree(store / "slides" / "images")  # they came into the store after the run
+    for slide in FeatureStore.open(store, writable=True).slides():
+        path = tmp_path / "cohort" / "slides" / f"{slide.slide_id}.tiff"
+        slide.set_source(path, fingerprint(path))
+    run = Path(shutil.copytree(GOLDEN / "run", tmp_path / "run"))
+    arguments = f"distill --store {store} --teacher golden-teacher --student {student_spec(tmp_path)} --steps 4"
+    done = CliRunner().invoke(
+        app, [*arguments.split(), "--batch-size", "4", "--checkpoint-every", "2", "--out", str(run), "--resume"]
+    )
+    assert done.exit_code == 0, done.output
+    before, after = (load_file(folder / "student" / "model.safetensors") for folder in (GOLDEN / "run", run))
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        np.testing.assert_allclose(after[name], tensor, atol=1e-5, err_msg=name)
+
+
+def student_spec(folder: Path) -> Path:
+    path = folder / "golden-student.toml"
+    path.write_text(
+        'architecture = "vit_tiny_patch16_224"\n'
+        "arguments = { img_size = 64, patch_size = 16, embed_dim = 8, depth = 1, num_heads = 2 }\n"
+        'weights = "random:1"\ninput_px = 64\nmean = [0.7, 0.6, 0.7]\nstd = [0.2, 0.2, 0.2]\npooling = "cls"\n'
+        'licence = "Apache-2.0"\n'
+    )
+    return path
+
+
+def test_the_report_is_read():
+    report = read_report(GOLDEN / "report")
+    assert {result.encoder for result in report.results} == {TEACHER, STUDENT}
+
+
+def test_the_same_tasks_give_the_same_values(store, tmp_path):
+    """Values, not intervals: those may be drawn by a better method one day."""
+    run_bench(GOLDEN / "tasks.toml", [store], ["golden-teacher", STUDENT], tmp_path / "report", draws=100)
+    before, after = (values(folder / "results.json") for folder in (GOLDEN / "report", tmp_path / "report"))
+    assert before.keys() == after.keys()
+    np.testing.assert_allclose([after[key] for key in before], list(before.values()), atol=1e-5)
+
+
+def values(path: Path) -> dict[tuple[str, str, str], float]:
+    results = json.loads(path.read_text())["results"]
+    return {(r["task"], r["encoder"], r["metric"]): r["estimate"]["value"] for r in results}
