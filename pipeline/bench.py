@@ -1,10 +1,9 @@
 """Stage three: a task file and stores in, a report out. Behind `g2l bench`; opens nothing but stores."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -16,6 +15,7 @@ from g2l_core.errors import TaskError, UsageError
 from g2l_core.report.tables import headline, listed, meaning_of
 from g2l_core.report.write import write_report
 from g2l_core.results import EncoderSummary, ExpectedFigure, Failure, Report, Result
+from g2l_core.store.facts import EncoderFacts
 from g2l_core.store.features import FeatureStore
 from g2l_core.store.provenance import digest, software
 
@@ -134,17 +134,17 @@ def _sums_device(asked: str) -> str:
     return str(choose_device(asked))
 
 
-def encoder_summary(key: str, facts: Mapping[str, Any]) -> EncoderSummary:
+def encoder_summary(key: str, facts: EncoderFacts) -> EncoderSummary:
     """What the report says of an encoder."""
-    spec = spec_from_json(facts)
+    spec = spec_from_json(facts.to_json())
     return EncoderSummary(
         key=key,
         name=spec.name,
         weights=spec.describe_weights(),
-        dim=facts["dim"],
+        dim=facts.dim,
         pooling=spec.pooling,
-        precision=facts["precision"],
-        digest=facts["digest"],
+        precision=facts.precision,
+        digest=facts.digest,
         note="untrained" if spec.is_untrained else "",
     )
 
@@ -181,7 +181,7 @@ def provenance(given: Path, tasks_path: Path, stores: Sequence[FeatureStore]) ->
         "tasks": f"{given} (sha256 {digest(tasks_path.read_text(encoding='utf-8'))[:12]})",
     }
     for i, store in enumerate(stores):
-        found[f"store {i + 1}"] = f"{store.path} (sha256 of its specs {digest(store.facts)[:12]})"
+        found[f"store {i + 1}"] = f"{store.path} (sha256 of its specs {digest(store.facts.to_json())[:12]})"
     return found | {f"version of {name}": version for name, version in software().items()}
 
 

@@ -17,8 +17,10 @@ from g2l_core.patches.grid import GridSpec
 from g2l_core.patches.views import ViewSpec
 from g2l_core.slides.manifest import Source, read_sources
 from g2l_core.slides.mpp import audit_table
+from g2l_core.store.facts import RunFacts
 from g2l_core.store.features import FeatureStore
 from g2l_core.store.locks import LOCKS, locked
+from g2l_core.store.provenance import utc_now
 from g2l_core.tissue.methods import TissueMethod
 from g2l_core.tissue.overview import overview_folder
 from pipeline.audit import audit_sources, require_plausible
@@ -36,11 +38,11 @@ class ExtractionSummary:
     slides: int
     patches: int
     encoded: int
-    """Patches that this call had to encode; 0 where everything was stored already."""
+    """Patches that this call had to encode; 0 if everything was stored already."""
     failed_slides: dict[str, str]
     unreadable: dict[str, list[str]]
     left_out: dict[str, int]
-    """Patches without features by the artifact that they show; they are no losses."""
+    """Patches without features, by the artifact that they show. They are not losses."""
     seconds: dict[str, float]
     elapsed: float
     """Seconds from the first patch asked for to the last shard written."""
@@ -61,7 +63,7 @@ def run_extraction(
     *,
     tissue: TissueMethod | None = None,
 ) -> ExtractionSummary:
-    """Lay the patches of all inputs and cache the features of all encoders.
+    """Find the patches of all inputs and store their features of all encoders.
 
     `tissue` is the method that `grid.tissue` names; a threshold is found by that name alone.
 
@@ -138,22 +140,22 @@ def lost_slides(store: FeatureStore) -> set[str]:
 def note_run(
     store: FeatureStore, encoders: Sequence[LoadedEncoder], progress: ExtractionProgress, settings: ExtractionSettings
 ) -> None:
-    """Keep in the store what this call did and where its time went; nothing where there was nothing to do."""
+    """Keep in the store what this call did and where its time went, unless there was nothing to do."""
     if not progress.patches_total:
         return
-    seconds = {part: round(spent, 3) for part, spent in progress.seconds.items()}
     store.add_run(
-        {
-            "encoders": [encoder.key for encoder in encoders],
-            "patches": progress.patches_done,
-            "views": 1 + settings.views,
-            "workers": settings.workers,
-            "batch_size": settings.batch_size,
-            "device": str(encoders[0].device),
-            "elapsed": round(progress.elapsed, 3),
-            "seconds": seconds,
-            "utilisation": round(progress.utilization, 4),
-        }
+        RunFacts(
+            ended=utc_now(),
+            encoders=tuple(encoder.key for encoder in encoders),
+            patches=progress.patches_done,
+            views=1 + settings.views,
+            workers=settings.workers,
+            batch_size=settings.batch_size,
+            device=str(encoders[0].device),
+            elapsed=round(progress.elapsed, 3),
+            seconds={part: round(spent, 3) for part, spent in progress.seconds.items()},
+            utilization=round(progress.utilization, 4),
+        )
     )
 
 
@@ -165,7 +167,7 @@ def patch_cohort(
     settings: ExtractionSettings,
     tissue: TissueMethod | None,
 ) -> dict[str, str]:
-    """Bring every source's patches into the store; return the reasons of those that failed."""
+    """Store the patches of every source, and return the reasons of those that failed."""
     failed: dict[str, str] = {}
     n_views = 1 + settings.views
     known = {slide.slide_id: slide for slide in store.slides()}
@@ -188,9 +190,9 @@ def patch_cohort(
     )
     with ProgressLine("tissue", "slides") as line:
         for done, outcome in enumerate(outcomes, start=1):
-            if outcome.laid is not None:
-                store_patched(store, outcome.source, outcome.laid, views, n_views)
-                for remark in outcome.laid.remarks:
+            if outcome.patched is not None:
+                store_patched(store, outcome.source, outcome.patched, views, n_views)
+                for remark in outcome.patched.remarks:
                     say(remark)
             else:
                 failed[outcome.source.slide_id] = str(outcome.error)

@@ -1,8 +1,8 @@
 """Stage one's encoding on dask workers: processes of this machine, or those of a scheduler that runs already.
 
-The unit of work is a group of slides. A worker encodes it as a single process would, into the same store; a worker
-that dies costs time: dask gives its group to another, which goes on at the last recorded shard. A lock on every
-slide keeps a worker that the scheduler has lost, but that still lives, from writing beside its successor.
+The unit of work is a group of slides. A worker encodes it as a single process would, into the same store. A worker
+that dies costs only time: dask gives its group to another, which goes on after the last recorded shard. A lock on
+every slide keeps a worker that the scheduler has lost, but that still lives, from writing while its successor does.
 """
 
 import logging
@@ -12,12 +12,13 @@ from contextlib import ExitStack, contextmanager
 from hashlib import sha256
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from g2l_core.encoders.loading import LoadedEncoder, load_encoder
 from g2l_core.encoders.resolve import spec_from_json
 from g2l_core.errors import EncoderError, G2LError, UsageError
 from g2l_core.extraction.extract import ExtractionProgress, missing_patches
+from g2l_core.store.facts import EncoderFacts
 from g2l_core.store.features import FeatureStore
 from g2l_core.store.locks import LOCKS, locked
 from pipeline.extract import encode_slides
@@ -71,9 +72,9 @@ def encode_on_workers(
     return total
 
 
-def make_groups(missing: dict[str, int], count: int, least: int) -> list[list[str]]:
-    """Slides with something missing in about `count` groups, the largest first, each of at least `least` patches."""
-    target = max(least, sum(missing.values()) / count)
+def make_groups(missing: dict[str, int], count: int, min_patches: int) -> list[list[str]]:
+    """Slides that miss something in about `count` groups, the largest first, each of at least `min_patches` patches."""
+    target = max(min_patches, sum(missing.values()) / count)
     groups: list[list[str]] = []
     filled = target
     for slide_id, patches in sorted(missing.items(), key=lambda item: (-item[1], item[0])):
@@ -91,10 +92,10 @@ def _run(
     client: "Client",
     groups: Sequence[Sequence[str]],
     store: FeatureStore,
-    facts: Sequence[dict[str, Any]],
+    facts: Sequence[EncoderFacts],
     settings: ExtractionSettings,
 ) -> Iterator[tuple[Sequence[str], "ExtractionProgress | str"]]:
-    """Each group with what came of it, or why its workers died, in the order in which they end."""
+    """Yield each group with its progress, or with the reason why its workers died, as they end."""
     from distributed import KilledWorker, as_completed
 
     path = store.path.resolve()
@@ -115,7 +116,7 @@ def _run(
 
 
 def _add(total: ExtractionProgress, group: Sequence[str], outcome: "ExtractionProgress | str", workers: int) -> None:
-    """Sum up; seconds are divided by the workers, so that utilization stays a share."""
+    """Add what a group did to the total. Seconds are divided by the workers, so that utilization stays below 1."""
     if isinstance(outcome, str):
         total.failed_slides |= dict.fromkeys(group, outcome)
         return
@@ -127,15 +128,15 @@ def _add(total: ExtractionProgress, group: Sequence[str], outcome: "ExtractionPr
 
 
 def encode_group(
-    path: Path, slide_ids: Sequence[str], facts: Sequence[dict[str, Any]], settings: ExtractionSettings
+    path: Path, slide_ids: Sequence[str], facts: Sequence[EncoderFacts], settings: ExtractionSettings
 ) -> tuple[ExtractionProgress, str]:
     """Encode a group of slides in this process, which is a worker's.
 
     Args:
         path: The store.
         slide_ids: The group.
-        facts: Of each encoder, as the store keeps them.
-        settings: The run's.
+        facts: What the store keeps of each encoder.
+        settings: The settings of the run.
 
     Returns:
         What was done, and why everything must stop, empty if it need not.
@@ -154,24 +155,24 @@ def encode_group(
 
 
 _RESIDENT: dict[str, LoadedEncoder] = {}
-"""The encoders of this worker process, by digest: loaded once, for as long as they are asked for."""
+"""The encoders of this worker process, by digest: each is loaded once, and dropped when no longer asked for."""
 
 
-def _resident(facts: Sequence[dict[str, Any]], settings: ExtractionSettings) -> list[LoadedEncoder]:
-    for digest in set(_RESIDENT) - {fact["digest"] for fact in facts}:
+def _resident(facts: Sequence[EncoderFacts], settings: ExtractionSettings) -> list[LoadedEncoder]:
+    for digest in set(_RESIDENT) - {wanted.digest for wanted in facts}:
         del _RESIDENT[digest]
-    for fact in facts:
-        if fact["digest"] not in _RESIDENT:
-            spec, device = spec_from_json(fact), _own_device(settings.device)
-            encoder = load_encoder(spec, device=device, precision=fact["precision"])
-            if encoder.digest != fact["digest"]:
-                raise EncoderError(f"a worker has other weights of {fact['name']} than the calling process")
-            _RESIDENT[fact["digest"]] = encoder
-    return [_RESIDENT[fact["digest"]] for fact in facts]
+    for wanted in facts:
+        if wanted.digest not in _RESIDENT:
+            spec, device = spec_from_json(wanted.to_json()), _own_device(settings.device)
+            encoder = load_encoder(spec, device=device, precision=wanted.precision)
+            if encoder.digest != wanted.digest:
+                raise EncoderError(f"a worker has other weights of {wanted.name} than the calling process")
+            _RESIDENT[wanted.digest] = encoder
+    return [_RESIDENT[wanted.digest] for wanted in facts]
 
 
 def _own_device(device: str) -> str:
-    """Of several GPUs, the one of this worker's number."""
+    """The GPU with this worker's number, if there are several; else the device that was asked for."""
     import torch
     from distributed import get_worker
 
@@ -183,7 +184,7 @@ def _own_device(device: str) -> str:
 
 @contextmanager
 def _client(settings: ExtractionSettings) -> "Iterator[Client]":
-    """A client of the scheduler asked for, or of new processes on this machine."""
+    """A client of the given scheduler, or of new processes on this machine."""
     try:
         import dask
         from distributed import Client, LocalCluster

@@ -117,7 +117,7 @@ def _cache(cohort: _Cohort, store: Path, spec: EncoderSpec, views: int, settings
 
 
 def _key(store: Path, spec: EncoderSpec) -> str:
-    return next(key for key, facts in FeatureStore.open(store).encoders.items() if facts["name"] == spec.name)
+    return next(key for key, facts in FeatureStore.open(store).encoders.items() if facts.name == spec.name)
 
 
 def write_tasks(out: Path, cohort: _Cohort, store: FeatureStore, run: Path) -> Path:
@@ -128,9 +128,9 @@ def write_tasks(out: Path, cohort: _Cohort, store: FeatureStore, run: Path) -> P
         return path
     rows: list[dict[str, str]] = []
     for slide in store.slides():
-        side = slide.facts["patch_px_level0"]
+        side = slide.facts.patch_px_level0
         truth = cohort.truth / f"{slide.slide_id.rpartition('/')[2]}.classes.png"
-        classes = label_patches(truth, slide.coords, side, tuple(slide.facts["level0_size"]))
+        classes = label_patches(truth, slide.coords, side, slide.facts.level0_size)
         for (x, y), name in zip(slide.coords.tolist(), classes, strict=True):
             rows.append({"slide_id": slide.slide_id, "x": str(x), "y": str(y), "tissue": name})
     _write_csv(out / "labels.csv", rows)

@@ -164,12 +164,12 @@ def _open_teacher(
 ) -> Teacher:
     if not settings.online:
         key = find_stored(teacher.name if isinstance(teacher, EncoderSpec) else teacher, store.encoders)
-        return Teacher(facts=store.encoders[key], key=key)
+        return Teacher(facts=store.encoders[key].to_json(), key=key)
     if not isinstance(teacher, EncoderSpec):
         raise UsageError("a live teacher is given by its spec")
-    stored = (facts["precision"] for facts in store.encoders.values() if facts["name"] == teacher.name)
+    stored = (facts.precision for facts in store.encoders.values() if facts.name == teacher.name)
     live = load_encoder(teacher, device=str(group.device), precision=next(stored, "auto"))
-    return Teacher(facts={**live.facts, "online": True}, live=live)
+    return Teacher(facts={**live.facts.to_json(), "online": True}, live=live)
 
 
 def _open_batches(run: Run) -> ReplayDataset:
@@ -244,7 +244,7 @@ def run_facts(run: Run, student: LoadedEncoder, replay: ReplaySpec) -> RunFacts:
     return RunFacts(
         store={"grid": run.store.grid, "views": run.store.views},
         teacher=run.teacher.facts,
-        student=student.facts,
+        student=student.facts.to_json(),
         settings={**asdict(run.settings), "where": list(run.settings.where)},
         replay=asdict(replay),
         ranks=run.group.world,

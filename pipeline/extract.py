@@ -1,4 +1,4 @@
-"""The second half of stage one: encode what laid slides still miss, here or on workers elsewhere."""
+"""The second half of stage one: encode what the slides of a store still miss, in this process."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -44,5 +44,5 @@ def _stage(
     slides = [
         store.slide(i) for i in slide_ids if missing_patches(store, [i], encoders, n_views, retry_unreadable=again)
     ]
-    paths = [Path(slide.facts["source"]) for slide in slides if slide.patch_ids is None]
+    paths = [Path(slide.facts.source) for slide in slides if slide.patch_ids is None]
     return Stage(settings.stage_dir, int(settings.stage_gb * 1e9), paths, say)

@@ -74,8 +74,8 @@ def make_plan(
     outcomes = patch_sources(sources, grid, mpp_override=settings.mpp_override, workers=settings.workers, tissue=tissue)
     with ProgressLine("tissue", "slides") as line:
         for done, outcome in enumerate(outcomes, start=1):
-            if outcome.laid is not None:
-                laid.append((outcome.source, outcome.laid))
+            if outcome.patched is not None:
+                laid.append((outcome.source, outcome.patched))
             else:
                 failed[outcome.source.slide_id] = str(outcome.error)
             line.update(done, len(sources))
@@ -163,7 +163,7 @@ def _cells(slide: PatchedSlide, grid: GridSpec) -> list[tuple[int, int]]:
 
 
 def _side(slide: PatchedSlide) -> Level0Px:
-    return Level0Px(int(str(slide.facts["patch_px_level0"])))
+    return Level0Px(slide.facts.patch_px_level0)
 
 
 def _reader(source: Source, slide: PatchedSlide, grid: GridSpec, mpp_override: float | None) -> PatchReader:

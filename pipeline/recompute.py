@@ -16,8 +16,8 @@ from g2l_core.store.features import FeatureStore, StoredSlide
 from g2l_core.store.schema import STATUS
 from g2l_core.store.verify import Problem
 
-LEAST_COSINE = 0.9999
-"""What another batch size, thread count or device may cost; another network gives less."""
+MIN_COSINE = 0.9999
+"""Another batch size, thread count or device stays above this; another network does not."""
 
 
 Pairs = np.ndarray
@@ -26,54 +26,54 @@ Pairs = np.ndarray
 
 @dataclass(frozen=True, kw_only=True)
 class Recomputed:
-    """How the recomputed features of one encoder compare with the stored ones."""
+    """A comparison of the recomputed features of one encoder with the stored ones."""
 
     encoder: str
     compared: int
-    least_cosine: float
-    """NaN where nothing could be compared."""
+    min_cosine: float
+    """NaN if nothing could be compared."""
     problems: tuple[Problem, ...]
 
 
 def recompute(store: FeatureStore, n: int, *, seed: int, device: str, batch_size: int = 32) -> Iterator[Recomputed]:
-    """Encode `n` random stored (patch, view) pairs of every encoder again, reading the slides anew.
+    """Encode `n` random stored (patch, view) pairs of every encoder again, from the slides.
 
     Args:
         store: The store.
-        n: Pairs an encoder; fewer where the store has fewer.
-        seed: Names the draw.
+        n: Pairs of each encoder, or all of them if the store has fewer.
+        seed: Random seed of the draw.
         device: auto, cpu or cuda.
         batch_size: Views encoded together.
 
     Raises:
-        EncoderError: The encoder's weights cannot be had any more.
+        EncoderError: The encoder's weights cannot be loaded any more.
     """
     for key, facts in store.encoders.items():
-        encoder = load_encoder(spec_from_json(facts), device=device, precision=facts["precision"])
-        if encoder.digest != facts["digest"]:
-            what = f"its digest is {encoder.digest[:12]} now, {facts['digest'][:12]} in the store: other weights"
+        encoder = load_encoder(spec_from_json(facts.to_json()), device=device, precision=facts.precision)
+        if encoder.digest != facts.digest:
+            what = f"its digest is {encoder.digest[:12]} now, {facts.digest[:12]} in the store: other weights"
             problem = Problem(kind="damaged", encoder=key, what=what)
-            yield Recomputed(encoder=key, compared=0, least_cosine=np.nan, problems=(problem,))
+            yield Recomputed(encoder=key, compared=0, min_cosine=np.nan, problems=(problem,))
             continue
         cosines: list[float] = []
         problems: list[Problem] = []
         for slide_id, pairs in _draw(store, key, n, seed).items():
             try:
-                found, wrong = _compare(store, store.slide(slide_id), pairs, encoder, batch_size)
+                of_slide, wrong = _compare(store, store.slide(slide_id), pairs, encoder, batch_size)
             except SlideError as error:
                 problems.append(Problem(kind="damaged", slide_id=slide_id, encoder=key, what=str(error)))
                 continue
-            cosines += found
+            cosines += of_slide
             problems += [Problem(kind="damaged", slide_id=slide_id, encoder=key, what=what) for what in wrong]
-        least = min(cosines, default=np.nan)
-        yield Recomputed(encoder=key, compared=len(cosines), least_cosine=least, problems=tuple(problems))
+        smallest = min(cosines, default=np.nan)
+        yield Recomputed(encoder=key, compared=len(cosines), min_cosine=smallest, problems=tuple(problems))
 
 
 def _draw(store: FeatureStore, key: str, n: int, seed: int) -> dict[str, Pairs]:
     """Random (row, view) pairs with recorded features of readable patches, by slide."""
     slides, pairs = [], []
     for slide in store.slides():
-        if key not in slide.encoders:
+        if key not in slide.encoder_keys:
             continue
         good, records = slide.patch_status == STATUS["ok"], slide.records(key)
         shards = [s for s in slide.shards(range(slide.features_array(key).shape[1])) if s.name in records]
@@ -90,7 +90,7 @@ def _draw(store: FeatureStore, key: str, n: int, seed: int) -> dict[str, Pairs]:
 def _compare(
     store: FeatureStore, slide: StoredSlide, pairs: Pairs, encoder: LoadedEncoder, batch_size: int
 ) -> tuple[list[float], list[str]]:
-    """Cosines of stored and recomputed features of one slide's pairs, and what is wrong in words."""
+    """Cosines of stored and recomputed features of one slide's pairs, and a sentence for everything that is wrong."""
     grid, views = GridSpec.from_json(store.grid), ViewSpec.from_json(store.views)
     reader, params, hashes = open_patches(slide, grid), slide.view_params, slide.pixel_hash
     pixels, wrong = [], []
@@ -104,8 +104,8 @@ def _compare(
     stored = np.stack([slide.read_rows(encoder.key, row, row + 1, view=view)[0] for row, view in pairs.tolist()])
     cosines = _cosines(encode_all(encoder, np.stack(pixels), batch_size), stored.astype(np.float32))
     for (row, view), cosine in zip(pairs.tolist(), cosines.tolist(), strict=True):
-        if not cosine >= LEAST_COSINE:
-            wrong.append(f"row {row}, view {view}: cosine {cosine:.5f} to the stored features, expected {LEAST_COSINE}")
+        if not cosine >= MIN_COSINE:
+            wrong.append(f"row {row}, view {view}: cosine {cosine:.5f} to the stored features, expected {MIN_COSINE}")
     return cosines.tolist(), wrong
 
 

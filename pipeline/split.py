@@ -66,7 +66,7 @@ def _split(store: FeatureStore, where: Sequence[str], hold_out: str, seed: int) 
         return _by_slide(slides, chosen, f"slides with {hold_out}")
     share = _share(hold_out)
     groups = {s.slide_id: s.labels.get("patient_id") or s.slide_id for s in slides}
-    whole_slides = all(s.facts["kind"] == "slide" or "patient_id" in s.labels for s in slides)
+    whole_slides = all(s.facts.kind == "slide" or "patient_id" in s.labels for s in slides)
     if not whole_slides or len(set(groups.values())) < 2:
         return _by_row(slides, share, seed)
     held = held_out_groups(groups.values(), share, seed)

@@ -4,7 +4,6 @@ import csv
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
@@ -13,11 +12,12 @@ from typing import Any
 from g2l_core.distillation.spec import ALPHA_LOSSES
 from g2l_core.encoders.resolve import RUN_RECORD, resolve_encoder
 from g2l_core.errors import G2LError, RunError, UsageError
-from g2l_core.report.page import document, table
+from g2l_core.report.page import render
+from g2l_core.report.plots import curves
 from pipeline.config import NAMES, check_option, find_recipe, read_toml, settings_of
 from pipeline.distill import run_distill
 from pipeline.progress import say
-from pipeline.run_page import HELD_OUT, Line, line_chart
+from pipeline.run_page import HELD_OUT, curve
 from pipeline.runs import ResultFacts, read_run
 from pipeline.settings import DistillHow
 from pipeline.tables import table_text
@@ -208,49 +208,45 @@ def _write(result: SweepResult, out: Path) -> None:
 
 
 def _page(result: SweepResult) -> str:
-    groups = groups_of(result)
-    header = ("", "runs", *HELD_OUT.values())
     first = result.finished[0].before
     rows = [["before", "", *(f"{first[name]:z.3f}" for name in HELD_OUT)]]
     rows += [
-        [escape(_words(key)), str(len(runs)), *(_spread([run.after[name] for run in runs]) for name in HELD_OUT)]
-        for key, runs in groups.items()
+        [_words(key), str(len(runs)), *(_spread([run.after[name] for run in runs]) for name in HELD_OUT)]
+        for key, runs in groups_of(result).items()
     ]
-    spread = ": mean ± standard deviation over seeds" if "seed" in result.sweep.grid else ""
-    body = [
-        f"<header><p class=over>g2l sweep</p><h1>{escape(result.sweep.title)}</h1>",
-        f"<p class=lead>{len(result.finished)} runs from one cache; student against teacher, held-out patches{spread}.",
-        "</p></header>",
-        *(f"<p>failed: {escape(name)}: {escape(reason)}</p>" for name, reason in result.failed.items()),
-        "<section><h2>Figures</h2>",
-        table(header, rows),
-        "</section>",
-        _chart(result),
-        "<section><h2>Settings of every run</h2>",
-        f"<pre>{escape(json.dumps(result.sweep.base, indent=2))}</pre></section>",
-    ]
-    return document(result.sweep.title, "\n".join(body))
+    option = _numeric_option(result.sweep)
+    return render(
+        "sweep.html",
+        title=result.sweep.title,
+        runs=len(result.finished),
+        over_seeds="seed" in result.sweep.grid,
+        failed=result.failed,
+        header=("", "runs", *HELD_OUT.values()),
+        rows=rows,
+        option=option,
+        plot=_plot(result, option) if option else "",
+        settings=json.dumps(result.sweep.base, indent=2),
+    )
 
 
-def _chart(result: SweepResult) -> str:
-    """CKA over the one varied option that is a number, a curve for each combination of the others."""
-    numeric = [
-        name for name, values in result.sweep.grid.items()
+def _numeric_option(sweep: Sweep) -> str | None:
+    """The one varied option that is a number; None where there is none or more than one."""
+    names = [
+        name for name, values in sweep.grid.items()
         if name != "seed" and len(values) > 1 and all(isinstance(v, int | float) for v in values)
     ]  # fmt: skip
-    if len(numeric) != 1:
-        return ""
-    name = numeric[0]
-    curves: dict[str, list[tuple[float, float]]] = {}
+    return names[0] if len(names) == 1 else None
+
+
+def _plot(result: SweepResult, option: str) -> str:
+    """CKA over a varied option, a curve for each combination of the others."""
+    lines: dict[str, list[tuple[float, float]]] = {}
     for key, runs in groups_of(result).items():
         options = dict(key)
-        if name in options:
-            x = float(options.pop(name))
-            point = (x, mean(run.after["cka_debiased"] for run in runs))
-            curves.setdefault(_words(tuple(options.items())), []).append(point)
-    lines = [
-        Line(label="CKA" if words == "all" else words, series=i, points=tuple(sorted(points)), marked=True)
-        for i, (words, points) in enumerate(curves.items())
+        if option in options:
+            point = (float(options.pop(option)), mean(run.after["cka_debiased"] for run in runs))
+            lines.setdefault(_words(tuple(options.items())), []).append(point)
+    named = [
+        curve("CKA" if words == "all" else words, i, sorted(points)) for i, (words, points) in enumerate(lines.items())
     ]
-    chart = line_chart(lines, x_label=name, label=f"CKA over {name}")
-    return f"<section><h2>CKA over {escape(name)}</h2>{chart}</section>"
+    return curves(named, x_label=option, label=f"CKA over {option}")

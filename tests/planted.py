@@ -4,6 +4,7 @@ import csv
 
 import numpy as np
 
+from g2l_core.store.facts import EncoderFacts, SlideFacts
 from g2l_core.store.features import FeatureStore
 from g2l_core.store.writer import FeatureWriter
 
@@ -21,23 +22,24 @@ def make_store(path, strength, *, duplicates=(), patients=PATIENTS, weights="fil
     rng = np.random.default_rng(0)
     store = FeatureStore.create(path, grid={"patch_px": 16}, views={"seed": 0})
     for key in strength:
-        store.add_encoder(key, {**SPEC, "digest": key, "weights_digest": key, "name": key, "weights": weights})
+        encoder = {**SPEC, "digest": key, "weights_digest": key, "name": key, "weights": weights}
+        store.add_encoder(key, EncoderFacts.from_json(encoder))
     directions = np.concatenate([rng.normal(size=(2, 12)), np.random.default_rng(1).normal(size=(1, 12))])
     for p in range(patients):
         kinds = np.arange(PATCHES) % 2
         coords = np.stack([np.arange(PATCHES) * 16, np.zeros(PATCHES)], axis=1).astype(np.int32)
-        facts = {
-            "kind": "slide",
-            "source": "none",
-            "mpp": mpp,
-            "patch_px_level0": 16,
-            "level0_size": [PATCHES * 16, 16],
-            "labels": {
+        facts = SlideFacts(
+            kind="slide",
+            source="none",
+            mpp=mpp,
+            patch_px_level0=16,
+            level0_size=(PATCHES * 16, 16),
+            labels={
                 "patient_id": f"p{p}",
                 "medical_center": "north" if p % 2 else "south",
                 "split": "test" if p >= patients // 2 else "train",
             },
-        }
+        )
         params = np.zeros((PATCHES, 1, 2), np.float32)
         slide = store.add_slide(f"s{p}", facts, coords=coords, view_params=params, columns=["a", "b"], patch_ids=None)
         hashes = (1 + p * PATCHES + np.arange(PATCHES)).astype(np.uint64)

@@ -1,15 +1,15 @@
 """What a reader of a task's figures must know of its rows: copies, missing labels, slides used in distillation."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from g2l_core.benchmark.rows import TaskRows
 from g2l_core.benchmark.spec import TaskSpec
 from g2l_core.encoders.resolve import RUN_RECORD
+from g2l_core.store.facts import EncoderFacts
 from g2l_core.store.features import FeatureStore
 
 _NAMED = 3
@@ -55,9 +55,9 @@ def _rare_classes(rows: TaskRows, spec: TaskSpec) -> list[str]:
     ]
 
 
-def _distilled(key: str, facts: Mapping[str, Any], tested: set[str]) -> list[str]:
+def _distilled(key: str, facts: EncoderFacts, tested: set[str]) -> list[str]:
     """Whether an encoder was distilled on slides that it is tested on."""
-    source, _, student = str(facts.get("weights", "")).partition(":")
+    source, _, student = facts.weights.partition(":")
     if source != "run":
         return []
     path = Path(student).parent / RUN_RECORD

@@ -147,7 +147,7 @@ def _largest_slides(rows: TaskRows) -> list[StoredSlide]:
     """The slides with most rows here, those of patch images apart, which lie nowhere; equals in stored order."""
     counts = np.bincount(rows.slide_index, minlength=len(rows.slides))
     order = np.argsort(-counts, kind="stable")[:SLIDES].tolist()
-    return [rows.slides[i] for i in order if counts[i] and rows.slides[i].facts["kind"] == "slide"]
+    return [rows.slides[i] for i in order if counts[i] and rows.slides[i].facts.kind == "slide"]
 
 
 def _slide_maps(task: str, encoder: str, slides: Sequence[StoredSlide], seed: int) -> Pictures:
@@ -156,7 +156,7 @@ def _slide_maps(task: str, encoder: str, slides: Sequence[StoredSlide], seed: in
     features = [slide.features(encoder)[kept] for slide, kept in zip(slides, good, strict=True)]
     everything = np.concatenate(features)
     components = principal_components(everything[chosen_rows(len(everything), FITTED_ROWS, seed)], 3)
-    sides = [slide.facts["patch_px_level0"] for slide in slides]
+    sides = [slide.facts.patch_px_level0 for slide in slides]
     corners = [slide.coords[kept] for slide, kept in zip(slides, good, strict=True)]
     cells = [cells_of(coords, side, CELLS) for coords, side in zip(corners, sides, strict=True)]
     means = [
@@ -168,7 +168,7 @@ def _slide_maps(task: str, encoder: str, slides: Sequence[StoredSlide], seed: in
             task=task,
             encoder=encoder,
             slide=slide.slide_id,
-            cell_mm=cell.side * (slide.facts.get("mpp") or nan) / 1000,
+            cell_mm=cell.side * (slide.facts.mpp or nan) / 1000,
             columns=tuple(cell.columns.tolist()),
             rows=tuple(cell.rows.tolist()),
             colors=tuple(islice(colors, len(cell.rows))),

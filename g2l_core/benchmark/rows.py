@@ -129,7 +129,7 @@ def _taking_part(stores: Sequence[FeatureStore], spec: TaskSpec) -> list[StoredS
 def _cluster_unit(slides: Sequence[StoredSlide], spec: TaskSpec, grouped: bool) -> str:
     if grouped:
         return "patients" if spec.group == "patient_id" else f"groups of {spec.group}"
-    return "slides" if all(slide.facts["kind"] == "slide" for slide in slides) else "images"
+    return "slides" if all(slide.facts.kind == "slide" for slide in slides) else "images"
 
 
 def _columns_of(index: int, slide: StoredSlide, spec: TaskSpec, table: LabelTable | None) -> dict[str, np.ndarray]:
@@ -145,7 +145,7 @@ def _columns_of(index: int, slide: StoredSlide, spec: TaskSpec, table: LabelTabl
     cluster = column(spec.group)
     grouped = cluster != ""
     if not grouped.all():
-        names = [slide.slide_id if slide.facts["kind"] == "slide" else f"{slide.slide_id}#{row}" for row in good]
+        names = [slide.slide_id if slide.facts.kind == "slide" else f"{slide.slide_id}#{row}" for row in good]
         cluster = np.where(cluster == "", np.array(names, dtype=np.str_), cluster)
     return {
         "slide_index": np.full(len(good), index),

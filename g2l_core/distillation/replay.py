@@ -60,11 +60,11 @@ class SlideTables:
     """A slide's small tables. Making them checks that the slide's file is the one that was cached."""
 
     def __init__(self, stored: StoredSlide, grid: GridSpec, views: ViewSpec) -> None:
-        require_same_slide(stored, Path(stored.facts["source"]))
+        require_same_slide(stored, Path(stored.facts.source))
         self.slide_id = stored.slide_id
         self.stored = stored
         self.params, self.hashes = stored.view_params, stored.pixel_hash
-        self.cells = blocks(stored.coords, Level0Px(stored.facts["patch_px_level0"]), grid)
+        self.cells = blocks(stored.coords, Level0Px(stored.facts.patch_px_level0), grid)
         self.targets: dict[int, np.ndarray] = {}
         """Features by view, where they are held in memory."""
         self._views, self._coords, self._patch_ids = views, stored.coords, stored.patch_ids
@@ -203,7 +203,7 @@ def _open(stored: StoredSlide, grid: GridSpec, cache: PixelCache | None) -> Patc
     """A slide's patches, through the cache of decoded ones where there is one."""
     if cache is None:
         return open_patches(stored, grid)
-    key = f"{stored.facts['fingerprint']} {stored.slide_id} {grid}"
+    key = f"{stored.facts.fingerprint} {stored.slide_id} {grid}"
     return cache.wrap(lambda: open_patches(stored, grid), key, len(stored), grid.patch_px)
 
 

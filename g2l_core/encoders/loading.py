@@ -5,7 +5,6 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from g2l_core.encoders.resolve import EncoderSpec, encoder_key, spec_to_json
 from g2l_core.encoders.weight_layouts import state_dict_in_timm_layout
 from g2l_core.encoders.weights import read_tensors, state_digest, weights_file
 from g2l_core.errors import EncoderError, UnknownNameError, UsageError
+from g2l_core.store.facts import EncoderFacts
 from g2l_core.store.provenance import digest
 
 COMPILED = "+compile"
@@ -46,15 +46,10 @@ class LoadedEncoder:
         return encoder_key(self.spec, self.digest)
 
     @property
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> EncoderFacts:
         """What a store keeps of it."""
-        return {
-            **spec_to_json(self.spec),
-            "dim": self.dim,
-            "precision": self.precision,
-            "weights_digest": self.weights_digest,
-            "digest": self.digest,
-        }
+        found = {"precision": self.precision, "weights_digest": self.weights_digest, "digest": self.digest}
+        return EncoderFacts.from_json({**spec_to_json(self.spec), "dim": self.dim, **found})
 
 
 def load_encoder(spec: EncoderSpec, *, device: str = "auto", precision: str = "auto") -> LoadedEncoder:

@@ -15,6 +15,7 @@ from g2l_core.encoders.registry import TABLE
 from g2l_core.encoders.spec import POOLINGS, EncoderSpec, WeightsSource, spec_from_json, spec_to_json
 from g2l_core.encoders.spec_file import read_encoder_file
 from g2l_core.errors import EncoderError, UnknownNameError, UsageError
+from g2l_core.store.facts import EncoderFacts
 
 __all__ = [
     "RUN_RECORD", "STUDENT_FOLDER", "STUDENT_RECORD", "TABLE", "EncoderSpec", "encoder_key", "find_stored",
@@ -189,12 +190,12 @@ def encoder_key(spec: EncoderSpec, digest: str) -> str:
     return slug if published else f"{slug}-{digest[:8]}"
 
 
-def find_stored(text: str, stored: Mapping[str, Mapping[str, Any]]) -> str:
+def find_stored(text: str, stored: Mapping[str, EncoderFacts]) -> str:
     """The key of the stored encoder that a user means: its key, its name, or the run folder it came from.
 
     Args:
         text: What the user wrote.
-        stored: Specs of the stored encoders, by key.
+        stored: The stored encoders, by key.
 
     Raises:
         UnknownNameError: None fits.
@@ -204,13 +205,13 @@ def find_stored(text: str, stored: Mapping[str, Mapping[str, Any]]) -> str:
         return text
     if is_run_folder(text):
         tensors = _student_record(Path(text))["weights_digest"]
-        fitting = [key for key, spec in stored.items() if spec["weights_digest"] == tensors]
+        fitting = [key for key, spec in stored.items() if spec.weights_digest == tensors]
         if not fitting:
             raise UnknownNameError(
                 "encoder", text, stored, f"This run has no features here yet: g2l embed --encoder {text}"
             )
     else:
-        fitting = [k for k, spec in stored.items() if normalized(text) in {normalized(k), normalized(spec["name"])}]
+        fitting = [k for k, spec in stored.items() if normalized(text) in {normalized(k), normalized(spec.name)}]
     if len(fitting) > 1:
         raise UsageError(f"{text!r} fits several stored encoders: {', '.join(fitting)}. Write the one you mean")
     if not fitting:

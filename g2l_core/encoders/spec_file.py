@@ -3,30 +3,25 @@
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
 
 from g2l_core.encoders.spec import PRECISIONS, STORED_LICENSE, EncoderSpec
 from g2l_core.errors import UnknownNameError, UsageError
 
-_KEYS: Mapping[str, tuple[type, ...]] = {
-    "name": (str,),
-    "architecture": (str,),
-    "arguments": (dict,),
-    "weights": (str,),
-    "layout": (str,),
-    "input_px": (int,),
-    "mean": (list,),
-    "std": (list,),
-    "interpolation": (str,),
-    "pooling": (str,),
-    "dim": (int,),
-    "mpp": (int, float),
-    "also_mpp": (list,),
-    "card_precision": (str,),
-    "license": (str,),
-    "trained_on": (str,),
-}
+_KEYS = (
+    "name", "architecture", "arguments", "weights", "layout", "input_px", "mean", "std", "interpolation", "pooling",
+    "dim", "mpp", "also_mpp", "card_precision", "license", "trained_on",
+)  # fmt: skip
+"""The fields of `EncoderSpec` that a spec file may set."""
+
 _NEEDED = ("architecture", "weights", "mean", "std", "input_px")
+
+_KINDS = {"string_type": "str", "int_type": "int", "float_type": "int or float", "dict_type": "dict"}
+"""What a value must be, by the type of pydantic's error."""
+
+_LISTS = {"mean": "3 numbers", "std": "3 numbers", "also_mpp": "numbers"}
 
 
 def read_encoder_file(path: Path) -> EncoderSpec:
@@ -44,32 +39,24 @@ def read_encoder_file(path: Path) -> EncoderSpec:
         raise UsageError(f"cannot read the encoder's spec file {path}: {error}") from error
     if STORED_LICENSE in fields:  # the key's older spelling
         fields["license"] = fields.pop(STORED_LICENSE)
-    _check_keys(path, fields)
-    for key, count in (("mean", 3), ("std", 3), ("also_mpp", None)):
-        if key in fields:
-            fields[key] = _numbers(path, key, fields[key], count)
+    fields = {key: _checked(path, key, value) for key, value in fields.items()}
+    if missing := [key for key in _NEEDED if key not in fields]:
+        raise UsageError(f"{path}: missing {', '.join(missing)}; a spec file needs {', '.join(_NEEDED)}")
     if fields.get("card_precision", "fp32") not in PRECISIONS[1:]:
         raise UnknownNameError("card_precision", fields["card_precision"], PRECISIONS[1:])
     return EncoderSpec(**{"name": path.stem, **fields, "weights": _weights(path, fields)})
 
 
-def _check_keys(path: Path, fields: Mapping[str, Any]) -> None:
-    for key, value in fields.items():
-        if key not in _KEYS:
-            raise UnknownNameError(f"key in {path}", key, _KEYS)
-        if not isinstance(value, _KEYS[key]) or isinstance(value, bool):
-            wanted = " or ".join(kind.__name__ for kind in _KEYS[key])
-            raise UsageError(f"{path}: {key} must be {wanted}, not {value!r}")
-    missing = [key for key in _NEEDED if key not in fields]
-    if missing:
-        raise UsageError(f"{path}: missing {', '.join(missing)}; a spec file needs {', '.join(_NEEDED)}")
-
-
-def _numbers(path: Path, key: str, values: list[Any], count: int | None) -> tuple[float, ...]:
-    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
-    if not numbers or count not in {None, len(values)}:
-        raise UsageError(f"{path}: {key} must be {f'{count} ' if count else ''}numbers, not {values!r}")
-    return tuple(float(value) for value in values)
+def _checked(path: Path, key: str, value: object) -> Any:
+    """The value of a key, if it is of the field's type."""
+    if key not in _KEYS:
+        raise UnknownNameError(f"key in {path}", key, _KEYS)
+    kind = TypeAdapter(get_type_hints(EncoderSpec)[key])
+    try:
+        return kind.validate_python(tuple(value) if isinstance(value, list) else value, strict=True)
+    except ValidationError as error:
+        wanted = _LISTS.get(key) or _KINDS[error.errors()[0]["type"]]
+        raise UsageError(f"{path}: {key} must be {wanted}, not {value!r}") from error
 
 
 def _weights(path: Path, fields: Mapping[str, Any]) -> str:

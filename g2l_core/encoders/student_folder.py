@@ -16,6 +16,7 @@ from g2l_core.encoders.resolve import STUDENT_FOLDER, STUDENT_RECORD, EncoderSpe
 from g2l_core.encoders.spec import STORED_LICENSE
 from g2l_core.encoders.timm_compat import import_timm
 from g2l_core.encoders.weights import state_digest
+from g2l_core.files import write_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,15 +68,10 @@ def write_student(
     write_json(temporary / STUDENT_RECORD, record)
     if ":" not in spec.architecture:
         write_json(temporary / "config.json", timm_config(network, spec))
-    (temporary / "README.md").write_text(model_card(card, spec), encoding="utf-8")
+    write_text(temporary / "README.md", model_card(card, spec))
     shutil.rmtree(run / STUDENT_FOLDER, ignore_errors=True)
     temporary.rename(run / STUDENT_FOLDER)
     return record
-
-
-def plain_arguments(spec: EncoderSpec) -> dict[str, Any]:
-    """The architecture's arguments that a config.json can hold: all but layers, which timm takes as classes."""
-    return {key: value for key, value in spec.arguments.items() if not key.endswith("_layer")}
 
 
 def timm_config(network: nn.Module, spec: EncoderSpec) -> dict[str, Any]:
@@ -86,7 +82,8 @@ def timm_config(network: nn.Module, spec: EncoderSpec) -> dict[str, Any]:
         "architecture": spec.architecture,
         "num_classes": 0,
         "num_features": getattr(network, "head_hidden_size", None) or getattr(network, "num_features", None),
-        "model_args": plain_arguments(spec),
+        # layers are left out: timm takes them as classes, which JSON cannot hold
+        "model_args": {key: value for key, value in spec.arguments.items() if not key.endswith("_layer")},
         "pretrained_cfg": {
             "input_size": size,
             "fixed_input_size": bool(config.fixed_input_size),
@@ -186,5 +183,5 @@ def usage(spec: EncoderSpec) -> list[str]:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Indented JSON."""
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    """Write a mapping as indented JSON."""
+    write_text(path, json.dumps(content, indent=2) + "\n")

@@ -1,10 +1,10 @@
-"""Views of many slides gathered into batches of one static size, encoded behind the back of whoever reads.
+"""Views of many slides, gathered into batches of one static size and encoded in a thread of their own.
 
-A batch is filled while the one before is encoded and a third waits: the encoder never waits for the filling.
+A batch is filled while the one before it is encoded and a third waits, so the encoder never waits for the filling.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from time import perf_counter
 
@@ -19,7 +19,7 @@ from g2l_core.store.schema import STATUS
 from g2l_core.store.writer import FeatureWriter
 
 IN_FLIGHT = 2
-"""Batches sent to the encoder and not yet taken back."""
+"""How many batches may be at the encoder, or wait there, while another is filled."""
 
 
 class ShardBuffer:
@@ -42,21 +42,29 @@ class ShardBuffer:
         self.refused = ""
         """Why its features cannot be stored; empty where they can."""
 
-    def keep_stored(self, view: int, row: Bool[np.ndarray, " row"]) -> None:
-        """Take the rows of one view from the store instead of encoding them again."""
-        shard = self.shards[view]
-        stored = self.slide.read_rows(self.encoder.key, self.start, self.stop, view=shard.view)
-        self.features[view, row] = stored[row]
-        self.hashes[view] = self.slide.pixel_hash[self.start : self.stop, shard.view]
-        self.todo[view, row] = False
+    def retry(self, again: Bool[np.ndarray, " row"], missing: Collection[Shard]) -> None:
+        """Try rows again that could not be read before.
+
+        Args:
+            again: Which rows; of shards that are recorded, the other rows are taken from the store.
+            missing: The shards that are not recorded; all of their rows are encoded.
+        """
+        self.status[again] = STATUS["ok"]
+        for view, shard in enumerate(self.shards):
+            if shard in missing:
+                continue
+            stored = self.slide.read_rows(self.encoder.key, self.start, self.stop, view=shard.view)
+            self.features[view, ~again] = stored[~again]
+            self.hashes[view] = self.slide.pixel_hash[self.start : self.stop, shard.view]
+            self.todo[view, ~again] = False
 
     @property
     def is_complete(self) -> bool:
-        """Whether nothing is to come."""
+        """Whether every feature is there."""
         return not self.todo.any()
 
     def place(self, view: int, row: int, features: Float32[np.ndarray, " dim"]) -> None:
-        """Take the features of one view of one patch; one that float16 cannot hold refuses the shard."""
+        """Take the features of one view of one patch. If float16 cannot hold them, the shard is refused."""
         with np.errstate(over="ignore"):
             self.features[view, row] = features
         self.todo[view, row] = False
@@ -81,7 +89,7 @@ class ShardBuffer:
 
 
 class Batcher:
-    """Gathers views for one encoder, whatever slides they come from, and encodes them in batches of one size."""
+    """Gathers views of any slides for one encoder, and encodes them in batches of one size."""
 
     def __init__(self, encoder: LoadedEncoder, batch_size: int, crop_px: int, thread: ThreadPoolExecutor) -> None:
         self._encoder, self._thread = encoder, thread
@@ -97,23 +105,23 @@ class Batcher:
         """Seconds in which the encoder was at work."""
 
     def add(self, pixels: UInt8[np.ndarray, "height width 3"], buffer: ShardBuffer, view: int, row: int) -> None:
-        """Take one view; a batch that this fills is sent to the encoder."""
+        """Take one view. If it fills the batch, the batch is sent to the encoder."""
         self._filling[len(self._places)] = pixels
         self._places.append((buffer, view, row))
         if len(self._places) == len(self._filling):
             self._send()
 
     def finish(self) -> None:
-        """Encode what has gathered, padded with blanks, and take everything back."""
+        """Encode what has gathered, padded with blanks, and collect all features that are still in flight."""
         if self._places:
             self._filling[len(self._places) :] = 0
             self._send()
         while self._in_flight:
-            self._take()
+            self._collect()
 
     def _send(self) -> None:
         if not self._free:
-            self._take()
+            self._collect()
         future = self._thread.submit(self._encode, self._filling)
         self._in_flight.append((future, self._filling, self._places))
         self._filling, self._places = self._free.popleft(), []
@@ -124,7 +132,7 @@ class Batcher:
         self.seconds_busy += perf_counter() - begin
         return features
 
-    def _take(self) -> None:
+    def _collect(self) -> None:
         future, batch, places = self._in_flight.popleft()
         for (buffer, view, row), features in zip(places, future.result(), strict=False):
             buffer.place(view, row, features)

@@ -1,4 +1,4 @@
-"""Lay a slide's patches: scale, tissue, grid, views' parameters. Reads small scales only."""
+"""Find the patches of a slide: its scale, its tissue, the grid, the parameters of views. Reads small scales only."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from g2l_core.patches.views import COLUMNS, ViewSpec, sample_views
 from g2l_core.slides.fingerprint import fingerprint
 from g2l_core.slides.manifest import Source
 from g2l_core.slides.slide import Slide, open_slide
+from g2l_core.store.facts import SlideFacts
 from g2l_core.store.features import FeatureStore, StoredSlide
 from g2l_core.tissue.methods import FoundTissue, TissueMethod, resolve_tissue
 from g2l_core.tissue.overview import SlideOverview, write_overview
@@ -26,19 +27,20 @@ from g2l_core.types import Coords, Level0Px
 class PatchedSlide:
     """A slide's patches, not yet in a store."""
 
-    facts: dict[str, object]
+    facts: SlideFacts
     coords: Coords
     patch_ids: tuple[str, ...] | None
+    """File names of patch images; None for a slide."""
     remarks: tuple[str, ...] = ()
-    """What the user should hear of, though nothing is lost: a picture that could not be written."""
+    """Warnings about what is not needed for the patches: an overview that could not be written."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PatchingOutcome:
-    """What came of laying one source: patches, or the reason why not."""
+    """The patches of one source, or the reason why there are none."""
 
     source: Source
-    laid: PatchedSlide | None = None
+    patched: PatchedSlide | None = None
     error: G2LError | None = None
 
 
@@ -49,27 +51,23 @@ def patch_source(
     tissue: TissueMethod | None = None,
     qc: Path | None = None,
 ) -> PatchedSlide:
-    """Lay one source's patches.
+    """Find the patches of one source.
 
     Args:
-        source: A slide, or patch images, which need no tissue and get no picture.
+        source: A slide, or patch images, which need no tissue and get no overview.
         grid: The patches.
         mpp_override: Micrometers per level-0 pixel where header and manifest give none.
-        tissue: The method that `grid.tissue` names; None finds it by that name, which does for thresholds.
-        qc: Folder of the slide's picture and outlines (see `overview.overview_folder`); None writes none.
-            They are written also where no patch is left.
+        tissue: The method that `grid.tissue` names; None finds a threshold by that name.
+        qc: Folder of the slide's overview and outlines (see `overview.overview_folder`); None writes none.
+            They are written even if no patch is left.
 
     Raises:
         SlideError: It cannot be opened or read, its scale is unknown or too coarse, or it has no tissue.
         UsageError: The tissue method cannot be used.
     """
     if source.patch_ids:
-        laid = _patch_images(source, grid, mpp_override)
-    else:
-        laid = _patch_slide(source, grid, mpp_override, tissue or resolve_tissue(grid.tissue), qc)
-    laid.facts["source"] = str(source.path.resolve())
-    laid.facts["labels"] = dict(source.labels)
-    return laid
+        return _patch_images(source, grid, mpp_override)
+    return _patch_slide(source, grid, mpp_override, tissue or resolve_tissue(grid.tissue), qc)
 
 
 def _patch_slide(
@@ -80,7 +78,7 @@ def _patch_slide(
         found = tissue.find(slide, source.slide_id)
         downsample = slide.thumbnail_frame(THUMBNAIL_MPP).downsample
         coords = grid_coords(slide.level0_size, side, found.mask, downsample, grid, source.slide_id)
-        laying = SlideOverview(
+        overview = SlideOverview(
             slide_id=source.slide_id,
             coords=coords,
             side=side,
@@ -88,18 +86,21 @@ def _patch_slide(
             downsample=downsample,
             method=tissue.identity,
         )
-        remarks = _write_overview(qc, slide, laying, found) if qc is not None else ()
+        remarks = _write_overview(qc, slide, overview, found) if qc is not None else ()
         if not len(coords):
             raise NoTissueError(_nothing_left(slide, side, tissue))
-        facts = {
-            "kind": "slide",
-            "fingerprint": fingerprint(source.path),
-            "mpp": float(slide.mpp),
-            "mpp_source": slide.mpp_source,
-            "level0_size": list(slide.level0_size),
-            "patch_px_level0": int(side),
-            **found.facts,
-        }
+        facts = SlideFacts(
+            kind="slide",
+            fingerprint=fingerprint(source.path),
+            mpp=float(slide.mpp),
+            mpp_source=slide.mpp_source,
+            level0_size=slide.level0_size,
+            tissue_file=found.facts.get("tissue_file", ""),
+            tissue_sha256=found.facts.get("tissue_sha256", ""),
+            patch_px_level0=int(side),
+            source=str(source.path.resolve()),
+            labels=dict(source.labels),
+        )
     return PatchedSlide(facts=facts, coords=coords, patch_ids=None, remarks=remarks)
 
 
@@ -111,14 +112,14 @@ def _nothing_left(slide: Slide, side: Level0Px, tissue: TissueMethod) -> str:
     )
 
 
-def _write_overview(qc: Path, slide: Slide, laying: SlideOverview, found: FoundTissue) -> tuple[str, ...]:
-    """Write the slide's picture and outlines; what goes wrong is a remark, for the patches do not need them."""
+def _write_overview(qc: Path, slide: Slide, overview: SlideOverview, found: FoundTissue) -> tuple[str, ...]:
+    """Write the slide's overview and outlines; a failure is only a remark, for the patches do not need them."""
     try:
-        remark = write_overview(qc, slide, laying, found.thumbnail)
+        remark = write_overview(qc, slide, overview, found.thumbnail)
     except ReadError as error:
-        remark = f"slide {laying.slide_id}: no picture of it: {error}"
+        remark = f"slide {overview.slide_id}: no picture of it: {error}"
     except OSError as error:
-        remark = f"slide {laying.slide_id}: cannot write its picture into {qc}: {error.strerror or error}"
+        remark = f"slide {overview.slide_id}: cannot write its picture into {qc}: {error.strerror or error}"
     return (remark,) if remark else ()
 
 
@@ -126,20 +127,22 @@ def _patch_images(source: Source, grid: GridSpec, mpp_override: float | None) ->
     names = source.patch_ids
     _require_first_image(source, grid)
     order = image_order(len(names), grid, source.slide_id)[: grid.max_patches]
-    facts: dict[str, object] = {
-        "kind": "patches",
-        "fingerprint": images_fingerprint(source.path, names),
-        "mpp": source.mpp if source.mpp is not None else mpp_override,
-        "mpp_source": "manifest" if source.mpp is not None else "override" if mpp_override else "not known",
-        "level0_size": [grid.patch_px, grid.patch_px],
-        "patch_px_level0": grid.patch_px,
-    }
+    facts = SlideFacts(
+        kind="patches",
+        fingerprint=images_fingerprint(source.path, names),
+        mpp=source.mpp if source.mpp is not None else mpp_override,
+        mpp_source="manifest" if source.mpp is not None else "override" if mpp_override else "not known",
+        level0_size=(grid.patch_px, grid.patch_px),
+        patch_px_level0=grid.patch_px,
+        source=str(source.path.resolve()),
+        labels=dict(source.labels),
+    )
     patch_ids = tuple(names[i] for i in order)
     return PatchedSlide(facts=facts, coords=np.zeros((len(order), 2), np.int32), patch_ids=patch_ids)
 
 
 def _require_first_image(source: Source, grid: GridSpec) -> None:
-    """Refuse a whole set whose images have another size than the store's patches."""
+    """Refuse a set of images if the first one has another size than the store's patches."""
     try:
         read_image(source.path / source.patch_ids[0], grid.patch_px)
     except ReadError as error:
@@ -155,44 +158,45 @@ def patch_sources(
     tissue: TissueMethod | None = None,
     qc: Path | None = None,
 ) -> Iterator[PatchingOutcome]:
-    """Lay many sources in threads, in order; a source that cannot be used costs that source alone.
+    """Find the patches of many sources in threads, in order. If a source cannot be used, only that source fails.
 
     The arguments are those of `patch_source`.
     """
 
-    def lay(source: Source) -> PatchingOutcome:
+    def patch(source: Source) -> PatchingOutcome:
         try:
-            return PatchingOutcome(source=source, laid=patch_source(source, grid, mpp_override, tissue, qc))
+            return PatchingOutcome(source=source, patched=patch_source(source, grid, mpp_override, tissue, qc))
         except SlideError as error:
             return PatchingOutcome(source=source, error=error)
 
-    return run_ahead(lay, sources, workers=workers, lookahead=2 * max(1, workers))
+    return run_ahead(patch, sources, workers=workers, lookahead=2 * max(1, workers))
 
 
 def store_patched(
-    store: FeatureStore, source: Source, laid: PatchedSlide, views: ViewSpec, n_views: int
+    store: FeatureStore, source: Source, patched: PatchedSlide, views: ViewSpec, n_views: int
 ) -> StoredSlide:
-    """Write a laid slide into a store with the parameters of its first `n_views` views."""
-    params = sample_views(views, source.slide_id, laid.coords, range(n_views), laid.patch_ids)
+    """Write a slide's patches into a store with the parameters of their first `n_views` views."""
+    coords, patch_ids = patched.coords, patched.patch_ids
+    params = sample_views(views, source.slide_id, coords, range(n_views), patch_ids)
     return store.add_slide(
-        source.slide_id, laid.facts, coords=laid.coords, view_params=params, columns=COLUMNS, patch_ids=laid.patch_ids
+        source.slide_id, patched.facts, coords=coords, view_params=params, columns=COLUMNS, patch_ids=patch_ids
     )
 
 
 def refresh_stored(
     stored: StoredSlide, source: Source, views: ViewSpec, n_views: int, tissue: TissueMethod | None = None
 ) -> StoredSlide:
-    """Bring a slide that is in the store already up to date: its place, labels, and parameters of further views.
+    """Update a slide that is in the store already: its place, its labels, and the parameters of further views.
 
     Raises:
-        StoreMismatchError: The file is not the one that was cached, or its annotation has changed since.
+        StoreMismatchError: The file is not the one that was cached, or its annotation has changed.
         ReadError: It cannot be read.
     """
     require_same_slide(stored, source.path)
     if tissue is not None:
         _require_same_annotation(stored, tissue)
-    if str(source.path.resolve()) != stored.facts["source"]:
-        stored.set_source(source.path, stored.facts["fingerprint"])
+    if str(source.path.resolve()) != stored.facts.source:
+        stored.set_source(source.path, stored.facts.fingerprint)
     if source.labels and source.labels != stored.labels:
         stored.set_labels({**stored.labels, **source.labels})
     known = stored.n_views
@@ -203,11 +207,10 @@ def refresh_stored(
 
 
 def _require_same_annotation(stored: StoredSlide, tissue: TissueMethod) -> None:
-    """Refuse a slide whose annotation is another than it was laid by; one that is no longer there says nothing."""
-    found = tissue.file_sha256(stored.slide_id)
-    kept = stored.facts.get("tissue_sha256")
-    if found is not None and found != kept:
+    """Refuse a slide whose annotation has changed since its patches were found; it may be absent by now."""
+    current, kept = tissue.file_sha256(stored.slide_id), stored.facts.tissue_sha256 or None
+    if current is not None and current != kept:
         raise StoreMismatchError(
-            f"slide {stored.slide_id}: its annotation has changed since its patches were laid (sha256 {found[:12]}, "
-            f"stored {str(kept)[:12]} of {stored.facts.get('tissue_file')}). Restore it, or use another --store"
+            f"slide {stored.slide_id}: its annotation has changed since its patches were laid (sha256 {current[:12]}, "
+            f"stored {str(kept)[:12]} of {stored.facts.tissue_file or None}). Restore it, or use another --store"
         )

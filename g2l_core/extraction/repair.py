@@ -1,4 +1,4 @@
-"""A slide that was damaged when it was cached, and has been copied again since: is it the same slide?"""
+"""Decide whether a file that was copied again shows the slide that was damaged when it was cached."""
 
 from pathlib import Path
 
@@ -14,19 +14,19 @@ from g2l_core.store.features import StoredSlide
 from g2l_core.store.schema import STATUS
 
 COMPARED_PATCHES = 64
-"""Good patches read again from the new file, one cell's worth."""
+"""How many good patches are read again from the new file: as many as one cell has."""
 
 
 def adopt_repaired(stored: StoredSlide, path: Path, grid: GridSpec, views: ViewSpec) -> None:
     """Accept `path` for a slide with unreadable patches, if it shows the known pixels wherever they are compared.
 
-    Nothing happens where the file is the one that was cached.
+    Nothing happens if the file is the one that was cached.
 
     Raises:
         StoreMismatchError: Some pixels differ, or no patch was ever readable, so that nothing can be compared.
         SlideError: The file cannot be opened.
     """
-    if stored.patch_ids is not None or fingerprint(path) == stored.facts["fingerprint"]:
+    if stored.patch_ids is not None or fingerprint(path) == stored.facts.fingerprint:
         return
     good = np.flatnonzero(stored.patch_status == STATUS["ok"])
     rows = np.sort(keyed_generator("repair", grid.seed, stored.slide_id).permutation(good)[:COMPARED_PATCHES])

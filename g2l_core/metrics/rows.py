@@ -14,8 +14,8 @@ T = TypeVar("T")
 
 _BLOCK_ROWS = 4096
 _THREAD_ROWS = 256
-"""Blocks of this size stay in the cache as float64, which makes passes two to five times as fast as with 4,096 rows. The
-size does not depend on the number of threads, which would change the order of sums."""
+"""Blocks of this size stay in the cache as float64: passes are two to five times as fast as with 4,096 rows. The size
+does not depend on the number of threads, which would change the order of sums."""
 THREADS = min(8, os.cpu_count() or 1)
 
 

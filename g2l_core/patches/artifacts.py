@@ -1,4 +1,4 @@
-"""Artifacts that a patch shows: pen, the black of a scan's border, blur. Conservative: H&E must pass.
+"""Find the artifacts that a patch shows: pen, the black of a scan's border, blur. The limits let all H&E pass.
 
 The limits were measured on 1,294 real H&E patches of 224 px (oral mucosa through a microscope's camera, colorectum at
 0.5 um/px), 236 patches of two scanned slides and 192 drawn ones; none of them is flagged.
@@ -23,24 +23,24 @@ CELLS = 16
 """Pen is looked for in the mean colors of this many squares along each side: ink is wide, a nucleus is not."""
 
 COLORED_SHARE = 0.1
-"""Least share of squares in red or green ink; real H&E has under 0.5 %."""
+"""Minimum fraction of squares in red or green ink; real H&E has under 0.5 %."""
 
 BLUE_SHARE = 0.3
-"""Least share of squares in blue or black ink; a bluish hematoxylin reaches 15 %, a dark field 10 %."""
+"""Minimum fraction of squares in blue or black ink; a bluish hematoxylin reaches 15 %, a dark field 10 %."""
 
 BLACK_LEVEL = 25
-"""Darker than this in red, green and blue is no light at all: pixels outside what was scanned."""
+"""A pixel darker than this in red, green and blue lies outside the area that was scanned."""
 
 BLACK_SHARE = 0.2
-"""Least share of such pixels; real H&E has under 1 %."""
+"""Minimum fraction of such pixels; real H&E has under 1 %."""
 
 SHARP_RATIO = 0.21
-"""Below this the detail of about 2 px is too weak beside that of about 8 px: see `_is_blurred`."""
+"""Below this ratio the detail of about 2 px is too weak for that of about 8 px: see `_is_blurred`."""
 
 SHARPNESS_MPP = 0.5
 """Finer patches are judged at this scale: at 0.25 um/px optics leave little of 2 px (0.5 um), in focus or not."""
 
-LEAST_CONTRAST = 8.0
+MIN_CONTRAST = 8.0
 """Gray levels between the darkest and the brightest tenth of a patch below which it is too empty to be judged: glass,
 and a corner of tissue on glass."""
 
@@ -53,7 +53,7 @@ class ArtifactSpec:
     """What to look for in a patch."""
 
     names: Sequence[str]
-    """Of `grid.ARTIFACTS`; they are tried in that table's order."""
+    """Some of `grid.ARTIFACTS`; they are looked for in the order of that table."""
     mpp: float = SHARPNESS_MPP
     """Micrometers per pixel of the patch."""
 
@@ -73,9 +73,9 @@ def artifact_of(patch: Rgb, spec: ArtifactSpec) -> int:
 
 
 def count_artifacts(status: PatchStatus) -> dict[str, int]:
-    """How many patches were left out for each artifact, by its name; only those that occur.
+    """How many patches were left out for each artifact that occurs, by its name.
 
-    They are no losses: a run that leaves them out is complete. Patches that could not be read are not counted.
+    They are not losses: a run that leaves them out is complete. Patches that could not be read are not counted.
     """
     counts = Counter(status.tolist())
     return {name: counts[STATUS[name]] for name in ARTIFACTS if counts[STATUS[name]]}
@@ -117,13 +117,13 @@ def _is_black_ink(rgb: np.ndarray) -> Bool[np.ndarray, "row column"]:
     return (rgb.max(axis=-1) < 60) & (np.ptp(rgb, axis=-1) < 20)
 
 
-def _is_saturated(rgb: np.ndarray, least: int) -> Bool[np.ndarray, "row column"]:
-    """Whether HSV's saturation, of 255, is at least that."""
-    return 255 * np.ptp(rgb, axis=-1).astype(np.int32) >= least * rgb.max(axis=-1).astype(np.int32)
+def _is_saturated(rgb: np.ndarray, minimum: int) -> Bool[np.ndarray, "row column"]:
+    """Whether the saturation of HSV, from 0 to 255, reaches the minimum."""
+    return 255 * np.ptp(rgb, axis=-1).astype(np.int32) >= minimum * rgb.max(axis=-1).astype(np.int32)
 
 
 def _is_blurred(patch: Rgb, mpp: float) -> bool:
-    """Whether the finest detail is too weak beside that of four times its size.
+    """Whether the finest detail is too weak for that of four times its size.
 
     The standard deviation of what a Gaussian of 1 px takes away, at full size and at a quarter of it (a Laplacian
     pyramid, Burt & Adelson 1983): a ratio, so that neither stain nor contrast matter. A Gaussian blur of 3 px leaves
@@ -137,7 +137,7 @@ def _is_blurred(patch: Rgb, mpp: float) -> bool:
     quarter = cv2.pyrDown(cv2.pyrDown(gray))
     fine, coarse = _detail_variance(gray), _detail_variance(quarter)
     dark, bright = np.percentile(quarter, (10, 90))
-    return bool(bright - dark >= LEAST_CONTRAST and fine - ROUNDING_VARIANCE < SHARP_RATIO**2 * coarse)
+    return bool(bright - dark >= MIN_CONTRAST and fine - ROUNDING_VARIANCE < SHARP_RATIO**2 * coarse)
 
 
 def _detail_variance(gray: Plane) -> float:

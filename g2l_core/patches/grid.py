@@ -1,4 +1,4 @@
-"""Which squares of a slide become patches, and in which order they are stored.
+"""Decide which squares of a slide become patches, and in which order they are stored.
 
 Pure arithmetic. All lengths are level-0 pixels unless a name says otherwise; a scale is rounded once, in
 `patch_side_level0`, and every coordinate is a whole multiple of that side.
@@ -17,7 +17,7 @@ from g2l_core.rng import keyed_generator
 from g2l_core.types import Coords, Level0Px, Mpp, TissueMask
 
 MAX_UPSAMPLING = 1.1
-"""A slide may be this much coarser than the wanted mpp; beyond, patches would be made of invented pixels."""
+"""A slide may be this much coarser than the wanted mpp. Beyond it, patches would consist of invented pixels."""
 
 
 def patch_side_level0(spec: GridSpec, slide_mpp: Mpp) -> Level0Px:
@@ -54,7 +54,7 @@ def grid_coords(
         tissue: Tissue mask, whose pixel covers `mask_downsample` level-0 pixels; None keeps every patch.
         mask_downsample: Level-0 pixels per mask pixel.
         spec: The grid.
-        slide_id: Names the random order.
+        slide_id: The slide, on which the random order depends.
 
     Returns:
         int32 (n, 2): x, y of the top-left corners, level-0 pixels. Patches lie wholly inside the slide.
@@ -90,7 +90,7 @@ def _cell_index(coords: Coords, side: int, spec: GridSpec) -> Int64[np.ndarray, 
 
 
 def cell_order(coords: Coords, side: Level0Px, spec: GridSpec, slide_id: str) -> Int64[np.ndarray, " patch"]:
-    """The order in which patches are stored: cells at random, inside a cell as they came.
+    """The order in which patches are stored: cells in random order, and patches of a cell in the order given.
 
     A run of rows then samples the whole slide, and a slide's tiles are decoded once per cell.
     """
@@ -100,7 +100,7 @@ def cell_order(coords: Coords, side: Level0Px, spec: GridSpec, slide_id: str) ->
 
 
 def image_order(n: int, spec: GridSpec, slide_id: str) -> Int64[np.ndarray, " patch"]:
-    """The stored order of `n` separate patch images: wholly random, since no two share a tile."""
+    """The stored order of `n` patch images. It is entirely random, since no two images share a tile."""
     return keyed_generator("cells", spec.seed, slide_id).permutation(n)
 
 

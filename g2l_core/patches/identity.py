@@ -1,4 +1,4 @@
-"""Whether a slide's files are still those that were cached."""
+"""Check that a slide's files are still those that were cached."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,9 +29,9 @@ def require_same_slide(stored: StoredSlide, path: Path) -> None:
         ReadError: It cannot be read.
     """
     names = stored.patch_ids
-    found = fingerprint(path) if names is None else images_fingerprint(path, names)
-    if found != stored.facts["fingerprint"]:
+    current = fingerprint(path) if names is None else images_fingerprint(path, names)
+    if current != stored.facts.fingerprint:
         raise StoreMismatchError(
-            f"slide {stored.slide_id}: {path} is not the file that was cached (fingerprint {found[:12]}, "
-            f"stored {stored.facts['fingerprint'][:12]}). Restore it, or use another --store"
+            f"slide {stored.slide_id}: {path} is not the file that was cached (fingerprint {current[:12]}, "
+            f"stored {stored.facts.fingerprint[:12]}). Restore it, or use another --store"
         )

@@ -1,4 +1,4 @@
-"""Decoded patches kept on a fast local disk, for slides on slow ones: bounded, shared by processes, safe to kill.
+"""A cache of decoded patches on a fast local disk, for slides on slow ones. Processes share it and may be killed.
 
 Each slide has two files: its patches' pixels, sparse, and a hash of each patch's pixels that says which are there. A
 patch counts only if its pixels have its hash, so one that a kill tore is read from the slide again.
@@ -18,17 +18,17 @@ from g2l_core.types import Rgb
 
 
 class PixelCache:
-    """A folder of decoded patches with a size that it does not exceed; what is there stays, nothing is thrown out.
+    """A folder of decoded patches that does not exceed a size. Nothing is evicted.
 
-    An epoch reads every patch once, so whatever was thrown out would be wanted again before what took its place.
+    An epoch reads every patch once, so an evicted patch would be needed again before the one that took its place.
     """
 
     def __init__(self, folder: Path, gb: float) -> None:
-        """Make the folder, or take up what earlier runs left there.
+        """Make the folder, or use what earlier runs left there.
 
         Args:
             folder: On a fast disk.
-            gb: Most GB (1e9 bytes) of patches in it.
+            gb: Maximum size in GB (1e9 bytes).
 
         Raises:
             UsageError: The folder cannot be made.
@@ -44,8 +44,8 @@ class PixelCache:
         """A reader that keeps what it reads.
 
         Args:
-            open_reader: Opens the slide, once a patch is wanted that is not kept yet.
-            key: Names the slide's content and its patches.
+            open_reader: Opens the slide, when a patch is needed that is not in the cache.
+            key: Identifies the content of the slide and its patches.
             n: Patches of the slide.
             patch_px: Their side.
         """
@@ -53,7 +53,7 @@ class PixelCache:
         return CachedPatches(open_reader, self, self._folder / name, n, patch_px)
 
     def admit(self, size: int) -> bool:
-        """Whether `size` more bytes fit; they are counted then."""
+        """Whether `size` more bytes fit. If they do, they are counted."""
         with self._lock:
             fits = self._held + size <= self._limit
             self._held += size if fits else 0
@@ -61,7 +61,7 @@ class PixelCache:
 
 
 class CachedPatches:
-    """One slide's patches, from the cache where they are in it."""
+    """The patches of one slide, from the cache if they are in it."""
 
     def __init__(
         self, open_reader: Callable[[], PatchReader], cache: PixelCache, path: Path, n: int, patch_px: int
@@ -76,7 +76,7 @@ class CachedPatches:
         """The patch of a stored row, uint8 (patch_px, patch_px, 3).
 
         Raises:
-            ReadError: It is not kept, and its pixels cannot be had.
+            ReadError: It is not in the cache, and its pixels cannot be read.
         """
         known = int(self._hashes[row])
         if known:
@@ -95,13 +95,13 @@ class CachedPatches:
             return self._reader
 
     def close(self) -> None:
-        """Close the slide; the maps go with the last array that looks into them."""
+        """Close the slide. The memory maps are closed with the last array that refers to them."""
         if self._reader is not None:
             self._reader.close()
 
 
 def _mapped(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
-    """A file of zeros as an array; made sparse, and used as it is if it is there."""
+    """A file as an array. A new file is sparse and holds zeros; one that is there is used as it is."""
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
     try:
         with path.open("ab") as file:

@@ -1,4 +1,4 @@
-"""Readers of more slides than may be open at a time."""
+"""A pool of slide readers, for more slides than may be open at a time."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -8,7 +8,7 @@ from threading import Lock
 
 from g2l_core.patches.render import PatchReader
 
-MOST_OPEN = 256
+MAX_OPEN = 256
 """Each open slide holds a file handle or three; 1,024 is a common limit of a process."""
 
 
@@ -21,19 +21,19 @@ class _Entry:
 class ReaderPool:
     """Opens slides when they are read, and closes those that were read longest ago. Safe in several threads."""
 
-    def __init__(self, open_reader: Callable[[str], PatchReader], most: int = MOST_OPEN) -> None:
-        """Nothing is opened yet.
+    def __init__(self, open_reader: Callable[[str], PatchReader], max_open: int = MAX_OPEN) -> None:
+        """Make an empty pool.
 
         Args:
             open_reader: Opens a slide by its id.
-            most: How many stay open while nobody reads them.
+            max_open: How many stay open while nobody reads them.
         """
-        self._open_reader, self._most, self._lock = open_reader, most, Lock()
+        self._open_reader, self._max_open, self._lock = open_reader, max_open, Lock()
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
 
     @contextmanager
     def reading(self, slide_id: str) -> Iterator[PatchReader]:
-        """The slide's reader, which stays open as long as this block.
+        """The reader of a slide, which stays open as long as the block.
 
         Raises:
             SlideError: It cannot be opened.
@@ -44,7 +44,8 @@ class ReaderPool:
         finally:
             with self._lock:
                 entry.users -= 1
-                idle = [i for i, e in self._entries.items() if not e.users][: max(0, len(self._entries) - self._most)]
+                too_many = max(0, len(self._entries) - self._max_open)
+                idle = [i for i, e in self._entries.items() if not e.users][:too_many]
                 closing = [self._entries.pop(i).reader for i in idle]
             for reader in closing:
                 reader.close()
@@ -56,7 +57,7 @@ class ReaderPool:
                 entry.users += 1
                 self._entries.move_to_end(slide_id)
                 return entry
-        opened = self._open_reader(slide_id)  # outside the lock: the others go on reading
+        opened = self._open_reader(slide_id)  # outside the lock, so that the others go on reading
         with self._lock:
             entry = self._entries.setdefault(slide_id, _Entry(opened))
             entry.users += 1

@@ -1,4 +1,4 @@
-"""From a stored patch to the pixels of its views: the one path that caching and replaying share."""
+"""From a stored patch to the pixels of its views: the one path that extraction and distillation share."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,11 +28,11 @@ class PatchReader(Protocol):
         """The patch of a stored row, uint8 (patch_px, patch_px, 3).
 
         Raises:
-            ReadError: Its pixels cannot be had.
+            ReadError: Its pixels cannot be read.
         """
 
     def close(self) -> None:
-        """Give its files back; nothing is read after that."""
+        """Close its files. Nothing is read after that."""
 
 
 class SlidePatches:
@@ -42,7 +42,7 @@ class SlidePatches:
         self._slide, self._coords, self._side, self._patch_px = slide, coords, side, patch_px
 
     def read(self, row: int) -> Rgb:
-        """The square at the row's coordinates, resampled once."""
+        """The square at the coordinates of the row, resampled once."""
         x, y = self._coords[row].tolist()
         return self._slide.read_patch(x, y, self._side, self._patch_px)
 
@@ -58,11 +58,11 @@ class ImagePatches:
         self._folder, self._names, self._patch_px = folder, names, patch_px
 
     def read(self, row: int) -> Rgb:
-        """The row's image as it is: it must have the store's patch size, nothing is resampled."""
+        """The image of the row. It must have the store's patch size, for nothing is resampled."""
         return read_image(self._folder / self._names[row], self._patch_px)
 
     def close(self) -> None:
-        """No file stays open."""
+        """Do nothing, for no file stays open."""
 
 
 def read_image(path: Path, patch_px: int) -> Rgb:
@@ -91,18 +91,17 @@ def open_patches(stored: StoredSlide, grid: GridSpec, path: Path | None = None) 
     Args:
         stored: The slide.
         grid: The store's grid.
-        path: Where the slide lies now; None is where stage one found it.
+        path: Where the slide is now; None means where stage one found it.
 
     Raises:
         SlideError: The slide cannot be opened any more.
     """
-    path = path or Path(stored.facts["source"])
+    path = path or Path(stored.facts.source)
     names = stored.patch_ids
     if names is not None:
         return ImagePatches(path, names, grid.patch_px)
-    mpp = stored.facts["mpp"]
-    slide = open_slide(path, manifest_mpp=mpp)
-    return SlidePatches(slide, stored.coords, Level0Px(stored.facts["patch_px_level0"]), grid.patch_px)
+    slide = open_slide(path, manifest_mpp=stored.facts.mpp)
+    return SlidePatches(slide, stored.coords, Level0Px(stored.facts.patch_px_level0), grid.patch_px)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +113,7 @@ class RenderedBlock:
     status: PatchStatus
     """Where it is not 0, pixels and hashes of the patch are zeros that mean nothing."""
     reasons: Mapping[int, str]
-    """Why patches could not be read, in words, by stored row."""
+    """Why patches could not be read, by stored row."""
     seconds_read: float
     seconds_augment: float
 
@@ -133,15 +132,15 @@ def render_block(
         reader: Where the patches come from.
         rows: Their stored rows.
         params: Parameters of the wanted views, (len(rows), views, parameters).
-        status: Their reason codes as known; what is not 0 is not tried.
+        status: Their reason codes as they are known; a patch whose code is not 0 is not read.
         spec: The views.
-        artifacts: What patches are left out for: they get the artifact's code and no reason, for nothing is lost.
-            None leaves none out, as replaying what was stored wants it.
+        artifacts: Patches that show one of these get its code and are not rendered. They have no reason in words,
+            for nothing is lost. None renders all patches, as for views that are stored already.
     """
     n, n_views = params.shape[:2]
     pixels = np.zeros((n, n_views, spec.crop_px, spec.crop_px, 3), np.uint8)
     hashes = np.zeros((n, n_views), np.uint64)
-    found, reasons = status.copy(), dict[int, str]()
+    new_status, reasons = status.copy(), dict[int, str]()
     seconds_read = seconds_augment = 0.0
     for i, row in enumerate(rows):
         if status[i] != STATUS["ok"]:
@@ -150,12 +149,12 @@ def render_block(
         try:
             patch = reader.read(row)
         except ReadError as error:
-            found[i] = STATUS["unreadable"]
+            new_status[i] = STATUS["unreadable"]
             reasons[row] = f"row {row}: {error}"
             continue
         read = perf_counter()
-        found[i] = STATUS["ok"] if artifacts is None else artifact_of(patch, artifacts)
-        if found[i] != STATUS["ok"]:
+        new_status[i] = STATUS["ok"] if artifacts is None else artifact_of(patch, artifacts)
+        if new_status[i] != STATUS["ok"]:
             seconds_read += perf_counter() - begin
             continue
         pixels[i] = apply_views(patch, params[i], spec)
@@ -165,7 +164,7 @@ def render_block(
     return RenderedBlock(
         pixels=pixels,
         hashes=hashes,
-        status=found,
+        status=new_status,
         reasons=reasons,
         seconds_read=seconds_read,
         seconds_augment=seconds_augment,

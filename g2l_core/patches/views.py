@@ -1,7 +1,7 @@
 """Augmented views of a patch: parameters from a counter-based generator, pixels from the parameters.
 
 A view is described by the `COLUMNS` of one float32 row. The row is a function of (seed, slide, x, y, patch id,
-view index) alone; the pixels are a function of the patch, the row and the sizes in the `ViewSpec` alone. So a
+view index) alone. The pixels are a function of the patch, the row and the sizes in the `ViewSpec` alone. So a
 store that keeps the rows can be replayed by any process, in any order, even if a later version draws otherwise.
 
 The pixels rest on integer and table arithmetic only (OpenCV's 8-bit routes are fixed-point), so they do not depend
@@ -18,6 +18,7 @@ import numpy as np
 import xxhash
 from jaxtyping import Float, Float32, Int32, UInt8, UInt64
 
+from g2l_core.errors import UsageError
 from g2l_core.patches.color import brightness, contrast, hue, saturation
 from g2l_core.patches.spec import ViewSpec as ViewSpec
 
@@ -61,8 +62,8 @@ def sample_views(
         slide_id: The slide's id in the store.
         coords: x and y of each patch's top-left corner in level-0 pixels.
         view_indices: Which views; 0 is the canonical one (center crop, nothing else).
-        patch_ids: Names that tell patches apart whose coords do not; None (which differs from empty names) if
-            the coords do.
+        patch_ids: Names that distinguish patches with equal coords; None (which differs from empty names) if
+            all coords differ.
 
     Returns:
         The `COLUMNS` in float32. Parameters that are not used (no jitter, no blur) are neutral.

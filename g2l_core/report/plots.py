@@ -1,23 +1,43 @@
-"""Forest plots and curves as SVG text that takes its colors and fonts from the page's style sheet.
+"""Forest plots and curves as SVG that takes its colors and fonts from the page's style sheet.
 
-Lengths are SVG user units, x to the right and y down. Class `eN` colors what belongs to the page's encoder N; the
-shapes tell the same encoders apart without color.
+Matplotlib places everything. Its artists carry style sheet classes as their `gid`, and only what has one is kept, in
+elements without any style of their own: so charts follow the page's light and dark mode, and are small. Class `eN`
+colors what belongs to series N of the page, and the shapes of the marks distinguish the same series without color.
+
+Lengths are SVG user units. The style sheet sets larger type on narrow screens, where a unit is half a pixel, and the
+room for texts is measured by that.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from html import escape
-from math import isfinite, log
+from io import StringIO
+from math import ceil, floor, inf, isfinite, log10
+from typing import TYPE_CHECKING
+from xml.etree import ElementTree
 
-from g2l_core.report.svg import COLORS, WIDTH, Axis, axis_for, line_to, picture, shape, shortened, text_at
-from g2l_core.report.tables import number, proper
+from markupsafe import Markup
+
+from g2l_core.report.page import COLORS, mark
+from g2l_core.report.tables import proper, shortened
 from g2l_core.results import Estimate
 
-_TITLE, _ROW, _GROUP_GAP = 26, 24, 14
-_LABEL_X, _PLOT_X, _TEXT_X = 20, 236, 676
-_LABEL_CHARS = 27
-_CURVE_BOTTOM, _CURVE_LEFT, _CURVE_RIGHT = 276, 48, 690
-_LABEL_ROW = 20
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
+    from matplotlib.transforms import Transform
+
+WIDTH = 720
+_ROW, _TITLE, _GROUP_GAP, _LINE = 22, 26, 12, 21
+_CURVES_HEIGHT, _TOP, _BELOW = 270, 14, 52
+_LABEL_CHARS = 24
+_CHAR, _VALUE_CHAR = 8.8, 7.7
+"""Room for a letter of a name and for one of a value, in the type of narrow screens."""
+_DRAWABLE = 1e12
+_CLASSES = frozenset(("grid", "rule", "neutral", "bar", "track", "mark", "tick", "title", "label", "value"))
+_SVG = "{http://www.w3.org/2000/svg}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,16 +45,17 @@ class Row:
     """One interval of a forest plot."""
 
     label: str
-    encoder: int
+    series: int
+    """Its color and mark on the page."""
     estimate: Estimate
     text: str
-    """The figure in words, to the right."""
+    """The value in words, to the right."""
     aside: str = ""
-    """What is said further right."""
+    """What is printed further right."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Group:
+class ForestGroup:
     """Rows under one title."""
 
     title: str
@@ -43,144 +64,294 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """One encoder's figure over k."""
+    """One line of a chart."""
 
     label: str
-    encoder: int
-    points: tuple[tuple[int, Estimate], ...]
+    series: int
+    """Its color and mark on the page."""
+    points: tuple[tuple[float, Estimate], ...]
+    """Each x with its value; bounds that are finite are drawn as an upright bar."""
+    is_marked: bool = True
+    """Whether each point gets a mark."""
 
-    def finite(self) -> tuple[tuple[int, Estimate], ...]:
+    def finite(self) -> list[tuple[float, Estimate]]:
         """The points that can be drawn."""
-        return tuple(point for point in self.points if isfinite(point[1].value))
+        return [point for point in self.points if isfinite(point[1].value)]
 
 
-def _drawn_values(estimates: Iterable[Estimate], neutral: float | None) -> Iterator[float]:
+class _Texts(list[tuple[str, str]]):
+    """The texts of a chart, short and in full.
+
+    Matplotlib gets their numbers instead: it measures and parses what it draws, and a name may be anything.
+    """
+
+    def add(self, text: str, chars: int = 1_000) -> str:
+        self.append((shortened(text, chars), text))
+        return str(len(self) - 1)
+
+
+def forest(groups: Sequence[ForestGroup], *, neutral: float | None, label: str) -> Markup:
+    """Draw estimates with their intervals below one another on one axis.
+
+    Args:
+        groups: At least one, each with at least one row.
+        neutral: Where to draw a line to compare with, if anywhere.
+        label: What the plot shows, for screen readers.
+
+    Returns:
+        One svg element. An estimate that is not finite has no mark; a bound that is not finite, no bar.
+    """
+    rows = [row for group in groups for row in group.rows]
+    bottom = sum(_TITLE + _ROW * len(group.rows) + _GROUP_GAP for group in groups)
+    aside = _VALUE_CHAR * max(len(row.aside) + 2 * bool(row.aside) for row in rows)
+    left = 34 + _CHAR * max(min(len(row.label), _LABEL_CHARS) for row in rows)
+    right = max(WIDTH - aside - _VALUE_CHAR * max(len(row.text) for row in rows) - 20, left + 40)
+    with _style():
+        figure, axes, texts = *_figure(bottom + 30, left, right, 0, bottom), _Texts()
+        axes.set_ylim(bottom, 0)
+        axes.yaxis.set_visible(False)
+        places, names = ticks(_values((row.estimate for row in rows), neutral), right - left)
+        _axis(axes.xaxis, places, map(texts.add, names), grid=True)
+        if neutral is not None:
+            axes.axvline(neutral, gid="neutral")
+        top = 0
+        for group in groups:
+            _forest_group(axes, group, top, texts, WIDTH - aside)
+            top += _TITLE + _ROW * len(group.rows) + _GROUP_GAP
+        return _svg(figure, texts, label)
+
+
+def _forest_group(axes: "Axes", group: ForestGroup, top: int, texts: _Texts, values_end: float) -> None:
+    from matplotlib.transforms import IdentityTransform, blended_transform_factory
+
+    beside = blended_transform_factory(IdentityTransform(), axes.transData)
+
+    def write(x: float, y: float, number: str, style: str, align: str = "left") -> None:
+        _write(axes, x, y, number, style, beside, align)
+
+    write(0, top + _TITLE / 2 + 3, texts.add(group.title), "title")
+    for i, row in enumerate(group.rows):
+        y = top + _TITLE + _ROW * (i + 0.5)
+        _mark(axes, [6], [y], row.series, beside)
+        write(20, y, texts.add(row.label, _LABEL_CHARS), "label")
+        write(values_end, y, texts.add(proper(row.text)), "value", "right")
+        if row.aside:
+            write(WIDTH, y, texts.add(row.aside), "value", "right")
+        low, value, high = _within(row.estimate, axes.get_xlim())
+        if isfinite(value):
+            if isfinite(high - low):
+                _line(axes, [low, high], [y, y], f"bar e{row.series % COLORS}")
+            _mark(axes, [value], [y], row.series)
+    end = top + _TITLE + _ROW * len(group.rows) + _GROUP_GAP
+    _line(axes, [0, WIDTH], [end, end], "rule", beside)
+
+
+def curves(
+    lines: Sequence[Curve], *, x_label: str, label: str, neutral: float | None = None, is_log: bool = False
+) -> Markup:
+    """Draw lines over one axis, named at their right ends.
+
+    Args:
+        lines: At least one, each with at least one point.
+        x_label: The name of the axis below.
+        label: What the plot shows, for screen readers.
+        neutral: Where to draw a line to compare with, if anywhere.
+        is_log: Whether x, then above 0, is on a logarithmic scale with a tick at each x, and the lines' points at
+            the same x stand beside each other.
+
+    Returns:
+        One svg element; points that are not finite are left out.
+    """
+    height = max(_CURVES_HEIGHT, _LINE * len(lines) + _TOP)
+    xs = sorted({x for line in lines for x, _ in line.points})
+    places, names = ticks(_values((e for line in lines for _, e in line.points), neutral))
+    left = 14 + _VALUE_CHAR * max(map(len, names))
+    right = WIDTH - 30 - _CHAR * max(min(len(line.label), _LABEL_CHARS) for line in lines)
+    with _style():
+        figure, axes, texts = *_figure(height + _BELOW, left, right, _TOP, height), _Texts()
+        _axis(axes.yaxis, places, map(texts.add, names), grid=True)
+        axes.set_xlabel(texts.add(x_label), gid="tick")
+        if is_log:
+            spread = (xs[-1] / xs[0]) ** 0.08 if xs[-1] > xs[0] else 2.0
+            axes.set_xscale("log")
+            _axis(axes.xaxis, xs, (texts.add(f"{x:g}") for x in xs), (xs[0] / spread, xs[-1] * spread))
+        else:
+            x_places, x_names = ticks(xs, right - left)
+            _axis(axes.xaxis, x_places, map(texts.add, x_names))
+        if neutral is not None:
+            axes.axhline(neutral, gid="neutral")
+        for i, line in enumerate(lines):
+            _curve(axes, line, 6.0 * (i - (len(lines) - 1) / 2) if is_log else 0.0)
+        _ends(axes, [line for line in lines if line.finite()], texts, height + _BELOW - _TOP, right)
+        return _svg(figure, texts, label)
+
+
+def _curve(axes: "Axes", line: Curve, shift: float) -> None:
+    """One line, shifted sideways by a few units so that bars at the same x do not hide one another."""
+    from matplotlib.transforms import Affine2D
+
+    place = axes.transData + Affine2D().translate(shift, 0)
+    points = [(x, *_within(estimate, axes.get_ylim())) for x, estimate in line.finite()]
+    xs, values = [x for x, *_ in points], [value for _, _, value, _ in points]
+    _line(axes, xs, values, f"track e{line.series % COLORS}", place)
+    for x, low, _, high in points:
+        if isfinite(high - low):
+            _line(axes, [x, x], [low, high], f"bar e{line.series % COLORS}", place)
+    if line.is_marked:
+        _mark(axes, xs, values, line.series, place)
+
+
+def _ends(axes: "Axes", lines: Sequence[Curve], texts: _Texts, top: float, right: float) -> None:
+    """Write the names at the right ends, in the order of the ends."""
+    from matplotlib.transforms import IdentityTransform
+
+    heights = [
+        float(axes.transData.transform((line.finite()[-1][0], _within(line.finite()[-1][1], axes.get_ylim())[1]))[1])
+        for line in lines
+    ]
+    order = sorted(range(len(lines)), key=heights.__getitem__)
+    for y, i in zip(apart([heights[i] for i in order], _LINE, top), order, strict=True):
+        _mark(axes, [right + 14], [y], lines[i].series, IdentityTransform())
+        _write(axes, right + 26, y, texts.add(lines[i].label, _LABEL_CHARS), "label", IdentityTransform())
+
+
+def apart(heights: Sequence[float], gap: float, top: float) -> list[float]:
+    """Ascending heights moved up no further than needed for a gap between each two, then down to stay below `top`."""
+    placed: list[float] = []
+    for y in heights:
+        placed.append(max(y, placed[-1] + gap) if placed else y)
+    return [min(y, top - gap * (len(placed) - 1 - i)) for i, y in enumerate(placed)]
+
+
+def ticks(values: Iterable[float], room: float = inf) -> tuple[list[float], list[str]]:
+    """Multiples of 1, 2 or 5 times a power of ten that enclose the values, and their labels.
+
+    Args:
+        values: Those that are not finite, or cannot be drawn, do not count.
+        room: How long the axis is; fewer ticks are chosen where labels would touch.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    drawn = [value for value in values if isfinite(value) and abs(value) < _DRAWABLE] or [0.0]
+    low, high = min(drawn), max(drawn)
+    size = max(abs(low), abs(high), 1e-3)
+    if high - low < 1e-6 * size:
+        low, high = low - size / 2, high + size / 2
+    for bins in range(6, 0, -1):
+        places = [float(place) for place in MaxNLocator(bins, steps=[1, 2, 5, 10]).tick_values(low, high)]
+        digits = max(0, -floor(log10(places[1] - places[0]) + 1e-9))
+        names = [f"{place:z,.{digits}f}" if abs(place) < 1e7 else f"{place:.3g}" for place in places]
+        if len(names) * (max(map(len, names)) + 1) * _VALUE_CHAR <= room:
+            break
+    return places, [proper(name) for name in names]
+
+
+def _values(estimates: Iterable[Estimate], neutral: float | None) -> Iterator[float]:
     for estimate in estimates:
         yield from (estimate.value, estimate.low, estimate.high)
     if neutral is not None:
         yield neutral
 
 
-def forest(groups: Sequence[Group], *, neutral: float | None, label: str) -> str:
-    """Estimates with their intervals below one another on one axis.
-
-    Args:
-        groups: At least one, each with at least one row.
-        neutral: Where to draw a line to compare with, if anywhere.
-        label: What the picture shows, for screen readers.
-
-    Returns:
-        One svg element. An estimate that is not finite has no mark; a bound that is not finite, no bar.
-    """
-    estimates = [row.estimate for group in groups for row in group.rows]
-    axis = axis_for(_drawn_values(estimates, neutral), _PLOT_X + 8, _TEXT_X - 28)
-    bottom = sum(_TITLE + _ROW * len(group.rows) + _GROUP_GAP for group in groups)
-    parts = list(_vertical_grid(axis, bottom, neutral))
-    top = 0
-    for group in groups:
-        parts += _forest_group(group, axis, top)
-        top += _TITLE + _ROW * len(group.rows) + _GROUP_GAP
-        parts.append(line_to(0, top, WIDTH, top, "rule"))
-    return picture(WIDTH, bottom + 26, label, parts)
+def _within(estimate: Estimate, limits: tuple[float, float]) -> tuple[float, float, float]:
+    """The low bound, the value and the high bound, moved to the ends of the axis where they lie beyond."""
+    low, value, high = (
+        min(max(number, limits[0]), limits[1]) if isfinite(number) else number
+        for number in (estimate.low, estimate.value, estimate.high)
+    )
+    return low, value, high
 
 
-def _vertical_grid(axis: Axis, bottom: float, neutral: float | None) -> Iterator[str]:
-    for tick in axis.ticks:
-        x = axis.at(tick)
-        yield line_to(x, 0, x, bottom, "grid")
-        yield text_at(x, bottom + 19, proper(number(tick, axis.digits)), "tick middle")
-    if neutral is not None:
-        yield line_to(axis.at(neutral), 0, axis.at(neutral), bottom, "neutral")
+# Matplotlib
 
 
-def _forest_group(group: Group, axis: Axis, top: float) -> Iterator[str]:
-    yield text_at(0, top + 21, group.title, "title")
-    for i, row in enumerate(group.rows):
-        y = top + _TITLE + _ROW * (i + 0.5)
-        yield f"<g><title>{escape(f'{row.label}: {row.text} {row.aside}'.rstrip())}</title>"
-        yield shape(row.encoder, 6, y) + text_at(_LABEL_X, y + 5, shortened(row.label, _LABEL_CHARS), "label")
-        yield _bar(row.estimate, row.encoder, axis, y)
-        yield text_at(_TEXT_X, y + 5, proper(row.text), "figure") + text_at(WIDTH, y + 5, row.aside, "figure end")
-        yield "</g>"
+def _style() -> AbstractContextManager[None]:
+    """Matplotlib's own defaults, whatever the user's are, with texts kept as texts."""
+    from matplotlib import style
+
+    return style.context(
+        ["default", {"svg.fonttype": "none", "font.size": 14, "xtick.labelsize": 12.5, "ytick.labelsize": 12.5}]
+    )
 
 
-def _bar(estimate: Estimate, encoder: int, axis: Axis, y: float) -> str:
-    if not isfinite(estimate.value):
-        return ""
-    bar = ""
-    if isfinite(estimate.low) and isfinite(estimate.high):
-        bar = line_to(axis.at(estimate.low), y, axis.at(estimate.high), y, f"bar e{encoder % COLORS}")
-    return bar + shape(encoder, axis.at(estimate.value), y)
+def _figure(height: float, left: float, right: float, top: float, bottom: float) -> tuple["Figure", "Axes"]:
+    """A figure with one pair of axes between these edges, where a unit is a pixel; `top` and `bottom` from above."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH / 72, height / 72), dpi=72)
+    box = (left / WIDTH, 1 - bottom / height, (right - left) / WIDTH, (bottom - top) / height)
+    axes = figure.add_axes(box)
+    axes.spines[:].set_visible(False)
+    return figure, axes
 
 
-def curves(lines: Sequence[Curve], *, neutral: float | None, label: str) -> str:
-    """Each encoder's figure over k, k on a logarithmic axis, with its intervals as upright bars.
-
-    Args:
-        lines: At least one, each with at least one point; every k at least 1.
-        neutral: Where to draw a line to compare with, if anywhere.
-        label: What the picture shows, for screen readers.
-
-    Returns:
-        One svg element; points that are not finite are left out.
-    """
-    bottom = max(_CURVE_BOTTOM, _LABEL_ROW * len(lines))
-    ks = sorted({k for line in lines for k, _ in line.points})
-    estimates = (estimate for line in lines for _, estimate in line.points)
-    axis = axis_for(_drawn_values(estimates, neutral), bottom, 14)
-    parts = list(_horizontal_grid(axis, neutral))
-    parts += [text_at(_k_at(k, ks), bottom + 20, str(k), "tick middle") for k in ks]
-    parts.append(text_at((_CURVE_LEFT + _CURVE_RIGHT) / 2, bottom + 42, "k nearest neighbors", "tick middle"))
-    for i, line in enumerate(lines):
-        parts += _curve(line, ks, axis, shift=(i - (len(lines) - 1) / 2) * 7)
-    parts += _curve_labels(lines, axis)
-    return picture(WIDTH, bottom + 48, label, parts)
+def _axis(
+    axis: "Axis",
+    places: Sequence[float],
+    names: Iterable[str],
+    limits: tuple[float, float] | None = None,
+    *,
+    grid: bool = False,
+) -> None:
+    """Set the ticks, and the limits to the outermost of them unless given."""
+    axis.set_ticks(places, list(names))
+    axis.set_tick_params(length=0, pad=8)
+    axis.minorticks_off()
+    axis.set_view_interval(*(limits or (places[0], places[-1])), ignore=True)
+    for tick in axis.get_major_ticks():
+        tick.label1.set_gid("tick")
+        if grid:
+            tick.gridline.set(visible=True, gid="grid")
 
 
-def _k_at(k: int, ks: Sequence[int]) -> float:
-    left, right = _CURVE_LEFT + 36, _CURVE_RIGHT - 36
-    share = log(k / ks[0]) / log(ks[-1] / ks[0]) if ks[-1] > ks[0] else 0.5
-    return round(left + share * (right - left), 1)
+def _line(
+    axes: "Axes", xs: Sequence[float], ys: Sequence[float], style: str, place: "Transform | None" = None, **options: str
+) -> None:
+    from matplotlib.lines import Line2D
+
+    axes.figure.add_artist(Line2D(xs, ys, gid=style, transform=place or axes.transData, **options))
 
 
-def _horizontal_grid(axis: Axis, neutral: float | None) -> Iterator[str]:
-    for tick in axis.ticks:
-        y = axis.at(tick)
-        yield line_to(_CURVE_LEFT, y, _CURVE_RIGHT, y, "grid")
-        yield text_at(_CURVE_LEFT - 10, y + 4, proper(number(tick, axis.digits)), "tick end")
-    if neutral is not None:
-        yield line_to(_CURVE_LEFT, axis.at(neutral), _CURVE_RIGHT, axis.at(neutral), "neutral")
+def _mark(
+    axes: "Axes", xs: Sequence[float], ys: Sequence[float], series: int, place: "Transform | None" = None
+) -> None:
+    _line(axes, xs, ys, f"mark {series}", place, marker="o", linestyle="none")
 
 
-def _curve(line: Curve, ks: Sequence[int], axis: Axis, shift: float) -> Iterator[str]:
-    """Shifted sideways by a few units so that bars at the same k do not hide one another."""
-    color = f"e{line.encoder % COLORS}"
-    points = [(_k_at(k, ks) + shift, estimate) for k, estimate in line.finite()]
-    track = "L".join(f"{x} {axis.at(estimate.value)}" for x, estimate in points)
-    if track:
-        yield f'<path d="M{track}" class="track {color}"/>'
-    for x, estimate in points:
-        if isfinite(estimate.low) and isfinite(estimate.high):
-            yield line_to(x, axis.at(estimate.low), x, axis.at(estimate.high), f"bar {color}")
-    yield from (shape(line.encoder, x, axis.at(estimate.value)) for x, estimate in points)
+def _write(axes: "Axes", x: float, y: float, number: str, style: str, place: "Transform", align: str = "left") -> None:
+    axes.figure.text(x, y, number, gid=style, ha=align, va="center", transform=place)
 
 
-def _curve_labels(lines: Sequence[Curve], axis: Axis) -> Iterator[str]:
-    """Names at the right ends, in the order of the ends."""
-    ends = [(axis.at(line.finite()[-1][1].value), i) for i, line in enumerate(lines) if line.finite()]
-    order = [lines[i] for _, i in sorted(ends)]
-    for y, line in zip(_apart(sorted(y for y, _ in ends), axis.start), order, strict=True):
-        yield shape(line.encoder, _CURVE_RIGHT + 16, y)
-        yield f"<g><title>{escape(line.label)}</title>"
-        yield text_at(_CURVE_RIGHT + 28, y + 5, shortened(line.label, _LABEL_CHARS - 2), "label")
-        yield "</g>"
+def _svg(figure: "Figure", texts: _Texts, label: str) -> Markup:
+    """The drawn artists that have a style sheet class, as elements of that class."""
+    file = StringIO()
+    figure.savefig(file, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    parts = []
+    for group in ElementTree.fromstring(file.getvalue()).iter(f"{_SVG}g"):
+        style, _, series = group.get("id", "").partition(" ")
+        if style not in _CLASSES:
+            continue
+        for path in group.findall(f"{_SVG}path"):
+            line = Markup('<path d="{}" class="{}"/>')
+            parts.append(line.format(_rounded(path.get("d", "")), f"{style} {series}".rstrip()))
+        parts += [mark(int(series), *_place(use)) for use in group.iter(f"{_SVG}use") if style == "mark"]
+        parts += [_text(text, style, *texts[int(text.text or 0)]) for text in group.findall(f"{_SVG}text")]
+    plot = Markup('<svg class="plot" role="img" aria-label="{}" viewBox="0 0 {} {}">{}</svg>')
+    height = ceil(figure.get_figheight() * 72)
+    return plot.format(label, WIDTH, height, Markup("").join(parts))
 
 
-def _apart(heights: Sequence[float], lowest: float) -> list[float]:
-    """Ascending heights moved no further than needed for a row of text each, none below `lowest` on the page."""
-    placed: list[float] = []
-    for y in heights:
-        placed.append(max(y, placed[-1] + _LABEL_ROW) if placed else y)
-    for i in reversed(range(len(placed))):
-        placed[i] = min(placed[i], lowest - _LABEL_ROW * (len(placed) - 1 - i))
-    return placed
+def _text(text: ElementTree.Element, style: str, short: str, full: str) -> Markup:
+    anchor = re.search(r"text-anchor: (\w+)", text.get("style", ""))
+    classes = f"{style} {anchor[1]}" if anchor and anchor[1] != "start" else style
+    more = Markup("<title>{}</title>").format(full) if short != full else ""
+    return Markup('<text x="{}" y="{}" class="{}">{}{}</text>').format(*_place(text), classes, short, more)
+
+
+def _place(element: ElementTree.Element) -> tuple[str, str]:
+    return _rounded(element.get("x", "0")), _rounded(element.get("y", "0"))
+
+
+def _rounded(numbers: str) -> str:
+    """Coordinates to a tenth of a unit."""
+    return " ".join(word if word.isalpha() else f"{float(word):z.1f}".removesuffix(".0") for word in numbers.split())

@@ -1,8 +1,8 @@
-"""What the written and the drawn forms of a report share: reading order, human names, figures as text."""
+"""What the written and the drawn forms of a report share: reading order, human names, metric values as text."""
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import floor, isfinite, isnan, log10
 from typing import Literal
@@ -14,8 +14,7 @@ from g2l_core.results import Comparison, Estimate, ExpectedFigure, Failure, Pict
 _MAX_DECIMALS = 5
 _LARGE = 1e7
 _ROUNDING = 1e-9
-"""A figure that is off by exactly the tolerance is within it."""
-
+"""A value that is off by exactly the tolerance is within it."""
 
 HEADLINES = (
     "knn_balanced_accuracy",
@@ -29,11 +28,11 @@ HEADLINES = (
     "robustness_ratio_k5",
     "consistency_cosine",
 )
-"""The first of these that a task has stands for it where there is room for one figure only; of several k, the first;
-else its first figure."""
+"""The first of these that a task has represents it where there is room for one value only; of several k, the first.
+A task with none of them is represented by its first metric."""
 
-_UNTOLD = ("duplicates_dropped",)
-"""Settings that say nothing of how a figure is made."""
+_HIDDEN = ("duplicates_dropped",)
+"""Settings that do not matter to how a value is computed."""
 
 
 def meaning_of(metric: str) -> Meaning:
@@ -54,12 +53,12 @@ def split_k(metric: str) -> tuple[str, int | None]:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskPart:
-    """What a report says of one task; metrics in order of appearance, encoders in the report's order."""
+    """The part of a report about one task; metrics in order of appearance, encoders in the report's order."""
 
     name: str
     encoders: tuple[str, ...]
-    """Those with a figure or a failure here."""
-    figures: Mapping[str, Mapping[str, Result]]
+    """The encoders with a result or a failure here."""
+    results: Mapping[str, Mapping[str, Result]]
     """By metric and encoder."""
     comparisons: tuple[Comparison, ...]
     failures: tuple[Failure, ...]
@@ -69,19 +68,19 @@ class TaskPart:
     @property
     def is_shown(self) -> bool:
         """Whether there is more to show than failures."""
-        return bool(self.figures or self.comparisons or self.expected or self.pictures.tasks())
+        return bool(self.results or self.comparisons or self.expected or self.pictures.tasks())
 
     def headline(self) -> str | None:
-        """The metric that stands for the task; None where it has no figure."""
-        return headline(tuple(self.figures))
+        """The metric that represents the task; None where it has no result."""
+        return headline(tuple(self.results))
 
     def gap(self, encoder: str) -> Literal["failed", "-"]:
-        """The word for a figure that is not there."""
+        """The word for a value that is missing."""
         return "failed" if any(failure.encoder == encoder for failure in self.failures) else "-"
 
 
 def headline(metrics: Sequence[str]) -> str | None:
-    """The metric that stands for the others; None where there is none."""
+    """The metric that represents the others; None where there is none."""
     for wanted in HEADLINES:
         for metric in metrics:
             if wanted in (metric, split_k(metric)[0]):
@@ -90,7 +89,7 @@ def headline(metrics: Sequence[str]) -> str | None:
 
 
 def encoder_order(report: Report) -> tuple[str, ...]:
-    """The encoders' keys: the described ones first, then any other with a figure, failure, comparison or picture."""
+    """The encoders' keys: the described ones first, then any other with a result, failure, comparison or picture."""
     described = [encoder.key for encoder in report.encoders]
     compared = [key for row in report.comparisons for key in (row.encoder, row.reference)]
     measured = [row.encoder for row in report.results]
@@ -115,9 +114,9 @@ def _task_part(report: Report, name: str, order: Sequence[str]) -> TaskPart:
     results = [row for row in report.results if row.task == name]
     failures = tuple(row for row in report.failures if row.task == name)
     here = {row.encoder for row in results} | {row.encoder for row in failures}
-    figures: dict[str, dict[str, Result]] = {}
+    by_metric: dict[str, dict[str, Result]] = {}
     for row in results:
-        if figures.setdefault(row.metric, {}).setdefault(row.encoder, row) is not row:
+        if by_metric.setdefault(row.metric, {}).setdefault(row.encoder, row) is not row:
             raise TaskError(
                 f"task {name!r} has two figures {row.metric!r} of encoder {row.encoder!r}; "
                 "give what tells them apart in the metric's name"
@@ -125,7 +124,7 @@ def _task_part(report: Report, name: str, order: Sequence[str]) -> TaskPart:
     return TaskPart(
         name=name,
         encoders=tuple(key for key in order if key in here),
-        figures={metric: figures[metric] for metric in _metric_order(results)},
+        results={metric: by_metric[metric] for metric in _metric_order(results)},
         comparisons=tuple(row for row in report.comparisons if row.task == name),
         failures=failures,
         expected=tuple(row for row in report.expected if row.task == name),
@@ -134,27 +133,26 @@ def _task_part(report: Report, name: str, order: Sequence[str]) -> TaskPart:
 
 
 def _metric_order(results: Sequence[Result]) -> Mapping[str, None]:
-    """As the encoder with the most figures has them: the teacher, the first, has none of likeness to itself."""
+    """As the encoder with the most metrics has them: the teacher, the first, has no similarity to itself."""
     counts = Counter(row.encoder for row in results)
     fullest = max(counts, key=counts.__getitem__, default="")
     return dict.fromkeys([row.metric for row in results if row.encoder == fullest] + [row.metric for row in results])
 
 
 def support(row: Mapping[str, Result]) -> str:
-    """What a row of figures rests on, as far as it is the same for all encoders: rows and settings."""
+    """What a row of values is computed from, as far as it is the same for all encoders: rows and settings."""
     results = list(row.values())
     rows = sorted({result.n for result in results})
     shared = [item for item in results[0].settings.items() if all(item in r.settings.items() for r in results)]
-    told = settings_text(
-        {name: value for name, value in shared if (name, value) != ("k", split_k(results[0].metric)[1])}
-    )
+    k = ("k", split_k(results[0].metric)[1])
+    settings = settings_text({name: value for name, value in shared if (name, value) != k})
     count = " to ".join(f"{n:,}" for n in dict.fromkeys((rows[0], rows[-1])))
-    return "; ".join(filter(None, (f"n = {count}", told)))
+    return "; ".join(filter(None, (f"n = {count}", settings)))
 
 
 def settings_text(settings: Mapping[str, str | int | float | bool]) -> str:
     """`C = 1.0; converged; split: 5 folds by patients`, in the order of the names."""
-    return "; ".join(_setting(*item) for item in sorted(settings.items()) if item[0] not in _UNTOLD)
+    return "; ".join(_setting(*item) for item in sorted(settings.items()) if item[0] not in _HIDDEN)
 
 
 def _setting(name: str, value: str | int | float | bool) -> str:
@@ -165,7 +163,7 @@ def _setting(name: str, value: str | int | float | bool) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class ExpectedVsFound:
-    """A published figure and what was found."""
+    """A published value and the one of this report."""
 
     expected: ExpectedFigure
     found: Estimate | None
@@ -173,7 +171,7 @@ class ExpectedVsFound:
 
     @property
     def within(self) -> bool | None:
-        """Whether the figure found is within the tolerance; None where there is none to judge."""
+        """Whether the found value is within the tolerance; None where there is none to judge."""
         if self.found is None or isnan(self.found.value):
             return None
         return abs(self.found.value - self.expected.value) <= self.expected.tolerance + _ROUNDING
@@ -191,18 +189,18 @@ def published_text(expected: ExpectedFigure) -> str:
     return f"{expected.value:g} \u00b1 {expected.tolerance:g}"
 
 
-def held_against(part: TaskPart, report: Report) -> tuple[ExpectedVsFound, ...]:
-    """Each published figure of a task beside the one found, by the encoder's key or name."""
+def against_published(part: TaskPart, report: Report) -> tuple[ExpectedVsFound, ...]:
+    """Each published value of a task with the one found, by the encoder's key or name."""
     keys = {encoder.name: encoder.key for encoder in report.encoders} | {key: key for key in part.encoders}
-    found = []
+    pairs = []
     for row in part.expected:
-        result = part.figures.get(row.metric, {}).get(keys.get(row.encoder, row.encoder))
-        found.append(ExpectedVsFound(expected=row, found=result.estimate if result else None))
-    return tuple(found)
+        result = part.results.get(row.metric, {}).get(keys.get(row.encoder, row.encoder))
+        pairs.append(ExpectedVsFound(expected=row, found=result.estimate if result else None))
+    return tuple(pairs)
 
 
 def reasons(failures: Sequence[Failure]) -> list[tuple[str, str]]:
-    """Where and why, encoders of one task that failed alike together: ("oral, a and b", "no probe converged")."""
+    """Where and why; encoders of a task that failed alike in one row: ("oral, a and b", "no probe converged")."""
     alike: dict[tuple[str, str], list[str]] = {}
     for row in failures:
         alike.setdefault((row.task, row.reason), []).append(row.encoder)
@@ -223,6 +221,27 @@ def best(row: Mapping[str, Result]) -> frozenset[str]:
         return frozenset()
     top = (max if better == "higher" else min)(values.values())
     return frozenset(key for key, value in values.items() if value == top)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """A metric value in a table."""
+
+    text: str
+    interval: str = ""
+    kind: Literal["value", "best", "failed", "-"] = "value"
+
+
+def cells(part: TaskPart, row: Mapping[str, Result], keys: Iterable[str]) -> Iterator[Cell]:
+    """The cells of one metric, one for each of the encoders."""
+    digits, leading = decimals((result.estimate for result in row.values()), spare=1), best(row)
+    for key in keys:
+        if key not in row:
+            yield Cell(text=part.gap(key), kind=part.gap(key))
+            continue
+        estimate = row[key].estimate
+        kind: Literal["value", "best"] = "best" if key in leading else "value"
+        yield Cell(text=number(estimate.value, digits), interval=interval(estimate, digits), kind=kind)
 
 
 def decimals(estimates: Iterable[Estimate], spare: int = 0) -> int:
@@ -254,13 +273,13 @@ def interval(estimate: Estimate, digits: int, sign: Literal["-", "+"] = "-") -> 
     return f"[{number(estimate.low, digits, sign)}, {number(estimate.high, digits, sign)}]"
 
 
-def figure(estimate: Estimate, digits: int, sign: Literal["-", "+"] = "-") -> str:
+def estimate_text(estimate: Estimate, digits: int, sign: Literal["-", "+"] = "-") -> str:
     """`0.71 [0.66, 0.75]`, or `0.71` where there is no interval."""
     return f"{number(estimate.value, digits, sign)} {interval(estimate, digits, sign)}".rstrip()
 
 
 def proper(text: str) -> str:
-    """Figures with a true minus sign, for print."""
+    """Numbers with a true minus sign, for print."""
     return text.replace("-", "\u2212")
 
 
@@ -269,3 +288,11 @@ def p_text(p_value: float) -> str:
     if isnan(p_value):
         return ""
     return "p < 0.001" if p_value < 0.001 else f"p = {p_value:.3f}"
+
+
+def shortened(text: str, chars: int) -> str:
+    """Text of at most so many characters; what is cut is in the middle, as names often differ at their ends."""
+    if len(text) <= chars:
+        return text
+    tail = (chars - 1) // 2
+    return f"{text[: chars - 1 - tail]}\u2026{text[len(text) - tail :]}"

@@ -1,4 +1,4 @@
-"""A benchmark's figures as files: JSON to compute with, CSV, Markdown, and a page that stands on its own.
+"""A benchmark's results as files: JSON to compute with, CSV, Markdown, and a self-contained HTML page.
 
 `results.json` holds the whole report and is what the others are made from; equal reports give equal bytes.
 """
@@ -6,43 +6,33 @@
 import csv
 import io
 import json
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from math import isnan
 from pathlib import Path
 from textwrap import wrap
 
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
 from g2l_core.errors import RunError
+from g2l_core.files import replacing
 from g2l_core.report.html import page
 from g2l_core.report.json import FORMAT, json_text, report_of
-from g2l_core.report.tables import (
-    ExpectedVsFound,
-    TaskPart,
-    best,
-    decimals,
-    encoder_order,
-    figure,
-    held_against,
-    interval,
-    meaning_of,
-    number,
-    p_text,
-    published_text,
-    support,
-    task_parts,
-)
-from g2l_core.results import Comparison, Pictures, Report, Result
+from g2l_core.report.markdown import markdown
+from g2l_core.report.tables import TaskPart, decimals, estimate_text, meaning_of, task_parts
+from g2l_core.results import Comparison, Report, Result
 
-_GAP = 2
-_MIN_TITLE = 18
+_GAP, _MIN_TITLE, _MIN_COLUMN = 2, 18, 12
+_WIDEST = 10_000
 
 
 def write_report(report: Report, folder: Path) -> list[Path]:
     """Writes results.json, results.csv, comparisons.csv, results.md and report.html.
 
-    All are written beside their places first and then moved there, so that none is ever seen half written and a
-    failure leaves the former report as it was.
+    All are written to temporary files first and then renamed, so that none is ever seen half written and a failure
+    leaves the previous report as it was.
 
     Args:
         report: All of one benchmark run.
@@ -59,30 +49,22 @@ def write_report(report: Report, folder: Path) -> list[Path]:
         "results.json": json_text(report),
         "results.csv": _results_csv(report.results),
         "comparisons.csv": _comparisons_csv(report.comparisons),
-        "results.md": _markdown(report),
+        "results.md": markdown(report),
         "report.html": page(report),
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return _publish(texts, folder)
+        with ExitStack() as finished:
+            for name, text in texts.items():
+                file = finished.enter_context(replacing(folder / name))
+                # Names from a file system may hold lone surrogates, which UTF-8 cannot.
+                file.write(text.encode("utf-8", errors="backslashreplace"))
+                file.flush()
     except OSError as error:
         raise RunError(
             f"the report cannot be written into {folder}: {error.strerror}; name a folder that can be"
         ) from error
-
-
-def _publish(texts: Mapping[str, str], folder: Path) -> list[Path]:
-    drafts = {folder / name: folder / f".{name}.{os.getpid()}.tmp" for name in texts}
-    try:
-        for path, draft in drafts.items():
-            # Names taken from a file system may hold lone surrogates, which UTF-8 cannot.
-            draft.write_bytes(texts[path.name].encode("utf-8", errors="backslashreplace"))
-        for path, draft in drafts.items():
-            draft.replace(path)
-    finally:
-        for draft in drafts.values():
-            draft.unlink(missing_ok=True)
-    return list(drafts)
+    return [folder / name for name in texts]
 
 
 def read_report(folder: Path) -> Report:
@@ -143,129 +125,14 @@ def _comparisons_csv(comparisons: Sequence[Comparison]) -> str:
     return _csv_text(header, rows)
 
 
-def _md(text: str) -> str:
-    """Text that Markdown shows as it is, in a table cell as well."""
-    for mark in "\\`*[]|":
-        text = text.replace(mark, f"\\{mark}")
-    return " ".join(text.replace("&", "&amp;").replace("<", "&lt;").split())
-
-
-def _md_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    lines = [header, ["---"] * len(header), *rows]
-    return [*("| " + " | ".join(line) + " |" for line in lines), ""]
-
-
-def _markdown(report: Report) -> str:
-    lines = [f"# {_md(report.title)}", "", *(f"{_md(sentence)}\n" for sentence in report.summary)]
-    if report.notes:
-        lines += ["## Before you read the figures", "", *(f"- {_md(note)}" for note in report.notes), ""]
-    parts = task_parts(report)
-    lines += _md_overview(parts, encoder_order(report))
-    for part in parts:
-        if part.is_shown:
-            lines += [f"## {_md(part.name)}", "", *_md_figures(part), *_md_expected(held_against(part, report))]
-            lines += [*_md_comparisons(part.comparisons), *_md_matrices(part.pictures)]
-    if report.failures:
-        lines += ["## Not evaluated", ""]
-        lines += _md_table(
-            ["task", "encoder", "reason"],
-            ([_md(row.task), _md(row.encoder) or "all", _md(row.reason)] for row in report.failures),
-        )
-    lines += ["## Encoders", ""]
-    lines += _md_table(
-        ["encoder", "name", "weights", "dim", "pooling", "precision", "digest", "note"],
-        ([_md(str(getattr(row, field.name))) for field in fields(row)] for row in report.encoders),
-    )
-    lines += ["## Provenance", ""]
-    lines += _md_table(["what", "value"], ([_md(key), _md(text)] for key, text in sorted(report.provenance.items())))
-    return "\n".join(lines)
-
-
-def _md_overview(parts: Sequence[TaskPart], order: Sequence[str]) -> list[str]:
-    headlines = [(part, metric, part.figures[metric]) for part in parts if (metric := part.headline())]
-    if len(headlines) < 2:
-        return []
-    keys = [key for key in order if any(key in row for _, _, row in headlines)]
-    rows = (
-        [_md(part.name), _md(meaning_of(metric).title), _md(support(row)), *_md_cells(part, row, keys)]
-        for part, metric, row in headlines
-    )
-    return ["## Overview", "", *_md_table(["task", "figure", "support", *map(_md, keys)], rows)]
-
-
-def _md_expected(held: Sequence[ExpectedVsFound]) -> list[str]:
-    if not held:
-        return []
-    rows = (
-        [
-            _md(meaning_of(row.expected.metric).title),
-            _md(row.expected.encoder),
-            figure(row.found, decimals([row.found], spare=1)) if row.found else "-",
-            published_text(row.expected),
-            row.verdict,
-            _md(row.expected.source),
-        ]
-        for row in held
-    )
-    return _md_table(["figure", "encoder", "found", "published", "tolerance", "source"], rows)
-
-
-def _md_matrices(pictures: Pictures) -> list[str]:
-    lines = []
-    for cka in pictures.cka:
-        names = [*map(_md, cka.encoders)]
-        values = ([name, *(number(v, 2) for v in row)] for name, row in zip(names, cka.values, strict=True))
-        lines += _md_table(["CKA, debiased", *names], values)
-    for matrix in pictures.confusions:
-        names = [*map(_md, matrix.classes)]
-        counts = ([name, *map(str, row)] for name, row in zip(names, matrix.counts, strict=True))
-        lines += _md_table([f"{_md(matrix.classifier)} of {_md(matrix.encoder)}: true, predicted", *names], counts)
-    return lines
-
-
-def _md_figures(part: TaskPart) -> list[str]:
-    if not part.figures:
-        return []
-    rows = (
-        [_md(meaning_of(metric).title), *_md_cells(part, row, part.encoders)] for metric, row in part.figures.items()
-    )
-    return _md_table(["figure", *map(_md, part.encoders)], rows)
-
-
-def _md_cells(part: TaskPart, row: Mapping[str, Result], keys: Sequence[str]) -> Iterator[str]:
-    digits, leading = decimals((result.estimate for result in row.values()), spare=1), best(row)
-    for key in keys:
-        if key not in row:
-            yield part.gap(key)
-            continue
-        value, bounds = number(row[key].estimate.value, digits), interval(row[key].estimate, digits)
-        yield f"**{value}** {bounds}".rstrip() if key in leading else f"{value} {bounds}".rstrip()
-
-
-def _md_comparisons(comparisons: Sequence[Comparison]) -> list[str]:
-    if not comparisons:
-        return []
-    rows = (
-        [
-            _md(meaning_of(row.metric).title),
-            f"{_md(row.encoder)} - {_md(row.reference)}",
-            figure(row.difference, decimals([row.difference], spare=1), "+"),
-            p_text(row.p_value),
-            p_text(row.p_holm) + (f" over {row.tests} tasks" if row.tests > 1 else ""),
-        ]
-        for row in comparisons
-    )
-    return _md_table(["figure", "difference", "value", "p", "adjusted (Holm)"], rows)
-
-
 def terminal_table(report: Report | Sequence[Result], width: int = 80) -> str:
-    """The figures as plain text: for each task, a row a metric and a column an encoder.
+    """The metric values as plain text: for each task, a row for each metric and a column for each encoder.
 
-    Columns that do not fit are set below the others, and names are wrapped; no figure is ever cut, so a line is
-    longer than `width` only where a single figure beside 18 characters of name is.
+    Columns that do not fit are printed below the others, and names are wrapped. No value is ever cut, so a line is
+    longer than `width` only where a single value beside 18 characters of name is.
 
     Args:
-        report: A whole report, whose notes, cautions and failures are told as well, or results alone.
+        report: A whole report, whose notes, cautions and failures are printed as well, or results alone.
         width: In characters.
 
     Raises:
@@ -278,7 +145,7 @@ def terminal_table(report: Report | Sequence[Result], width: int = 80) -> str:
     lines = [line for note in report.notes for line in _lines(f"note: {note}", width)]
     lines += [""] if lines else []
     for part in task_parts(report):
-        if part.figures:
+        if part.results:
             lines += [*_lines(part.name, width), *_terminal_part(part, width)]
     for facts in report.encoders:
         if facts.note:
@@ -295,60 +162,47 @@ def _printable(text: str) -> str:
 
 
 def _lines(text: str, width: int) -> list[str]:
-    return wrap(_printable(text), max(width, 1)) or [""]
+    return wrap(_printable(text), width) or [""]
 
 
 def _terminal_part(part: TaskPart, width: int) -> list[str]:
-    titles = [meaning_of(metric).title for metric in part.figures]
-    digits = [decimals(result.estimate for result in row.values()) for row in part.figures.values()]
+    titles = [_printable(meaning_of(metric).title) for metric in part.results]
+    digits = [decimals(result.estimate for result in row.values()) for row in part.results.values()]
     columns = {
         key: [
-            figure(row[key].estimate, places) if key in row else part.gap(key)
-            for row, places in zip(part.figures.values(), digits, strict=True)
+            estimate_text(row[key].estimate, places) if key in row else part.gap(key)
+            for row, places in zip(part.results.values(), digits, strict=True)
         ]
         for key in part.encoders
     }
-    widths = {key: max(12, *map(len, cells)) + _GAP for key, cells in columns.items()}
-    title_width = min(max(map(len, titles)), max(_MIN_TITLE, width - sum(widths.values())))
+    widths = {key: max(_MIN_COLUMN, *map(len, cells)) for key, cells in columns.items()}
+    title_width = min(max(map(len, titles)), max(_MIN_TITLE, width - sum(widths.values()) - _GAP * len(widths)))
     lines = []
     for keys in _packed(widths, width - title_width):
-        lines += _block(titles, title_width, {key: columns[key] for key in keys}, widths)
+        table = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0), header_style="")
+        table.add_column("", width=title_width, overflow="fold")
+        for key in keys:
+            table.add_column(Text("\n".join(_lines(key, widths[key]))), width=widths[key], overflow="fold")
+        for i, title in enumerate(titles):
+            table.add_row(Text("\n".join(_lines(title, title_width))), *(columns[key][i] for key in keys))
+        lines += [*_rendered(table), ""]
     return lines
 
 
 def _packed(widths: Mapping[str, int], room: int) -> list[list[str]]:
-    """Columns dealt into as few blocks as hold them in order; a column wider than the room stands alone."""
+    """Columns in as few blocks as hold them in order; a column wider than the room is alone in its block."""
     blocks: list[list[str]] = []
     left = 0
     for key, width in widths.items():
-        if not blocks or width > left:
+        if not blocks or width + _GAP > left:
             blocks.append([])
             left = room
         blocks[-1].append(key)
-        left -= width
+        left -= width + _GAP
     return blocks
 
 
-def _block(
-    titles: Sequence[str], title_width: int, columns: Mapping[str, Sequence[str]], widths: Mapping[str, int]
-) -> list[str]:
-    lines = _row(title_width, [""], [(_lines(key, widths[key] - _GAP), widths[key]) for key in columns])
-    for i, title in enumerate(titles):
-        cells = [([cells[i]], widths[key]) for key, cells in columns.items()]
-        lines += _row(title_width, _lines(title, title_width), cells)
-    return [*lines, ""]
-
-
-def _row(title_width: int, title: Sequence[str], cells: Sequence[tuple[Sequence[str], int]]) -> list[str]:
-    """One row of the table on as many lines as its tallest cell has."""
-    height = max(len(title), *(len(cell) for cell, _ in cells))
-    columns = [(title, title_width), *cells]
-    filled = [[*cell, *[""] * (height - len(cell))] for cell, _ in columns]
-    indent = [0] + [_GAP] * len(cells)
-    return [
-        "".join(
-            " " * gap + cell[line].ljust(wide - gap)
-            for cell, gap, (_, wide) in zip(filled, indent, columns, strict=True)
-        ).rstrip()
-        for line in range(height)
-    ]
+def _rendered(table: Table) -> list[str]:
+    file = io.StringIO()
+    Console(file=file, width=_WIDEST, color_system=None, highlight=False, markup=False, emoji=False).print(table)
+    return [line.rstrip() for line in file.getvalue().rstrip("\n").split("\n")]

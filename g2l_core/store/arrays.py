@@ -14,7 +14,7 @@ from g2l_core.types import Features
 
 @dataclass(frozen=True)
 class CohortRows:
-    """Which slide and which stored row each global row of a cohort's array is."""
+    """Tells which slide and which stored row each global row of a cohort's array is."""
 
     slide_ids: tuple[str, ...]
     """In the array's order: sorted."""

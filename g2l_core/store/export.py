@@ -4,6 +4,7 @@ Magnifications appear here and nowhere else: 10 um/px over the micrometers per p
 """
 
 from collections.abc import Mapping
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import h5py
 import numpy as np
 
 from g2l_core.errors import StoreError
+from g2l_core.files import write_with
 from g2l_core.store import schema
 from g2l_core.store.features import FeatureStore, StoredSlide
 
@@ -27,7 +29,7 @@ def export_trident(store: FeatureStore, encoder: str, folder: Path, *, view: int
         folder/20x_256px_0px_overlap/features_<encoder>/<slide_id>.h5    features, coords
 
     features are float32 (n, dim), coords int64 (n, 2) in level-0 pixels, both in stored order without the
-    unreadable patches. Files of the same names are replaced, each at once.
+    unreadable patches. Files of the same names are replaced, each atomically.
 
     Args:
         store: All of its slides are written.
@@ -41,11 +43,11 @@ def export_trident(store: FeatureStore, encoder: str, folder: Path, *, view: int
     Raises:
         UnknownNameError: The store does not know the encoder.
         StoreMissingError: A slide's features are not complete.
-        StoreError: The store holds sets of patch images, which have no coordinates; or the files cannot be written.
+        StoreError: The store holds sets of patch images, which have no coordinates, or the files cannot be written.
     """
     slides = store.complete_slides(encoder, view=view)
     for slide in slides:
-        if slide.facts["kind"] != "slide":
+        if slide.facts.kind != "slide":
             raise StoreError(f"{slide.slide_id} is a set of patch images: TRIDENT's files need coordinates on a slide")
     grid = store.grid
     job = folder / f"{magnification(grid['mpp'])}x_{grid['patch_px']}px_0px_overlap"
@@ -64,13 +66,13 @@ def _export_slide(slide: StoredSlide, encoder: str, job: Path, grid: Mapping[str
 
 
 def _coords_attributes(slide: StoredSlide, grid: Mapping[str, Any], name: str) -> dict[str, Any]:
-    width, height = slide.facts["level0_size"]
+    width, height = slide.facts.level0_size
     return {
         "patch_size": grid["patch_px"],
-        "patch_size_level0": slide.facts["patch_px_level0"],
+        "patch_size_level0": slide.facts.patch_px_level0,
         "overlap": 0,
         "target_magnification": magnification(grid["mpp"]),
-        "level0_magnification": magnification(slide.facts["mpp"]),
+        "level0_magnification": magnification(slide.facts.mpp) if slide.facts.mpp else nan,
         "level0_width": width,
         "level0_height": height,
         "name": name,
@@ -86,14 +88,14 @@ def magnification(mpp: float) -> int | float:
 
 def _write_h5(path: Path, datasets: Mapping[str, tuple[np.ndarray, Mapping[str, Any]]]) -> None:
     """Write an HDF5 file of datasets with attributes, all of it or nothing."""
-    temporary = path.with_name(f".{path.name}{schema.LEFTOVER}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def write(temporary: Path) -> None:
         with h5py.File(temporary, "w") as file:
             for name, (values, attributes) in datasets.items():
                 file.create_dataset(name, data=values).attrs.update(attributes)
-        temporary.replace(path)
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_with(path, write)
     except OSError as error:
-        if temporary.exists():
-            temporary.unlink()
         raise StoreError(f"cannot write {path}: {error.strerror or error}") from error

@@ -1,7 +1,7 @@
-"""One writer at a time: locks of the operating system, freed by the kernel when their holder dies.
+"""Locks that let one process write at a time. The kernel frees them when their holder dies.
 
 `flock` holds on one machine, and on shared disks whose servers keep it (NFS version 4, Lustre mounted with `flock`).
-Where a disk refuses locks nothing is locked: let only one command at a time write into a store there.
+A disk that has no locks locks nothing: let only one command at a time write into a store there.
 """
 
 import errno
@@ -15,20 +15,23 @@ from pathlib import Path
 from g2l_core.errors import StoreError
 
 LOCKS = ".locks"
-"""Folder of a store that holds its lock files; nothing of them is part of the format."""
+"""The folder of a store that holds its lock files, which are not part of the format."""
 
 UNSUPPORTED = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS})
+"""Errors of disks that have no locks. The library filelock does not tell them from a lock that is held, or falls back
+on files that outlive a killed process, so it is not used here."""
+
 POLL_S = 0.2
 
 
 @contextmanager
 def locked(path: Path, *, wait_s: float, holder: str) -> Iterator[None]:
-    """Hold the lock file at `path`, which is made where it is missing and never deleted.
+    """Hold the lock file at `path`. It is made if it is missing, and never deleted.
 
     Args:
         path: The file; its folder is made.
         wait_s: How long to wait for another holder.
-        holder: Whom to suspect, for the message.
+        holder: Who probably holds it, for the error message.
 
     Raises:
         StoreError: Somebody else holds it for longer, or the file cannot be made.

@@ -1,9 +1,10 @@
-"""Specs and software as canonical JSON, their digest, and which field differs between two."""
+"""Specs as canonical JSON, their digest, what differs between two, and which software is installed when."""
 
 import hashlib
 import json
 import platform
 from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
 from importlib import metadata
 
 import g2l_core
@@ -24,13 +25,18 @@ def digest(value: object) -> str:
 def differences(
     stored: Mapping[str, object], asked: Mapping[str, object], prefix: str = ""
 ) -> Iterator[tuple[str, object, object]]:
-    """Yield (field, stored value, asked value) for every field that differs; nested fields joined by dots."""
+    """Yield (field, stored value, asked value) for every field that differs; nested fields are joined by dots."""
     for key in sorted({*stored, *asked}):
-        ours, theirs = stored.get(key), asked.get(key)
-        if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
-            yield from differences(ours, theirs, f"{prefix}{key}.")
-        elif canonical_json(ours) != canonical_json(theirs):
-            yield f"{prefix}{key}", ours, theirs
+        there, now = stored.get(key), asked.get(key)
+        if isinstance(there, Mapping) and isinstance(now, Mapping):
+            yield from differences(there, now, f"{prefix}{key}.")
+        elif canonical_json(there) != canonical_json(now):
+            yield f"{prefix}{key}", there, now
+
+
+def utc_now() -> str:
+    """The time as ISO 8601, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def software() -> dict[str, str]:

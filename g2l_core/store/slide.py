@@ -1,14 +1,14 @@
-"""One slide of a store: read it, and write features into it shard by shard.
+"""One slide of a store: its tables, its features, and which of their shards are complete.
 
 A shard is `SHARD_ROWS` rows of one view: one file, one writer. It counts only once its completion record (row
-count, checksum, failed patches) stands in the features array's attributes, which are replaced atomically
-after the shard's file is. What is recorded is never recomputed; what is not recorded is.
+count, checksum, failed patches) is in the features array's attributes, which are replaced atomically after the
+shard's file is. What is recorded is never recomputed; what is not recorded is.
 """
 
 import errno
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import zarr
 
 from g2l_core.errors import StoreCorruptError, StoreError, StoreMissingError, UnknownNameError
 from g2l_core.store import schema
+from g2l_core.store.facts import OK, FeatureFacts, ShardRecord, SlideFacts
 from g2l_core.types import Coords, Features, PatchStatus, PixelHash, ViewParams
 
 
@@ -35,29 +36,34 @@ class Shard:
 
 
 KEPT_REASONS = 100
-"""Most patches of a slide whose reason is kept in words; the rest have their code."""
+"""How many unreadable patches of a slide keep their reason in words; the others have only their code."""
 
 
 class StoredSlide:
-    """One slide of a store: what stage one wrote about it."""
+    """One slide of a store.
 
-    def __init__(self, slide_id: str, group: zarr.Group) -> None:
+    Attributes:
+        slide_id: Its id, with its folders.
+        facts: What stage one wrote about it.
+    """
+
+    def __init__(self, slide_id: str, group: zarr.Group, folder: Path) -> None:
         self.slide_id = slide_id
-        self.facts: dict[str, Any] = dict(group.attrs[schema.ATTRIBUTE])
-        self._group = group
+        self.facts = SlideFacts.from_json(group.attrs[schema.ATTRIBUTE])
+        self._group, self._folder = group, folder
 
     @property
     def has_patches(self) -> bool:
         """Whether it has patches."""
-        return self.facts["status"] == "ok"
+        return self.facts.status == OK
 
     def __len__(self) -> int:
-        return int(self.facts.get("n_patches", 0))
+        return self.facts.n_patches
 
     @property
     def labels(self) -> dict[str, str]:
         """patient_id, medical_center and whatever else the manifest gave for the whole slide."""
-        return dict(self.facts.get("labels", {}))
+        return dict(self.facts.labels)
 
     @property
     def coords(self) -> Coords:
@@ -87,10 +93,10 @@ class StoredSlide:
     @property
     def n_views(self) -> int:
         """Views whose parameters are stored, the canonical one included."""
-        return int(self.facts["n_views"])
+        return self.facts.n_views
 
     def read_table(self, name: str) -> Any:
-        """A whole array beside the features, by its name in the store; checksums checked.
+        """A whole array other than the features, by its name in the store. Checksums are checked.
 
         Raises:
             StoreCorruptError: It is not what was written.
@@ -99,7 +105,7 @@ class StoredSlide:
             return self.array(name)[:]
 
     def set_labels(self, labels: Mapping[str, str]) -> None:
-        """Replace the slide's labels."""
+        """Replace the labels of the slide."""
         self._set_facts(labels=dict(labels))
 
     def set_source(self, path: Path, fingerprint: str) -> None:
@@ -110,28 +116,27 @@ class StoredSlide:
     def unreadable(self) -> dict[int, str]:
         """Why each unreadable patch could not be read, by row; reasons beyond the first `KEPT_REASONS` are not kept."""
         rows = np.flatnonzero(self.patch_status == schema.STATUS["unreadable"]).tolist()
-        kept = self.facts.get("unreadable", {})
+        kept = self.facts.unreadable
         return {row: kept.get(str(row), f"row {row}: reason not kept") for row in rows}
 
     def note_losses(self, reasons: Mapping[int, str]) -> None:
         """Keep why patches could not be read, by row."""
-        kept = {**self.facts.get("unreadable", {}), **{str(row): reason for row, reason in reasons.items()}}
+        kept = {**self.facts.unreadable, **{str(row): reason for row, reason in reasons.items()}}
         self._set_facts(unreadable=dict(list(kept.items())[-KEPT_REASONS:]))
 
     def forget(self, start: int) -> None:
         """Drop the completion records of all encoders and views of the shard that begins at row `start`.
 
-        For patches that could be read at last: whatever holds NaN for them has to be computed again.
+        When patches that were unreadable can be read, everything that holds NaN for them has to be computed again.
         """
         block = str(start // schema.SHARD_ROWS)
-        for encoder in self.encoders:
-            array, facts = self.features_array(encoder), self.feature_facts(encoder)
-            kept = {name: record for name, record in facts["shards"].items() if name.partition(".")[0] != block}
-            with writing(f"features of slide {self.slide_id}"):
-                array.attrs[schema.ATTRIBUTE] = {**facts, "shards": kept, "complete": False}
+        for encoder in self.encoder_keys:
+            facts = self.feature_facts(encoder)
+            kept = {name: record for name, record in facts.shards.items() if name.partition(".")[0] != block}
+            self.set_feature_facts(encoder, replace(facts, shards=kept, complete=False))
 
     def extend_views(self, view_params: ViewParams) -> None:
-        """Add the parameters of further views behind those stored. They count once `n_views` says so, last."""
+        """Add the parameters of further views after the stored ones. They count once `n_views` says so."""
         params, hashes = self.array("view_params"), self.array("pixel_hash")
         n_views = self.n_views + view_params.shape[1]
         with writing(f"views of slide {self.slide_id}"):
@@ -140,10 +145,12 @@ class StoredSlide:
             params[:, self.n_views :] = view_params
         self._set_facts(n_views=n_views)
 
-    def _set_facts(self, **facts: object) -> None:
-        self.facts |= facts
+    def _set_facts(self, **changes: Any) -> None:
+        """Replace some facts, in the store first."""
+        facts = replace(self.facts, **changes)
         with writing(f"slide {self.slide_id}"):
-            self._group.attrs[schema.ATTRIBUTE] = self.facts
+            self._group.attrs[schema.ATTRIBUTE] = facts.to_json()
+        self.facts = facts
 
     def array(self, path: str) -> zarr.Array:
         """A Zarr array of the slide by its path below the slide's group, such as `coords`; nothing is checked."""
@@ -155,18 +162,19 @@ class StoredSlide:
         return self.array(f"features/{encoder}")
 
     @property
-    def encoders(self) -> list[str]:
+    def encoder_keys(self) -> list[str]:
         """Keys of the encoders that have features of this slide, whole or not."""
-        return sorted(members(self._group["features"])) if "features" in self._group else []
+        folder = self._folder / "features"
+        return sorted(members(folder)) if folder.is_dir() else []
 
     def features_array(self, encoder: str) -> zarr.Array:
-        """The Zarr array of an encoder, float16 (n, views, dim), as it stands.
+        """The Zarr array of an encoder, float16 (n, views, dim), whatever has been written of it.
 
         Raises:
             UnknownNameError: That encoder has none here.
         """
-        if encoder not in self.encoders:
-            raise UnknownNameError("encoder", encoder, self.encoders, f"Asked of slide {self.slide_id}.")
+        if encoder not in self.encoder_keys:
+            raise UnknownNameError("encoder", encoder, self.encoder_keys, f"Asked of slide {self.slide_id}.")
         return self.array(f"features/{encoder}")
 
     def features(self, encoder: str, *, view: int = 0) -> Features:
@@ -196,7 +204,7 @@ class StoredSlide:
 
         Raises:
             UnknownNameError: The encoder has no features of this slide.
-            StoreMissingError: Names the slide, the encoder and the view.
+            StoreMissingError: Some are not. The message names the slide, the encoder and the view.
         """
         self.features_array(encoder)
         records = self.records(encoder)
@@ -213,52 +221,56 @@ class StoredSlide:
         starts = range(0, len(self), schema.SHARD_ROWS)
         return [Shard(a, min(a + schema.SHARD_ROWS, len(self)), v) for a in starts for v in views]
 
-    def records(self, encoder: str) -> dict[str, dict[str, Any]]:
+    def records(self, encoder: str) -> dict[str, ShardRecord]:
         """The completion records of an encoder's shards whose file is there, by shard name; empty where it has none.
 
         So a damaged file is repaired by deleting it and running the caching command again.
         """
-        if encoder not in self.encoders:
+        if encoder not in self.encoder_keys:
             return {}
-        kept = self.feature_facts(encoder)["shards"]
+        kept = self.feature_facts(encoder).shards
         shards = [s for s in self.shards(range(self.features_array(encoder).shape[1])) if s.name in kept]
         return {s.name: kept[s.name] for s in shards if self.has_file(encoder, s, kept[s.name])}
 
-    def feature_facts(self, encoder: str) -> dict[str, Any]:
-        """Attributes of an encoder's array: its digest, and all completion records, whatever became of the files.
+    def feature_facts(self, encoder: str) -> FeatureFacts:
+        """The digest of an encoder's features and all their completion records, whatever became of the files.
 
         Raises:
             UnknownNameError: That encoder has none here.
         """
-        return dict(self.features_array(encoder).attrs.get(schema.ATTRIBUTE, {"shards": {}}))
+        return FeatureFacts.from_json(self.features_array(encoder).attrs.get(schema.ATTRIBUTE, {}))
+
+    def set_feature_facts(self, encoder: str, facts: FeatureFacts) -> None:
+        """Replace the digest and the completion records of an encoder's features.
+
+        Raises:
+            StoreError: The disk is full, or cannot be written to.
+        """
+        with writing(f"features of slide {self.slide_id}"):
+            self.features_array(encoder).attrs[schema.ATTRIBUTE] = facts.to_json()
 
     def shard_path(self, encoder: str, shard: Shard) -> Path:
         """The file of a shard."""
         block = shard.start // schema.SHARD_ROWS
-        return folder_of(self._group) / "features" / encoder / "c" / str(block) / str(shard.view) / "0"
+        return self._folder / "features" / encoder / "c" / str(block) / str(shard.view) / "0"
 
-    def has_file(self, encoder: str, shard: Shard, record: Mapping[str, Any]) -> bool:
+    def has_file(self, encoder: str, shard: Shard, record: ShardRecord) -> bool:
         """Whether a recorded shard's file is there; Zarr writes none where no patch was readable: all is fill value."""
         path = self.shard_path(encoder, shard)
-        return record["failed"] == record["rows"] or (path.is_file() and path.stat().st_size > 0)
+        return record.failed == record.rows or (path.is_file() and path.stat().st_size > 0)
 
 
-def members(group: zarr.Group) -> list[str]:
-    """Names of a group's groups and arrays. Zarr's own listing warns about each leftover of a killed writer."""
-    return [path.name for path in folder_of(group).iterdir() if (path / "zarr.json").is_file()]
-
-
-def folder_of(group: zarr.Group) -> Path:
-    """The folder that holds a group; a store is always local."""
-    return Path(group.store.root) / group.path
+def members(folder: Path) -> list[str]:
+    """Names of the groups and arrays in a group's folder. Zarr's own listing warns about files of killed writers."""
+    return [path.name for path in folder.iterdir() if (path / "zarr.json").is_file()]
 
 
 @contextmanager
 def _reading(what: str) -> Iterator[None]:
-    """Translate what Zarr's codecs and the operating system say of damaged files.
+    """Translate the errors of Zarr's codecs and of the operating system about damaged files.
 
     Raises:
-        StoreCorruptError: They said so.
+        StoreCorruptError: The block raised one of them.
     """
     try:
         yield
@@ -268,10 +280,10 @@ def _reading(what: str) -> Iterator[None]:
 
 @contextmanager
 def writing(what: str) -> Iterator[None]:
-    """Translate what the operating system says of a full or closed disk.
+    """Translate the errors of the operating system about a full disk, or one that cannot be written to.
 
     Raises:
-        StoreError: It said so.
+        StoreError: The block raised one of them.
     """
     try:
         yield

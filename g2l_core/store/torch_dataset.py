@@ -1,4 +1,4 @@
-"""Stored features as a torch Dataset: one item a slide, for whoever trains on slides."""
+"""Stored features as a torch Dataset: one item a slide, for training on whole slides."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from g2l_core.errors import ManifestError, StoreMissingError
+from g2l_core.errors import ManifestError
 from g2l_core.store.features import FeatureStore
 from g2l_core.store.schema import STATUS
 
 
 class SlideFeatures(Dataset[dict[str, Any]]):
-    """The stored features of a cohort, slide by slide.
+    """The stored features of a cohort, one item a slide.
 
     An item is a dict: `features` float32 (n, dim), `coords` int32 (n, 2) in level-0 pixels, `slide_id`, and
     `label` where a column was asked for; unreadable patches are left out. Slides differ in n, so a DataLoader
@@ -36,15 +36,11 @@ class SlideFeatures(Dataset[dict[str, Any]]):
 
         Raises:
             StoreMissingError: There is no store, no slide, or one whose features are not complete.
-            UnknownNameError: A slide has no features of the encoder.
+            UnknownNameError: The store does not know the encoder.
             ManifestError: A slide has no such label.
         """
         self._store, self._encoder, self._view, self._label = FeatureStore.open(store), encoder, view, label
-        slides = list(self._store.slides())
-        if not slides:
-            raise StoreMissingError(f"{store} has no slide with patches")
-        for slide in slides:
-            slide.require_complete(encoder, view)
+        slides = self._store.complete_slides(encoder, view=view)
         self.slide_ids = tuple(slide.slide_id for slide in slides)
         self.labels = _labels({slide.slide_id: slide.labels for slide in slides}, label) if label else {}
 

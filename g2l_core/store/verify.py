@@ -1,20 +1,18 @@
-"""Is a store what was written? Every recorded shard is read again and compared with its completion record."""
+"""Check a store: every recorded shard is read again and compared with its completion record."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, UInt64
 from numcodecs.checksum32 import CRC32C
 
-from g2l_core.errors import StoreCorruptError, StoreError
+from g2l_core.errors import StoreCorruptError
 from g2l_core.store import schema
+from g2l_core.store.facts import ShardRecord
 from g2l_core.store.features import FeatureStore, Shard, StoredSlide
-
-KINDS = ("damaged", "missing", "failed", "leftover")
-"""damaged: not what was written. missing: not written yet. failed: a slide that stage one could not use.
-leftover: a temporary file of a killed writer, without meaning."""
 
 ADVICE = "delete that file and run the caching command again: it computes this shard alone"
 
@@ -23,12 +21,13 @@ ADVICE = "delete that file and run the caching command again: it computes this s
 class Problem:
     """One thing that is wrong, or not there yet."""
 
-    kind: str
-    """One of `KINDS`."""
+    kind: Literal["damaged", "missing", "failed", "leftover"]
+    """damaged: not what was written. missing: not written yet. failed: a slide that stage one could not use.
+    leftover: a temporary file of a killed writer, without meaning."""
     slide_id: str = ""
     encoder: str = ""
     what: str
-    """In words: what was found, where, and what to do."""
+    """A sentence for people: what was found, where, and what to do."""
 
     def __str__(self) -> str:
         place = " ".join(filter(None, [self.slide_id and f"slide {self.slide_id}", self.encoder]))
@@ -57,67 +56,55 @@ def leftovers(store: FeatureStore) -> list[Path]:
     return sorted(store.path.rglob(f"*{schema.LEFTOVER}"))
 
 
-def remove_leftovers(store: FeatureStore) -> list[Path]:
-    """Delete the temporary files of killed writers; return them. Nobody may be writing into the store.
-
-    Raises:
-        StoreError: One cannot be deleted.
-    """
-    found = leftovers(store)
-    for path in found:
-        try:
-            path.unlink()
-        except OSError as error:
-            raise StoreError(f"cannot delete {path}: {error.strerror}") from error
-    return found
-
-
 def _verify_tables(slide: StoredSlide) -> Iterator[Problem]:
-    """The arrays beside the features: readable, and of one length."""
+    """Check that the arrays other than the features are readable and of one length."""
     n, v = len(slide), slide.n_views
-    wanted: dict[str, tuple[int, ...]] = {
+    min_shapes: dict[str, tuple[int, ...]] = {
         "coords": (n, 2), "patch_status": (n,), "view_params": (n, v), "pixel_hash": (n, v)
     }  # fmt: skip
-    if slide.facts["kind"] == "patches":
-        wanted["patch_id"] = (n,)
-    for name, least in wanted.items():
+    if slide.facts.kind == "patches":
+        min_shapes["patch_id"] = (n,)
+    for name, min_shape in min_shapes.items():
         try:
             shape = slide.read_table(name).shape
         except StoreCorruptError as error:
             yield Problem(kind="damaged", slide_id=slide.slide_id, what=str(error))
             continue
-        if len(shape) < len(least) or shape[0] != n or any(a < b for a, b in zip(shape, least, strict=False)):
+        is_short = any(size < wanted for size, wanted in zip(shape, min_shape, strict=False))
+        if len(shape) < len(min_shape) or shape[0] != n or is_short:
             text = f"{name} has shape {shape}, but the slide has {n} patches and {v} views. Cache it into a new store"
             yield Problem(kind="damaged", slide_id=slide.slide_id, what=text)
 
 
 def _verify_features(store: FeatureStore, slide: StoredSlide) -> Iterator[Problem]:
-    for encoder in sorted({*store.encoders, *slide.encoders}):
-        if encoder not in slide.encoders:
+    for encoder in sorted({*store.encoders, *slide.encoder_keys}):
+        if encoder not in slide.encoder_keys:
             yield Problem(kind="missing", slide_id=slide.slide_id, encoder=encoder, what="no features yet")
             continue
         for kind, what in _encoder_problems(store, slide, encoder):
             yield Problem(kind=kind, slide_id=slide.slide_id, encoder=encoder, what=what)
 
 
-def _encoder_problems(store: FeatureStore, slide: StoredSlide, encoder: str) -> Iterator[tuple[str, str]]:
+def _encoder_problems(
+    store: FeatureStore, slide: StoredSlide, encoder: str
+) -> Iterator[tuple[Literal["damaged", "missing"], str]]:
     """Yield (kind, what) for one encoder's features of one slide."""
     array, facts = slide.features_array(encoder), slide.feature_facts(encoder)
-    digest = store.encoders.get(encoder, {}).get("digest")
-    if facts.get("digest", digest) != digest:
-        yield "damaged", f"written by an encoder of digest {facts['digest'][:12]}, the store lists {str(digest)[:12]}"
+    digest = store.encoders[encoder].digest if encoder in store.encoders else None
+    if facts.digest and facts.digest != digest:
+        yield "damaged", f"written by an encoder of digest {facts.digest[:12]}, the store lists {str(digest)[:12]}"
     if array.shape[0] != len(slide):
         yield "damaged", f"{array.shape[0]} rows of features, but the slide has {len(slide)} patches"
         return
     good, hashes = slide.patch_status == schema.STATUS["ok"], slide.pixel_hash
     for view in range(array.shape[1]):
         shards = slide.shards([view])
-        recorded = [s for s in shards if s.name in facts["shards"]]
+        recorded = [s for s in shards if s.name in facts.shards]
         if len(recorded) < len(shards):
             yield "missing", f"view {view}: {len(shards) - len(recorded)} of {len(shards)} shards are not written yet"
         for shard in recorded:
             rows = slice(shard.start, shard.stop)
-            what = _shard_damage(slide, encoder, shard, facts["shards"][shard.name], good[rows], hashes[rows, view])
+            what = _shard_damage(slide, encoder, shard, facts.shards[shard.name], good[rows], hashes[rows, view])
             if what:
                 path = slide.shard_path(encoder, shard).relative_to(store.path)
                 yield "damaged", f"view {view}, rows {rows.start} to {rows.stop}: {what}. The file is {path}; {ADVICE}"
@@ -127,20 +114,20 @@ def _shard_damage(
     slide: StoredSlide,
     encoder: str,
     shard: Shard,
-    record: Mapping[str, int],
+    record: ShardRecord,
     good: Bool[np.ndarray, " row"],
     hashes: UInt64[np.ndarray, " row"],
 ) -> str | None:
-    """What is wrong with a recorded shard, in words; None where nothing is."""
+    """What is wrong with a recorded shard, for people; None where nothing is."""
     if not slide.has_file(encoder, shard, record):
         return "its file is absent or empty"
     try:
         features = slide.read_rows(encoder, shard.start, shard.stop, view=shard.view)
     except StoreCorruptError as error:
         return f"its file cannot be read ({error.__cause__})"
-    found = int(CRC32C.checksum(np.ascontiguousarray(features)))
-    if (len(features), found) != (record["rows"], record["crc32c"]):
-        return f"{len(features)} rows of crc32c {found:08x}, recorded {record['rows']} of {record['crc32c']:08x}"
+    checksum = int(CRC32C.checksum(np.ascontiguousarray(features)))
+    if (len(features), checksum) != (record.rows, record.crc32c):
+        return f"{len(features)} rows of crc32c {checksum:08x}, recorded {record.rows} of {record.crc32c:08x}"
     if not np.isfinite(features[good]).all():
         return "features of readable patches are not finite"
     return None if hashes[good].all() else "pixel hashes of its patches are absent"

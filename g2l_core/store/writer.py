@@ -1,8 +1,8 @@
-"""Write features into a store, shard by shard."""
+"""Write features into a store, shard by shard, each with its completion record."""
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import zarr
@@ -11,6 +11,7 @@ from numcodecs.checksum32 import CRC32C
 
 from g2l_core.errors import EncoderError, StoreMismatchError
 from g2l_core.store import schema
+from g2l_core.store.facts import ShardRecord
 from g2l_core.store.slide import Shard, StoredSlide, writing
 from g2l_core.types import Features, PatchStatus
 
@@ -31,25 +32,28 @@ class FeatureWriter:
         Args:
             slide: The slide.
             encoder: Key of the encoder.
-            digest: Of the encoder, kept with the features.
+            digest: Digest of the encoder, kept with the features.
             dim: Width of a feature.
-            n_views: Views that the array must have room for, the canonical one included.
+            n_views: Number of views that the array must hold, the canonical one included.
 
         Raises:
             StoreError: The disk is full, or cannot be written to.
         """
         with writing(f"features of slide {slide.slide_id}"):
-            known = encoder in slide.encoders
-            array = slide.features_array(encoder) if known else slide.new_features(encoder, n_views=n_views, dim=dim)
-            facts = array.attrs.get(schema.ATTRIBUTE, {"encoder": encoder, "digest": digest, "shards": {}})
-            if schema.ATTRIBUTE not in array.attrs or array.shape[1] < n_views:
-                array.attrs[schema.ATTRIBUTE] = {**facts, "complete": False}
-            if array.shape[1] < n_views:
+            if encoder not in slide.encoder_keys:
+                slide.new_features(encoder, n_views=n_views, dim=dim)
+            facts = slide.feature_facts(encoder)
+            is_narrow = slide.features_array(encoder).shape[1] < n_views
+            if is_narrow or not facts.encoder:  # no facts: the array is new, or a kill came before they were written
+                facts = replace(facts, encoder=encoder, digest=facts.digest or digest, complete=False)
+                slide.set_feature_facts(encoder, facts)
+            array = slide.features_array(encoder)  # opened after the facts are written, for resizing writes them too
+            if is_narrow:
                 array.resize((len(slide), n_views, dim))
         return cls(slide, encoder, array)
 
     def missing(self, views: Sequence[int]) -> list[Shard]:
-        """The shards of these views that have no completion record, rows first."""
+        """The shards of these views that have no completion record, in the order of their rows."""
         records = self._slide.records(self._encoder)
         return [s for s in self._slide.shards(views) if s.name not in records]
 
@@ -84,11 +88,11 @@ class FeatureWriter:
             self._record(shard, failed=int(np.count_nonzero(status)), checksum=int(CRC32C.checksum(stored)))
 
     def _record(self, shard: Shard, *, failed: int, checksum: int) -> None:
-        facts: dict[str, Any] = dict(self._array.attrs[schema.ATTRIBUTE])
-        record = {"rows": shard.stop - shard.start, "failed": failed, "crc32c": checksum}
-        facts["shards"] = {**facts["shards"], shard.name: record}
-        facts["complete"] = len(facts["shards"]) == len(self._slide.shards(range(self._array.shape[1])))
-        self._array.attrs[schema.ATTRIBUTE] = facts
+        facts = self._slide.feature_facts(self._encoder)
+        record = ShardRecord(rows=shard.stop - shard.start, failed=failed, crc32c=checksum)
+        shards = {**facts.shards, shard.name: record}
+        complete = len(shards) == len(self._slide.shards(range(self._array.shape[1])))
+        self._slide.set_feature_facts(self._encoder, replace(facts, shards=shards, complete=complete))
 
     def _require_finite(self, shard: Shard, features: Features, status: PatchStatus) -> None:
         bad = np.flatnonzero(~np.isfinite(features).all(axis=1) & (status == schema.STATUS["ok"]))
@@ -96,7 +100,7 @@ class FeatureWriter:
             raise EncoderError(self.not_finite(shard.start + int(bad[0]), shard.view))
 
     def not_finite(self, row: int, view: int) -> str:
-        """What to say of a patch whose features are NaN, infinite or too large for float16."""
+        """The message about a patch whose features are NaN, infinite or too large for float16."""
         x, y = self._slide.array("coords")[row]
         return (
             f"{self._encoder} gave features that are not finite in float16 for row {row} at ({x}, {y}), view {view}. "

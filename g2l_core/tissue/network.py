@@ -5,15 +5,17 @@ wants `mpp = 10.0` and `tissue_classes = [0]`.
 """
 
 import hashlib
+import json
 import tomllib
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Annotated, Any, TypeAlias, get_type_hints
 
 import cv2
 import numpy as np
 from jaxtyping import Float32
+from pydantic import Field, NonNegativeInt, PositiveFloat, TypeAdapter, ValidationError
 
 from g2l_core.errors import UsageError
 from g2l_core.slides.slide import Frame, Slide
@@ -36,18 +38,22 @@ Forward: TypeAlias = Callable[[Float32[np.ndarray, "1 3 height width"]], Any]
 class NetworkSettings:
     """What a network needs beside its file: the keys of its TOML."""
 
-    mpp: float = 1.0
+    mpp: Annotated[float, Field(ge=0.1, le=50, description="a number from 0.1 to 50")] = 1.0
     """Micrometers per pixel of its input."""
-    tile_px: int = 512
+    tile_px: Annotated[int, Field(ge=32, le=8192, description="a whole number from 32 to 8192")] = 512
     """Side of its input."""
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    """Of red, green and blue in 0 .. 1, taken away before; ImageNet's."""
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    """By which they are divided then."""
-    tissue_classes: tuple[int, ...] = (1,)
+    mean: Annotated[tuple[float, float, float], Field(description="three numbers")] = (0.485, 0.456, 0.406)
+    """Subtracted from red, green and blue, which are 0 to 1. The defaults are ImageNet's."""
+    std: Annotated[tuple[PositiveFloat, PositiveFloat, PositiveFloat], Field(description="three numbers above 0")] = (
+        0.229, 0.224, 0.225,
+    )  # fmt: skip
+    """Divides them after that."""
+    tissue_classes: Annotated[
+        tuple[NonNegativeInt, ...], Field(min_length=1, description="a list of channels from 0")
+    ] = (1,)
     """With two or more output channels: those that count as tissue where they are the largest."""
-    threshold: float = 0.5
-    """With one output channel: least value that is tissue. A network that ends without a sigmoid wants 0."""
+    threshold: Annotated[float, Field(description="a number")] = 0.5
+    """With one output channel: the minimum value that is tissue. A network that ends without a sigmoid wants 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,33 +164,21 @@ def _read_settings(path: Path) -> NetworkSettings:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(f"--tissue: cannot read {path}: {error}") from error
-    known = {field.name for field in fields(NetworkSettings)}
-    if unknown := set(table) - known:
-        raise UsageError(f"{path}: unknown key {sorted(unknown)[0]!r}; known: {', '.join(sorted(known))}")
-    settings: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
-    for key, value in settings.items():
-        if problem := _problem(key, value):
-            raise UsageError(f"{path}: {key} must be {problem}, not {table[key]!r}")
-    found = NetworkSettings(**settings)
-    if found.tile_px * found.mpp < SMALLEST_TILE_UM:
+    known = get_type_hints(NetworkSettings, include_extras=True)
+    if unknown := sorted(set(table) - set(known)):
+        raise UsageError(f"{path}: unknown key {unknown[0]!r}; known: {', '.join(sorted(known))}")
+    try:  # as JSON, whose lists are tuples and whose whole numbers are numbers even where types are strict
+        TypeAdapter(NetworkSettings).validate_json(json.dumps(table, default=str), strict=True)
+    except ValidationError as error:
+        key = str(error.errors()[0]["loc"][0])
+        raise UsageError(
+            f"{path}: {key} must be {known[key].__metadata__[0].description}, not {table[key]!r}"
+        ) from error
+    # Built from the values as they are written, since the network's digest tells 1 from 1.0.
+    settings = NetworkSettings(**{key: tuple(v) if isinstance(v, list) else v for key, v in table.items()})
+    if settings.tile_px * settings.mpp < SMALLEST_TILE_UM:
         raise UsageError(f"{path}: tile_px times mpp must be at least {SMALLEST_TILE_UM:g} um")
-    return found
-
-
-def _problem(key: str, value: object) -> str:
-    """What a setting must be, if it is not that."""
-    number = (int, float)
-    if key == "tile_px":
-        return "" if type(value) is int and 32 <= value <= 8192 else "a whole number from 32 to 8192"
-    if key == "mpp":
-        return "" if type(value) in number and 0.1 <= value <= 50 else "a number from 0.1 to 50"  # type: ignore[operator]
-    if key == "threshold":
-        return "" if type(value) in number else "a number"
-    values = value if isinstance(value, tuple) else ()
-    if key == "tissue_classes":
-        return "" if values and all(type(v) is int and v >= 0 for v in values) else "a list of channels from 0"
-    good = len(values) == 3 and all(type(v) in number for v in values) and (key == "mean" or min(values) > 0)
-    return "" if good else "three numbers" + (" above 0" if key == "std" else "")
+    return settings
 
 
 def _load_torchscript(path: Path) -> Forward:

@@ -5,7 +5,6 @@ They lie beside the store, in `<store name>.qc/<slide_id>.jpg` and `.geojson`. T
 """
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import log10
 from pathlib import Path
@@ -16,8 +15,8 @@ import numpy as np
 from jaxtyping import Bool
 from PIL import Image, ImageDraw, ImageFont
 
+from g2l_core.files import write_text, write_with
 from g2l_core.slides.slide import Slide, Thumbnail
-from g2l_core.store.schema import LEFTOVER
 from g2l_core.tissue.geojson import areas_of
 from g2l_core.types import Coords, Level0Px, Mpp, Rgb, TissueMask
 
@@ -66,13 +65,13 @@ def overview_folder(store: Path) -> Path:
     return store.with_name(store.name.removesuffix(".zarr") + ".qc")
 
 
-def write_overview(folder: Path, slide: Slide, laying: SlideOverview, thumbnail: Thumbnail | None) -> str:
+def write_overview(folder: Path, slide: Slide, overview: SlideOverview, thumbnail: Thumbnail | None) -> str:
     """Write a slide's picture and tissue outlines; each replaces its file at once or not at all.
 
     Args:
         folder: As `overview_folder` gives it.
         slide: Open; read again where the thumbnail is absent or too small to look at.
-        laying: What was kept.
+        overview: What was kept.
         thumbnail: The slide at a small scale, if it is at hand.
 
     Returns:
@@ -82,26 +81,25 @@ def write_overview(folder: Path, slide: Slide, laying: SlideOverview, thumbnail:
         ReadError: The slide cannot be read.
         OSError: The files cannot be written.
     """
-    picture = Image.fromarray(draw_overview(thumbnail_to_show(slide, thumbnail), laying, slide.mpp))
-    outlines = folder / f"{laying.slide_id}.geojson"
+    picture = Image.fromarray(draw_overview(thumbnail_to_show(slide, thumbnail), overview, slide.mpp))
+    outlines = folder / f"{overview.slide_id}.geojson"
     outlines.parent.mkdir(parents=True, exist_ok=True)
-    _replace(folder / f"{laying.slide_id}.jpg", lambda path: picture.save(path, "JPEG", quality=88))
+    write_with(folder / f"{overview.slide_id}.jpg", lambda path: picture.save(path, "JPEG", quality=88))
     if outlines.exists() and not _is_ours(outlines):
         return f"{outlines} was edited and is left as it is"
-    text = tissue_geojson(laying, slide.level0_size)
-    _replace(outlines, lambda path: path.write_text(text, encoding="utf-8"))
+    write_text(outlines, tissue_geojson(overview, slide.level0_size))
     return ""
 
 
-def tissue_geojson(laying: SlideOverview, level0_size: tuple[int, int]) -> str:
+def tissue_geojson(overview: SlideOverview, level0_size: tuple[int, int]) -> str:
     """A slide's tissue as a GeoJSON document in level-0 pixels; the whole slide where everything counts."""
-    if laying.mask is None:
+    if overview.mask is None:
         document = areas_of(np.ones((1, 1), bool), 1.0)
         width, height = level0_size
         corners = [[0, 0], [width, 0], [width, height], [0, height], [0, 0]]
         document["features"][0]["geometry"]["coordinates"] = [corners]
     else:
-        document = areas_of(laying.mask, laying.downsample)
+        document = areas_of(overview.mask, overview.downsample)
     return GENERATOR + json.dumps(document, separators=(",", ":"))[1:]
 
 
@@ -112,12 +110,12 @@ def thumbnail_to_show(slide: Slide, thumbnail: Thumbnail | None) -> Thumbnail:
     return slide.read_thumbnail(Mpp(max(slide.level0_size) * slide.mpp / LONGEST_PX))
 
 
-def draw_overview(thumbnail: Thumbnail, laying: SlideOverview, slide_mpp: Mpp) -> Rgb:
+def draw_overview(thumbnail: Thumbnail, overview: SlideOverview, slide_mpp: Mpp) -> Rgb:
     """The picture: tissue outlined, kept patches outlined, the rest paler, a scale bar, two lines of caption.
 
     Args:
         thumbnail: The slide.
-        laying: What was kept.
+        overview: What was kept.
         slide_mpp: Micrometers per level-0 pixel.
 
     Returns:
@@ -125,14 +123,14 @@ def draw_overview(thumbnail: Thumbnail, laying: SlideOverview, slide_mpp: Mpp) -
     """
     image, downsample = _fitted(thumbnail)
     height, width = image.shape[:2]
-    kept = _boxes(laying, downsample)
+    kept = _boxes(overview, downsample)
     shown = _veiled(image, kept)
     _outline_patches(shown, kept)
-    if laying.mask is not None:
-        _outline_tissue(shown, laying.mask, laying.downsample / downsample)
+    if overview.mask is not None:
+        _outline_tissue(shown, overview.mask, overview.downsample / downsample)
     canvas = Image.new("RGB", (max(width, NARROWEST_PX), height + CAPTION_PX), "white")
     canvas.paste(Image.fromarray(shown), (0, 0))
-    _write_caption(canvas, height, laying, slide_mpp, downsample)
+    _write_caption(canvas, height, overview, slide_mpp, downsample)
     return np.asarray(canvas)
 
 
@@ -146,10 +144,10 @@ def _fitted(thumbnail: Thumbnail) -> tuple[Rgb, float]:
     return cv2.resize(thumbnail.image, size, interpolation=cv2.INTER_AREA), thumbnail.downsample * shrink
 
 
-def _boxes(laying: SlideOverview, downsample: float) -> np.ndarray:
+def _boxes(overview: SlideOverview, downsample: float) -> np.ndarray:
     """Left, top, right and bottom of each kept patch in pixels of the picture, int (n, 4)."""
-    low = laying.coords / downsample
-    return np.rint(np.hstack([low, low + laying.side / downsample])).astype(int)
+    low = overview.coords / downsample
+    return np.rint(np.hstack([low, low + overview.side / downsample])).astype(int)
 
 
 def _veiled(image: Rgb, kept: np.ndarray) -> Rgb:
@@ -178,7 +176,7 @@ def _outline_tissue(image: Rgb, mask: Bool[np.ndarray, "mask_height mask_width"]
     cv2.drawContours(image, contours, -1, TISSUE_COLOR, max(2, round(max(size) / 400)), cv2.LINE_AA)
 
 
-def _write_caption(canvas: Image.Image, top: int, laying: SlideOverview, slide_mpp: Mpp, downsample: float) -> None:
+def _write_caption(canvas: Image.Image, top: int, overview: SlideOverview, slide_mpp: Mpp, downsample: float) -> None:
     """Two lines: the slide and its scale bar; the legend."""
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(FONT_PX)
     first, second = top + 10, top + 10 + FONT_PX + 12
@@ -190,10 +188,10 @@ def _write_caption(canvas: Image.Image, top: int, laying: SlideOverview, slide_m
     draw.rectangle((bar_left, first + 9, right, first + 13), fill=TEXT_COLOR)
     text_left = bar_left - 10 - draw.textlength(bar_text, font)
     draw.text((text_left, first), bar_text, TEXT_COLOR, font)
-    title = f"{laying.slide_id}   {slide_mpp:.4g} um/px"
+    title = f"{overview.slide_id}   {slide_mpp:.4g} um/px"
     draw.text((12, first), _shortened(title, text_left - 36, draw, font), TEXT_COLOR, font)
-    left = _legend(draw, 12, second, f"{len(laying.coords):,} patches kept", PATCH_COLOR, font)
-    tissue = f"tissue ({laying.method})" if laying.mask is not None else "no tissue mask: everything counts"
+    left = _legend(draw, 12, second, f"{len(overview.coords):,} patches kept", PATCH_COLOR, font)
+    tissue = f"tissue ({overview.method})" if overview.mask is not None else "no tissue mask: everything counts"
     room = canvas.width - left - 42
     _legend(draw, left, second, _shortened(tissue, room, draw, font), TISSUE_COLOR, font)
 
@@ -222,10 +220,3 @@ def _round_length(at_most_um: float) -> float:
 def _is_ours(path: Path) -> bool:
     with path.open(encoding="utf-8", errors="replace") as file:
         return file.read(len(GENERATOR)) == GENERATOR
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Write beside the file, then put it in its place."""
-    partial = path.with_name(path.name + LEFTOVER)
-    write(partial)
-    partial.replace(path)

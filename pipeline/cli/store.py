@@ -44,7 +44,7 @@ def _coverage(slide_id: str, store: "FeatureStore") -> list[str]:
     """Encoders of a slide with the views that are complete."""
     slide = store.slide(slide_id)
     found = []
-    for encoder in slide.encoders:
+    for encoder in slide.encoder_keys:
         views = slide.features_array(encoder).shape[1]
         records = slide.records(encoder)
         complete = sum(all(s.name in records for s in slide.shards([view])) for view in range(views))
@@ -61,16 +61,16 @@ def info(store: StorePath) -> None:
     opened = FeatureStore.open(store)
     slides = list(opened.slides())
     facts = opened.facts
-    rows = [("created", str(facts["created"]))]
+    rows = [("created", str(facts.created))]
     rows += [
-        (title, ", ".join(f"{key} {value}" for key, value in facts[title].items()))
-        for title in ("grid", "views", "software")
+        (title, ", ".join(f"{key} {value}" for key, value in values.items()))
+        for title, values in (("grid", facts.grid), ("views", facts.views), ("software", facts.software))
     ]
     for key, spec in opened.encoders.items():
-        rows.append(("encoder", f"{key}: {spec['dim']} features, {spec['precision']}, pooling {spec['pooling']}"))
-        rows.append(("", f"weights {spec['weights']}, digest {spec['digest'][:12]}"))
+        rows.append(("encoder", f"{key}: {spec.dim} features, {spec.precision}, pooling {spec.pooling}"))
+        rows.append(("", f"weights {spec.weights}, digest {spec.digest[:12]}"))
     rows += [("failed", f"{slide_id}: {reason}") for slide_id, reason in opened.failed_slides().items()]
-    typer.echo(f"{store}: format {facts['format']}, {len(slides)} slides, {sum(map(len, slides)):,} patches")
+    typer.echo(f"{store}: format {facts.format}, {len(slides)} slides, {sum(map(len, slides)):,} patches")
     typer.echo(table_text(rows))
 
 
@@ -103,14 +103,14 @@ def verify(
 
 
 def _recompute(store: "FeatureStore", n: int, seed: int, device: str) -> "list[Problem]":
-    from pipeline.recompute import LEAST_COSINE
+    from pipeline.recompute import MIN_COSINE
     from pipeline.recompute import recompute as encode_again
 
     problems: list[Problem] = []
     for found in encode_again(store, n, seed=seed, device=device):
         typer.echo(
-            f"{found.encoder}: {found.compared} rows encoded again, least cosine {found.least_cosine:.6f} "
-            f"(expected {LEAST_COSINE})"
+            f"{found.encoder}: {found.compared} rows encoded again, least cosine {found.min_cosine:.6f} "
+            f"(expected {MIN_COSINE})"
         )
         problems += found.problems
     return problems

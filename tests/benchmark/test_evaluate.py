@@ -13,6 +13,7 @@ from g2l_core.benchmark.spec import KnnOptions, RobustnessOptions, TaskSpec
 from g2l_core.errors import LeakError, ManifestError, TaskError
 from g2l_core.results import Comparison, Estimate
 from g2l_core.store import schema
+from g2l_core.store.facts import EncoderFacts
 from g2l_core.store.writer import FeatureWriter
 from tests.planted import PATCHES, PATIENTS, make_store, patch_labels, write_labels
 
@@ -277,9 +278,7 @@ def test_rows_that_are_not_finite_are_told_once_an_encoder(tmp_path):
 
 def test_an_encoder_that_has_fewer_slides(tmp_path):
     store = make_store(tmp_path / "s.zarr", {"teacher": (1, 0)})
-    store.add_encoder(
-        "part", {"digest": "part", "weights_digest": "part", "name": "part", "weights": "file:p", "dim": 3}
-    )
+    store.add_encoder("part", EncoderFacts(digest="part", name="part", weights="file:p", dim=3))
     writer = FeatureWriter.open(store.slide("s0"), "part", digest="part", dim=3, n_views=1)
     (shard,) = writer.missing([0])
     hashes = store.slide("s0").pixel_hash[:, 0]

@@ -23,7 +23,7 @@ def main() -> None:
         cohort = draw_cohort(Path(work) / "cohort", CohortSpec(patients=6, size_um=(768.0, 768.0)))
         for n_slides in (1, 10, 100):
             found = stage_one(cohort, Path(work) / str(n_slides), n_slides)
-            seconds = FeatureStore.open(Path(work) / f"{n_slides}.zarr").facts["runs"][-1]["elapsed"]
+            seconds = FeatureStore.open(Path(work) / f"{n_slides}.zarr").facts.runs[-1].elapsed
             rate = found["patches"] / seconds
             print(
                 f"{n_slides:4} slides {found['patches']:6} patches {seconds:7.1f} s {rate:6.0f}/s"

@@ -316,7 +316,7 @@ class Counted:
 
 def test_no_more_slides_are_open_than_may_be_and_none_is_closed_while_read():
     Counted.open = Counted.most = 0
-    slides = ReaderPool(lambda _: Counted(), most=4)
+    slides = ReaderPool(lambda _: Counted(), max_open=4)
 
     def read(i):
         with slides.reading(f"s{i * 7 % 30}") as reader:

@@ -25,7 +25,7 @@ from g2l_core.encoders.loading import (
     require_mpp,
 )
 from g2l_core.encoders.patch_encoder import PatchEncoder
-from g2l_core.encoders.resolve import TABLE, EncoderSpec, resolve_encoder
+from g2l_core.encoders.resolve import TABLE, EncoderSpec, resolve_encoder, spec_to_json
 from g2l_core.encoders.timm_compat import import_timm
 from g2l_core.encoders.weights import read_tensors, state_digest
 from g2l_core.errors import EncoderError, UnknownNameError, UsageError
@@ -300,8 +300,11 @@ def test_digest_ignores_what_does_not():
 
 def test_facts_are_plain_values_for_a_store():
     encoder = load_encoder(VIT)
-    facts = json.loads(json.dumps(encoder.facts))
-    assert facts == encoder.facts
+    facts = json.loads(json.dumps(encoder.facts.to_json()))
+    assert facts == {
+        **spec_to_json(VIT),
+        **{key: facts[key] for key in ("dim", "precision", "weights_digest", "digest")},
+    }
     assert (facts["dim"], facts["precision"], facts["digest"]) == (48, "fp32", encoder.digest)
     assert (encoder.key, len(encoder.digest)) == ("tiny-vit-random0", 64)
 

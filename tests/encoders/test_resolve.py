@@ -11,6 +11,7 @@ from g2l_core.encoders.loading import encode, load_encoder
 from g2l_core.encoders.resolve import TABLE, encoder_key, find_stored, resolve_encoder, run_encoder
 from g2l_core.encoders.spec import WeightsSource, spec_from_json, spec_to_json
 from g2l_core.errors import EncoderError, UnknownNameError, UsageError
+from g2l_core.store.facts import EncoderFacts
 from tests.encoders.test_loading import VIT, saved, views
 
 # ---- names --------------------------------------------------------------------------------------------------
@@ -92,8 +93,12 @@ def test_keys_tell_apart_what_differs():
     assert encoder_key(replace(VIT, name="timm:a/b.c@56"), digest) == "timm-a-b-c-56-random0"
 
 
+def stored_as(name, weights_digest=""):
+    return EncoderFacts(name=name, weights_digest=weights_digest, digest="0", dim=1)
+
+
 def test_which_stored_encoder_is_meant():
-    stored = {"a-random0": {"name": "timm:a"}, "a-random1": {"name": "timm:a"}, "b": {"name": "H-B"}}
+    stored = {"a-random0": stored_as("timm:a"), "a-random1": stored_as("timm:a"), "b": stored_as("H-B")}
     assert find_stored("a-random0", stored) == "a-random0"
     assert find_stored("A_Random1", stored) == "a-random1"
     assert find_stored("hb", stored) == "b"
@@ -116,10 +121,10 @@ def test_a_run_folder_is_an_encoder(tmp_path):
     spec = resolve_encoder(str(run))
     assert (spec.name, spec.weights) == ("my run", f"run:{run / 'student'}")
     np.testing.assert_array_equal(encode(load_encoder(spec), views(2)), encode(load_encoder(VIT), views(2)))
-    stored = {"x-1": {"name": "x", "weights_digest": "abc"}, "y": {"name": "my run", "weights_digest": "def"}}
+    stored = {"x-1": stored_as("x", "abc"), "y": stored_as("my run", "def")}
     assert find_stored(str(run), stored) == "x-1"
     with pytest.raises(UnknownNameError, match="This run has no features here yet: g2l embed"):
-        find_stored(str(run), {"y": {"name": "my run", "weights_digest": "def"}})
+        find_stored(str(run), {"y": stored_as("my run", "def")})
 
 
 def run_folder_unknown(run: Path) -> bool:
@@ -137,7 +142,7 @@ def test_another_pooling():
     assert (spec.input_px, spec.arguments["img_size"]) == (448, 448)
     assert resolve_encoder("virchow2+cls_mean") is TABLE["virchow2"]
     assert encoder_key(spec, "0123456789") == "virchow2-448-cls"
-    assert find_stored("virchow2@448+cls", {"virchow2-448-cls": {"name": spec.name}}) == "virchow2-448-cls"
+    assert find_stored("virchow2@448+cls", {"virchow2-448-cls": stored_as(spec.name)}) == "virchow2-448-cls"
     with pytest.raises(UnknownNameError, match="unknown pooling 'clss'. Did you mean cls"):
         resolve_encoder("virchow2+clss")
 

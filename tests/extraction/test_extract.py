@@ -101,7 +101,7 @@ def test_patches_that_can_be_read_at_last_are_taken_up_alone(slides, tmp_path):
 
 def encoder_key_of(store, encoder):
     name, weights = encoder
-    return next(k for k, facts in store.encoders.items() if (facts["name"], facts["weights"]) == (name, weights))
+    return next(k for k, facts in store.encoders.items() if (facts.name, facts.weights) == (name, weights))
 
 
 def test_features_that_are_not_finite_stop_their_slide_and_name_the_patch(slides, tmp_path, monkeypatch):
@@ -130,11 +130,11 @@ def test_features_that_are_not_finite_stop_their_slide_and_name_the_patch(slides
 def test_the_store_keeps_where_the_time_went(slides, tmp_path):
     cache([slides], tmp_path / "s.zarr", max_patches=2)
     cache([slides], tmp_path / "s.zarr", max_patches=2)  # nothing to do, nothing to keep
-    (run,) = FeatureStore.open(tmp_path / "s.zarr").facts["runs"]
-    assert (run["patches"], run["encoders"], run["views"]) == (4, [KEY], 2)
-    assert set(run["seconds"]) == {"read", "augment", "encode", "write", "wait"}
-    assert 0 < run["seconds"]["encode"] <= run["elapsed"]
-    assert 0 < run["utilisation"] <= 1
+    (run,) = FeatureStore.open(tmp_path / "s.zarr").facts.runs
+    assert (run.patches, run.encoders, run.views) == (4, (KEY,), 2)
+    assert set(run.seconds) == {"read", "augment", "encode", "write", "wait"}
+    assert 0 < run.seconds["encode"] <= run.elapsed
+    assert 0 < run.utilization <= 1
 
 
 def test_a_failed_slide_is_recorded_and_tried_again(slides, tmp_path):
@@ -162,7 +162,7 @@ def test_an_encoder_and_views_added_later_equal_those_made_at_once(slides, tmp_p
     grown, once = FeatureStore.open(tmp_path / "s.zarr"), FeatureStore.open(tmp_path / "once.zarr")
     for slide in once.slides():
         other = grown.slide(slide.slide_id)
-        assert other.encoders == [KEY, KEY[:-1] + "1"]
+        assert other.encoder_keys == [KEY, KEY[:-1] + "1"]
         assert (other.n_views, other.features_array(KEY[:-1] + "1").shape[1]) == (3, 1)
         assert np.array_equal(other.view_params, slide.view_params)
         assert np.array_equal(other.pixel_hash, slide.pixel_hash)
@@ -186,7 +186,7 @@ def test_slides_that_have_moved_are_read_from_where_they_are_now(slides, tmp_pat
     slides.rename(tmp_path / "archive")
     summary = cache([tmp_path / "archive"], tmp_path / "s.zarr", views=1, max_patches=2)
     assert (summary.is_complete, summary.encoded) == (True, 4)
-    assert FeatureStore.open(tmp_path / "s.zarr").slide("a/x").facts["source"] == str(tmp_path / "archive/a/x.tiff")
+    assert FeatureStore.open(tmp_path / "s.zarr").slide("a/x").facts.source == str(tmp_path / "archive/a/x.tiff")
 
 
 def test_labels_are_updated_without_encoding(cohort, tmp_path):

@@ -51,7 +51,7 @@ def real_patches(folder: Path, pattern: str, step: int) -> list[np.ndarray]:
 def slide_patches(path: Path, mpp: float | None = None, **grid) -> list[np.ndarray]:
     laid = patch_source(read_sources([path])[0], GridSpec(**grid), mpp)
     with open_slide(path, mpp_override=mpp) as slide:
-        side = laid.facts["patch_px_level0"]
+        side = laid.facts.patch_px_level0
         return [slide.read_patch(int(x), int(y), side, 256) for x, y in laid.coords]
 
 
@@ -203,7 +203,7 @@ def test_filtered_patches_keep_their_row_and_cost_nothing(spoilt_slide, tmp_path
         assert np.isfinite(features[~left_out]).all()
     assert (slide.pixel_hash[left_out] == 0).all()
     assert list(verify(store)) == []
-    assert store.facts["patch_status"] == dict(STATUS)
+    assert store.facts.patch_status == dict(STATUS)
     assert cache(spoilt_slide, tmp_path / "s.zarr", tissue="none").encoded == 0
 
 

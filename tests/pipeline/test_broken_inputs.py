@@ -120,8 +120,8 @@ def test_a_broken_slide_costs_what_is_broken(sound, slides, tmp_path, damage):
     victim = store.slide("victim")
     if not victim.has_patches:
         assert (done.returncode, len(told)) == (1, 1)
-        assert victim.facts["reason"] in told[0]
-        assert len(victim.facts["reason"]) > 20
+        assert victim.facts.reason in told[0]
+        assert len(victim.facts.reason) > 20
         return
     require_nothing_invented(victim, sound[1].slide("victim"), at_most=12 if damage == "flipped bits" else 0)
     lost = int((victim.patch_status != 0).sum())

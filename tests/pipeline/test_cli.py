@@ -152,8 +152,8 @@ def test_a_compiled_encoder_gives_nearly_the_same_and_is_another(slides, tmp_pat
         assert done.returncode == 0, done.stderr
     plain, other = (FeatureStore.open(tmp_path / f"{name}.zarr") for name in ("plain", "compiled"))
     (key,) = plain.encoders
-    assert (plain.encoders[key]["precision"], other.encoders[key]["precision"]) == ("fp32", "fp32+compile")
-    assert plain.encoders[key]["digest"] != other.encoders[key]["digest"]
+    assert (plain.encoders[key].precision, other.encoders[key].precision) == ("fp32", "fp32+compile")
+    assert plain.encoders[key].digest != other.encoders[key].digest
     for slide in plain.slides():
         a, b = (store.slide(slide.slide_id).features(key).astype(np.float32) for store in (plain, other))
         cosine = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
@@ -188,7 +188,7 @@ def test_a_slide_without_mpp_says_how_to_give_it(tmp_path):
     done = cache(tmp_path / "photo.png", tmp_path / "s.zarr", "--mpp-override", "0.5", "--tissue", "none")
     assert done.returncode == 0, done.stderr
     facts = FeatureStore.open(tmp_path / "s.zarr").slide("photo").facts
-    assert (facts["mpp"], facts["mpp_source"]) == (0.5, "override")
+    assert (facts.mpp, facts.mpp_source) == (0.5, "override")
 
 
 def test_the_real_slide_without_mpp(slide_without_mpp, tmp_path):
@@ -274,7 +274,7 @@ def test_features_that_are_not_finite(slides, tmp_path):
     assert "Traceback" not in done.stderr
     if (tmp_path / "s.zarr").exists():
         for slide in FeatureStore.open(tmp_path / "s.zarr").slides():
-            assert not any(slide.records(encoder) for encoder in slide.encoders)
+            assert not any(slide.records(encoder) for encoder in slide.encoder_keys)
 
 
 def test_wrong_usage_is_click_s_own_message(tmp_path):

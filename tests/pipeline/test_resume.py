@@ -12,7 +12,7 @@ import zarr
 
 from g2l_core.extraction.batching import IN_FLIGHT
 from g2l_core.store.features import FeatureStore
-from g2l_core.store.verify import remove_leftovers, verify
+from g2l_core.store.verify import verify
 from tests.pipeline.stage_one_process import BATCH_SIZE, N_VIEWS, SHARD_ROWS, start
 
 KEY = "timm-mobilenetv3_small_050-64-random0"
@@ -97,9 +97,7 @@ def test_kill_nine_and_the_same_command_again(cohort, tmp_path, monkeypatch):
     require_equal_arrays(killed, whole)
 
     monkeypatch.setattr(schema, "SHARD_ROWS", SHARD_ROWS)
-    store = FeatureStore.open(killed)
-    remove_leftovers(store)
-    assert list(verify(store)) == []
+    assert {problem.kind for problem in verify(FeatureStore.open(killed))} <= {"leftover"}
     # A kill costs what was encoded of one unfinished shard set, the batches in flight and the one in work; each
     # run pads one batch.
     encoded_twice = batches_in(log) * BATCH_SIZE - reference["patches"] * N_VIEWS

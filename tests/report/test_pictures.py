@@ -11,8 +11,15 @@ from hypothesis import strategies as st
 
 from g2l_core.report.html import page
 from g2l_core.report.pictures import pictures_of
-from g2l_core.report.svg import shortened
-from g2l_core.report.tables import held_against, listed, reasons, settings_text, support, task_parts
+from g2l_core.report.tables import (
+    against_published,
+    listed,
+    reasons,
+    settings_text,
+    shortened,
+    support,
+    task_parts,
+)
 from g2l_core.results import Comparison, ExpectedFigure, Failure, Pictures
 from tests.report.test_report import cka, confusion, estimate, facts, projection, report, result, slide_map
 
@@ -130,7 +137,7 @@ def test_published_figures_are_judged_by_their_tolerance():
     )
     told = report(encoders=(facts(),), results=(result(value=0.7),), expected=published)
     (part,) = task_parts(told)
-    verdicts = [held.verdict for held in held_against(part, told)]
+    verdicts = [held.verdict for held in against_published(part, told)]
     assert verdicts == ["within", "off by -0.060", "within", "not run here", "not run here"]
     html = page(told)
     assert html.count('<span class="within">within</span>') == 2
@@ -140,7 +147,7 @@ def test_published_figures_are_judged_by_their_tolerance():
 def test_a_figure_that_is_no_number_is_not_judged():
     told = report(results=(result(value=math.nan),), expected=(expected(),))
     (part,) = task_parts(told)
-    assert [held.within for held in held_against(part, told)] == [None]
+    assert [held.within for held in against_published(part, told)] == [None]
 
 
 def test_the_overview_has_one_figure_a_task_and_encoder():

@@ -2,6 +2,7 @@
 
 import math
 import re
+from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
@@ -9,10 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from g2l_core.report.page import _DARK, _LIGHT
-from g2l_core.report.plots import Curve, Group, Row, curves, forest
-from g2l_core.report.svg import COLORS, SHAPES, axis_for
+from g2l_core.report import page
+from g2l_core.report.page import COLORS, SHAPES
+from g2l_core.report.plots import Curve, ForestGroup, Row, curves, forest, ticks
 from g2l_core.results import Estimate
+
+STYLE = (Path(page.__file__).parent / "templates" / "style.css").read_text()
+_LIGHT, _DARK = (re.findall(r"--e\d: (#\w+);", line) for line in re.findall(r"--e0:.*", STYLE))
 
 
 def estimate(value, half=math.nan):
@@ -21,13 +25,13 @@ def estimate(value, half=math.nan):
 
 def test_a_forest_places_values_and_bounds_in_proportion():
     rows = tuple(
-        Row(label=str(i), encoder=i, estimate=estimate(v, 0.25), text="") for i, v in enumerate([1.0, 2.0, 4.0])
+        Row(label=str(i), series=i, estimate=estimate(v, 0.25), text="") for i, v in enumerate([1.0, 2.0, 4.0])
     )
-    svg = ElementTree.fromstring(forest([Group(title="t", rows=rows)], neutral=0.0, label="f"))
+    svg = ElementTree.fromstring(forest([ForestGroup(title="t", rows=rows)], neutral=0.0, label="f"))
     paths = [(p.get("class"), p.get("d"), p.get("transform")) for p in svg.iter("path")]
     marks = [float(re.search(r"translate\((\S+)", t)[1]) for style, _, t in paths if style.startswith("mark")][1::2]
-    bars = [tuple(map(float, re.findall(r"[ML](\S+) ", d))) for style, d, _ in paths if style.startswith("bar")]
-    [zero] = {float(re.search(r"M(\S+) ", d)[1]) for style, d, _ in paths if style == "neutral"}
+    bars = [tuple(map(float, re.findall(r"[ML] (\S+) ", d))) for style, d, _ in paths if style.startswith("bar")]
+    [zero] = {float(re.search(r"M (\S+) ", d)[1]) for style, d, _ in paths if style == "neutral"}
     unit = marks[1] - marks[0]
     assert unit > 0
     assert marks[2] - marks[1] == pytest.approx(2 * unit, abs=0.2)
@@ -38,21 +42,21 @@ def test_a_forest_places_values_and_bounds_in_proportion():
 
 def test_curves_are_logarithmic_in_k_and_label_their_ends_apart():
     lines = [
-        Curve(label=name, encoder=i, points=tuple((k, estimate(value)) for k in (2, 4, 8)))
+        Curve(label=name, series=i, points=tuple((k, estimate(value)) for k in (2, 4, 8)))
         for i, (name, value) in enumerate({"low": 1.0, "alike": 1.001, "high": 3.0, "top": 3.001}.items())
     ]
-    svg = ElementTree.fromstring(curves(lines, neutral=None, label="c"))
+    svg = ElementTree.fromstring(curves(lines, x_label="k", label="c", is_log=True))
     tracks = [p.get("d") for p in svg.iter("path") if p.get("class").startswith("track")]
-    first, second, third = (float(point.split()[0]) for point in tracks[0][1:].split("L"))
+    first, second, third = (float(x) for x in re.findall(r"[ML] (\S+)", tracks[0]))
     assert third - second == pytest.approx(second - first, abs=0.2)
-    heights = {t.text: float(t.get("y")) for t in svg.iter("text") if t.get("class") == "label"}
+    heights = {t.text: float(t.get("y")) for t in svg.iter("text") if t.get("class").startswith("label")}
     assert sorted(heights, key=heights.get) == ["top", "high", "alike", "low"]
     assert min(np.diff(sorted(heights.values()))) >= 20
 
 
 def test_what_is_not_finite_is_not_drawn():
-    rows = tuple(Row(label="r", encoder=0, estimate=estimate(v), text="") for v in (math.nan, math.inf, 1.0))
-    svg = ElementTree.fromstring(forest([Group(title="t", rows=rows)], neutral=None, label="f"))
+    rows = tuple(Row(label="r", series=0, estimate=estimate(v), text="") for v in (math.nan, math.inf, 1.0))
+    svg = ElementTree.fromstring(forest([ForestGroup(title="t", rows=rows)], neutral=None, label="f"))
     marks = [p for p in svg.iter("path") if p.get("class").startswith("mark")]
     assert len(marks) == 3 + 1  # one beside each name, one on the axis
     assert "nan" not in ElementTree.tostring(svg, encoding="unicode")
@@ -60,15 +64,16 @@ def test_what_is_not_finite_is_not_drawn():
 
 @given(st.lists(st.floats(-1e11, 1e11), min_size=1, max_size=5))
 def test_ticks_are_few_round_and_enclose_the_values(values):
-    axis = axis_for(values, 0, 100)
-    steps = np.diff(axis.ticks)
+    places, labels = ticks(values)
+    steps = np.diff(places)
     mantissa = steps[0] / 10 ** np.floor(np.log10(steps[0]) + 1e-9)
-    assert 2 <= len(axis.ticks) <= 8
+    assert len(labels) == len(places)
+    assert 2 <= len(places) <= 8
     assert steps == pytest.approx(np.full(len(steps), steps[0]), rel=1e-3)
     assert mantissa == pytest.approx(min((1, 2, 5), key=lambda m: abs(m - mantissa)), rel=1e-3)
     margin = 1e-6 * steps[0]
-    assert axis.ticks[0] <= min(values) + margin
-    assert max(values) <= axis.ticks[-1] + margin
+    assert places[0] <= min(values) + margin
+    assert max(values) <= places[-1] + margin
 
 
 # Simulation of the three kinds of color blindness at full severity: Machado, Oliveira & Fernandes (2009), table 1.

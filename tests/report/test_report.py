@@ -16,7 +16,7 @@ from g2l_core.errors import RunError, TaskError
 from g2l_core.report import write as module
 from g2l_core.report.html import page
 from g2l_core.report.meanings import METRICS
-from g2l_core.report.tables import best, decimals, figure, meaning_of, number, p_text, split_k, task_parts
+from g2l_core.report.tables import best, decimals, estimate_text, meaning_of, number, p_text, split_k, task_parts
 from g2l_core.report.write import read_report, terminal_table, write_report
 from g2l_core.results import (
     CkaMatrix,
@@ -255,16 +255,17 @@ def test_csv_holds_every_figure_exactly(full, tmp_path):
 def test_a_failed_write_leaves_the_former_report(full, tmp_path, monkeypatch):
     write_report(full, tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    write = module.Path.write_bytes
+    opened = module.Path.open
 
-    def full_disk(path, data):
+    def full_disk(path, *args, **kwargs):
         if "report.html" in path.name:
             raise OSError(28, "No space left on device")
-        return write(path, data)
+        return opened(path, *args, **kwargs)
 
-    monkeypatch.setattr(module.Path, "write_bytes", full_disk)
+    monkeypatch.setattr(module.Path, "open", full_disk)
     with pytest.raises(RunError, match="No space left"):
         write_report(replace(full, title="Another"), tmp_path)
+    monkeypatch.undo()
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
@@ -369,8 +370,8 @@ def test_terminal_table_keeps_to_its_width_and_cuts_no_figure(width, count, valu
     assert max(map(len, text.splitlines())) <= width
     digits = decimals(row.estimate for row in rows)
     shown = re.findall(r"-?\d+\.\d+ \[-?\d+\.\d+, -?\d+\.\d+\]", text)
-    assert [entry for entry in shown if entry in {figure(row.estimate, digits) for row in rows}] == [
-        figure(row.estimate, digits) for row in rows
+    assert [entry for entry in shown if entry in {estimate_text(row.estimate, digits) for row in rows}] == [
+        estimate_text(row.estimate, digits) for row in rows
     ]
 
 
@@ -424,7 +425,7 @@ def test_numbers_as_text():
     assert number(-0.0004, 2) == "0.00"
     assert number(0.25, 1, "+") == "+0.2"
     assert number(-3e12, 2) == "-3e+12"
-    assert figure(estimate(math.nan), 2) == "n/a"
+    assert estimate_text(estimate(math.nan), 2) == "n/a"
     assert [p_text(p) for p in (0.0004, 0.0429, math.nan)] == ["p < 0.001", "p = 0.043", ""]
 
 
@@ -442,7 +443,7 @@ def test_metrics_are_named_by_their_beginning():
 def test_figures_stand_in_the_order_of_the_encoder_that_has_most():
     rows = [("teacher", "rank"), ("teacher", "knn"), ("a", "cka"), ("a", "rank"), ("a", "knn"), ("b", "more")]
     shown = task_parts(report(results=tuple(result(encoder=key, metric=metric) for key, metric in rows)))
-    assert list(shown[0].figures) == ["cka", "rank", "knn", "more"]
+    assert list(shown[0].results) == ["cka", "rank", "knn", "more"]
 
 
 def test_best_follows_the_direction_and_takes_ties():
@@ -559,7 +560,7 @@ def pictures(text, kind):
 def test_each_picture_holds_each_figure_once(full):
     text = page(full)
     curve = pictures(text, "Robustness ratio over k")
-    forests = pictures(text, "Figures of oral")
+    forests = pictures(text, "Metrics of oral")
     assert len(curve) == 2
     assert len(forests) == 2  # kNN accuracy, and the unknown metric on an axis of its own
     assert len(pictures(text, "Differences from teacher")) == 1

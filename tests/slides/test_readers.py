@@ -367,8 +367,8 @@ def test_a_plug_in_is_found_and_read_by_the_command_line(installed, tmp_path):
     assert "failed  torn: the reader 'npy' cannot open it" in done.stderr
     store = FeatureStore.open(tmp_path / "s.zarr")
     (slide,) = store.slides()
-    assert (slide.slide_id, len(slide), slide.facts["mpp"]) == ("tiny", 4, 0.5)
-    assert slide.facts["mpp_source"] == "header: openslide.mpp-x"
+    assert (slide.slide_id, len(slide), slide.facts.mpp) == ("tiny", 4, 0.5)
+    assert slide.facts.mpp_source == "header: openslide.mpp-x"
 
 
 @contextmanager

@@ -188,4 +188,4 @@ def test_a_staged_run_gives_the_same_store_and_clears_up(cohort, tmp_path, monke
     plain, other = (FeatureStore.open(tmp_path / f"{name}.zarr") for name in ("plain", "staged"))
     for slide in plain.slides():
         assert np.array_equal(slide.features(KEY, view=1), other.slide(slide.slide_id).features(KEY, view=1))
-        assert other.slide(slide.slide_id).facts["source"] == slide.facts["source"]
+        assert other.slide(slide.slide_id).facts.source == slide.facts.source

@@ -14,7 +14,7 @@ from g2l_core.metrics.similarity import linear_cka
 from g2l_core.store.arrays import dask_features, dask_rows
 from g2l_core.store.export import export_trident, magnification
 from g2l_core.store.features import FeatureStore, Shard
-from tests.store.toy import DIM, ENCODER, create, facts, features_of, fill, lay
+from tests.store.toy import DIM, ENCODER, create, features_of, fill, lay
 
 KEY = "timm-mobilenetv3_small_050-64-random0"
 
@@ -150,7 +150,7 @@ def test_trident_export_of_a_cached_cohort(cached_store, tmp_path):
 
 
 def test_patch_images_have_no_coordinates(cohort_store, tmp_path):
-    fill(lay(cohort_store, "images", **facts(kind="patches")))
+    fill(lay(cohort_store, "images", kind="patches"))
     with pytest.raises(StoreError, match="images is a set of patch images: TRIDENT's files need coordinates"):
         export_trident(cohort_store, ENCODER, tmp_path / "job")
     assert not (tmp_path / "job").exists()

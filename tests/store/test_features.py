@@ -24,6 +24,7 @@ from g2l_core.errors import (
 from g2l_core.patches.grid import GridSpec
 from g2l_core.patches.views import COLUMNS, ViewSpec, sample_views
 from g2l_core.store import schema
+from g2l_core.store.facts import EncoderFacts
 from g2l_core.store.features import FeatureStore, Shard
 from g2l_core.store.writer import FeatureWriter
 from tests.store.toy import DIM, ENCODER, create, facts, features_of, fill, hashes_of, lay
@@ -147,14 +148,14 @@ def test_equal_settings_open_the_store_again(toy):
 
 
 def test_another_encoder_stands_beside(toy):
-    toy.add_encoder("other", {"digest": "1" * 64, "dim": 3})
+    toy.add_encoder("other", EncoderFacts(digest="1" * 64, dim=3))
     slide = reopened(toy).slide("a/x")
     writer = FeatureWriter.open(slide, "other", digest="1" * 64, dim=3, n_views=1)
     for s in writer.missing([0]):
         writer.write(s, np.ones((s.stop - s.start, 3), np.float32), hashes_of(20, 9)[s.start : s.stop, 0], np.zeros(
             s.stop - s.start, np.uint8))  # fmt: skip
     slide = reopened(toy).slide("a/x")
-    assert slide.encoders == ["other", ENCODER]
+    assert slide.encoder_keys == ["other", ENCODER]
     assert np.array_equal(slide.features("other"), np.ones((20, 3)))
     assert np.array_equal(slide.features(ENCODER), features_of("a/x", 20, 2)[:, 0])
     assert sorted(reopened(toy).encoders) == ["other", ENCODER]
@@ -162,8 +163,8 @@ def test_another_encoder_stands_beside(toy):
 
 def test_another_digest_under_the_same_key_is_refused(toy):
     with pytest.raises(StoreMismatchError, match="another encoder under 'toy' .*precision: None there, 'bf16' now"):
-        toy.add_encoder(ENCODER, {"digest": "1" * 64, "dim": DIM, "precision": "bf16"})
-    toy.add_encoder(ENCODER, {"digest": "0" * 64, "dim": DIM})
+        toy.add_encoder(ENCODER, EncoderFacts(digest="1" * 64, dim=DIM, precision="bf16"))
+    toy.add_encoder(ENCODER, EncoderFacts(digest="0" * 64, dim=DIM))
 
 
 def test_a_newer_format_is_refused(toy):
@@ -287,7 +288,7 @@ def test_unreadable_rows_are_nan_and_the_others_fine(tmp_path, small_shards):
     assert np.array_equal(np.isnan(found).any(axis=1), status != 0)
     assert np.array_equal(slide.patch_status, status)
     assert (slide.pixel_hash[status != 0] == 0).all()
-    assert slide.records(ENCODER)["1.0"]["failed"] == 16
+    assert slide.records(ENCODER)["1.0"].failed == 16
     assert not FeatureWriter.open(slide, ENCODER, digest="0" * 64, dim=DIM, n_views=2).missing([0, 1])
 
 

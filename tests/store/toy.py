@@ -4,6 +4,7 @@ import numpy as np
 
 from g2l_core.patches.grid import GridSpec
 from g2l_core.patches.views import COLUMNS, ViewSpec, sample_views
+from g2l_core.store.facts import EncoderFacts, SlideFacts
 from g2l_core.store.features import FeatureStore
 from g2l_core.store.writer import FeatureWriter
 
@@ -12,13 +13,14 @@ ENCODER, DIM = "toy", 6
 
 def create(path, **grid):
     store = FeatureStore.create(path, grid=GridSpec(**grid).to_json(), views=ViewSpec().to_json())
-    store.add_encoder(ENCODER, {"digest": "0" * 64, "dim": DIM})
+    store.add_encoder(ENCODER, EncoderFacts(digest="0" * 64, dim=DIM))
     return store
 
 
 def facts(**changes):
-    known = {"kind": "slide", "source": "/s.svs", "fingerprint": "f", "mpp": 0.499, "level0_size": [4000, 3000]}
-    return {**known, "patch_px_level0": 257, "labels": {"patient_id": "p1"}, **changes}
+    known = {"kind": "slide", "source": "/s.svs", "fingerprint": "f", "mpp": 0.499, "level0_size": (4000, 3000)}
+    known |= {"patch_px_level0": 257, "labels": {"patient_id": "p1"}}
+    return SlideFacts(**{**known, **changes})
 
 
 def lay(store, slide_id, n=20, n_views=2, **changes):

@@ -279,9 +279,9 @@ def test_round_trip_through_the_written_outlines_keeps_the_patches(drawn_slides,
     read = resolve_tissue(str(tmp_path))
     relaid = list(patch_sources(sources, again, mpp_override=None, workers=2, tissue=read))
     for one, other in zip(laid, relaid, strict=True):
-        assert len(one.laid.coords) > 20
-        assert np.array_equal(one.laid.coords, other.laid.coords)
-        assert other.laid.facts["tissue_file"] == f"{one.source.slide_id}.geojson"
+        assert len(one.patched.coords) > 20
+        assert np.array_equal(one.patched.coords, other.patched.coords)
+        assert other.patched.facts.tissue_file == f"{one.source.slide_id}.geojson"
 
 
 def test_round_trip_on_a_real_slide(real_slide, tmp_path):
@@ -319,7 +319,7 @@ def test_a_missing_or_empty_annotation_costs_that_slide_alone(drawn_slides, tmp_
     a, b = patch_sources(read_sources([drawn_slides]), grid, mpp_override=None, workers=2, tissue=read)
     assert isinstance(a.error, ReadError)
     assert "has no annotation of it: expected a.geojson" in str(a.error)
-    assert len(b.laid.coords) > 0
+    assert len(b.patched.coords) > 0
     (tmp_path / "a.geojson").write_text("[]")
     a, _ = patch_sources(read_sources([drawn_slides]), grid, mpp_override=None, workers=2, tissue=read)
     assert isinstance(a.error, NoTissueError)
@@ -334,7 +334,7 @@ def test_a_changed_annotation_of_a_laid_slide_is_refused(drawn_slides, tmp_path)
     source = Source(slide_id="a", path=drawn_slides / "a.tiff")
     store = FeatureStore.create(tmp_path / "s.zarr", grid={"tissue": "annotations"}, views={})
     stored = store_patched(store, source, patch_source(source, grid, None, read), views, 1)
-    assert refresh_stored(stored, source, views, 1, read).facts["tissue_file"] == "a.geojson"
+    assert refresh_stored(stored, source, views, 1, read).facts.tissue_file == "a.geojson"
     with (folder / "a.geojson").open("a") as file:
         file.write("\n")
     with pytest.raises(StoreMismatchError, match=r"slide a: its annotation has changed .* of a.geojson"):

@@ -189,7 +189,7 @@ def test_an_empty_slide_is_refused_alone(tmp_path):
     assert "leaves no patch of 256 level-0 px in 1024 x 768 px" in str(blank.error)
     assert "--tissue none" in str(blank.error)
     assert isinstance(tiny.error, NoTissueError)
-    assert len(full.laid.coords) == 12
+    assert len(full.patched.coords) == 12
 
 
 def test_method_none_keeps_even_an_empty_slide(tmp_path):
@@ -226,7 +226,7 @@ def test_real_slide(real_slide):
     assert not mask[:, : width // 5].any()
     assert not mask[: height // 2, -width // 10 :].any()
     laid = patch_source(read_sources([real_slide])[0], GridSpec(), None)
-    assert laid.facts["patch_px_level0"] == 257
+    assert laid.facts.patch_px_level0 == 257
     assert 35 <= len(laid.coords) <= 43  # of 8 x 11
     assert all((laid.coords >= 0).all(axis=1) & (laid.coords + 257 <= (2220, 2967)).all(axis=1))
 
