@@ -1,16 +1,13 @@
-"""G2L's library: from slides to stored features to a distilled student to figures.
+"""G2L's library: from slides to stored features to a distilled student to metric values.
 
-The modules, lowest first; each imports only from the lines above its own::
+Its packages are rooms on floors. Each imports only from floors below its own:
 
-    errors                                                       what can go wrong
-    types                                                        units, ids, array aliases
-    slides manifest grid views encoders engine losses metrics store
-    tissue loader
-    training tasks
-    report
-    synthetic                                                    draws small slides for demos and tests
+    extraction  distillation  benchmark  datasets
+    patches  tissue  encoders
+    slides  store  metrics  report  synthetic
+    errors  types  options  results  rng  concurrency  files
 
-Importing this package imports none of them.
+docs/architecture.md follows one patch through them. Importing this package imports none of them.
 """
 
 __version__ = "0.1.0"

@@ -1,7 +1,5 @@
 """Every error that G2L raises on purpose.
 
-::
-
     G2LError
     ├── UsageError            an argument or a setting that cannot be used
     │   └── UnknownNameError  a name that is in no table; the message suggests the nearest

@@ -240,8 +240,6 @@ def _vary(rng: np.random.Generator, look: Look) -> Look:
 def draw_cohort(folder: Path, spec: CohortSpec) -> Path:
     """Draws a cohort into a folder: slides, their class maps, and a manifest.
 
-    ::
-
         folder/manifest.csv                      slide_id, path (relative to folder), patient_id, medical_center
         folder/slides/<slide_id>.tiff
         folder/truth/<slide_id>.classes.png      see `read_class_map`
