@@ -186,7 +186,7 @@ def test_one_class_only(planted, tmp_path):
 
 def test_unreadable_patches_are_left_out(tmp_path):
     store = make_store(tmp_path / "s.zarr", {"teacher": (1, 0)})
-    store.slide("s0")._array("patch_status")[:5] = schema.STATUS["unreadable"]
+    store.slide("s0").array("patch_status")[:5] = schema.STATUS["unreadable"]
     write_labels(tmp_path / "labels.csv", patch_labels())
     assert len(gather([store], SPEC, tmp_path)) == PATIENTS * PATCHES - 5
 
@@ -266,7 +266,7 @@ def test_a_run_that_is_gone_cannot_tell_its_slides(tmp_path, content):
 
 def test_rows_that_are_not_finite_are_told_once_an_encoder(tmp_path):
     store = make_store(tmp_path / "s.zarr", {"teacher": (1, 0), "weak": (0.5, 0)})
-    store.slide("s2")._array("features/weak")[3, 0, 5] = np.nan
+    store.slide("s2").features_array("weak")[3, 0, 5] = np.nan
     write_labels(tmp_path / "labels.csv", patch_labels())
     found = evaluate_task([store], SPEC, replace(BENCH, encoders=("teacher", "weak"), baseline=""), tmp_path)
     (failure,) = found.failures

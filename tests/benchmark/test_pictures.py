@@ -7,7 +7,6 @@ from g2l_core.benchmark.evaluate import BenchSpec, evaluate_task
 from g2l_core.benchmark.pictures import task_pictures
 from g2l_core.benchmark.rows import gather
 from g2l_core.benchmark.spec import KnnOptions, TaskSpec
-from g2l_core.store.features import FeatureStore
 from tests.planted import PATCHES, PATIENTS, make_store, patch_labels, write_labels
 
 SPEC = TaskSpec(
@@ -106,15 +105,12 @@ def test_what_cannot_be_drawn_is_told_and_costs_itself_alone(planted):
 
 
 def test_patch_images_lie_nowhere(planted, tmp_path):
-    store = make_store(tmp_path / "images.zarr", {"teacher": (2.0, 0.0)}, patients=4)
-    for slide_id in store.slide_ids():
-        slide = store.slide(slide_id)
-        slide._set_facts(kind="images")
+    store = make_store(tmp_path / "images.zarr", {"teacher": (2.0, 0.0)}, patients=4, kind="images")
     write_labels(tmp_path / "labels.csv", patch_labels(4))
     spec = TaskSpec(
         name="t", label="kind", labels="labels.csv", split="split", metrics=("knn",), knn=KnnOptions(k=(5,))
     )
-    done = evaluate_task([FeatureStore.open(store.path)], spec, BenchSpec(encoders=("teacher",), draws=20), tmp_path)
+    done = evaluate_task([store], spec, BenchSpec(encoders=("teacher",), draws=20), tmp_path)
     assert done.pictures.slides == ()
     assert done.pictures.cka == ()
     assert len(done.pictures.projections) >= 1
