@@ -109,8 +109,8 @@ def _projections(task: str, encoder: str, rows: TaskRows, features: Features, se
     """PCA, and UMAP of the same rows where umap-learn is installed."""
     components = principal_components(features[chosen_rows(len(rows), FITTED_ROWS, seed)], 2)
     shown = chosen_rows(len(rows), POINTS, seed)
-    shares = tuple(round(share, _DECIMALS) for share in components.shares.tolist())
-    planes = [_projection(task, encoder, "PCA", rows.take(shown), components.scores(features[shown]), shares)]
+    shares = tuple(round(share, _DECIMALS) for share in components.explained_variance_ratio_.tolist())
+    planes = [_projection(task, encoder, "PCA", rows.take(shown), components.transform(features[shown]), shares)]
     embedded = umap_plane(features[shown], seed)
     if embedded is not None:
         planes.append(_projection(task, encoder, "UMAP", rows.take(shown), embedded, ()))
@@ -160,7 +160,8 @@ def _slide_maps(task: str, encoder: str, slides: Sequence[StoredSlide], seed: in
     corners = [slide.coords[kept] for slide, kept in zip(slides, good, strict=True)]
     cells = [cells_of(coords, side, CELLS) for coords, side in zip(corners, sides, strict=True)]
     means = [
-        means_of_cells(components.scores(values), cell.of_patch) for values, cell in zip(features, cells, strict=True)
+        means_of_cells(components.transform(values), cell.of_patch)
+        for values, cell in zip(features, cells, strict=True)
     ]
     colors = iter(component_colors(np.concatenate(means)))
     maps = tuple(

@@ -8,7 +8,7 @@ from itertools import combinations
 
 import numpy as np
 from jaxtyping import Float, Float64, Int64, Shaped
-from scipy.linalg import eigh
+from sklearn.decomposition import PCA
 
 from g2l_core.errors import TaskError
 from g2l_core.metrics.moments import cka_center, cka_moments
@@ -21,21 +21,6 @@ _LOWEST, _HIGHEST = 0.01, 0.99
 """The quantiles of a component that are drawn darkest and brightest, so that a few odd patches do not dim the rest."""
 _FLAT = 1e-12
 _UMAP_NEIGHBORS = 15
-
-
-@dataclass(frozen=True, kw_only=True)
-class Components:
-    """Principal components of features."""
-
-    mean: Float64[np.ndarray, " dim"]
-    axes: Float64[np.ndarray, "dim component"]
-    """Orthonormal, by falling variance; the largest entry of each is positive."""
-    shares: Float64[np.ndarray, " component"]
-    """Of the whole variance."""
-
-    def scores(self, features: Float[np.ndarray, "row dim"]) -> Float64[np.ndarray, "row component"]:
-        """The features' coordinates along the axes, about the mean."""
-        return (features - self.mean) @ self.axes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,35 +79,30 @@ def _pair_cka(x: Float[np.ndarray, "row dim_x"], y: Float[np.ndarray, "row dim_y
         return float("nan")
 
 
-def principal_components(features: Float[np.ndarray, "row dim"], count: int) -> Components:
-    """The first principal components, exact: eigenvectors of the covariance, or of the Gram matrix if that is smaller.
+def principal_components(features: Float[np.ndarray, "row dim"], count: int) -> PCA:
+    """The first principal components of features, exact to rounding.
+
+    ARPACK finds a few components of some thousand rows about as fast as an eigensolver for just these, and several
+    times faster than the solver of all components.
 
     Args:
         features: Of any float type; cast to float64.
-        count: How many.
+        count: How many components to find.
+
+    Returns:
+        A fitted `sklearn.decomposition.PCA`, which makes the largest entry of each component positive.
 
     Raises:
         TaskError: If a row holds NaN or infinity, or the features vary along fewer directions than `count`.
-
-    References:
-        Jolliffe, Principal Component Analysis (2002), section 3.5, for the two forms.
     """
     require_finite(features, "the features")
-    rows, dim = features.shape
-    mean = features.mean(axis=0, dtype=np.float64)
-    centered = features.astype(np.float64) - mean
-    small = centered @ centered.T if rows < dim else centered.T @ centered
-    total = float(np.trace(small))
-    wanted = [max(0, len(small) - count), len(small) - 1]
-    values, vectors = eigh(small, subset_by_index=wanted)
-    values, vectors = values[::-1], vectors[:, ::-1]
-    if len(values) < count or values[-1] <= _FLAT * total or total == 0:
-        raise TaskError(
-            f"{rows:,} rows vary along fewer than {count} directions; more rows or wider features are needed"
-        )
-    axes = centered.T @ vectors / np.sqrt(values) if rows < dim else vectors
-    axes = axes * np.sign(axes[np.abs(axes).argmax(axis=0), np.arange(count)])
-    return Components(mean=mean, axes=axes, shares=values / total)
+    rows, fewest = len(features), min(features.shape)
+    if fewest >= count and not _is_flat(features):
+        solver = "arpack" if count < fewest else "full"
+        fitted = PCA(count, svd_solver=solver, random_state=0).fit(features.astype(np.float64))
+        if fitted.explained_variance_ratio_[-1] > _FLAT:
+            return fitted
+    raise TaskError(f"{rows:,} rows vary along fewer than {count} directions; more rows or wider features are needed")
 
 
 def umap_plane(features: Float[np.ndarray, "row dim"], seed: int) -> Float64[np.ndarray, "row 2"] | None:
