@@ -15,7 +15,7 @@ from g2l_core.benchmark.rows import TaskRows, gather
 from g2l_core.benchmark.spec import TaskSpec
 from g2l_core.errors import G2LError, TaskError
 from g2l_core.metrics.statistics import holm
-from g2l_core.results import Comparison, Estimate, Failure, Pictures, Result
+from g2l_core.results import Comparison, Estimate, ExpectedFigure, Failure, Pictures, Result
 from g2l_core.store.features import FeatureStore
 from g2l_core.types import Features
 
@@ -53,6 +53,7 @@ class TaskOutcome:
     failures: list[Failure] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     """What a reader must know of the rows: copies, missing labels, slides that a student was distilled on."""
+    expected: list[ExpectedFigure] = field(default_factory=list)
     pictures: Pictures = field(default_factory=Pictures)
 
     def __iadd__(self, other: "TaskOutcome") -> "TaskOutcome":
@@ -61,6 +62,7 @@ class TaskOutcome:
         self.comparisons += other.comparisons
         self.failures += other.failures
         self.notes += other.notes
+        self.expected += other.expected
         self.pictures += other.pictures
         return self
 
@@ -74,7 +76,7 @@ def evaluate_task(stores: Sequence[FeatureStore], spec: TaskSpec, bench: BenchSp
         bench: Encoders and statistics.
         folder: What the task's label file is relative to.
     """
-    outcome = TaskOutcome()
+    outcome = TaskOutcome(expected=list(spec.expected))
     try:
         rows = gather(stores, spec, folder)
     except G2LError as error:
@@ -202,9 +204,8 @@ def _add_pictures(
     outcome: TaskOutcome,
 ) -> None:
     """Pictures of the rows that nothing was trained on, by class unless the label is a number."""
-    chosen = rows.part == "test" if spec.has_fixed_split else np.ones(len(rows), bool)
     classed = replace(rows, label=np.full(len(rows), "")) if "regression" in spec.metrics else rows
-    outcome.pictures, failures = task_pictures(spec.name, classed, chosen, features, bench.seed)
+    outcome.pictures, failures = task_pictures(spec.name, classed, rows.tested(spec), features, bench.seed)
     outcome.failures += failures
     for encoder, found in figures.items():
         for figure in (each for each in found if each.confusion):

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from g2l_core.benchmark.rows import TaskRows
+from g2l_core.benchmark.rows import TaskRows, stored_encoders
 from g2l_core.benchmark.spec import TaskSpec
 from g2l_core.encoders.resolve import RUN_RECORD
 from g2l_core.store.features import FeatureStore
@@ -34,9 +34,8 @@ def notes_on(rows: TaskRows, spec: TaskSpec, stores: Sequence[FeatureStore], enc
             f"{rows.duplicates_dropped:,} copies of patches were left out{across if rows.crossing_duplicates else ''}"
         )
     found += _rare_classes(rows, spec)
-    chosen = rows.part == "test" if spec.has_fixed_split else np.ones(len(rows), bool)
-    tested = set(rows.slide_ids[chosen].tolist())
-    known = {key: facts for store in reversed(stores) for key, facts in store.encoders.items()}
+    tested = set(rows.slide_ids[rows.tested(spec)].tolist())
+    known = stored_encoders(stores)
     found += [note for key in encoders if key in known for note in _distilled(key, known[key], tested)]
     return [f"task {spec.name}: {note}" for note in found]
 

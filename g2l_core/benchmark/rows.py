@@ -49,6 +49,10 @@ class TaskRows:
     def __len__(self) -> int:
         return len(self.row)
 
+    def tested(self, spec: TaskSpec) -> Bool[np.ndarray, " row"]:
+        """Rows that nothing is trained on: the test part, or all where there is no fixed split."""
+        return self.part == "test" if spec.has_fixed_split else np.ones(len(self), bool)
+
     @property
     def slide_ids(self) -> Shaped[np.ndarray, " row"]:
         """The slide of each row."""
@@ -83,6 +87,11 @@ class TaskRows:
                 f"{self.row[bad[0]]} of slide {slide}; g2l store verify finds all, g2l embed makes them anew"
             )
         return out
+
+
+def stored_encoders(stores: Sequence[FeatureStore]) -> dict[str, dict[str, Any]]:
+    """What stores say of their encoders, by key; of stores that share a key, the first one's word."""
+    return {key: facts for store in reversed(stores) for key, facts in store.encoders.items()}
 
 
 def gather(stores: Sequence[FeatureStore], spec: TaskSpec, folder: Path) -> TaskRows:

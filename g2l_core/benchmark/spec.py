@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import inf, isfinite
-from typing import Any
+from math import inf
 
 from g2l_core.errors import TaskError
 from g2l_core.metrics.mil import AbmilSettings
 from g2l_core.metrics.ridge import PENALTIES
+from g2l_core.results import ExpectedFigure
 
 DISTANCES = ("cosine", "euclidean")
 VOTES = ("majority", "weighted")
@@ -253,21 +253,6 @@ def family_of(metric: str) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Expected:
-    """A published figure that a task's result can be held against."""
-
-    metric: str
-    """As the results name it: knn_accuracy, slide_probe_auc, robustness_ratio_k5, ..."""
-    encoder: str
-    """By its name, which need not be in the table of encoders."""
-    value: float
-    tolerance: float
-    """How far a result may be off and still count as the same."""
-    source: str
-    """Where the figure is published, and what is not stated there."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class TaskSpec:
     """One table of a task file; the option k of knn stands there as knn_k."""
 
@@ -303,7 +288,7 @@ class TaskSpec:
     bias_drop: BiasDropOptions = BiasDropOptions()
     consistency: ConsistencyOptions = ConsistencyOptions()
     center_probe: CenterOptions = CenterOptions()
-    expected: tuple[Expected, ...] = ()
+    expected: tuple[ExpectedFigure, ...] = ()
     """Published figures; nothing is computed from them."""
 
     def __post_init__(self) -> None:
@@ -355,33 +340,3 @@ class TaskSpec:
             "consistency": (self.consistency.condition, self.consistency.patch),
         }
         return {family: columns for family, columns in known.items() if family in self.metrics}
-
-
-def parse_expected(task: str, table: Mapping[str, Any]) -> tuple[Expected, ...]:
-    """The published figures of a task file.
-
-    Args:
-        task: Names it in errors.
-        table: {metric: {encoder, value, tolerance, source}}, or a list of such tables for several encoders.
-
-    Raises:
-        TaskError: A figure lacks a key, has another one, or a value of another kind.
-    """
-    figures = [(m, f) for m, given in table.items() for f in (given if isinstance(given, list) else [given])]
-    return tuple(_expected(task, metric, figure) for metric, figure in figures)
-
-
-def _expected(task: str, metric: str, figure: object) -> Expected:
-    kinds: dict[str, Any] = {"encoder": str, "value": (int, float), "tolerance": (int, float), "source": str}
-    where = f"task {task}: expected.{metric}"
-    if not isinstance(figure, Mapping) or set(figure) != set(kinds):
-        found = ", ".join(sorted(figure)) if isinstance(figure, Mapping) else repr(figure)
-        raise TaskError(f"{where} needs just the keys {', '.join(kinds)}; found {found}")
-    for key, kind in kinds.items():
-        if not isinstance(figure[key], kind) or isinstance(figure[key], bool):
-            raise TaskError(f"{where}: {key} must be {'text' if kind is str else 'a number'}, not {figure[key]!r}")
-    if not figure["encoder"] or not figure["source"] or not isfinite(figure["value"]):
-        raise TaskError(f"{where}: encoder and source may not be empty, and value must be finite")
-    if not 0 <= figure["tolerance"] < inf:
-        raise TaskError(f"{where}: tolerance must be 0 or more, not {figure['tolerance']}")
-    return Expected(metric=metric, **figure)

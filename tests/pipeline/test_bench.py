@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from g2l_core.benchmark.spec import NEEDS
-from g2l_core.benchmark.task_file import known_keys
+from g2l_core.benchmark.task_file import known_keys, read_tasks
 from g2l_core.errors import TaskError, UnknownNameError, UsageError
 from g2l_core.report.write import read_report
-from pipeline.bench import read_tasks, run_bench
+from pipeline.bench import run_bench
 from tests.benchmark.test_families import label_row
 from tests.planted import PATCHES, make_store, write_labels
 

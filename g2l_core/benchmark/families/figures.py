@@ -121,7 +121,7 @@ class TaskInput:
     @property
     def test_rows(self) -> Bool[np.ndarray, " row"]:
         """Rows that nothing was trained on: the test part, or all where there is no fixed split."""
-        return self.rows.part == "test" if self.spec.has_fixed_split else np.ones(len(self.rows), bool)
+        return self.rows.tested(self.spec)
 
     @property
     def rows_in_words(self) -> str:
