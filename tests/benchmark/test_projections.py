@@ -1,4 +1,4 @@
-"""What reports picture, against definitions written out and cases drawn by hand."""
+"""What reports plot, against definitions written out and cases drawn by hand."""
 
 from importlib.metadata import PackageNotFoundError, version
 
@@ -49,7 +49,7 @@ def test_the_matrix_holds_the_cka_of_every_pair():
     np.testing.assert_array_equal(matrix, matrix.T)
 
 
-def test_an_encoder_that_says_nothing_costs_its_own_pairs_alone():
+def test_a_constant_encoder_has_no_cka_and_the_other_pairs_have():
     matrix = cka_matrix({"a": drawn(20, 3), "flat": np.ones((20, 2)), "b": drawn(20, 3, seed=1)})
     np.testing.assert_array_equal(np.isnan(matrix), [[False, True, False], [True, True, True], [False, True, False]])
 
@@ -123,7 +123,7 @@ def test_names_are_sorted_and_numbered():
 
 def test_cells_are_patches_where_they_are_few_enough():
     coords = np.array([[100, 50], [150, 50], [100, 150]], np.int32)
-    cells = cells_of(coords, 50, most=3)
+    cells = cells_of(coords, 50, max_cells=3)
     assert cells.side == 50
     assert list(zip(cells.columns.tolist(), cells.rows.tolist(), strict=True)) == [(0, 0), (0, 2), (1, 0)]
     assert cells.of_patch.tolist() == [0, 2, 1]
@@ -132,7 +132,7 @@ def test_cells_are_patches_where_they_are_few_enough():
 def test_cells_grow_until_they_are_few_enough_and_hold_means():
     x, y = np.meshgrid(np.arange(4) * 10, np.arange(4) * 10)
     coords = np.stack([x.ravel(), y.ravel()], axis=1).astype(np.int32)
-    cells = cells_of(coords, 10, most=4)
+    cells = cells_of(coords, 10, max_cells=4)
     assert cells.side == 20
     means = means_of_cells(coords.astype(np.float64), cells.of_patch)
     np.testing.assert_array_equal(means, [[5, 5], [5, 25], [25, 5], [25, 25]])
@@ -164,7 +164,7 @@ def test_without_umap_there_is_no_such_plane(monkeypatch):
     assert umap_plane(drawn(30, 4), seed=0) is None
 
 
-def test_umap_parts_what_lies_apart_and_repeats_itself():
+def test_umap_separates_distant_groups_and_repeats_itself():
     try:
         version("umap-learn")
     except PackageNotFoundError:
