@@ -13,8 +13,9 @@ from g2l_core.distillation.checkpoints import RunState, restore_best
 from g2l_core.distillation.distiller import Distiller, checkpoint_gradients
 from g2l_core.distillation.distributed import ProcessGroup, init_distributed
 from g2l_core.distillation.held_out import HeldOutSet, read_held_out
-from g2l_core.distillation.loader import Reading, ReplayLoader, ReplaySpec
+from g2l_core.distillation.loader import Reading, ReplayDataset
 from g2l_core.distillation.logs import read_figures
+from g2l_core.distillation.replay import ReplaySpec
 from g2l_core.distillation.objective import Objective, TargetStatistics
 from g2l_core.distillation.target_statistics import target_statistics
 from g2l_core.distillation.training import TrainerHooks, TrainOutcome, TrainSettings, train
@@ -199,7 +200,7 @@ def _teacher(
 
 def _loader(
     store: FeatureStore, split: Split, source: _Teacher, settings: DistillSettings, how: DistillHow, group: ProcessGroup
-) -> ReplayLoader:
+) -> ReplayDataset:
     spec = ReplaySpec(
         encoder=source.key,
         n_augmented=_views(store, split, source, settings),
@@ -211,7 +212,7 @@ def _loader(
     reading = Reading(
         workers=how.workers, rank=group.rank, world=group.world, targets_gb=how.targets_gb, pixel_cache=cache
     )
-    return ReplayLoader(store, split.train, spec, reading)
+    return ReplayDataset(store, split.train, spec, reading)
 
 
 def _views(store: FeatureStore, split: Split, source: _Teacher, settings: DistillSettings) -> int:
@@ -294,7 +295,7 @@ def run_record(
 def _train(
     distiller: Distiller,
     objective: Objective,
-    loader: ReplayLoader,
+    loader: ReplayDataset,
     held_out: HeldOutSet,
     student: LoadedEncoder,
     source: _Teacher,

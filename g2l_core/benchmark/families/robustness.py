@@ -10,7 +10,7 @@ from g2l_core.metrics.center_bias import (
     BiasDesign,
     average_performance_drop,
     biased_probes,
-    centers_told_by_class,
+    centers_predicted_by_class,
     predict_centers,
 )
 from g2l_core.metrics.consistency import consistency_sums, median_over_pairs
@@ -103,7 +103,7 @@ def center(given: TaskInput) -> list[Figure]:
         "chance": round(1 / len(np.unique(rows.center)), 4),
     }
     if given.spec.label:
-        settings["told_by_class"] = round(centers_told_by_class(rows.center, rows.label), 4)
+        settings["told_by_class"] = round(centers_predicted_by_class(rows.center, rows.label), 4)
     statistic = of_sums(balanced_accuracy, confusion(rows.center, predicted, rows.cluster))
     interval = Drawn(statistic=statistic, clusters=rows.cluster)
     metric = "center_balanced_accuracy"
