@@ -33,7 +33,7 @@ from g2l_core.metrics.center_bias import (
     BiasDesign,
     average_performance_drop,
     biased_probes,
-    centers_told_by_class,
+    centers_predicted_by_class,
     predict_centers,
 )
 from g2l_core.metrics.consistency import consistency_sums, pair_means
@@ -367,7 +367,7 @@ def test_the_center_is_told_beside_chance(evaluated):
     shown = result(outcome, "center_balanced_accuracy")
     assert shown.estimate.value == pytest.approx(balanced_accuracy(confusion(rows.center, said))[0])
     assert shown.settings["chance"] == 0.5
-    assert shown.settings["told_by_class"] == pytest.approx(centers_told_by_class(rows.center, rows.label))
+    assert shown.settings["told_by_class"] == pytest.approx(centers_predicted_by_class(rows.center, rows.label))
     assert shown.better == "lower"
     assert shown.estimate.value > value(outcome, "center_balanced_accuracy", "teacher")
 

@@ -10,7 +10,7 @@ from g2l_core.metrics.center_bias import (
     BiasDesign,
     average_performance_drop,
     biased_probes,
-    centers_told_by_class,
+    centers_predicted_by_class,
     predict_centers,
 )
 from g2l_core.metrics.consistency import consistency_sums, median_over_pairs
@@ -98,7 +98,7 @@ def center(task: TaskInput) -> list[MetricValue]:
         "chance": round(1 / len(np.unique(rows.center)), 4),
     }
     if task.spec.label:
-        settings["told_by_class"] = round(centers_told_by_class(rows.center, rows.label), 4)
+        settings["told_by_class"] = round(centers_predicted_by_class(rows.center, rows.label), 4)
     statistics = {"balanced_accuracy": of_sums(balanced_accuracy, confusion(rows.center, predicted, rows.cluster))}
     return bootstrapped_values("center", statistics, rows.cluster, settings, better="lower")
 
