@@ -16,8 +16,8 @@ from g2l_core.store.features import FeatureStore, StoredSlide
 from g2l_core.store.schema import STATUS
 from g2l_core.store.verify import Problem
 
-LEAST_COSINE = 0.9999
-"""What another batch size, thread count or device may cost; another network gives less."""
+MIN_COSINE = 0.9999
+"""Another batch size, thread count or device stays above it; another network does not."""
 
 
 Pairs = np.ndarray
@@ -30,43 +30,43 @@ class Recomputed:
 
     encoder: str
     compared: int
-    least_cosine: float
+    min_cosine: float
     """NaN where nothing could be compared."""
     problems: tuple[Problem, ...]
 
 
 def recompute(store: FeatureStore, n: int, *, seed: int, device: str, batch_size: int = 32) -> Iterator[Recomputed]:
-    """Encode `n` random stored (patch, view) pairs of every encoder again, reading the slides anew.
+    """Encode `n` random stored (patch, view) pairs of every encoder again, from pixels that are read again.
 
     Args:
         store: The store.
         n: Pairs an encoder; fewer where the store has fewer.
-        seed: Names the draw.
+        seed: Random seed.
         device: auto, cpu or cuda.
         batch_size: Views encoded together.
 
     Raises:
-        EncoderError: The encoder's weights cannot be had any more.
+        EncoderError: The encoder's weights are no longer available.
     """
     for key, facts in store.encoders.items():
         encoder = load_encoder(spec_from_json(facts), device=device, precision=facts["precision"])
         if encoder.digest != facts["digest"]:
             what = f"its digest is {encoder.digest[:12]} now, {facts['digest'][:12]} in the store: other weights"
             problem = Problem(kind="damaged", encoder=key, what=what)
-            yield Recomputed(encoder=key, compared=0, least_cosine=np.nan, problems=(problem,))
+            yield Recomputed(encoder=key, compared=0, min_cosine=np.nan, problems=(problem,))
             continue
         cosines: list[float] = []
         problems: list[Problem] = []
         for slide_id, pairs in _draw(store, key, n, seed).items():
             try:
-                found, wrong = _compare(store, store.slide(slide_id), pairs, encoder, batch_size)
+                agreeing, wrong = _compare(store, store.slide(slide_id), pairs, encoder, batch_size)
             except SlideError as error:
                 problems.append(Problem(kind="damaged", slide_id=slide_id, encoder=key, what=str(error)))
                 continue
-            cosines += found
+            cosines += agreeing
             problems += [Problem(kind="damaged", slide_id=slide_id, encoder=key, what=what) for what in wrong]
-        least = min(cosines, default=np.nan)
-        yield Recomputed(encoder=key, compared=len(cosines), least_cosine=least, problems=tuple(problems))
+        lowest = min(cosines, default=np.nan)
+        yield Recomputed(encoder=key, compared=len(cosines), min_cosine=lowest, problems=tuple(problems))
 
 
 def _draw(store: FeatureStore, key: str, n: int, seed: int) -> dict[str, Pairs]:
@@ -104,8 +104,8 @@ def _compare(
     stored = np.stack([slide.read_rows(encoder.key, row, row + 1, view=view)[0] for row, view in pairs.tolist()])
     cosines = _cosines(encode_all(encoder, np.stack(pixels), batch_size), stored.astype(np.float32))
     for (row, view), cosine in zip(pairs.tolist(), cosines.tolist(), strict=True):
-        if not cosine >= LEAST_COSINE:
-            wrong.append(f"row {row}, view {view}: cosine {cosine:.5f} to the stored features, expected {LEAST_COSINE}")
+        if not cosine >= MIN_COSINE:
+            wrong.append(f"row {row}, view {view}: cosine {cosine:.5f} to the stored features, expected {MIN_COSINE}")
     return cosines.tolist(), wrong
 
 

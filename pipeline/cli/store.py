@@ -103,16 +103,16 @@ def verify(
 
 
 def _recompute(store: "FeatureStore", n: int, seed: int, device: str) -> "list[Problem]":
-    from pipeline.recompute import LEAST_COSINE
+    from pipeline.recompute import MIN_COSINE
     from pipeline.recompute import recompute as encode_again
 
     problems: list[Problem] = []
-    for found in encode_again(store, n, seed=seed, device=device):
+    for result in encode_again(store, n, seed=seed, device=device):
         typer.echo(
-            f"{found.encoder}: {found.compared} rows encoded again, least cosine {found.least_cosine:.6f} "
-            f"(expected {LEAST_COSINE})"
+            f"{result.encoder}: {result.compared} rows encoded again, least cosine {result.min_cosine:.6f} "
+            f"(expected {MIN_COSINE})"
         )
-        problems += found.problems
+        problems += result.problems
     return problems
 
 

@@ -26,7 +26,7 @@ def again(store, n=6):
 def test_a_sound_store(store):
     found = again(store)
     assert (found.encoder, found.compared, found.problems) == (KEY, 6, ())
-    assert 0.9999 <= found.least_cosine <= 1.0001
+    assert 0.9999 <= found.min_cosine <= 1.0001
     assert again(store, 10**6).compared == sum(map(len, FeatureStore.open(store).slides())) * 3
     told = CliRunner().invoke(app, ["store", "verify", str(store), "--recompute", "5"])
     assert told.exit_code == 0
