@@ -68,30 +68,30 @@ def make_plan(
     tissue: TissueMethod | None,
     epochs: int,
 ) -> Plan:
-    """Lay the patches of all sources on their thumbnails, and measure reading and encoding on some of them."""
-    laid: list[tuple[Source, PatchedSlide]] = []
+    """Find the patches of all sources on their thumbnails, and measure reading and encoding on some of them."""
+    patched: list[tuple[Source, PatchedSlide]] = []
     failed: dict[str, str] = {}
     outcomes = patch_sources(sources, grid, mpp_override=settings.mpp_override, workers=settings.workers, tissue=tissue)
     with ProgressLine("tissue", "slides") as line:
         for done, outcome in enumerate(outcomes, start=1):
             if outcome.patched is not None:
-                laid.append((outcome.source, outcome.patched))
+                patched.append((outcome.source, outcome.patched))
             else:
                 failed[outcome.source.slide_id] = str(outcome.error)
             line.update(done, len(sources))
     dims = {spec.name: spec.dim for spec in encoder_specs}
     speeds, why_not = None, "no patch to measure with"
-    if laid:
+    if patched:
         try:
             encoders = [
                 load_encoder(s, device=settings.device, precision=settings.encoder_precision) for s in encoder_specs
             ]
             dims = {encoder.spec.name: encoder.dim for encoder in encoders}
-            speeds, why_not = measure(laid, encoders, grid, views, settings), ""
+            speeds, why_not = measure(patched, encoders, grid, views, settings), ""
         except (EncoderError, SlideError) as error:
             why_not = str(error)
     return Plan(
-        patches={source.slide_id: len(slide.coords) for source, slide in laid},
+        patches={source.slide_id: len(slide.coords) for source, slide in patched},
         failed_slides=failed,
         dims=dims,
         views=settings.views,
@@ -103,7 +103,7 @@ def make_plan(
 
 
 def measure(
-    laid: Sequence[tuple[Source, PatchedSlide]],
+    patched: Sequence[tuple[Source, PatchedSlide]],
     encoders: Sequence[LoadedEncoder],
     grid: GridSpec,
     views: ViewSpec,
@@ -114,10 +114,10 @@ def measure(
     Raises:
         SlideError: A slide cannot be opened.
     """
-    rendered, wanted = [], min(MEASURED_PATCHES, sum(len(slide.coords) for _, slide in laid))
+    rendered, wanted = [], min(MEASURED_PATCHES, sum(len(slide.coords) for _, slide in patched))
     count = 0
     with ProgressLine("measuring", "patches") as line:
-        for block in _sample(laid, grid, views, settings):
+        for block in _sample(patched, grid, views, settings):
             rendered.append(block)
             count += len(block.pixels)
             line.update(min(count, wanted), wanted)
@@ -144,14 +144,14 @@ def _seconds_a_view(encoder: LoadedEncoder, pixels: np.ndarray, batch_size: int)
 
 
 def _sample(
-    laid: Sequence[tuple[Source, PatchedSlide]], grid: GridSpec, views: ViewSpec, settings: ExtractionSettings
+    patched: Sequence[tuple[Source, PatchedSlide]], grid: GridSpec, views: ViewSpec, settings: ExtractionSettings
 ) -> Iterator[RenderedBlock]:
     """One cell of each slide after the other, in keyed random order, as stage one would render it."""
-    runs = [(i, cell) for i, (_, slide) in enumerate(laid) for cell in enumerate(_cells(slide, grid))]
-    order = keyed_generator("plan", grid.seed).permutation(len(laid))
+    runs = [(i, cell) for i, (_, slide) in enumerate(patched) for cell in enumerate(_cells(slide, grid))]
+    order = keyed_generator("plan", grid.seed).permutation(len(patched))
     rank = {int(slide): place for place, slide in enumerate(order)}
     for i, (_, (start, stop)) in sorted(runs, key=lambda run: (run[1][0], rank[run[0]])):
-        source, slide = laid[i]
+        source, slide = patched[i]
         ids = None if slide.patch_ids is None else slide.patch_ids[start:stop]
         params = sample_views(views, source.slide_id, slide.coords[start:stop], range(1 + settings.views), ids)
         reader = _reader(source, slide, grid, settings.mpp_override)
@@ -197,9 +197,9 @@ def _choices(plan: Plan) -> list[dict[str, Any]]:
     """What other numbers of augmented views would cost and gain."""
     rows = []
     for views in view_choices(plan.epochs):
-        found = plan.with_views(views)
+        cost = plan.with_views(views)
         gains = {f"speed_up_{runs}_runs": speed_up(views, plan.epochs, runs) for runs in RUNS}
-        hours = None if found is None else found.hours
+        hours = None if cost is None else cost.hours
         rows.append({"views": views, "gigabytes": plan.gigabytes(1 + views), "hours": hours, **gains})
     return rows
 

@@ -17,7 +17,7 @@ from g2l_core.store.schema import STATUS
 from g2l_core.store.verify import Problem
 
 MIN_COSINE = 0.9999
-"""Another batch size, thread count or device stays above this; another network does not."""
+"""Another batch size, thread count or device stays above it; another network does not."""
 
 
 Pairs = np.ndarray
@@ -31,22 +31,22 @@ class Recomputed:
     encoder: str
     compared: int
     min_cosine: float
-    """NaN if nothing could be compared."""
+    """NaN where nothing could be compared."""
     problems: tuple[Problem, ...]
 
 
 def recompute(store: FeatureStore, n: int, *, seed: int, device: str, batch_size: int = 32) -> Iterator[Recomputed]:
-    """Encode `n` random stored (patch, view) pairs of every encoder again, from the slides.
+    """Encode `n` random stored (patch, view) pairs of every encoder again, from pixels that are read again.
 
     Args:
         store: The store.
-        n: Pairs of each encoder, or all of them if the store has fewer.
-        seed: Random seed of the draw.
+        n: Pairs an encoder; fewer where the store has fewer.
+        seed: Random seed.
         device: auto, cpu or cuda.
         batch_size: Views encoded together.
 
     Raises:
-        EncoderError: The encoder's weights cannot be loaded any more.
+        EncoderError: The encoder's weights are no longer available.
     """
     for key, facts in store.encoders.items():
         encoder = load_encoder(spec_from_json(facts.to_json()), device=device, precision=facts.precision)
@@ -59,14 +59,14 @@ def recompute(store: FeatureStore, n: int, *, seed: int, device: str, batch_size
         problems: list[Problem] = []
         for slide_id, pairs in _draw(store, key, n, seed).items():
             try:
-                of_slide, wrong = _compare(store, store.slide(slide_id), pairs, encoder, batch_size)
+                agreeing, wrong = _compare(store, store.slide(slide_id), pairs, encoder, batch_size)
             except SlideError as error:
                 problems.append(Problem(kind="damaged", slide_id=slide_id, encoder=key, what=str(error)))
                 continue
-            cosines += of_slide
+            cosines += agreeing
             problems += [Problem(kind="damaged", slide_id=slide_id, encoder=key, what=what) for what in wrong]
-        smallest = min(cosines, default=np.nan)
-        yield Recomputed(encoder=key, compared=len(cosines), min_cosine=smallest, problems=tuple(problems))
+        lowest = min(cosines, default=np.nan)
+        yield Recomputed(encoder=key, compared=len(cosines), min_cosine=lowest, problems=tuple(problems))
 
 
 def _draw(store: FeatureStore, key: str, n: int, seed: int) -> dict[str, Pairs]:

@@ -39,7 +39,7 @@ class ExtractionSettings:
         True, panel=OUTPUT, help="Draw each slide's tissue and kept patches, and write GeoJSON, beside the store."
     )
     retry_failed: bool = option(
-        False, panel=SLIDES, help="Take up only slides that failed and patches that could not be read."
+        False, panel=SLIDES, help="Process only slides that failed and patches that could not be read."
     )
 
     def __post_init__(self) -> None:
@@ -78,7 +78,7 @@ class DistillSettings:
     keep: str = option("last", panel=TRAINING, help="Which weights the student gets: last, or best by held-out CKA.")
 
     def __post_init__(self) -> None:
-        """Refuse what means nothing."""
+        """Refuse settings that contradict each other."""
         if self.keep not in KEPT:
             raise UnknownNameError("weights to keep", self.keep, KEPT)
         if self.views is not None and self.views < (0 if self.online else 1):

@@ -40,14 +40,14 @@ class Sweep:
 
     def runs(self) -> list[dict[str, Any]]:
         """The varied options of each run; an alpha for a loss that has none is left out, and counts once."""
-        found: list[dict[str, Any]] = []
+        runs: list[dict[str, Any]] = []
         for values in product(*self.grid.values()):
             run = dict(zip(self.grid, values, strict=True))
             if {**self.base, **run}.get("loss", "logsum") not in ALPHA_LOSSES:
                 run.pop("alpha", None)
-            if run not in found:
-                found.append(run)
-        return found
+            if run not in runs:
+                runs.append(run)
+        return runs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,13 +71,13 @@ class SweepResult:
     """Why runs failed, by folder."""
 
 
-def read_sweep(given: str, changes: Sequence[str]) -> Sweep:
+def read_sweep(name: str, changes: Sequence[str]) -> Sweep:
     """A sweep's file, or a shipped one by its name, with NAME=VALUE changes to its base.
 
     Raises:
         UsageError: It cannot be read, or has something that is no option; names it.
     """
-    path = find_recipe(given, "sweeps")
+    path = find_recipe(name, "sweeps")
     content = read_toml(path)
     for key in content:
         if key not in {"title", "base", "grid"}:
@@ -86,20 +86,20 @@ def read_sweep(given: str, changes: Sequence[str]) -> Sweep:
     if not grid:
         raise UsageError(f"{path}: [grid] is missing: options with lists of values, such as seed = [0, 1, 2]")
     for change in changes:
-        name, equals, value = change.partition("=")
+        option, equals, value = change.partition("=")
         if not equals:
             raise UsageError(f"--set {change}: expected NAME=VALUE")
-        grid.pop(name, None)
-        base[name] = _value(value)
-    for name, values in grid.items():
+        grid.pop(option, None)
+        base[option] = _value(value)
+    for option, values in grid.items():
         if not isinstance(values, list) or not values:
-            raise UsageError(f"{path}: {name} in [grid] must be a list of values, not {values!r}")
-    if taken := [name for name in NAMES if name in base or name in grid]:
+            raise UsageError(f"{path}: {option} in [grid] must be a list of values, not {values!r}")
+    if taken := [option for option in NAMES if option in base or option in grid]:
         raise UsageError(f"{path}: {taken[0]} is given on the command line, not in a sweep")
     return Sweep(
         title=content.get("title", path.stem),
-        base={name: check_option(name, value, path) for name, value in base.items()},
-        grid={name: tuple(check_option(name, value, path) for value in values) for name, values in grid.items()},
+        base={option: check_option(option, value, path) for option, value in base.items()},
+        grid={option: tuple(check_option(option, v, path) for v in values) for option, values in grid.items()},
     )
 
 
@@ -123,7 +123,7 @@ def run_sweep(
     """
     spec = resolve_encoder(student, weights=weights)
     runs = sweep.runs()
-    for run in runs:  # an option that cannot be used is told before the first night is spent
+    for run in runs:  # what cannot be used is refused before the first run starts
         settings_of({**sweep.base, **run})
     out.mkdir(parents=True, exist_ok=True)
     failed: dict[str, str] = {}
@@ -137,7 +137,7 @@ def run_sweep(
             except G2LError as error:
                 failed[folder.name] = str(error)
                 say(f"failed  {folder.name}: {error}")
-    finished = [found for run in runs if (found := _finished(out / name_of(run), run))]
+    finished = [done for run in runs if (done := _finished(out / name_of(run), run))]
     if not finished:
         raise RunError(f"no run of the sweep finished: {next(iter(failed.values()))}")
     result = SweepResult(sweep=sweep, finished=tuple(finished), failed=failed)
@@ -160,12 +160,12 @@ def _finished(folder: Path, run: Mapping[str, Any]) -> RunResult | None:
 
 
 def groups_of(result: SweepResult) -> dict[tuple[tuple[str, Any], ...], list[RunResult]]:
-    """Runs that differ by their seed alone, by their other varied options."""
-    found: dict[tuple[tuple[str, Any], ...], list[RunResult]] = {}
+    """Runs that differ only in their seed, by their other varied options."""
+    groups: dict[tuple[tuple[str, Any], ...], list[RunResult]] = {}
     for run in result.finished:
         key = tuple((name, value) for name, value in run.varied.items() if name != "seed")
-        found.setdefault(key, []).append(run)
-    return found
+        groups.setdefault(key, []).append(run)
+    return groups
 
 
 def _spread(values: Sequence[float]) -> str:

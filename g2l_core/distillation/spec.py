@@ -49,7 +49,7 @@ class ObjectiveSpec:
     )
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be computed, or means nothing."""
+        """Refuse settings that cannot be computed or contradict each other."""
         for name, known in (
             ("loss", LOSSES), ("teacher_norm", TEACHER_NORMS), ("student_norm", STUDENT_NORMS),
             ("reduce", REDUCTIONS), ("batch_statistics", STATISTICS),
@@ -141,7 +141,7 @@ class OptimSpec:
     early_stop_window: int = option(100, min=1, panel=TRAINING, help="Steps that this mean is taken over.")
 
     def __post_init__(self) -> None:
-        """Refuse what cannot run."""
+        """Refuse values that cannot run."""
         if self.lr <= 0 or self.weight_decay < 0:
             raise UsageError(f"expected lr > 0 and weight decay >= 0, not {self.lr} and {self.weight_decay}")
         if self.warmup < 0 or self.clip < 0 or self.accumulate < 1:

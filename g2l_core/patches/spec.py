@@ -52,7 +52,7 @@ class GridSpec:
     seed: int = option(0, panel=PATCHES, help="Random seed.")
 
     def __post_init__(self) -> None:
-        """Refuse settings that give no grid."""
+        """Refuse a grid that no slide can have."""
         if unknown := sorted(set(self.artifacts) - set(ARTIFACTS)):
             raise UnknownNameError("artifact", unknown[0], [*ARTIFACTS, "none"])
         in_order = tuple(name for name in ARTIFACTS if name in self.artifacts)

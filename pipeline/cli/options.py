@@ -61,18 +61,15 @@ def from_specs(*, without: Collection[str] = (), **defaults: Any) -> Callable[[C
             raise TypeError(f"no such option: {', '.join(sorted(unknown))}")
         made, aliases = dict(own), dict[str, str]()
         for entry in (entry for spec in specs.values() for entry in entries(spec)):
-            if entry.name in made or entry.name in without:
-                continue
-            for parameter in _parameters(entry, defaults.get(entry.name, entry.default)):
-                made[parameter.name] = parameter
-                if parameter.name != entry.name:
-                    aliases[parameter.name] = entry.name
+            if entry.name not in made and entry.name not in without:
+                made |= {p.name: p for p in _parameters(entry, defaults.get(entry.name, entry.default))}
+                aliases |= dict.fromkeys(entry.option.aliases, entry.name)
 
         @wraps(command)
         def with_options(**values: Any) -> None:
             for alias, name in aliases.items():
-                former = values.pop(alias)
-                values[name] = values[name] if former is None else former
+                if (value := values.pop(alias)) is not None:
+                    values[name] = value
             arguments = {name: values[name] for name in own}
             for name, spec in specs.items():
                 arguments[name] = build(spec, values) if is_dataclass(hints[name]) else _values(spec, values)
@@ -88,7 +85,7 @@ def from_specs(*, without: Collection[str] = (), **defaults: Any) -> Callable[[C
 
 def _spec_of(hint: Any) -> type | None:
     candidates = get_args(hint)[1:] if get_origin(hint) is Annotated else [hint]
-    return next((found for found in candidates if isinstance(found, type) and is_dataclass(found)), None)
+    return next((kind for kind in candidates if isinstance(kind, type) and is_dataclass(kind)), None)
 
 
 def _values(spec: type, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -130,7 +127,5 @@ def _metavar(kind: Any) -> str | None:
 
 def _place(parameter: Parameter) -> int:
     """Options without a panel first, then panel by panel."""
-    panel = (
-        get_args(parameter.annotation)[-1].rich_help_panel if get_origin(parameter.annotation) is Annotated else None
-    )
+    panel = get_args(parameter.annotation)[1].rich_help_panel
     return PANELS.index(panel) if panel else -1

@@ -71,6 +71,6 @@ def print_plan(
     facts, findings, _ = audit_sources(sources, mpp_override=settings.mpp_override, workers=settings.workers)
     if facts:
         typer.echo(audit_table(facts, findings), err=True)
-    found = make_plan(sources, specs, grid, views, settings, tissue=tissue, epochs=epochs)
-    typer.echo(json.dumps(plan_json(found), indent=2) if as_json else plan_text(found))
-    return EXIT_SOME_FAILED if found.failed_slides else EXIT_DONE
+    made = make_plan(sources, specs, grid, views, settings, tissue=tissue, epochs=epochs)
+    typer.echo(json.dumps(plan_json(made), indent=2) if as_json else plan_text(made))
+    return EXIT_SOME_FAILED if made.failed_slides else EXIT_DONE

@@ -107,12 +107,12 @@ def _recompute(store: "FeatureStore", n: int, seed: int, device: str) -> "list[P
     from pipeline.recompute import recompute as encode_again
 
     problems: list[Problem] = []
-    for found in encode_again(store, n, seed=seed, device=device):
+    for result in encode_again(store, n, seed=seed, device=device):
         typer.echo(
-            f"{found.encoder}: {found.compared} rows encoded again, least cosine {found.min_cosine:.6f} "
+            f"{result.encoder}: {result.compared} rows encoded again, least cosine {result.min_cosine:.6f} "
             f"(expected {MIN_COSINE})"
         )
-        problems += found.problems
+        problems += result.problems
     return problems
 
 
