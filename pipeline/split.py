@@ -1,4 +1,4 @@
-"""Which stored patches train the student, and which are held out to watch it."""
+"""Which stored patches train the student, and which are held out to validate it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,41 +13,44 @@ from g2l_core.rng import keyed_generator
 from g2l_core.slides.manifest import fits, held_out_groups, parse_condition
 from g2l_core.store.features import FeatureStore, StoredSlide
 
-LEAST_HELD_OUT = 4
+MIN_HELD_OUT = 4
+"""Fewer patches give no debiased CKA."""
 
 Rows = dict[str, Int64[np.ndarray, " row"]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """Rows by slide id, and in words how they were parted."""
+    """Rows that train and rows that are held out, by slide id."""
 
     train: Rows
     held_out: Rows
     description: str
+    """Describes what is held out."""
 
 
 def split_store(
     store: FeatureStore, where: Sequence[str], hold_out: str, seed: int, *, slides: int | None = None
 ) -> Split:
-    """Part a store's good patches into training and held-out ones.
+    """Split a store's good patches into training and held-out ones.
 
     Args:
         store: The store.
-        where: Conditions COLUMN=PATTERN that a slide must all fit; others are not used at all.
-        hold_out: COLUMN=PATTERN, or a share. A share takes whole patients, or slides where patients are not
-            known; where there is a single one, or only sets of images, it takes rows of every slide.
-        seed: Names the draw.
-        slides: Train on so many slides, at random; fewer are always among more, so that sizes can be compared.
+        where: Conditions COLUMN=PATTERN. Slides that do not fit all of them are not used.
+        hold_out: COLUMN=PATTERN, or a fraction. A fraction takes whole patients, or slides where patients are not
+            known. Where there is a single one, or only sets of images, it takes rows of every slide.
+        seed: Random seed.
+        slides: Number of slides to train on, at random; None is all. A smaller number is a subset of a larger one, so
+            that sizes can be compared.
 
     Raises:
-        UsageError: Nothing is left on either side, or an argument is malformed.
+        UsageError: No patches are left to train on or to hold out, or an argument is malformed.
     """
     split = _split(store, where, hold_out, seed)
-    return split if slides is None else _of_slides(split, slides, seed)
+    return split if slides is None else _take_slides(split, slides, seed)
 
 
-def _of_slides(split: Split, count: int, seed: int) -> Split:
+def _take_slides(split: Split, count: int, seed: int) -> Split:
     """The split with `count` of its training slides."""
     if not 1 <= count <= len(split.train):
         raise UsageError(f"--slides {count}: there are {len(split.train)} slides to train on")
@@ -64,24 +67,24 @@ def _split(store: FeatureStore, where: Sequence[str], hold_out: str, seed: int) 
         condition = parse_condition(hold_out)
         chosen = {s.slide_id for s in slides if fits(condition, s.slide_id, s.labels)}
         return _by_slide(slides, chosen, f"slides with {hold_out}")
-    share = _share(hold_out)
+    fraction = _parse_fraction(hold_out)
     groups = {s.slide_id: s.labels.get("patient_id") or s.slide_id for s in slides}
     whole_slides = all(s.facts.kind == "slide" or "patient_id" in s.labels for s in slides)
     if not whole_slides or len(set(groups.values())) < 2:
-        return _by_row(slides, share, seed)
-    held = held_out_groups(groups.values(), share, seed)
+        return _by_row(slides, fraction, seed)
+    held = held_out_groups(groups.values(), fraction, seed)
     kind = "patients" if all("patient_id" in s.labels for s in slides) else "slides"
     return _by_slide(slides, {i for i, group in groups.items() if group in held}, f"{kind} {', '.join(sorted(held))}")
 
 
-def _share(text: str) -> float:
+def _parse_fraction(text: str) -> float:
     try:
-        share = float(text)
+        fraction = float(text)
     except ValueError:
-        share = -1.0
-    if not 0 < share < 1:
+        fraction = -1.0
+    if not 0 < fraction < 1:
         raise UsageError(f"--hold-out {text}: expected a share between 0 and 1, or COLUMN=PATTERN")
-    return share
+    return fraction
 
 
 def _by_slide(slides: Sequence[StoredSlide], held: set[str], description: str) -> Split:
@@ -94,15 +97,15 @@ def _by_slide(slides: Sequence[StoredSlide], held: set[str], description: str) -
     return Split(train=train, held_out=held_out, description=description)
 
 
-def _by_row(slides: Sequence[StoredSlide], share: float, seed: int) -> Split:
-    """Hold out rows of every slide, at least four in all: fewer give no debiased CKA."""
+def _by_row(slides: Sequence[StoredSlide], fraction: float, seed: int) -> Split:
+    """Hold out rows of every slide, at least `MIN_HELD_OUT` in all."""
     train: Rows = {}
     held_out: Rows = {}
-    fewest = ceil(LEAST_HELD_OUT / len(slides))
+    min_rows = ceil(MIN_HELD_OUT / len(slides))
     for slide in slides:
         rows = good_rows(slide)
         order = keyed_generator("held-out rows", seed, slide.slide_id).permutation(rows)
-        count = max(fewest, round(share * len(rows)))
+        count = max(min_rows, round(fraction * len(rows)))
         held_out[slide.slide_id], train[slide.slide_id] = np.sort(order[:count]), np.sort(order[count:])
     n = sum(map(len, held_out.values()))
     whose = "the one slide" if len(slides) == 1 else f"{len(slides)} slides or image sets"
