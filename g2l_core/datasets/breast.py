@@ -50,12 +50,12 @@ IDC_NAME = re.compile(r"(?P<patient>\d+)_idx\d+_x\d+_y\d+_class(?P<idc>[01])\.pn
 BREAKHIS_NAME = re.compile(r"SOB_[BM]_[A-Z]+-(?P<case>\d+-(?P<number>\d+)[A-Z]*)-(?P<magnification>\d+)-\d+\.png")
 IDC_PX = 50
 SILENT = frozenset("Silent Intron 3'UTR 5'UTR 3'Flank 5'Flank IGR RNA".split())
-"""Variant_Classification that leaves the protein alone: what cBioPortal leaves out by default
+"""Values of Variant_Classification that do not change the protein, which cBioPortal leaves out by default
 (https://docs.cbioportal.org/file-formats/, mutation data)."""
 
 
 def read_tcga_tils(root: Path) -> Reading:
-    """images-tcga-tils-metadata.csv: partition, study, barcode, label, path, md5."""
+    """Read images-tcga-tils-metadata.csv: partition, study, barcode, label, path, md5."""
     base = base_folder(root, "TCGA-TILs", holding="images-tcga-tils-metadata.csv")
     listed = base / "images-tcga-tils-metadata.csv"
     rows = table(listed, ("partition", "study", "barcode", "label", "path"))
@@ -74,7 +74,7 @@ def _tils_record(base: Path, row: Mapping[str, str]) -> Record:
 
 
 def read_tcga_brca_tp53(root: Path) -> Reading:
-    """Slides from the GDC and a cBioPortal study folder with data_mutations.txt and case_lists/cases_sequenced.txt."""
+    """Read slides from the GDC, and data_mutations.txt and case_lists/cases_sequenced.txt of a cBioPortal study."""
     study = base_folder(root, "brca_tcga_pan_can_atlas_2018", holding="data_mutations.txt")
     mutated, sequenced = _tp53_mutants(study), _sequenced(study / "case_lists" / "cases_sequenced.txt")
     slides = some(files(root, ".svs"), root, "slides (.svs) from the GDC")
@@ -105,7 +105,7 @@ def _sequenced(path: Path) -> set[str]:
 
 
 def read_idc(root: Path) -> Reading:
-    """PATIENT/CLASS/PATIENT_idx5_xX_yY_classCLASS.png."""
+    """Read PATIENT/CLASS/PATIENT_idx5_xX_yY_classCLASS.png."""
     base = base_folder(root, "IDC_regular_ps50_idx5", holding="[0-9]*/[01]/*.png")
     records, small = [], 0
     for patient in sorted(path for path in base.iterdir() if path.is_dir() and path.name.isdigit()):
@@ -123,7 +123,7 @@ def read_idc(root: Path) -> Reading:
 
 
 def read_bracs_roi(root: Path) -> Reading:
-    """train|val|test / 0_N ... 6_IC / BRACS_<slide>_<class>_<number>.png."""
+    """Read train|val|test / 0_N ... 6_IC / BRACS_<slide>_<class>_<number>.png."""
     base = base_folder(root, "BRACS_RoI/latest_version", "latest_version", "BRACS_RoI", holding="train/0_N")
     patients = _bracs_patients(root)
     found = []
@@ -134,11 +134,11 @@ def read_bracs_roi(root: Path) -> Reading:
                 labels = {"patient_id": patients.get(slide, ""), "lesion": name.partition("_")[2], "split": part}
                 relative = Path(part, name, path.stem)
                 found.append(Record(slide_id=slide, path=relative, labels=labels, pixels=partial(fitted, path)))
-    return Reading(records=_parted_by_patient(found))
+    return Reading(records=_split_by_patient(found))
 
 
 def read_bracs_wsi(root: Path) -> Reading:
-    """train|val|test / Group_BT|AT|MT / Type_<class> / BRACS_<slide>.svs."""
+    """Read train|val|test / Group_BT|AT|MT / Type_<class> / BRACS_<slide>.svs."""
     base = base_folder(root, "BRACS_WSI", holding="train/Group_BT")
     patients = _bracs_patients(root)
     found = []
@@ -150,11 +150,11 @@ def read_bracs_wsi(root: Path) -> Reading:
                     own = {"patient_id": patients.get(path.stem, ""), **labels, "split": part}
                     found.append(Record(slide_id=path.stem, path=path, labels=own, is_image=False, mpp=0.25))
     some([record.path for record in found], base, "slides (.svs)")
-    return Reading(records=_parted_by_patient(found))
+    return Reading(records=_split_by_patient(found))
 
 
 def _bracs_patients(root: Path) -> dict[str, str]:
-    """Patients by slide from BRACS.xlsx, where it lies in the folder or beside it; else none is known."""
+    """Patients by slide from BRACS.xlsx, if it is in the folder or beside it; else none."""
     path = next((folder / "BRACS.xlsx" for folder in (root, root.parent) if (folder / "BRACS.xlsx").is_file()), None)
     if path is None:
         return {}
@@ -162,17 +162,17 @@ def _bracs_patients(root: Path) -> dict[str, str]:
     return {row["WSI Filename"].removesuffix(".svs"): row["Patient Id"].removesuffix(".0") for row in rows}
 
 
-def _parted_by_patient(records: Sequence[Record]) -> Iterator[Record]:
-    """Each with `split_by_patient`: the official split, less the training and validation rows of test patients."""
-    held = {r.labels["patient_id"] for r in records if r.labels["split"] == "test"} - {""}
+def _split_by_patient(records: Sequence[Record]) -> Iterator[Record]:
+    """Add `split_by_patient`: the official split without the training and validation rows of test patients."""
+    test_patients = {r.labels["patient_id"] for r in records if r.labels["split"] == "test"} - {""}
     for r in records:
-        leaks = r.labels["split"] != "test" and r.labels["patient_id"] in held
+        leaks = r.labels["split"] != "test" and r.labels["patient_id"] in test_patients
         labels = {**r.labels, "split_by_patient": "patient in test" if leaks else r.labels["split"]}
         yield Record(slide_id=r.slide_id, path=r.path, labels=labels, is_image=r.is_image, mpp=r.mpp, pixels=r.pixels)
 
 
 def read_breakhis(root: Path) -> Reading:
-    """benign|malignant / SOB / <type> / SOB_.._.._.. / 40X ... 400X; with mkfold's dsfold1..5.txt, their columns."""
+    """Read benign|malignant / SOB / <type> / SOB_.._.._.. / 40X ... 400X, and mkfold's dsfold1..5.txt if present."""
     inside = ("BreaKHis_v1/histology_slides/breast", "histology_slides/breast", "breast")
     base = base_folder(root, *inside, holding="benign/SOB/adenosis")
     folds = _official_folds(root)
@@ -195,7 +195,7 @@ def _breakhis_labels(path: Path) -> dict[str, str]:
 
 
 def _official_folds(root: Path) -> dict[str, dict[str, str]]:
-    """fold1 ... fold5 by image, from lines `image|magnification|fold|train or test`."""
+    """The columns fold1 ... fold5 by image, from lines `image|magnification|fold|train or test`."""
     folds: dict[str, dict[str, str]] = defaultdict(dict)
     for number in range(1, FOLDS + 1):
         path = next(iter(sorted(root.rglob(f"dsfold{number}.txt"))), None)
@@ -209,7 +209,7 @@ def _official_folds(root: Path) -> dict[str, dict[str, str]]:
 
 
 def read_tiger(root: Path) -> Reading:
-    """The slides of WSIROIS with the tissue of each patch from their masks."""
+    """Read the slides of WSIROIS, and the tissue of each patch from their masks."""
     base = base_folder(root, "wsirois/wsi-level-annotations", holding="annotations-tissue-cells-masks")
     slides = some(files(base / "images", ".tif"), base / "images", "slides (.tif)")
     return Reading(records=[_tiger_record(base, slide) for slide in slides])
@@ -226,7 +226,7 @@ def _tiger_record(base: Path, slide: Path) -> Record:
         labels=tiger_origin(slide.stem),
         is_image=False,
         mpp=0.5,
-        # the larger regions of BCSS hold those of NuCLS, so they alone do where a slide has both
+        # the larger regions of BCSS hold those of NuCLS, so only they are read where a slide has both
         cells=partial(_tiger_cells, slide, masks[0]),
     )
 
@@ -253,7 +253,7 @@ def tiger_origin(name: str) -> dict[str, str]:
 
 
 def read_bach(root: Path) -> Reading:
-    """Photos / Benign|InSitu|Invasive|Normal / b001.tif ...; the split is eva's, made from the patients."""
+    """Read Photos / Benign|InSitu|Invasive|Normal / b001.tif .... The split is eva's, which separates patients."""
     base = base_folder(root, "ICIAR2018_BACH_Challenge/Photos", "Photos", holding="InSitu")
     listed = [(name, path) for name, folder in class_folders(base, BACH) for path in files(folder, ".tif")]
     if len(listed) != BACH_IMAGES:

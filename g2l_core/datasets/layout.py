@@ -1,4 +1,4 @@
-"""Reading folders and tables as published, and saying what is wrong with them in one line."""
+"""Read folders and tables as published. Errors say in one line what was expected and what is there."""
 
 import csv
 import re
@@ -25,15 +25,15 @@ def wrong(root: Path, expected: str) -> ManifestError:
 
 
 def base_folder(root: Path, *inside: str, holding: str) -> Path:
-    """The folder that holds `holding`: the root, or one of the folders that the archive unpacks to.
+    """Find the folder that holds `holding`: the root, or one of the folders that the archive unpacks to.
 
     Args:
         root: What the user gave.
-        inside: Folders of the archive to look into, relative to the root.
-        holding: A file or folder that must be there, relative; a glob pattern.
+        inside: Folders of the archive to search, relative to the root.
+        holding: A glob pattern, relative to the folder, that must match a file or folder.
 
     Raises:
-        ManifestError: Neither has it.
+        ManifestError: None of the folders holds it.
     """
     for base in (root, *(root / name for name in inside)):
         if base.is_dir() and next(base.glob(holding), None) is not None:
@@ -42,16 +42,16 @@ def base_folder(root: Path, *inside: str, holding: str) -> Path:
 
 
 def files(folder: Path, *suffixes: str) -> list[Path]:
-    """Files with one of the suffixes anywhere below a folder, sorted; hidden ones left out."""
+    """The files with one of the suffixes anywhere below a folder, sorted, without hidden ones."""
     found = (path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
     return sorted(path for path in found if not path.name.startswith(".") and path.is_file())
 
 
 def class_folders(folder: Path, classes: Iterable[str]) -> Iterator[tuple[str, Path]]:
-    """The class folders in a folder, each with its class.
+    """Yield the classes and their folders in a folder.
 
     Raises:
-        ManifestError: One is missing.
+        ManifestError: A class has no folder.
     """
     names = list(classes)
     for name in names:
@@ -61,10 +61,10 @@ def class_folders(folder: Path, classes: Iterable[str]) -> Iterator[tuple[str, P
 
 
 def some(found: Sequence[Path], folder: Path, expected: str) -> Sequence[Path]:
-    """The files again.
+    """Return the files, if there are any.
 
     Raises:
-        ManifestError: There are none.
+        ManifestError: There are no files.
     """
     if not found:
         raise wrong(folder, expected)
@@ -72,7 +72,7 @@ def some(found: Sequence[Path], folder: Path, expected: str) -> Sequence[Path]:
 
 
 def table(path: Path, columns: Sequence[str], delimiter: str = ",", comment: str = "\0") -> list[dict[str, str]]:
-    """The rows of a published table, under its own column names.
+    """Read a published table, with its own column names.
 
     Raises:
         ManifestError: It cannot be read, or lacks a column.
@@ -102,7 +102,7 @@ def require_files(paths: Sequence[Path], listed_in: Path) -> None:
     """Refuse a dataset whose table names files that are not there.
 
     Raises:
-        ManifestError: Says how many, and the first.
+        ManifestError: Files are missing. The message gives their number and the first of them.
     """
     absent = list(islice((path for path in paths if not path.is_file()), 1))
     if absent:
@@ -111,7 +111,7 @@ def require_files(paths: Sequence[Path], listed_in: Path) -> None:
 
 
 def spreadsheet(path: Path, sheet: str, columns: Sequence[str]) -> list[dict[str, str]]:
-    """The rows of one sheet of an .xlsx file, by the names in its first row, all values as text.
+    """Read one sheet of an .xlsx file, with the names in its first row. All values are text.
 
     Raises:
         ManifestError: It cannot be read, or lacks the sheet or a column.
@@ -141,7 +141,7 @@ def tcga_labels(name: str) -> dict[str, str]:
     The barcode: https://docs.gdc.cancer.gov/Encyclopedia/pages/TCGA_Barcode.
 
     Raises:
-        ManifestError: It has no TCGA barcode.
+        ManifestError: The name has no TCGA barcode.
     """
     found = TCGA_PATIENT.search(name)
     if not found:

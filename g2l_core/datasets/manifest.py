@@ -1,7 +1,7 @@
-"""From a dataset's folder to the manifest that stage one takes, and the label file that stage three takes.
+"""Write the manifest of a dataset's folder for stage one, and its label file for stage three.
 
-The manifest has one row a slide or image; the label file `NAME-labels.csv` has what differs between the images or
-patches of one slide, by `slide_id` and `patch_id`, or by `slide_id`, `x` and `y`.
+The manifest has one row for each slide or image. The label file `NAME-labels.csv` has what differs between the images
+or patches of one slide, by `slide_id` and `patch_id`, or by `slide_id`, `x` and `y`.
 """
 
 import csv
@@ -20,19 +20,19 @@ FIRST = ("slide_id", "path", "patch_id", "mpp", "dataset", "patient_id", "medica
 
 @dataclass(frozen=True, kw_only=True)
 class Written:
-    """What was written."""
+    """The files that were written, and what they hold."""
 
     manifest: Path
     labels: Path | None
-    """The label file; None where every slide has one label."""
+    """The label file; None if every slide has one label."""
     images: Path | None
-    """The folder of images that had to be written; None where the published files are used."""
+    """The folder of images that had to be written; None if the published files are used."""
     rows: int
     slides: int
     patients: int
-    """0 where they are not known."""
+    """0 if patients are not known."""
     cells: int
-    """Labeled patches of slides."""
+    """Number of labeled patches of slides."""
     left_out: tuple[str, ...]
 
 
@@ -40,12 +40,13 @@ def write_manifest(dataset: Dataset, root: Path, out: Path) -> Written:
     """Read a dataset's folder and write its manifest, its labels if they differ within a slide, and images if needed.
 
     Args:
-        dataset: What it is.
+        dataset: The dataset.
         root: Its folder, as published.
-        out: The manifest. The labels go beside it, images that have to be written into a folder beside it.
+        out: The manifest to write. Its label file and the folder of images that must be written go beside it.
 
     Raises:
-        ManifestError: The folder has another layout; says what was expected, what is there and where to get it.
+        ManifestError: The folder has another layout. The message says what was expected, what is there and where to
+            get the dataset.
         SlideError: A slide whose masks are read cannot be opened.
         UsageError: `out` is a file already, and no manifest.
     """
@@ -111,7 +112,7 @@ def _cell_rows(row: tuple[Mapping[str, str], Record], dataset: Dataset) -> Itera
 
 
 def _by_image(rows: Sequence[Mapping[str, str]], dataset: Dataset) -> list[dict[str, str]]:
-    """The label file's rows: label columns and split of each image; empty for a dataset that needs none."""
+    """The rows of the label file with label columns and split of each image; empty if the dataset needs no file."""
     if not dataset.label_file:
         return []
     columns = [column for column in rows[0] if column not in FIRST]
@@ -119,14 +120,14 @@ def _by_image(rows: Sequence[Mapping[str, str]], dataset: Dataset) -> list[dict[
 
 
 def _refuse_differing(rows: Sequence[Mapping[str, str]], dataset: Dataset) -> None:
-    """Refuse images of one slide that differ in what no label file tells: stage one keeps what all of them share."""
+    """Refuse images of one slide that differ in a column of no label file, since stage one keeps what all share."""
     first: dict[str, Mapping[str, str]] = {}
     free = {"path", "patch_id"}
     for row in rows:
         known = first.setdefault(row["slide_id"], row)
         for column, value in row.items():
-            told = column in free or (dataset.label_file and column not in FIRST)
-            if not told and value != known.get(column, ""):
+            may_differ = column in free or (dataset.label_file and column not in FIRST)
+            if not may_differ and value != known.get(column, ""):
                 raise ManifestError(
                     f"expected one {column} for all files of {row['slide_id']}; "
                     f"found {known.get(column, '')!r} and {value!r}"
@@ -134,7 +135,7 @@ def _refuse_differing(rows: Sequence[Mapping[str, str]], dataset: Dataset) -> No
 
 
 def _write(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
-    """A CSV of the columns that any row has something in, the manifest's own first, split last."""
+    """Write a CSV of the columns that are not empty, with those of every manifest first and split last."""
     used = {column: None for row in rows for column, value in row.items() if value}
     own = [c for c in FIRST if c in used]
     others = [c for c in used if c not in FIRST and c != "split"]

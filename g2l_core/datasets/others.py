@@ -12,7 +12,7 @@ from g2l_core.errors import ManifestError
 
 PCAM_PARTS = {"train": "train", "valid": "val", "test": "test"}
 WILDS_VAL_CENTER, WILDS_TEST_CENTER = "1", "2"
-"""Out-of-distribution parts of the official split go by hospital (p-lambda/wilds, camelyon17_dataset.py)."""
+"""Hospitals that are the out-of-distribution parts of the official split (p-lambda/wilds, camelyon17_dataset.py)."""
 WILDS_PARTS = {"0": "train", "1": "id_val"}
 NCT = ("ADI", "BACK", "DEB", "LYM", "MUC", "MUS", "NORM", "STR", "TUM")
 NCT_PARTS = {"NCT-CRC-HE-100K": "train", "CRC-VAL-HE-7K": "test"}
@@ -25,7 +25,7 @@ LC25000 = {
 
 
 def read_pcam(root: Path) -> Reading:
-    """camelyonpatch_level_2_split_{train,valid,test}_{x,y}.h5 and ..._meta.csv."""
+    """Read camelyonpatch_level_2_split_{train,valid,test}_{x,y}.h5 and ..._meta.csv."""
     base = base_folder(root, holding="camelyonpatch_level_2_split_train_x.h5")
     return Reading(records=[r for name, part in PCAM_PARTS.items() for r in _pcam_part(base, name, part)])
 
@@ -63,7 +63,7 @@ def _h5(path: Path, name: str) -> Any:
 
 
 def read_camelyon17_wilds(root: Path) -> Reading:
-    """metadata.csv and patches / patient_P_node_N / patch_patient_P_node_N_x_X_y_Y.png."""
+    """Read metadata.csv and patches / patient_P_node_N / patch_patient_P_node_N_x_X_y_Y.png."""
     base = base_folder(root, "camelyon17_v1.0", holding="metadata.csv")
     listed = base / "metadata.csv"
     rows = table(listed, ("patient", "node", "x_coord", "y_coord", "tumor", "center", "split"))
@@ -91,7 +91,7 @@ def _wilds_record(base: Path, row: Mapping[str, str]) -> Record:
 
 
 def read_nct_crc(root: Path) -> Reading:
-    """NCT-CRC-HE-100K / <class> / *.tif to train on, CRC-VAL-HE-7K / <class> / *.tif to test."""
+    """Read NCT-CRC-HE-100K / <class> / *.tif for training and CRC-VAL-HE-7K / <class> / *.tif for testing."""
     records = []
     for name, part in NCT_PARTS.items():
         if not (root / name).is_dir():
@@ -104,7 +104,7 @@ def read_nct_crc(root: Path) -> Reading:
 
 
 def read_mhist(root: Path) -> Reading:
-    """Reads images / MHIST_xxx.png and annotations.csv: Image Name, Majority Vote Label, ..., Partition."""
+    """Read images / MHIST_xxx.png and annotations.csv: Image Name, Majority Vote Label, ..., Partition."""
     base = base_folder(root, holding="annotations.csv")
     listed = base / "annotations.csv"
     rows = table(listed, ("Image Name", "Majority Vote Label", "Partition"))
@@ -122,7 +122,7 @@ def read_mhist(root: Path) -> Reading:
 
 
 def read_tcga_crc_msi(root: Path) -> Reading:
-    """TRAIN|TEST / MSIH|nonMSIH / images named by their TCGA slide."""
+    """Read TRAIN|TEST / MSIH|nonMSIH / images named by their TCGA slide."""
     base = base_folder(root, holding="TRAIN/MSIH")
     records = []
     for part in ("train", "test"):
@@ -136,7 +136,7 @@ def read_tcga_crc_msi(root: Path) -> Reading:
 
 
 def read_tcga_nsclc(root: Path) -> Reading:
-    """gdc_sample_sheet*.tsv and <File ID> / <File Name>, as the GDC Data Transfer Tool lays them."""
+    """Read gdc_sample_sheet*.tsv and <File ID> / <File Name>, as the GDC Data Transfer Tool writes them."""
     base = base_folder(root, holding="gdc_sample_sheet*.tsv")
     sheet = sorted(base.glob("gdc_sample_sheet*.tsv"))[-1]
     rows = table(sheet, ("File ID", "File Name", "Project ID", "Case ID", "Sample Type"), delimiter="\t")
@@ -159,7 +159,7 @@ def _nsclc_record(base: Path, row: Mapping[str, str]) -> Record:
 
 
 def read_lc25000(root: Path) -> Reading:
-    """lung_colon_image_set / colon_image_sets|lung_image_sets / <class> / *.jpeg."""
+    """Read lung_colon_image_set / colon_image_sets|lung_image_sets / <class> / *.jpeg."""
     base = base_folder(root, "lung_colon_image_set", holding="lung_image_sets")
     records = []
     for organ, classes in LC25000.items():

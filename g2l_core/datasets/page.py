@@ -1,12 +1,12 @@
-"""docs/datasets.md, made from the table: `python -m g2l_core.datasets.page > docs/datasets.md`."""
+"""Make docs/datasets.md from the table: `python -m g2l_core.datasets.page > docs/datasets.md`."""
 
 from g2l_core.datasets.spec import Dataset
 from g2l_core.datasets.table import DATASETS
 
 HEAD = """# Public datasets
 
-`g2l datasets` lists them, `g2l datasets NAME` says where to get one and how its folder must look, and `g2l datasets
-NAME --root DIR` reads the folder exactly as its authors publish it and writes the manifest that stage one takes:
+`g2l datasets` lists them, `g2l datasets NAME` shows where to get one and how its folder must look, and `g2l datasets
+NAME --root DIR` reads the folder exactly as its authors publish it and writes the manifest for stage one:
 
 ```sh
 g2l datasets idc --root IDC_regular_ps50_idx5          # idc.csv, and idc-labels.csv
@@ -19,22 +19,21 @@ g2l bench breast --store idc.zarr --encoders h-optimus-0,hibou-l,run/ --baseline
   `NAME-labels.csv` says so by `slide_id` and `patch_id`, or by `slide_id`, `x` and `y`. `g2l bench` reads that file
   from the folder it is called in when the task file is a shipped one (`breast`, `prostate`, `lymph-node`,
   `colorectal`, `lung`); a task file of your own names it relative to itself.
-- Sets with images of one size are used where they lie. Arrays (PCam) and images of other shapes are written once as
+- Sets with images of one size are used in place. Arrays (PCam) and images of other shapes are written once as
   PNG into `NAME-images/` beside the manifest; the notes say how.
 - TIGER and AGGC22 have masks. Their patches are labeled on the grid of stage one's defaults (`--mpp 0.5 --patch-px
   256`).
 - A suite's task file names all its datasets; give every store with `--store`. Tasks whose dataset no store has are
   reported as failed, the others are evaluated.
-- A table that names images which are not there is refused. Of slides, those that are there are taken, and the number
-  that were left out is told.
-- Nothing is downloaded, and licenses are yours to keep. None of these folders could be had while this was written:
-  each layout is as of the source named, and what no source settles is said in the notes.
+- A table that names missing images is refused. Missing slides are left out, and their number is printed.
+- Nothing is downloaded, and you must keep to the licenses. None of these folders was available when this was written:
+  each layout is taken from the source that is named, and the notes say what no source settles.
 
 """
 
 
 def page() -> str:
-    """The whole page, Markdown."""
+    """The whole page in Markdown."""
     rows = [_row(dataset) for dataset in DATASETS.values()]
     head = ["dataset", "unit", "number", "classes", "license", "task file"]
     table = [_line(head), _line(["---"] * len(head)), *rows]
@@ -57,7 +56,7 @@ def _section(dataset: Dataset) -> str:
 
 
 def describe(dataset: Dataset) -> list[str]:
-    """What `g2l datasets NAME` prints, in lines."""
+    """The lines that `g2l datasets NAME` prints."""
     size = f"{dataset.published:,} x " if dataset.published else ""
     mpp = f", {dataset.mpp:g} um/px" if dataset.mpp else ""
     lines = [

@@ -1,4 +1,4 @@
-"""Published files that are no patches yet: images fitted to a square, arrays, and masks as patch labels."""
+"""Turn published files into patches: images fitted to a square, arrays, and masks as patch labels."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -16,21 +16,21 @@ from g2l_core.slides.slide import open_slide
 from g2l_core.types import Rgb
 
 FITTED_PX = 224
-"""Side of fitted images: what the encoders of the field take."""
+"""Side of fitted images, the usual input size of encoders."""
 MIN_COVER = 0.5
-"""Least share of a patch that its class must cover in the masks."""
+"""Minimum fraction of a patch that its class must cover in the masks."""
 BLOCK_ROWS = 1024
 
 
 def fitted(path: Path, side: int = FITTED_PX) -> Rgb:
-    """An image's center square at another size: the protocol of eva's `ResizeAndCrop` (kaiko-ai/eva).
+    """Resize an image's center square, as eva's `ResizeAndCrop` does (kaiko-ai/eva).
 
     Args:
         path: The image, of any size.
         side: Wanted side in pixels.
 
     Returns:
-        uint8 (side, side, 3), RGB. Shrunk by averaging, enlarged by cubic interpolation.
+        uint8 (side, side, 3), RGB, shrunk by averaging or enlarged by cubic interpolation.
 
     Raises:
         ManifestError: It cannot be decoded.
@@ -42,12 +42,12 @@ def fitted(path: Path, side: int = FITTED_PX) -> Rgb:
     short = min(image.shape[:2])
     top, left = (image.shape[0] - short) // 2, (image.shape[1] - short) // 2
     square = image[top : top + short, left : left + short]
-    how = cv2.INTER_AREA if short > side else cv2.INTER_CUBIC
-    return square.copy() if short == side else cv2.resize(square, (side, side), interpolation=how)
+    method = cv2.INTER_AREA if short > side else cv2.INTER_CUBIC
+    return square.copy() if short == side else cv2.resize(square, (side, side), interpolation=method)
 
 
 def png_size(path: Path) -> tuple[int, int]:
-    """Width and height of a PNG from its header (ISO/IEC 15948, IHDR); (0, 0) if it is none."""
+    """Width and height of a PNG from its header (ISO/IEC 15948, IHDR); (0, 0) if the file is no PNG."""
     with path.open("rb") as file:
         head = file.read(24)
     if head[:8] != b"\x89PNG\r\n\x1a\n" or len(head) < 24:
@@ -63,14 +63,14 @@ def write_png(path: Path, image: Rgb) -> None:
 
 
 class ArrayRows:
-    """Images of an HDF5 array, read in blocks: one by one, each would unpack its chunk again."""
+    """Images of an HDF5 array, read in blocks, since single reads would unpack the same chunk many times."""
 
     def __init__(self, array: Any) -> None:
         self._array = array
         self._start, self._block = 0, np.empty((0, 0, 0, 3), np.uint8)
 
     def row(self, index: int) -> Callable[[], Rgb]:
-        """Reads one image when called."""
+        """A function that reads one image."""
         return partial(self._read, index)
 
     def _read(self, index: int) -> Rgb:
@@ -81,14 +81,14 @@ class ArrayRows:
 
 
 def cells_of(slide: Path, masks: Mapping[Path, Mapping[int, str]], mpp: float | None) -> Iterator[Cell]:
-    """Labels of the patches that stage one lays with its default grid (256 px at 0.5 um/px), from masks.
+    """Label the patches of stage one's default grid (256 px at 0.5 um/px) from masks.
 
-    A patch has the class that covers most of it, if that is at least `MIN_COVER`; on a tie, the first named.
+    A patch has the class that covers most of it, if that is at least `MIN_COVER`. On a tie it has the first one.
 
     Args:
         slide: The slide.
-        masks: Mask files of the slide's level-0 size, each with its values and what class they say.
-        mpp: Micrometers per level-0 pixel where the slide's header gives none.
+        masks: Mask files of the slide's level-0 size, each with its values and their classes.
+        mpp: Micrometers per level-0 pixel, if the slide's header gives none.
 
     Yields:
         x, y in level-0 pixels and the class, row by row.
@@ -110,7 +110,7 @@ def cells_of(slide: Path, masks: Mapping[Path, Mapping[int, str]], mpp: float | 
 def _shares(
     path: Path, values: Sequence[int], size: tuple[int, int], side: int
 ) -> Float64[np.ndarray, "value row column"]:
-    """The share of each whole patch of the grid that has each value; only one row of patches is in memory."""
+    """The fraction of each whole patch that has each value. Only one row of patches is in memory."""
     import tifffile
     import zarr
 
@@ -120,8 +120,8 @@ def _shares(
         with tifffile.TiffFile(path) as file:
             mask = zarr.open_array(file.series[0].aszarr(level=0), mode="r")
             if mask.shape[:2] != size[::-1]:
-                found = f"{mask.shape[1]} x {mask.shape[0]} px, its slide {size[0]} x {size[1]}"
-                raise ManifestError(f"the mask {path} is {found}")
+                sizes = f"{mask.shape[1]} x {mask.shape[0]} px, its slide {size[0]} x {size[1]}"
+                raise ManifestError(f"the mask {path} is {sizes}")
             for row in range(rows):
                 band = np.asarray(mask[row * side : (row + 1) * side, : columns * side])
                 band = (band[..., 0] if band.ndim == 3 else band).reshape(side, columns, side)

@@ -13,7 +13,7 @@ from g2l_core.errors import ManifestError
 GLEASON = ("benign", "gleason 3", "gleason 4", "gleason 5")
 GLEASON_NAME = re.compile(r"(?P<core>(?P<array>ZT\d+)_\w+?)_patch_\d+_class_(?P<class>[0-3])\.jpg")
 GLEASON_PARTS = {"ZT111": "train", "ZT199": "train", "ZT204": "train", "ZT76": "val", "ZT80": "test"}
-"""Part by tissue microarray (Arvaniti et al. 2018, doi 10.1038/s41598-018-30535-1)."""
+"""The split by tissue microarray (Arvaniti et al. 2018, doi 10.1038/s41598-018-30535-1)."""
 AGGC = ("Stroma", "Normal", "G3", "G4", "G5")
 AGGC_VALUE = 255
 AGGC_SUBSETS = ("1", "2", "3")
@@ -22,7 +22,7 @@ CHIMERA_BCR = {0.0: "no recurrence", 1.0: "recurrence"}
 
 
 def read_gleason_arvaniti(root: Path) -> Reading:
-    """train_validation_patches_750 / <core> / <core>_patch_N_class_C.jpg, test_patches_750 / patho_1 / <core> / ..."""
+    """Read train_validation_patches_750 / <core> / <core>_patch_N_class_C.jpg and test_patches_750 / patho_1 / ..."""
     base = base_folder(root, "arvaniti_gleason_patches", holding="train_validation_patches_750")
     records = []
     for part in ("train_validation_patches_750", "test_patches_750/patho_1"):
@@ -38,7 +38,7 @@ def read_gleason_arvaniti(root: Path) -> Reading:
 
 
 def read_aggc22(root: Path) -> Reading:
-    """SubsetN_Train_image / [scanner /] <name>.tiff, SubsetN_Train_annotation / ... / <name> / <class>_Mask.tif."""
+    """Read SubsetN_Train_image / [scanner /] <name>.tiff and SubsetN_Train_annotation / ... / <class>_Mask.tif."""
     if next(root.rglob("Subset?_Train_image"), None) is None:
         raise wrong(root, "folders Subset1_Train_image and Subset1_Train_annotation")
     records, unmarked = [], 0
@@ -61,7 +61,7 @@ def _aggc_record(slide: Path, folder: Path, subset: str, part: str) -> Record:
         raise wrong(slide.parent, "names such as Subset1_Train_1.tiff or Subset3_Train_12_Philips.tiff")
     masks = {folder / f"{name}_Mask.tif": {AGGC_VALUE: name} for name in AGGC}
     labels = {
-        # the scans of one specimen by several scanners differ in the last part of their names alone
+        # the scans of one specimen by several scanners differ only in the last part of their names
         "patient_id": f"Subset{subset}_{part}_{found['number']}",
         "scanner": found["scanner"] or "Akoya",
         "subset": subset,
@@ -73,7 +73,7 @@ def _aggc_record(slide: Path, folder: Path, subset: str, part: str) -> Record:
 
 
 def read_chimera(root: Path) -> Reading:
-    """Task 1: clinical_data / <patient>.json, pathology / images / <patient> / <patient>_N.tif."""
+    """Read task 1: clinical_data / <patient>.json and pathology / images / <patient> / <patient>_N.tif."""
     base = base_folder(root, "v2/task1", "task1", holding="clinical_data")
     slides = [path for path in files(base / "pathology" / "images", ".tif") if not path.stem.endswith("_tissue")]
     some(slides, base, "slides (.tif) in pathology/images")
@@ -99,7 +99,7 @@ def _chimera_patient(base: Path, patient: str) -> dict[str, str]:
 
 
 def read_panda(root: Path) -> Reading:
-    """train_images / <image_id>.tiff and train.csv: image_id, data_provider, isup_grade, gleason_score."""
+    """Read train_images / <image_id>.tiff and train.csv: image_id, data_provider, isup_grade, gleason_score."""
     base = base_folder(root, "prostate-cancer-grade-assessment", holding="train_images")
     rows = table(base / "train.csv", ("image_id", "data_provider", "isup_grade", "gleason_score"))
     known = {row["image_id"]: row for row in rows}

@@ -1,4 +1,4 @@
-"""What a public dataset is, and what its reader finds."""
+"""The facts of a public dataset, and what its reader finds in its folder."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -17,15 +17,15 @@ class Record:
 
     slide_id: str
     path: Path
-    """The file; of an image that has to be written first, its place below the images' folder, without suffix."""
+    """The file. For an image that has to be written first, its path in the folder of images, without suffix."""
     labels: Mapping[str, str]
-    """patient_id, medical_center, split and the label columns, by their manifest names; empty where not known."""
+    """patient_id, medical_center, split and the label columns, by their manifest names. Unknown values are empty."""
     is_image: bool = True
-    """A patch image of its own; else a slide that stage one tiles."""
+    """Whether it is a patch image, or else a slide that stage one cuts into patches."""
     mpp: float | None = None
-    """Micrometers per pixel of the file, where its authors state it."""
+    """Micrometers per pixel of the file, if its authors state it."""
     pixels: Callable[[], Rgb] | None = None
-    """Gives the patch, uint8 (side, side, 3), where the published file is no image that stage one takes."""
+    """Gives the patch, uint8 (side, side, 3), if stage one cannot read the published file."""
     cells: Callable[[], Iterable[Cell]] | None = None
     """Gives the labeled patches of a slide, from its masks."""
 
@@ -36,7 +36,7 @@ class Reading:
 
     records: Iterable[Record]
     left_out: tuple[str, ...] = ()
-    """What is not in the manifest and why, in words."""
+    """What is not in the manifest, and why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,29 +54,29 @@ class Dataset:
     unit: str
     """What one row of the manifest is."""
     published: int
-    """How many such rows the whole dataset gives; 0 where that depends on what was downloaded."""
+    """Number of such rows of the whole dataset; 0 if that depends on what was downloaded."""
     labels: Mapping[str, tuple[str, ...]]
-    """Label columns, each with its classes; no classes where the values are numbers."""
+    """Label columns, each with its classes, or with none if the values are numbers."""
     split: str
-    """Where the column `split` comes from."""
+    """Origin of the column `split`."""
     patients: str
-    """What `patient_id` is, or what unit there is in its place."""
+    """What `patient_id` is, or which unit replaces it."""
     layout: str
     """The tree that --root must have."""
     source: str
-    """What documents the layout."""
+    """Where the layout is documented."""
     reader: str
     """The function that reads its folder: MODULE.FUNCTION of this package."""
     patch_px: int = 0
-    """Side of its patch images in pixels; 0 for slides, which stage one tiles."""
+    """Side of its patch images in pixels; 0 for slides, which stage one cuts into patches."""
     mpp: float | None = None
-    """Micrometers per pixel of the published files, where stated."""
+    """Micrometers per pixel of the published files, if stated."""
     label_file: bool = False
-    """Whether images of one slide differ in label or split, so that stage three needs them by image."""
+    """Whether images of one slide differ in label or split, so that stage three needs a label file."""
     cell_label: str = ""
-    """The label column that masks give by patch; its slides are tiled with stage one's own grid."""
+    """The label column that masks give by patch. Its slides must be cut with stage one's default grid."""
     notes: tuple[str, ...] = ()
-    """What one must know before believing a metric value."""
+    """What users must know before they trust a metric value."""
 
     def read(self, root: Path) -> Reading:
         """Read the dataset's folder as its authors publish it.

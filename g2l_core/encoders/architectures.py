@@ -1,4 +1,4 @@
-"""Networks by name: timm's architectures with layers given by name, and modules that a user's function returns."""
+"""Build networks by name: timm's architectures with layers given by name, and modules from a user's function."""
 
 import importlib
 import sys
@@ -19,8 +19,8 @@ from g2l_core.errors import EncoderError, UnknownNameError
 class ConvStem(nn.Module):
     """The stem of CTransPath's Swin: two 3 x 3 convolutions of stride 2 and one of 1 x 1 in place of one of 4 x 4.
 
-    Wang et al. 2022 (doi 10.1016/j.media.2022.102559), section 3.2. Takes timm's arguments of a patch embedding and
-    gives what timm's Swin expects of one: tokens as an image, channels last.
+    See Wang et al. 2022 (doi 10.1016/j.media.2022.102559), section 3.2. It takes the arguments of timm's patch
+    embedding and gives what timm's Swin expects of it: tokens as an image, channels last.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class ConvStem(nn.Module):
         self.norm = norm_layer(embed_dim) if norm_layer else nn.Identity()
 
     def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch rows columns dim"]:
-        """Tokens of 4 x 4 pixels each."""
+        """Compute the tokens, each of 4 x 4 pixels."""
         return self.norm(self.proj(images).permute(0, 2, 3, 1))
 
 
@@ -65,20 +65,20 @@ def _layers() -> dict[str, Any]:
 
 
 LAYERS = ("SwiGLUPacked", "SiLU", "ConvStem", "LayerNorm(1e-12)")
-"""What arguments that end in `_layer` may name."""
+"""The names that arguments ending in `_layer` may have."""
 
 
 def build_architecture(architecture: str, arguments: Mapping[str, Any], seed: int) -> nn.Module:
-    """The network without classifier, on the CPU, its random weights a function of the seed alone.
+    """Build the network without classifier, on the CPU. Its random weights depend only on the seed.
 
     Args:
         architecture: timm's name, or MODULE:FUNCTION.
-        arguments: Of `timm.create_model`, or of the function.
-        seed: Of the random weights.
+        arguments: Arguments of `timm.create_model` or of the function.
+        seed: Seed of the random weights.
 
     Raises:
-        EncoderError: The function cannot be found or called, or returns something else.
-        UnknownNameError: A layer has no such name.
+        EncoderError: The function cannot be found or called, or returns no torch module.
+        UnknownNameError: There is no layer of that name.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -88,20 +88,20 @@ def build_architecture(architecture: str, arguments: Mapping[str, Any], seed: in
 
 
 def _with_layers(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    found = dict(arguments)
+    resolved = dict(arguments)
     for key, value in arguments.items():
         if key.endswith("_layer") and isinstance(value, str):
             if value not in LAYERS:
                 raise UnknownNameError(f"layer for {key}", value, LAYERS)
-            found[key] = _layers()[value]
-    return found
+            resolved[key] = _layers()[value]
+    return resolved
 
 
 def call_function(text: str, arguments: Mapping[str, Any]) -> nn.Module:
-    """The torch module that MODULE:FUNCTION returns; modules are looked for in the current folder too.
+    """The torch module that MODULE:FUNCTION returns. Modules are also looked for in the current folder.
 
     Raises:
-        EncoderError: It cannot be imported, found or called, or returns something else.
+        EncoderError: It cannot be imported, found or called, or returns no torch module.
     """
     module_name, _, function_name = text.partition(":")
     with _importable_from_here():
@@ -122,7 +122,7 @@ def call_function(text: str, arguments: Mapping[str, Any]) -> nn.Module:
 
 @contextmanager
 def _importable_from_here() -> Iterator[None]:
-    """The current folder on the import path, as it is for `python -m` and not for an installed command."""
+    """Put the current folder on the import path, as `python -m` does and an installed command does not."""
     here = str(Path.cwd())
     sys.path.insert(0, here)
     try:

@@ -21,7 +21,7 @@ from g2l_core.store.facts import EncoderFacts
 from g2l_core.store.provenance import digest
 
 COMPILED = "+compile"
-"""Ending of a precision whose network went through torch.compile: it rounds otherwise, by about 1e-6 in float32."""
+"""Suffix of a precision with torch.compile, which changes features by about 1e-6 in float32."""
 
 DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -35,14 +35,14 @@ class LoadedEncoder:
     dim: int
     precision: str
     weights_digest: str
-    """sha256 of the tensors; equal for two files with equal tensors."""
+    """sha256 of the tensors, which is equal for two files with equal tensors."""
     digest: str
-    """sha256 of all that decides its features: weights, architecture, preprocessing, pooling, precision."""
+    """sha256 of everything that decides its features: weights, architecture, preprocessing, pooling and precision."""
     device: torch.device
 
     @property
     def key(self) -> str:
-        """Its name in stores."""
+        """Its key in stores."""
         return encoder_key(self.spec, self.digest)
 
     @property
@@ -61,44 +61,44 @@ def load_encoder(spec: EncoderSpec, *, device: str = "auto", precision: str = "a
         precision: auto (fp32 on CPU, the card's on a GPU), fp32, bf16 or fp16; each may end in `+compile`.
 
     Raises:
-        EncoderError: The weights cannot be had or do not fit, or the feature size is not the card's.
-        UsageError: The device or precision cannot be had.
+        EncoderError: The weights cannot be read or do not fit, or the number of features is not the card's.
+        UsageError: The device or precision is unknown or not available.
     """
-    where = choose_device(device)
-    how = choose_precision(spec, where, precision)
+    target = choose_device(device)
+    precision = choose_precision(spec, target, precision)
     network = build_network(spec)
     weights_digest = state_digest(network.state_dict())
     module = PatchEncoder(network, spec).eval().requires_grad_(False)
-    module = module.to(where).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    dim = _feature_size(module, where)
+    module = module.to(target).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    dim = _feature_size(module, target)
     if spec.dim not in {None, dim}:
         raise EncoderError(f"{spec.name} gives {dim} features, its card says {spec.dim}: wrong weights or pooling")
-    if how.endswith(COMPILED):
+    if precision.endswith(COMPILED):
         module.compile()
     return LoadedEncoder(
         spec=spec,
         module=module,
         dim=dim,
-        precision=how,
+        precision=precision,
         weights_digest=weights_digest,
-        digest=spec_digest(spec, weights_digest, how),
-        device=where,
+        digest=spec_digest(spec, weights_digest, precision),
+        device=target,
     )
 
 
 def spec_digest(spec: EncoderSpec, weights_digest: str, precision: str) -> str:
-    """sha256 over all that decides an encoder's features."""
+    """sha256 of everything that decides an encoder's features."""
     deciding = ("architecture", "arguments", "input_px", "mean", "std", "interpolation", "pooling")
     fields = spec_to_json(spec)
-    how = {"weights": weights_digest, "precision": precision, "resampling": "pillow"}
-    return digest({**{f: fields[f] for f in deciding}, **how})
+    settings = {"weights": weights_digest, "precision": precision, "resampling": "pillow"}
+    return digest({**{f: fields[f] for f in deciding}, **settings})
 
 
 def choose_device(device: str) -> torch.device:
-    """The device a user means.
+    """The device that a user names; auto is a GPU if there is one.
 
     Raises:
-        UsageError: It is unknown or absent.
+        UsageError: The device is unknown or absent.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -111,11 +111,11 @@ def choose_device(device: str) -> torch.device:
 
 
 def choose_precision(spec: EncoderSpec, device: torch.device, precision: str) -> str:
-    """The precision a user means: auto is fp32 on CPU and the card's on a GPU.
+    """The precision that a user names; auto is fp32 on CPU and the card's on a GPU.
 
     Raises:
-        UnknownNameError: There is none of that name.
-        UsageError: It is to be compiled, and there is no compiler.
+        UnknownNameError: There is no such precision.
+        UsageError: The network is to be compiled, but there is no compiler.
     """
     asked, compiled = precision.removesuffix(COMPILED), precision.endswith(COMPILED)
     if asked == "auto":
@@ -128,10 +128,10 @@ def choose_precision(spec: EncoderSpec, device: torch.device, precision: str) ->
 
 
 def build_network(spec: EncoderSpec) -> nn.Module:
-    """The network with its weights, on the CPU, in float32, without classifier.
+    """Build the network with its weights, on the CPU, in float32, without classifier.
 
     Raises:
-        EncoderError: The weights cannot be had or do not fit.
+        EncoderError: The weights cannot be read or do not fit.
     """
     source = spec.source
     network = build_architecture(spec.architecture, spec.arguments, int(source.where) if spec.is_untrained else 0)
@@ -151,17 +151,17 @@ def _feature_size(module: PatchEncoder, device: torch.device) -> int:
 def encode(
     encoder: LoadedEncoder, pixels: UInt8[np.ndarray, "batch height width 3"]
 ) -> Float32[np.ndarray, "batch dim"]:
-    """Features of a batch of views.
+    """Compute the features of a batch of views.
 
-    A view's features do not depend on its neighbors in the batch, as long as the batch size stays the same:
-    pad the last batch (see `padded_batches`).
+    A view's features do not depend on the other views of its batch as long as the batch size stays the same. So pad the
+    last batch (see `padded_batches`).
     """
     batch = torch.from_numpy(pixels).to(encoder.device, non_blocking=True)
     return features_of(encoder, batch).cpu().numpy()
 
 
 def features_of(encoder: LoadedEncoder, pixels: UInt8[Tensor, "batch height width 3"]) -> Float32[Tensor, "batch dim"]:
-    """Features of a batch of views that is on the encoder's device already, without gradients."""
+    """Compute the features of a batch of views that is on the encoder's device already, without gradients."""
     dtype = DTYPES[encoder.precision.removesuffix(COMPILED)]
     autocast = nullcontext() if dtype == torch.float32 else torch.autocast(encoder.device.type, dtype)
     with torch.no_grad(), autocast:
@@ -170,7 +170,7 @@ def features_of(encoder: LoadedEncoder, pixels: UInt8[Tensor, "batch height widt
 
 
 def padded_batches(n: int, batch_size: int) -> Iterator[tuple[int, int]]:
-    """Ranges [start, stop) of at most `batch_size` covering n rows."""
+    """Yield ranges [start, stop) of at most `batch_size` rows that cover n rows."""
     for start in range(0, n, batch_size):
         yield start, min(start + batch_size, n)
 
@@ -178,7 +178,7 @@ def padded_batches(n: int, batch_size: int) -> Iterator[tuple[int, int]]:
 def encode_all(
     encoder: LoadedEncoder, pixels: UInt8[np.ndarray, "n height width 3"], batch_size: int
 ) -> Float32[np.ndarray, "n dim"]:
-    """Features of any number of views, in batches of one static size, the last one padded with blanks."""
+    """Compute the features of any number of views in batches of one size. The last batch is padded with zeros."""
     out = np.empty((len(pixels), encoder.dim), np.float32)
     for start, stop in padded_batches(len(pixels), batch_size):
         batch = np.zeros((batch_size, *pixels.shape[1:]), np.uint8)

@@ -1,4 +1,4 @@
-"""The module that every encoder is at run time: resample, normalize, network, pooling."""
+"""The torch module of every encoder: resampling, normalization, network and pooling."""
 
 import torch
 from jaxtyping import Float, UInt8
@@ -10,7 +10,7 @@ from g2l_core.errors import EncoderError
 
 
 class PatchEncoder(nn.Module):
-    """From uint8 views to pooled features: resampling, normalization, network, pooling."""
+    """From uint8 views to pooled features."""
 
     def __init__(self, network: nn.Module, spec: EncoderSpec) -> None:
         super().__init__()
@@ -29,10 +29,10 @@ class PatchEncoder(nn.Module):
         self.register_buffer("std", 255 * torch.tensor(spec.std).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, pixels: UInt8[Tensor, "batch height width 3"]) -> Float[Tensor, "batch dim"]:
-        """Features of a batch of views.
+        """Compute the features of a batch of views.
 
         Args:
-            pixels: uint8, red green blue. Kept as channels_last memory, which convolutions prefer.
+            pixels: uint8, red green blue. They stay in channels_last memory, which convolutions prefer.
         """
         images = pixels.permute(0, 3, 1, 2).float()
         if images.shape[-1] != self.input_px:
@@ -40,7 +40,7 @@ class PatchEncoder(nn.Module):
         return self.pooled((images - self.get_buffer("mean")) / self.get_buffer("std"))
 
     def pooled(self, images: Float[Tensor, "batch 3 side side"]) -> Float[Tensor, "batch dim"]:
-        """Features of normalized images of the network's own input size."""
+        """Compute the features of normalized images of the network's input size."""
         if self.pooling == "native":
             return self.network(images)
         tokens = self.network.forward_features(images)  # type: ignore[operator]
@@ -59,10 +59,10 @@ class PatchEncoder(nn.Module):
 def resample(
     images: Float[Tensor, "batch 3 height width"], side: int, interpolation: str
 ) -> Float[Tensor, "batch 3 side side"]:
-    """Images of gray levels 0 to 255 at another size, as Pillow resizes them: that is what models were trained on.
+    """Resize images of gray levels 0 to 255 as Pillow does, since models were trained on what it gives.
 
-    Pillow resamples the rows, then the columns, and rounds to whole levels within 0 to 255 after each; clipping only
-    at the end differs from it by up to 7 levels where bright edges overshoot.
+    Pillow resamples the rows, then the columns, and rounds to whole levels within 0 to 255 after each. Clipping only at
+    the end would differ from it by up to 7 levels where bright edges overshoot.
     """
     for size in ((images.shape[2], side), (side, side)):
         images = functional.interpolate(images, size=size, mode=interpolation, antialias=True)

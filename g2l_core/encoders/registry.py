@@ -1,4 +1,4 @@
-"""Encoders with published weights, to the last constant.
+"""Encoders with published weights: every constant of each, and where it comes from.
 
 Where a fact comes from: "card" is the model card on the hub at the pinned revision; "config" the config.json beside the
 weights; papers are named. Revisions are commits of the hub's repositories, as pinned by raw2features 0.2.0

@@ -1,7 +1,7 @@
-"""Encoders by name: the names users write, and the keys under which stores keep features.
+"""Encoders by name: the names that users write, and the keys under which stores keep features.
 
-Nothing here needs torch; `encoder_loading` builds the networks. Teacher and student are roles, not kinds: a
-run folder of `g2l distill` is an encoder like any other.
+Nothing here needs torch; `loading` builds the networks. Teacher and student are roles and not types of encoders: a run
+folder of `g2l distill` is an encoder like any other.
 """
 
 import json
@@ -30,21 +30,21 @@ _FUNCTION = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
 
 
 def normalized(name: str) -> str:
-    """A name without case and separators: H_optimus_0 and h-optimus-0 are one."""
+    """A name without case and separators, so that H_optimus_0 and h-optimus-0 are equal."""
     return re.sub(r"[^a-z0-9@]", "", name.lower())
 
 
 def resolve_encoder(text: str, *, weights: str | None = None, seed_hint: bool = True) -> EncoderSpec:
-    """The spec behind what a user writes.
+    """Find the spec of the encoder that a user names.
 
     Args:
-        text: A name of the table, `timm:NAME`, a run folder, a spec file (`.toml`), or MODULE:FUNCTION. `@PX` behind
-            it sets another input size, `+POOLING` another pooling: `virchow2@448+cls`.
-        weights: In place of the encoder's own: `random:SEED`, a weights file, or `hub:REPOSITORY[@REVISION][#FILE]`.
+        text: A name of the table, `timm:NAME`, a run folder, a spec file (`.toml`), or MODULE:FUNCTION. `@PX` after
+            it sets another input size, and `+POOLING` another pooling, as in `virchow2@448+cls`.
+        weights: Replaces the encoder's own weights: `random:SEED`, a file, or `hub:REPOSITORY[@REVISION][#FILE]`.
         seed_hint: Whether the message for missing weights mentions random ones.
 
     Raises:
-        UnknownNameError: No encoder or pooling has that name; suggests the nearest.
+        UnknownNameError: No encoder or pooling has that name. The message suggests the nearest.
         UsageError: A timm architecture without weights, a malformed size, or a spec file that cannot be used.
         EncoderError: A run folder is not complete, or a function cannot be used.
     """
@@ -68,7 +68,7 @@ def resolve_encoder(text: str, *, weights: str | None = None, seed_hint: bool = 
 
 
 def _split_pooling(text: str) -> tuple[str, str]:
-    """What stands before `+POOLING`, and the pooling."""
+    """The text before `+POOLING`, and the pooling."""
     base, plus, pooling = text.rpartition("+")
     return (base, pooling) if plus else (text, "")
 
@@ -104,24 +104,24 @@ def _timm_spec(name: str) -> EncoderSpec:
 
 
 def _function_spec(text: str) -> EncoderSpec:
-    """The spec of a module that a function returns, which says its own preprocessing.
+    """The spec of a module that a function returns, with the preprocessing in the module's attributes.
 
     Raises:
-        EncoderError: The function cannot be used, or its module says no `mean`, `std` and `input_px`.
+        EncoderError: The function cannot be used, or its module has no `mean`, `std` or `input_px`.
     """
     from g2l_core.encoders.architectures import call_function
 
     network = call_function(text, {})
     known = ("mean", "std", "input_px", "mpp", "pooling", "interpolation", "license", "trained_on")
-    said = {key: getattr(network, key) for key in known if hasattr(network, key)}
-    missing = [key for key in ("mean", "std", "input_px") if key not in said]
+    fields = {key: getattr(network, key) for key in known if hasattr(network, key)}
+    missing = [key for key in ("mean", "std", "input_px") if key not in fields]
     if missing:
         raise EncoderError(
             f"{text}: the module must say its preprocessing in the attributes mean, std and input_px; "
             f"missing: {', '.join(missing)}. Or write a spec file with architecture = {text!r}"
         )
-    said |= {key: tuple(float(value) for value in said[key]) for key in ("mean", "std")}
-    return EncoderSpec(name=text.partition(":")[2], architecture=text, weights=f"module:{text}", **said)
+    fields |= {key: tuple(float(value) for value in fields[key]) for key in ("mean", "std")}
+    return EncoderSpec(name=text.partition(":")[2], architecture=text, weights=f"module:{text}", **fields)
 
 
 def _with_input_px(spec: EncoderSpec, size: str) -> EncoderSpec:
@@ -180,8 +180,8 @@ def _student_record(folder: Path) -> dict[str, Any]:
 def encoder_key(spec: EncoderSpec, digest: str) -> str:
     """The name under which a store keeps the encoder's features.
 
-    Published encoders have their name; random weights add their seed; files, runs, functions and repositories that
-    a user names add the digest's beginning, so that two of one name stay apart.
+    Published encoders keep their name. Random weights add their seed. Files, runs, functions and repositories that a
+    user names add the beginning of the digest, so that two encoders of one name have different keys.
     """
     slug = re.sub(r"[^A-Za-z0-9_]+", "-", spec.name).strip("-")
     if spec.is_untrained:
@@ -198,8 +198,8 @@ def find_stored(text: str, stored: Mapping[str, EncoderFacts]) -> str:
         stored: The stored encoders, by key.
 
     Raises:
-        UnknownNameError: None fits.
-        UsageError: Several do.
+        UnknownNameError: No stored encoder fits.
+        UsageError: Several stored encoders fit.
     """
     if text in stored:
         return text

@@ -1,4 +1,4 @@
-"""What decides an encoder's features, as one frozen value; and the same as plain values for JSON."""
+"""What decides an encoder's features, as one frozen value that can be written as JSON."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -7,8 +7,8 @@ from typing import Any
 from g2l_core.errors import UnknownNameError, UsageError
 
 POOLINGS = ("native", "cls", "mean", "cls_mean", "tokens")
-"""`native` is what the architecture's own head pools; `mean` leaves class and register tokens out; `tokens` are all
-patch tokens, row by row, one after the other in one vector."""
+"""`native` is the pooling of the architecture's own head. `mean` leaves out class and register tokens. `tokens` is one
+vector of all patch tokens, row by row."""
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
@@ -16,7 +16,7 @@ STORED_LICENSE = "licence"
 """The key of `EncoderSpec.license` in stores and run folders, from before the spelling was settled."""
 
 MPP_TOLERANCE = 0.1
-"""Patches may differ by this share from the scale that an encoder's card names."""
+"""Maximum relative difference between the scale of patches and the one on an encoder's card."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,40 +57,44 @@ class WeightsSource:
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderSpec:
-    """Everything that decides an encoder's features, but for the weights' values and the precision."""
+    """Everything that decides an encoder's features, except the values of its weights and the precision."""
 
     name: str
-    """As users write it."""
+    """The name that users write."""
     architecture: str
     """timm's name, or MODULE:FUNCTION that returns a torch module."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    """Further arguments of `timm.create_model` or of the function; layers by the names in `architectures.LAYERS`."""
+    """Further arguments of `timm.create_model` or of the function. Layers have the names in `architectures.LAYERS`."""
     weights: str
     """Where the weights come from, as a `WeightsSource` writes it."""
     layout: str = "auto"
-    """How the weights file names its tensors; auto finds out from the names. See `layouts.LAYOUTS`."""
+    """How the weights file names its tensors (`weight_layouts.LAYOUTS`); auto finds out from the names."""
     input_px: int = 224
-    """Side that a view is resampled to, if it has another."""
+    """Side of the network's input, to which views of another size are resampled."""
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     interpolation: str = "bicubic"
     pooling: str = "native"
     dim: int | None = None
-    """Feature size by the model's card; checked when the network is built."""
+    """Number of features by the model's card, which is checked when the network is built."""
     mpp: float | None = None
-    """Micrometers per pixel that the card asks for; None where it names none."""
+    """Micrometers per pixel that the card asks for; None if it names none."""
     also_mpp: tuple[float, ...] = ()
-    """Further scales that it was trained at."""
+    """Further scales at which it was trained."""
     card_precision: str = "fp32"
     """What `--precision auto` means on a GPU."""
     parameters: int | None = None
     license: str = "unknown"
     gated: bool = False
     trained_on: str = ""
-    """In words, for reports."""
+    """What it was trained on, for reports."""
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be built."""
+        """Refuse an encoder that cannot be built.
+
+        Raises:
+            UsageError: A field has an unknown name or is out of its range.
+        """
         if self.pooling not in POOLINGS:
             raise UnknownNameError("pooling", self.pooling, POOLINGS)
         if self.interpolation not in {"bicubic", "bilinear"}:
@@ -117,13 +121,13 @@ class EncoderSpec:
         return self.trained_on or words.get(self.source.kind, self.weights)
 
     def fits_mpp(self, mpp: float) -> bool:
-        """Whether patches at `mpp` micrometers per pixel are what the card asks for."""
+        """Whether the card allows patches at `mpp` micrometers per pixel."""
         wanted = () if self.mpp is None else (self.mpp, *self.also_mpp)
         return not wanted or any(abs(mpp - known) <= MPP_TOLERANCE * known for known in wanted)
 
 
 def spec_from_json(fields: Mapping[str, Any]) -> EncoderSpec:
-    """The spec that `spec_to_json` wrote; keys it does not know are left out."""
+    """The spec that `spec_to_json` wrote. Unknown keys are ignored."""
     fields = {("license" if key == STORED_LICENSE else key): value for key, value in fields.items()}
     known: dict[str, Any] = {k: v for k, v in fields.items() if k in EncoderSpec.__dataclass_fields__}
     known |= {k: tuple(known[k]) for k in ("mean", "std", "also_mpp") if k in known}
@@ -131,6 +135,6 @@ def spec_from_json(fields: Mapping[str, Any]) -> EncoderSpec:
 
 
 def spec_to_json(spec: EncoderSpec) -> dict[str, Any]:
-    """The spec as plain values."""
+    """The spec as values that JSON can hold."""
     lists = {"mean": list(spec.mean), "std": list(spec.std), "also_mpp": list(spec.also_mpp)}
     return {(STORED_LICENSE if k == "license" else k): v for k, v in {**asdict(spec), **lists}.items()}

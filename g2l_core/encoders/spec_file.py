@@ -1,4 +1,4 @@
-"""A lab's own encoder: a TOML file of about ten lines."""
+"""Read the spec file of a lab's own encoder: a TOML file of about ten lines."""
 
 import tomllib
 from collections.abc import Mapping
@@ -25,13 +25,15 @@ _LISTS = {"mean": "3 numbers", "std": "3 numbers", "also_mpp": "numbers"}
 
 
 def read_encoder_file(path: Path) -> EncoderSpec:
-    """The encoder that a spec file describes.
+    """Read the encoder that a spec file describes.
 
-    `weights` is a file beside it (or at an absolute path), `hub:REPOSITORY[@REVISION][#FILE]`, `random:SEED`, or, for
-    an architecture MODULE:FUNCTION that loads its own, `module`. Its name is the file's unless it says another.
+    `weights` is a file beside it (or at an absolute path), `hub:REPOSITORY[@REVISION][#FILE]`, `random:SEED`, or
+    `module` for an architecture MODULE:FUNCTION that loads its own weights. The name of the file is the name of the
+    encoder, unless the key `name` gives another.
 
     Raises:
-        UsageError: It cannot be read, lacks a key, has an unknown one, or a value of another kind; names it.
+        UsageError: It cannot be read, lacks a key, has an unknown one, or a value of another type. The message names
+            the key.
     """
     try:
         fields = tomllib.loads(path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""A student in other programs' formats. Each is checked against the student before it is called written."""
+"""Export a student to other programs' formats. Each export is checked against the student before it is kept."""
 
 import shutil
 import warnings
@@ -17,11 +17,11 @@ from g2l_core.errors import EncoderError, RunError, UnknownNameError, UsageError
 
 FORMATS = ("timm", "torchscript", "onnx", "transformers")
 TOLERANCE = 1e-4
-"""Largest relative difference of features, in float32, between the student and what was exported."""
+"""Maximum relative difference of features, in float32, between the student and its export."""
 
 
 class NormalizedEncoder(nn.Module):
-    """From normalized images (batch, 3, px, px) to pooled features: what leaves; preprocessing.json says the rest."""
+    """The exported network, from normalized images (batch, 3, px, px) to features; preprocessing.json says the rest."""
 
     def __init__(self, encoder: PatchEncoder) -> None:
         super().__init__()
@@ -33,18 +33,18 @@ class NormalizedEncoder(nn.Module):
 
 
 def export_student(run: Path, form: str, out: Path) -> Path:
-    """Write a run's student for other programs.
+    """Write the student of a run for other programs.
 
     Args:
         run: The run folder.
-        form: timm (a folder for `local-dir:` or the hub), torchscript, onnx, or transformers (a DINOv2 with registers
-            alone: Hibou's own layout).
+        form: timm (a folder for `local-dir:` or the hub), torchscript, onnx, or transformers (only a DINOv2 with
+            registers, in Hibou's own layout).
         out: The folder to make.
 
     Raises:
         UnknownNameError: There is no such format.
         RunError: `out` exists.
-        EncoderError: The student has no place in that format, or the export does not give its features.
+        EncoderError: The format cannot hold the student, or the export does not give its features.
         UsageError: A package is missing.
     """
     if form not in FORMATS:
@@ -67,7 +67,7 @@ def export_student(run: Path, form: str, out: Path) -> Path:
 
 
 def preprocessing(spec: EncoderSpec) -> dict[str, object]:
-    """What turns a patch into the network's input, as plain values."""
+    """How a patch becomes the network's input, as values that JSON can hold."""
     wanted = ("name", "input_px", "mean", "std", "interpolation", "pooling", "mpp")
     fields = spec_to_json(spec)
     return {
@@ -82,10 +82,10 @@ def _example(encoder: LoadedEncoder) -> Tensor:
     return torch.randn(2, 3, px, px, generator=torch.Generator().manual_seed(0))
 
 
-def _require_same(found: Tensor, encoder: LoadedEncoder, images: Tensor, form: str) -> None:
+def _require_same(exported: Tensor, encoder: LoadedEncoder, images: Tensor, form: str) -> None:
     with torch.inference_mode():
         wanted = encoder.module.pooled(images)
-    error = float((found - wanted).abs().max() / wanted.abs().max())
+    error = float((exported - wanted).abs().max() / wanted.abs().max())
     if not error <= TOLERANCE:
         raise EncoderError(
             f"the {form} export differs from the student by {error:.1e} of the largest feature; not written"
@@ -95,7 +95,7 @@ def _require_same(found: Tensor, encoder: LoadedEncoder, images: Tensor, form: s
 def _torchscript(encoder: LoadedEncoder, folder: Path) -> None:
     images = _example(encoder)
     with warnings.catch_warnings(), torch.inference_mode():
-        warnings.simplefilter("ignore")  # tracing warns of every shape that is a number of Python's
+        warnings.simplefilter("ignore")  # tracing warns of every shape that is a Python number
         traced = torch.jit.trace(NormalizedEncoder(encoder.module), images)
         torch.jit.save(traced, folder / "model.pt")
         loaded = torch.jit.load(folder / "model.pt")
@@ -120,12 +120,12 @@ def _onnx(encoder: LoadedEncoder, folder: Path) -> None:
         )  # fmt: skip
     session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
     for batch in (images, images[:1]):
-        found = session.run(["features"], {"images": batch.numpy()})[0]
-        _require_same(torch.from_numpy(found), encoder, batch, "onnx")
+        features = session.run(["features"], {"images": batch.numpy()})[0]
+        _require_same(torch.from_numpy(features), encoder, batch, "onnx")
 
 
 def _transformers(encoder: LoadedEncoder, folder: Path) -> None:
-    """Dinov2WithRegistersModel's config.json and weights; its pooler's output is the class token after the norm."""
+    """Write a Dinov2WithRegistersModel, whose pooler gives the class token after the norm."""
     network, spec = encoder.module.network, encoder.spec
     tensors = {k: t.contiguous() for k, t in state_dict_in_transformers_layout(network.state_dict()).items()}
     layers = sum(key.endswith(".norm1.weight") for key in tensors)

@@ -1,4 +1,4 @@
-"""A distilled student on disk: a folder that timm, and whoever reads timm's or the hub's layout, loads without G2L."""
+"""Write a distilled student as a folder that timm, and other readers of timm's layout, load without G2L."""
 
 import json
 import shutil
@@ -21,11 +21,11 @@ from g2l_core.files import write_text
 
 @dataclass(frozen=True, kw_only=True)
 class ModelCard:
-    """What somebody must know before using a student."""
+    """What users must know of a student, for its README.md."""
 
     name: str
     teacher: Mapping[str, Any]
-    """The teacher's facts."""
+    """What the store keeps of the teacher."""
     student: EncoderSpec
     """The student before training."""
     settings: Mapping[str, Any]
@@ -45,12 +45,12 @@ def write_student(
     Args:
         run: The run folder.
         module: The trained student, on any device.
-        spec: What it was before training.
-        trained_on: In words, what made its weights what they are.
-        card: For README.md, the hub's model card.
+        spec: The student before training.
+        trained_on: What its weights were trained on, for people.
+        card: The content of README.md, the hub's model card.
 
     Returns:
-        What encoder.json says: the spec, the digest of the tensors, and of the encoder in float32.
+        The content of encoder.json: the spec, the digest of the tensors, and that of the encoder in float32.
     """
     network = module.network.cpu()
     tensors = {name: tensor.detach().contiguous() for name, tensor in network.state_dict().items()}
@@ -99,7 +99,7 @@ def timm_config(network: nn.Module, spec: EncoderSpec) -> dict[str, Any]:
 
 
 def model_card(card: ModelCard, spec: EncoderSpec) -> str:
-    """README.md as the hub reads it: a header, what it was made of, how to load it, what was measured, whose terms."""
+    """README.md for the hub: a header, how to load the student, how it was made, its terms, and what was measured."""
     teacher, student = card.teacher, card.student
     scale = f" at {spec.mpp:g} um/px" if spec.mpp else ""
     terms = teacher.get(STORED_LICENSE, "unknown")
@@ -128,11 +128,11 @@ def model_card(card: ModelCard, spec: EncoderSpec) -> str:
         "",
         "Held-out patches, against the teacher:",
         "",
-        "| figure | before | after |",
+        "| metric | before | after |",
         "|---|---|---|",
         *(f"| {name} | {card.before[name]:z.3f} | {card.after[name]:z.3f} |" for name in measured),
         "",
-        "These figures say how near the student is to its teacher, not how good either is at a task.",
+        "These values show how near the student is to its teacher, and not how good either is at a task.",
         "",
     ]
     return "\n".join(lines)
@@ -152,7 +152,7 @@ def _made_of(card: ModelCard) -> dict[str, str]:
 
 
 def usage(spec: EncoderSpec) -> list[str]:
-    """Python that loads the student without G2L and gives its features."""
+    """Python that loads the student without G2L and computes its features."""
     if ":" in spec.architecture:
         return [f"# {spec.architecture} builds the network; model.safetensors is its state dict"]
     layers = {

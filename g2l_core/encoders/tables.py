@@ -1,6 +1,6 @@
-"""The table of encoders for people: at the command line, and as docs/encoders.md.
+"""The table of encoders for people, at the command line and in docs/encoders.md.
 
-`python -m g2l_core.encoders.tables docs/encoders.md` writes the page's table anew; a test keeps it current.
+`python -m g2l_core.encoders.tables docs/encoders.md` rewrites the table of the page. A test keeps it current.
 """
 
 import re
@@ -13,29 +13,29 @@ from g2l_core.encoders.spec import EncoderSpec, spec_to_json
 _POOLING_WORDS = {"cls": "class", "cls_mean": "class + mean", "native": "its head", "mean": "mean", "tokens": "tokens"}
 
 
-def scales_of(spec: EncoderSpec) -> str:
-    """The scales that a card names, um/px."""
+def describe_scales(spec: EncoderSpec) -> str:
+    """The scales on an encoder's card, um/px."""
     return "any" if spec.mpp is None else ", ".join(f"{mpp:g}" for mpp in (spec.mpp, *spec.also_mpp))
 
 
-def parameters_of(spec: EncoderSpec) -> str:
+def describe_parameters(spec: EncoderSpec) -> str:
     """Parameters in millions."""
     return f"{(spec.parameters or 0) / 1e6:,.1f} M"
 
 
-def source_of(spec: EncoderSpec) -> str:
+def describe_source(spec: EncoderSpec) -> str:
     """Repository or package of the weights."""
     source = spec.source
     return source.where if source.kind == "hub" else source.where.replace("_", "-")
 
 
 def encoder_lines() -> list[str]:
-    """The table at 80 columns, and how others are named."""
+    """The table of `g2l models` at 80 columns, and how other encoders are named."""
     lines = [f"{'encoder':18}{'features':>8}{'px':>5}  {'um/px':16}{'params':>10}  {'license':20}"]
     for spec in TABLE.values():
         license = spec.license + (" *" if spec.gated else "")
         size = f"{spec.name:18}{spec.dim:>8}{spec.input_px:>5}"
-        lines.append(f"{size}  {scales_of(spec):16}{parameters_of(spec):>10}  {license}")
+        lines.append(f"{size}  {describe_scales(spec):16}{describe_parameters(spec):>10}  {license}")
     return [
         *lines,
         "",
@@ -47,9 +47,9 @@ def encoder_lines() -> list[str]:
 
 
 def setting_lines(spec: EncoderSpec) -> list[str]:
-    """Every setting of one encoder, one a line."""
+    """The settings of one encoder, one on each line."""
     words = {"trained_on": "trained on", "input_px": "input, px", "card_precision": "card's precision"}
-    shown = {**spec_to_json(spec), "mpp": scales_of(spec)}
+    shown = {**spec_to_json(spec), "mpp": describe_scales(spec)}
     del shown["also_mpp"]
     lines = []
     for key, value in shown.items():
@@ -60,14 +60,15 @@ def setting_lines(spec: EncoderSpec) -> list[str]:
 
 
 def with_table(page: str) -> str:
-    """The page with the table between its two marks written anew."""
+    """The page with a new table between its two marks."""
     rows = [
         "| name | features | input | um/px | pooling | parameters | license | weights |",
         "|---|---|---|---|---|---|---|---|",
     ]
     rows += [
-        f"| `{spec.name}` | {spec.dim} | {spec.input_px} px | {scales_of(spec)} | {_POOLING_WORDS[spec.pooling]} | "
-        f"{parameters_of(spec)} | {spec.license} | {source_of(spec)}{', gated' if spec.gated else ''} |"
+        f"| `{spec.name}` | {spec.dim} | {spec.input_px} px | {describe_scales(spec)} | "
+        f"{_POOLING_WORDS[spec.pooling]} | {describe_parameters(spec)} | {spec.license} | "
+        f"{describe_source(spec)}{', gated' if spec.gated else ''} |"
         for spec in TABLE.values()
     ]
     table = "\n".join(rows)

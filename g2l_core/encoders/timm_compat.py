@@ -1,4 +1,4 @@
-"""timm, imported once, on CPU-only clusters too; and what it knows of an architecture."""
+"""Import timm, also where torchvision does not load, and read what it knows of an architecture."""
 
 import importlib.util
 from pathlib import Path
@@ -13,11 +13,11 @@ _torchvision_schemas: list[torch.library.Library] = []
 
 
 def import_timm() -> ModuleType:
-    """timm, imported on CPU-only clusters too.
+    """Import timm, also on CPU-only clusters.
 
-    torchvision's wheels are compiled for CUDA. Beside a CPU build of torch their extension does not load, and
-    importing torchvision (as timm does) fails on the missing operators' schemas; so they are defined here when,
-    and only when, it cannot load. The operators themselves are never called.
+    torchvision's wheels are compiled for CUDA. With a CPU build of torch their extension does not load, and importing
+    torchvision (as timm does) fails because the schemas of its operators are missing. So they are defined here if the
+    extension cannot load. The operators themselves are never called.
     """
     if not hasattr(torch.ops.torchvision, "nms") and not _torchvision_extension_loads():
         library = torch.library.Library("torchvision", "DEF")
@@ -30,10 +30,10 @@ def import_timm() -> ModuleType:
 
 
 def _torchvision_extension_loads() -> bool:
-    found = importlib.util.find_spec("torchvision")
-    if found is None or found.origin is None:
+    module = importlib.util.find_spec("torchvision")
+    if module is None or module.origin is None:
         return True
-    for extension in Path(found.origin).parent.glob("_C*.so"):
+    for extension in Path(module.origin).parent.glob("_C*.so"):
         try:
             torch.ops.load_library(extension)
         except OSError:

@@ -1,7 +1,7 @@
-"""Weights under other libraries' names, brought into timm's layout and back; strict: every tensor finds its place.
+"""Rename weights from other libraries' layouts to timm's, and back. Every tensor must find its place.
 
-What every source keeps beside the encoder itself, and what serves training alone, is named in `_TRAINING_ONLY`.
-Position embeddings of another grid are resampled by the rule of the library that the weights come from.
+Tensors that are used only in training, and are left out, are named in `_TRAINING_ONLY`. Position embeddings of another
+grid are resampled by the rule of the library that the weights come from.
 """
 
 import re
@@ -37,7 +37,7 @@ TRANSFORMERS_DINOV2: Names = (
     (r"^encoder\.layer\.(\d+)\.", r"blocks.\1."),
     (r"^layernorm\.", "norm."),
 )
-"""transformers' Dinov2 and Dinov2WithRegisters, and timm's; the first that fits is used."""
+"""Names in transformers' Dinov2 and Dinov2WithRegisters, and in timm. The first pattern that fits is used."""
 
 TRANSFORMERS_VIT: Names = (
     *_TRANSFORMERS,
@@ -58,7 +58,7 @@ DINOV2: Names = (
 """The original DINOv2 (facebookresearch/dinov2)."""
 
 _PREFIXES = r"^(module\.|backbone\.|encoder\.(?!layer\.)|dinov2\.|dinov2_with_registers\.|vit\.|model\.)+"
-"""What a network inside another is saved under."""
+"""Prefixes of a network that was saved as a part of another."""
 
 _TRAINING_ONLY = re.compile(
     r"^(embeddings\.mask_token|mask_token|pooler\.|dino_head\.|ibot_head\.)|relative_position_index$|attn_mask$"
@@ -68,11 +68,11 @@ _CLASSIFIERS = {"head", "classifier", "fc", "_fc"}
 
 @dataclass(frozen=True)
 class _Resampling:
-    """How a library resamples position embeddings to another grid; bicubic in float32 in all of them."""
+    """How a library resamples position embeddings to another grid. All of them do it bicubically in float32."""
 
     antialias: bool
     offset: float = 0.0
-    """Added to the new grid's side when the scale is computed; 0 gives the size itself."""
+    """Added to the side of the new grid when the scale is computed. With 0 the size itself is given."""
 
 
 def state_dict_in_timm_layout(
@@ -81,13 +81,13 @@ def state_dict_in_timm_layout(
     """Rename and reshape a weights file's tensors to those that the network wants.
 
     Args:
-        tensors: As the file has them, in its order.
+        tensors: The tensors of the file, in its order.
         layout: One of `LAYOUTS`.
         wanted: The network's own state dict, for names and shapes.
         name: The encoder, for messages.
 
     Raises:
-        EncoderError: A tensor is missing, surplus or of another shape; names it.
+        EncoderError: A tensor is missing, surplus or of another shape. The message names it.
         UnknownNameError: There is no such layout.
     """
     if layout not in LAYOUTS:
@@ -107,7 +107,7 @@ def state_dict_in_timm_layout(
 
 
 def layout_of(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
-    """Which library named these tensors; `timm` where none of the others is recognized among names not wanted."""
+    """The library that named these tensors: `timm` unless the names that are not wanted show another."""
     foreign = [key for key in tensors if key not in wanted]
     if "embeddings.cls_token" in foreign:
         return "transformers-vit" if "encoder.layer.0.layernorm_before.weight" in foreign else "transformers-dinov2"
@@ -134,7 +134,7 @@ def _renamed(tensors: Mapping[str, Tensor], layout: str) -> dict[str, Tensor]:
 
 
 def _translated(key: str, names: Names) -> str:
-    """The key after the first pattern that fits."""
+    """The key as renamed by the first pattern that fits."""
     for pattern, replacement in names:
         renamed, count = re.subn(pattern, replacement, key)
         if count:
@@ -143,14 +143,14 @@ def _translated(key: str, names: Names) -> str:
 
 
 def _all_translated(key: str, names: Names) -> str:
-    """The key after every pattern."""
+    """The key as renamed by every pattern in turn."""
     for pattern, replacement in names:
         key = re.sub(pattern, replacement, key)
     return key
 
 
 def _joined_qkv(found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Query, key and value as one matrix, where all three are there."""
+    """Join query, key and value into one matrix where all three exist."""
     for key in [k for k in found if ".attn.query." in k]:
         parts = [key.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
         if all(part in found for part in parts):
@@ -159,7 +159,7 @@ def _joined_qkv(found: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _resampling(layout: str, found: Mapping[str, Tensor]) -> _Resampling:
-    """The rule of each library: timm 1.0, transformers 4.48 and 5, DINOv2's hub models with and without registers."""
+    """The rule of timm 1.0, of transformers 4.48 and 5, or of DINOv2's hub models with and without registers."""
     match layout:
         case "transformers-dinov2":
             return _Resampling(antialias="reg_token" in found)
@@ -171,11 +171,12 @@ def _resampling(layout: str, found: Mapping[str, Tensor]) -> _Resampling:
             return _Resampling(antialias=True)
 
 
-def _fit_positions(found: dict[str, Tensor], wanted: Mapping[str, Tensor], how: _Resampling) -> None:
-    """Bring position embeddings to the network's form: class token's apart or not, another grid resampled.
+def _fit_positions(found: dict[str, Tensor], wanted: Mapping[str, Tensor], rule: _Resampling) -> None:
+    """Bring position embeddings to the network's form: with or without the class token's, on the network's grid.
 
-    timm's `no_embed_class` networks add position embeddings to patch tokens only; others' class token has one too. It
-    is added to the class token here, once. What cannot be a square grid is left as it is, and refused later.
+    timm's `no_embed_class` networks add position embeddings to patch tokens only. In other libraries the class token
+    has one too. It is added to the class token here, once. Embeddings that are no square grid are left unchanged, and
+    refused later.
     """
     positions, target = found.get("pos_embed"), wanted.get("pos_embed")
     if positions is None or target is None or positions.ndim != 3:
@@ -183,7 +184,7 @@ def _fit_positions(found: dict[str, Tensor], wanted: Mapping[str, Tensor], how: 
     prefix, target_prefix = (_prefix_of(tensor.shape[1]) for tensor in (positions, target))
     if prefix is None or target_prefix is None or positions.shape[2] != target.shape[2]:
         return
-    grid = _resampled(positions[:, prefix:], isqrt(target.shape[1] - target_prefix), how)
+    grid = _resampled(positions[:, prefix:], isqrt(target.shape[1] - target_prefix), rule)
     if prefix == 1 and target_prefix == 0 and "cls_token" in found:
         if positions[:, :1].any():  # adding zero would lose the sign of -0
             found["cls_token"] = found["cls_token"] + positions[:, :1]
@@ -192,22 +193,22 @@ def _fit_positions(found: dict[str, Tensor], wanted: Mapping[str, Tensor], how: 
 
 
 def _prefix_of(tokens: int) -> int | None:
-    """How many of the tokens stand before a square grid: registers and class token, at most 16."""
+    """The number of tokens before a square grid: class token and registers, at most 16."""
     return next((n for n in range(min(17, tokens)) if isqrt(tokens - n) ** 2 == tokens - n), None)
 
 
-def _resampled(grid: Float[Tensor, "1 token dim"], side: int, how: _Resampling) -> Float[Tensor, "1 new_token dim"]:
+def _resampled(grid: Float[Tensor, "1 token dim"], side: int, rule: _Resampling) -> Float[Tensor, "1 new_token dim"]:
     old = isqrt(grid.shape[1])
     if old == side:
         return grid
     image = grid.float().reshape(1, old, old, -1).permute(0, 3, 1, 2)
-    size: dict[str, object] = {"scale_factor": (side + how.offset) / old} if how.offset else {"size": (side, side)}
-    image = functional.interpolate(image, mode="bicubic", antialias=how.antialias, **size)  # type: ignore[arg-type]
+    size: dict[str, object] = {"scale_factor": (side + rule.offset) / old} if rule.offset else {"size": (side, side)}
+    image = functional.interpolate(image, mode="bicubic", antialias=rule.antialias, **size)  # type: ignore[arg-type]
     return image.permute(0, 2, 3, 1).reshape(1, side * side, -1).to(grid.dtype)
 
 
 def _is_classifier(key: str, wanted: Mapping[str, Tensor]) -> bool:
-    """Whether a tensor belongs to a classifier that the network was built without."""
+    """Whether a tensor belongs to a classifier, which the network is built without."""
     return key.split(".")[0] in _CLASSIFIERS and key not in wanted
 
 
@@ -225,20 +226,20 @@ def _require_fit(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], name
 
 
 def _in_order(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors matched by position; those left over keep their own names (and so must be a classifier's)."""
+    """Match tensors by position. The rest keep their names, and so must belong to a classifier."""
     values = list(tensors.items())
     renamed = {key: tensor for key, (_, tensor) in zip(wanted, values, strict=False)}
     return renamed | dict(values[len(wanted) :])
 
 
 def state_dict_in_transformers_layout(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A DINOv2 with registers from timm's layout in transformers' (`Dinov2WithRegistersModel`), Hibou's own.
+    """Rename a DINOv2 with registers from timm's layout to transformers' (`Dinov2WithRegistersModel`), Hibou's own.
 
-    The class token's position embedding, which timm's layout has added to the class token, is zero; the mask token,
-    which serves training alone, is zero too. Read back by `state_dict_in_timm_layout`, every tensor has the same bits.
+    The class token's position embedding is zero, since timm's layout has added it to the class token. The mask token,
+    which is used only in training, is zero too. Read back by `state_dict_in_timm_layout`, all tensors are identical.
 
     Raises:
-        EncoderError: The network is no DINOv2 with registers; names the tensor.
+        EncoderError: The network is no DINOv2 with registers. The message names a tensor.
     """
     width = state["cls_token"].shape[2] if "cls_token" in state else 0
     if "reg_token" not in state or state["pos_embed"].shape[1] != isqrt(state["pos_embed"].shape[1]) ** 2:

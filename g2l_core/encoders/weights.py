@@ -1,4 +1,4 @@
-"""Weights files from the model hub: one revision, cached, and every refusal explained in one line."""
+"""Find the weights file of an encoder, on disk or on the model hub, and read its tensors."""
 
 import hashlib
 import importlib.util
@@ -24,12 +24,12 @@ def hub_file(spec: EncoderSpec) -> Path:
     HF_TOKEN, HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE mean what they mean to `huggingface_hub`.
 
     Raises:
-        EncoderError: It cannot be had; says why and what to do.
+        EncoderError: The file cannot be downloaded. The message says why and what to do.
     """
     from huggingface_hub import errors, hf_hub_download
 
     repository, revision, file_name = spec.source.where, spec.source.revision, spec.source.file
-    # The client lets errors of its transport through (a connection that breaks); its own share their base.
+    # The client lets errors of its transport through, such as a broken connection. Its own errors have the same base.
     refusals: tuple[type[Exception], ...] = (*errors.HfHubHTTPError.__bases__, OSError, ValueError)
     names = (file_name,) if file_name else FILE_NAMES
     for name in names:
@@ -50,7 +50,7 @@ def hub_file(spec: EncoderSpec) -> Path:
 
 
 def _refusal(error: Exception, repository: str, revision: str) -> str:
-    """In one line, why the hub does not give a file, and what to do."""
+    """Why the hub does not give a file and what to do, in one line."""
     from huggingface_hub import constants, errors
 
     match error:
@@ -71,14 +71,14 @@ _UNREADABLE = (
     OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError,
     struct.error, SafetensorError,
 )  # fmt: skip
-"""What safetensors and torch's unpickler raise on bytes that are none of theirs; KeyError on plain text, say."""
+"""What safetensors and torch's unpickler raise on bytes that they cannot read, for example KeyError on plain text."""
 
 
 def weights_file(spec: EncoderSpec) -> Path:
     """The local file that holds the encoder's weights, downloaded if it comes from the hub.
 
     Raises:
-        EncoderError: It cannot be had.
+        EncoderError: There is no such file, or it cannot be downloaded.
     """
     match spec.source.kind:
         case "file":
@@ -101,10 +101,10 @@ def _package_file(spec: EncoderSpec) -> Path:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors or torch file, in the file's order.
+    """Read the tensors of a safetensors or torch file, in the file's order.
 
     Raises:
-        EncoderError: It is neither, or holds something else.
+        EncoderError: It is neither, or holds more than tensors.
     """
     try:
         if path.suffix == ".safetensors":

@@ -1,7 +1,7 @@
 """Small H&E-like pyramidal slides with planted classes and centers.
 
-They are for demonstrations and tests, here and in other projects: a whole cohort is drawn in seconds, every patch's
-class is known, and two centers stain and scan differently on purpose. The drawing is in `synthetic_tissue`.
+They are for demonstrations and tests, here and in other projects. A whole cohort is drawn in seconds, the class of
+every patch is known, and the two centers stain and scan differently on purpose. `tissue` has the drawing.
 """
 
 import csv
@@ -49,18 +49,18 @@ LOOKS = {
 }
 
 MAP_COLORS = (255, 255, 255, 232, 160, 180, 120, 60, 150, 60, 70, 150)
-"""Red, green, blue of glass and of each class in a class map's palette: for people who open the file."""
+"""Red, green and blue of glass and of each class in a class map's palette, for people who open the file."""
 
 PURE = 0.9
-"""Share of a patch's tissue that one class must have to name the patch."""
+"""Minimum fraction of a patch's tissue that must be of one class to label the patch."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CohortSpec:
-    """What to draw; the same spec gives the same pixels."""
+    """What to draw. The same spec gives the same pixels."""
 
     patients: int = 12
-    """At least 6; they come from the centers in turn."""
+    """At least 6. They come from the centers in turn."""
     slides_per_patient: int = 1
     size_um: tuple[float, float] = (1440.0, 960.0)
     """Width and height of every slide; multiples of 4 um."""
@@ -71,7 +71,7 @@ class CohortSpec:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuses what cannot be drawn.
+        """Refuse a cohort that cannot be drawn.
 
         Raises:
             UsageError: A field is out of its range.
@@ -123,7 +123,7 @@ def write_pyramid(
     tile_px: int = 256,
     quality: int | None = 90,
 ) -> None:
-    """Writes an image as a tiled, pyramidal TIFF that OpenSlide reads (its format `generic-tiff`).
+    """Write an image as a tiled, pyramidal TIFF that OpenSlide reads (its format `generic-tiff`).
 
     Args:
         path: The file to write; an existing one is replaced.
@@ -156,14 +156,14 @@ def write_pyramid(
 
 
 def _coding(quality: int | None) -> dict[str, Any]:
-    """Compression arguments for JPEG or deflate; made afresh, for tifffile writes into them."""
+    """New compression arguments for JPEG or deflate, since tifffile writes into them."""
     if quality is None:
         return {"compression": "adobe_deflate", "predictor": True}
     return {"compression": "jpeg", "subsampling": (2, 2), "compressionargs": {"level": quality}}
 
 
 def _check_pyramid(image: Rgb, mpp: float, downsamples: Sequence[int], tile_px: int, quality: int | None) -> None:
-    """Refuses, naming the argument, what `write_pyramid` cannot write."""
+    """Refuse what `write_pyramid` cannot write, with the name of the argument."""
     height, width, _ = image.shape
     rising = all(a < b for a, b in pairwise(downsamples))
     problem = ""
@@ -182,7 +182,7 @@ def _check_pyramid(image: Rgb, mpp: float, downsamples: Sequence[int], tile_px: 
 
 
 def _tiles(image: Rgb, tile_px: int) -> Iterator[UInt8[np.ndarray, "tile tile 3"]]:
-    """The image's tiles, row by row; the last ones repeat their edge, which JPEG would smear with black."""
+    """The image's tiles, row by row. The last ones repeat their edge, since JPEG would smear black into them."""
     height, width, _ = image.shape
     for top in range(0, height, tile_px):
         for left in range(0, width, tile_px):
@@ -201,7 +201,7 @@ def _area_mean(image: Rgb, factor: int) -> UInt8[np.ndarray, "level_height level
 
 
 def draw_slide(spec: CohortSpec, index: int) -> tuple[Rgb, ClassMap]:
-    """Draws one slide of a cohort; nothing else than the arguments decides its pixels.
+    """Draw one slide of a cohort. Only the arguments decide its pixels.
 
     Args:
         spec: The cohort.
@@ -238,14 +238,14 @@ def _vary(rng: np.random.Generator, look: Look) -> Look:
 
 
 def draw_cohort(folder: Path, spec: CohortSpec) -> Path:
-    """Draws a cohort into a folder: slides, their class maps, and a manifest.
+    """Draw a cohort into a folder: slides, their class maps, and a manifest.
 
         folder/manifest.csv                      slide_id, path (relative to folder), patient_id, medical_center
         folder/slides/<slide_id>.tiff
         folder/truth/<slide_id>.classes.png      see `read_class_map`
 
     Args:
-        folder: Made where it is missing; files of the same names are replaced.
+        folder: Created if it is missing. Files of the same names are replaced.
         spec: What to draw.
 
     Returns:
@@ -263,7 +263,7 @@ def draw_cohort(folder: Path, spec: CohortSpec) -> Path:
 
 
 def _draw_into(folder: Path, spec: CohortSpec, index: int) -> tuple[str, str, str, str]:
-    """Writes one slide and its truth; returns its row of the manifest."""
+    """Write one slide and its class map. Returns its row of the manifest."""
     slide_id, center = spec.slide_id(index), spec.center(index)
     image, classes = draw_slide(spec, index)
     path = f"slides/{slide_id}.tiff"
@@ -278,7 +278,7 @@ def _draw_into(folder: Path, spec: CohortSpec, index: int) -> tuple[str, str, st
 
 
 def read_class_map(path: Path) -> ClassMap:
-    """Reads a class map that `draw_cohort` wrote.
+    """Read a class map that `draw_cohort` wrote.
 
     Args:
         path: A palette PNG, `MAP_UM` micrometers per pixel, which covers the whole slide.
@@ -300,7 +300,7 @@ def read_class_map(path: Path) -> ClassMap:
 
 
 def label_patches(path: Path, coords: Coords, patch_px_level0: int, level0_size: tuple[int, int]) -> list[str]:
-    """Names the class of each patch, from the class map of its slide.
+    """The class of each patch by name, from the class map of its slide.
 
     Args:
         path: The slide's class map.
@@ -309,15 +309,15 @@ def label_patches(path: Path, coords: Coords, patch_px_level0: int, level0_size:
         level0_size: Width and height of the slide in level-0 pixels.
 
     Returns:
-        One name of `CLASSES` a patch, or "" where no class has 90 % of the patch's tissue.
+        For each patch one name of `CLASSES`, or "" where no class has 90 % of the patch's tissue.
 
     Raises:
         ReadError: The file is not a class map.
         UsageError: A size is not positive.
     """
     names = ("", *CLASSES)
-    found = patch_classes(read_class_map(path), coords, patch_px_level0, level0_size)
-    return [names[index] for index in found]
+    classes = patch_classes(read_class_map(path), coords, patch_px_level0, level0_size)
+    return [names[index] for index in classes]
 
 
 def patch_classes(
@@ -333,7 +333,7 @@ def patch_classes(
 
     Returns:
         uint8 (patch,): `CLASSES` index + 1; 0 where no class has that much, or there is no tissue at all.
-        What lies outside the slide is glass.
+        The outside of the slide is glass.
 
     Raises:
         UsageError: A size is not positive.

@@ -1,8 +1,8 @@
-"""Draws one H&E-like field of tissue: three classes told apart by texture, color made a nuisance.
+"""Draw one H&E-like field of tissue with three classes that differ in texture but not in color.
 
-The order of a drawing: a layout (tissue blob, regions, their class) at `MAP_UM`; the cytoplasm and the fibers at
+A drawing has this order: a layout (tissue blob, regions, their class) at `MAP_UM`; the cytoplasm and the fibers at
 `GROUND_UM`; the nuclei at the slide's own mpp; then Beer-Lambert absorption, the scanner's blur and its noise.
-Lengths are micrometers; stain densities are natural-log optical densities.
+Lengths are in micrometers. Stain densities are natural-log optical densities.
 """
 
 from dataclasses import dataclass
@@ -21,31 +21,31 @@ MAP_UM = 4.0
 """Micrometers per pixel of a class map."""
 
 GROUND_UM = 0.5
-"""Micrometers per pixel at which fibers and cytoplasm are drawn; nothing in them is finer than 1 um."""
+"""Micrometers per pixel at which fibers and cytoplasm are drawn. No detail of them is finer than 1 um."""
 
 REGION_UM2 = 0.27e6
-"""Wanted area of one region: about 520 um across, so that most 128 um patches lie in one class."""
+"""Wanted area of one region. It is about 520 um wide, so that most patches of 128 um are in one class."""
 
 DENSITY_UNIT = 0.01
-"""Density of one gray level in the 8-bit drawings, which OpenCV needs for smooth edges."""
+"""Density of one gray level in the drawings, which have 8 bits because OpenCV needs that for smooth edges."""
 
-# Each region draws its own habit from these ranges. They overlap between classes on purpose: a task that a good
-# ImageNet encoder solves nearly, not wholly.
+# Each region draws its own values from these ranges. They overlap between classes on purpose, so that a good ImageNet
+# encoder solves the task nearly but not wholly.
 TUMOR_RADIUS = (3.4, 5.2)
 """Mean radius of the tumor's nuclei, um."""
 LYMPHOCYTE_RADIUS = (2.6, 3.4)
 SEPTA = (1.2, 4.5)
-"""Width of the bands between the tumor's nests, in no unit."""
+"""Width of the bands between the tumor's nests, without a unit."""
 CROWD = (0.6, 0.95)
-"""Share of the lattice that lymphocytes fill in lymphoid tissue."""
+"""Fraction of the lattice that lymphocytes fill in lymphoid tissue."""
 STRAYS = (0.01, 0.3)
-"""The same elsewhere: inflamed stroma, infiltrated tumor."""
+"""The same fraction in other tissue: inflamed stroma, infiltrated tumor."""
 
 NOISE = 2.0
 """Standard deviation of the scanner's noise before its blur, in gray levels."""
 
 STRIP = 256
-"""Rows that are exposed at once."""
+"""Number of rows that are exposed at once."""
 
 Plane: TypeAlias = Float32[np.ndarray, "height width"]
 GroundPlane: TypeAlias = Float32[np.ndarray, "ground_height ground_width"]
@@ -55,7 +55,7 @@ Points: TypeAlias = Float[np.ndarray, "point 2"]
 
 @dataclass(frozen=True, kw_only=True)
 class Look:
-    """How one laboratory stains and scans: what must not decide the class."""
+    """How one laboratory stains and scans, which must not decide the class."""
 
     hematoxylin: tuple[float, float, float]
     """Absorption of red, green and blue for a unit of stain."""
@@ -70,11 +70,11 @@ class Look:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Where what grows, at `MAP_UM`."""
+    """Where tissue and regions are, at `MAP_UM`."""
 
     tissue: Bool[np.ndarray, "height width"]
     regions: Int32[np.ndarray, "height width"]
-    """The region, on glass too."""
+    """The index of the region, also on glass."""
     region_class: Int32[np.ndarray, " region"]
     """Class of each region, 1 .. len(CLASSES)."""
 
@@ -112,7 +112,7 @@ def smooth_noise(rng: np.random.Generator, shape: tuple[int, int], scale_px: flo
     """Gaussian noise that varies over about `scale_px` pixels.
 
     Args:
-        rng: Consumed.
+        rng: Advanced.
         shape: Height and width in pixels.
         scale_px: Distance of the random knots, between which the noise is a cubic.
 
@@ -129,7 +129,7 @@ def smooth_noise(rng: np.random.Generator, shape: tuple[int, int], scale_px: flo
 
 
 def _grid(shape: tuple[int, int], step_um: float) -> tuple[Plane, Plane]:
-    """Micrometers of the pixel centers, x and y."""
+    """The pixel centers in micrometers, x and y."""
     y, x = ((np.arange(side, dtype=np.float32) + np.float32(0.5)) * np.float32(step_um) for side in shape)
     return np.broadcast_to(x, shape), np.broadcast_to(y[:, None], shape)
 
@@ -138,10 +138,10 @@ def _grid(shape: tuple[int, int], step_um: float) -> tuple[Plane, Plane]:
 
 
 def draw_layout(rng: np.random.Generator, size_um: tuple[float, float]) -> Layout:
-    """Draws an irregular piece of tissue and divides it into regions of one class each.
+    """Draw an irregular piece of tissue and divides it into regions of one class each.
 
     Args:
-        rng: Consumed.
+        rng: Advanced.
         size_um: Width and height of the slide.
 
     Returns:
@@ -162,7 +162,7 @@ def draw_layout(rng: np.random.Generator, size_um: tuple[float, float]) -> Layou
 
 
 def _spread_points(rng: np.random.Generator, count: int, size_um: tuple[float, float]) -> Points:
-    """Points far from each other: each the best of 30 candidates (Mitchell, SIGGRAPH 1991)."""
+    """Points far from each other. Each is the best of 30 candidates (Mitchell, SIGGRAPH 1991)."""
     points = rng.uniform(0.1, 0.9, (1, 2)) * size_um
     while len(points) < count:
         candidates = rng.uniform(0.1, 0.9, (30, 2)) * size_um
@@ -214,7 +214,7 @@ def _collagen(rng: np.random.Generator, across: Plane, along: Plane) -> Plane:
 
 
 def _septa(rng: np.random.Generator, shape: tuple[int, int], layout: Layout) -> Plane:
-    """1 in the fibrous bands that part the nests of a tumor, else 0, with a soft edge; each region's own width."""
+    """1 in the fibrous bands between the nests of a tumor, else 0, with soft edges. Each region has its own width."""
     level = smooth_noise(rng, shape, 110 / GROUND_UM)
     width = rng.uniform(*SEPTA, len(layout.region_class))
     return np.clip(_spread(layout, width, shape) - np.abs(level) * 11, 0, 1)
@@ -271,14 +271,14 @@ def _fill(
     outlines: Int32[np.ndarray, "point vertex 2"],
     density: Float[np.ndarray, " point"],
 ) -> None:
-    """Fills each outline with its density, smoothly edged, in place."""
+    """Fill each outline with its density, in place, with smooth edges."""
     for outline, level in zip(outlines, np.clip(density / DENSITY_UNIT, 0, 255), strict=True):
         cv2.fillPoly(canvas, [outline], float(level), cv2.LINE_AA, 3)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Canvas:
-    """What is drawn on: the nuclei at the slide's mpp, the cell bodies at `GROUND_UM`."""
+    """The drawings of the nuclei, at the slide's mpp, and of the cell bodies, at `GROUND_UM`."""
 
     mpp: float
     nuclei: UInt8[np.ndarray, "height width"]
@@ -287,11 +287,11 @@ class Canvas:
     """Relative eosin density of the tumor's cell bodies, in `DENSITY_UNIT`; pale between them."""
 
     def nucleus(self, rng: np.random.Generator, shapes: Shapes, density: Float[np.ndarray, " point"]) -> None:
-        """Adds filled outlines to the nuclei."""
+        """Add filled outlines to the nuclei."""
         _fill(self.nuclei, _outlines(rng, shapes, self.mpp), density)
 
     def body(self, rng: np.random.Generator, shapes: Shapes, density: Float[np.ndarray, " point"]) -> None:
-        """Adds filled outlines to the cell bodies."""
+        """Add filled outlines to the cell bodies."""
         _fill(self.bodies, _outlines(rng, shapes, GROUND_UM), density)
 
 
@@ -408,9 +408,9 @@ def _region_means(layout: Layout, plane: Float[np.ndarray, "height width"]) -> F
 
 
 def _balance(rng: np.random.Generator, layout: Layout, nuclei: Plane, ground: Stains) -> tuple[GroundPlane, Stains]:
-    """Gives each region mean densities that its class has no part in, so that color does not tell the class.
+    """Give each region mean densities that do not depend on its class, so that color does not show the class.
 
-    Of a region's wanted hematoxylin the nuclei give what they can, at most 85 %, and the ground gives the rest.
+    The nuclei give as much of a region's wanted hematoxylin as they can, at most 85 %, and the ground gives the rest.
 
     Returns:
         The factor on the nuclei's density, at the ground's scale, and the ground with its final densities.
@@ -450,10 +450,10 @@ def _expose(rng: np.random.Generator, stains: Stains, look: Look, mpp: float) ->
 
 
 def draw_field(rng: np.random.Generator, size_um: tuple[float, float], mpp: float, look: Look) -> tuple[Rgb, ClassMap]:
-    """Draws one slide.
+    """Draw the tissue of one slide.
 
     Args:
-        rng: Consumed; the same state gives the same pixels.
+        rng: Advanced. The same state gives the same pixels.
         size_um: Width and height; multiples of `MAP_UM`, which is a multiple of `mpp`.
         mpp: Micrometers per pixel of the image.
         look: Stain and scanner.
