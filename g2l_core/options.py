@@ -76,9 +76,10 @@ def build(spec: type[Spec], values: Mapping[str, Any]) -> Spec:
     Raises:
         UsageError: The spec refuses a value.
     """
+    dataclass_type: type = spec
     arguments: dict[str, Any] = {}
-    for declared in fields(spec):  # type: ignore[arg-type]
-        kind, facts = _kinds(spec)[declared.name], declared.metadata.get(KEY)
+    for declared in fields(dataclass_type):
+        kind, facts = _kinds(dataclass_type)[declared.name], declared.metadata.get(KEY)
         value = values.get((facts and facts.name) or declared.name)
         if is_dataclass(kind):
             arguments[declared.name] = build(kind, values)  # type: ignore[arg-type]

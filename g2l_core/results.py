@@ -1,14 +1,14 @@
-"""The figures that a benchmark gives, each with its interval and its support, and what its report pictures."""
+"""What a benchmark run gives: metric values, each with its interval and its support, and what its report plots."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from math import nan
 from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A figure with its 95 % interval; NaN bounds where no interval can be had (a single cluster)."""
+    """A metric value with its 95 % interval. The bounds are NaN where there can be no interval (a single cluster)."""
 
     value: float
     low: float = nan
@@ -18,7 +18,7 @@ class Estimate:
 
 
 Better = Literal["higher", "lower", "neither"]
-"""Which values of a figure are the better ones."""
+"""Which values of a metric are the better ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,33 +27,33 @@ class Result:
 
     task: str
     metric: str
-    """Which figure, with what tells it from its siblings: "knn_balanced_accuracy", "robustness_ratio_k5"."""
+    """The metric's name, which begins with its group: "knn_balanced_accuracy", "robustness_ratio_k5"."""
     encoder: str
     """The encoder's key in the store."""
     estimate: Estimate
     n: int
-    """Rows that the figure rests on."""
+    """How many rows, slides or patients the value rests on."""
     settings: Mapping[str, str | int | float | bool] = field(default_factory=dict)
-    """What must be known to read the figure: k, C, split, the reference encoder, ..."""
+    """What must be known to read the value: k, C, split, the reference encoder, ..."""
     better: Better = "higher"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """How far an encoder's figure stands above a reference encoder's, on the same draws."""
+    """The difference between the values of an encoder and of a reference encoder, on the same draws."""
 
     task: str
     metric: str
     encoder: str
     reference: str
     difference: Estimate
-    """encoder minus reference."""
+    """The encoder's value minus the reference's."""
     p_value: float
-    """Two-sided; NaN where no interval can be had."""
+    """Two-sided; NaN where there can be no interval."""
     p_holm: float = nan
     """Adjusted by Holm's method over the tasks that compare the same encoders by the same metric."""
     tests: int = 1
-    """How many these are."""
+    """The number of these tasks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ class Failure:
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderSummary:
-    """What a reader must know of an encoder to trust its figures."""
+    """What a reader must know of an encoder to trust its results."""
 
     key: str
     name: str
@@ -83,16 +83,17 @@ class EncoderSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class ExpectedFigure:
-    """A published figure that one of this run is held against."""
+    """A published value that the report puts beside this run's."""
 
     task: str
     metric: str
     encoder: str
-    """By key or by name; it need not have been run."""
+    """The encoder's key or name; it need not have been run."""
     value: float
     tolerance: float
-    """How far off a figure may be and still count as the same."""
+    """How far this run's value may be off and still count as the same."""
     source: str
+    """Where the value is published, and what is not stated there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,18 +103,18 @@ class CkaMatrix:
     task: str
     encoders: tuple[str, ...]
     values: tuple[tuple[float, ...], ...]
-    """A row and a column an encoder, in their order; symmetric. NaN where a pair's CKA is undefined."""
+    """One row and one column for each encoder, in their order; symmetric. NaN where a pair's CKA is undefined."""
     rows: str
-    """Which rows: "test" or "all"."""
+    """Which rows were used: "test" or "all"."""
     n: int
     """How many of them were used."""
     of: int
-    """How many there are."""
+    """How many of them there are."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConfusionMatrix:
-    """How often each class was taken for each, pooled over the folds."""
+    """How often each class was predicted for each true class, pooled over the folds."""
 
     task: str
     classifier: str
@@ -121,22 +122,22 @@ class ConfusionMatrix:
     encoder: str
     classes: tuple[str, ...]
     counts: tuple[tuple[int, ...], ...]
-    """A row for each true class, a column for each predicted one."""
+    """One row for each true class, one column for each predicted one."""
     settings: Mapping[str, str | int | float | bool] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Projection:
-    """Features of one encoder in the plane."""
+    """Features of one encoder as points in the plane."""
 
     task: str
     encoder: str
     method: str
     """"PCA" or "UMAP"."""
     shares: tuple[float, ...] = ()
-    """The share of the variance that lies along x and along y; empty where the method knows none."""
+    """The fraction of the variance along x and along y; empty where the method has no such fractions."""
     x: tuple[float, ...]
-    """About the mean of all; the furthest of all x and y lies at 1 or -1."""
+    """Relative to the mean of all points, scaled so that the furthest x or y is 1 or -1."""
     y: tuple[float, ...]
     classes: tuple[str, ...]
     class_of: tuple[int, ...]
@@ -144,7 +145,7 @@ class Projection:
     centers: tuple[str, ...]
     center_of: tuple[int, ...]
     of: int
-    """How many rows the points were chosen from by seed."""
+    """How many rows the points were drawn from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,14 +162,14 @@ class SlideMap:
     rows: tuple[int, ...]
     """The row of each cell, from 0 at the top."""
     colors: tuple[str, ...]
-    """Of each cell, three hexadecimal digits."""
+    """Three hexadecimal digits for each cell."""
     patches: int
-    """How many patches the cells hold; where they are more than cells, a cell is the mean of several."""
+    """How many patches the cells hold. If these are more than the cells, a cell is the mean of several."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pictures:
-    """What is shown rather than told; two add up."""
+    """The plots of a report; two add up."""
 
     cka: tuple[CkaMatrix, ...] = ()
     projections: tuple[Projection, ...] = ()
@@ -176,35 +177,24 @@ class Pictures:
     confusions: tuple[ConfusionMatrix, ...] = ()
 
     def __add__(self, other: "Pictures") -> "Pictures":
-        """The pictures of both."""
-        return Pictures(
-            cka=self.cka + other.cka,
-            projections=self.projections + other.projections,
-            slides=self.slides + other.slides,
-            confusions=self.confusions + other.confusions,
-        )
+        """The plots of both."""
+        return Pictures(**{kind.name: getattr(self, kind.name) + getattr(other, kind.name) for kind in fields(self)})
 
     def of_task(self, task: str) -> "Pictures":
-        """Those of one task."""
-        return Pictures(
-            cka=tuple(p for p in self.cka if p.task == task),
-            projections=tuple(p for p in self.projections if p.task == task),
-            slides=tuple(p for p in self.slides if p.task == task),
-            confusions=tuple(p for p in self.confusions if p.task == task),
-        )
+        """The plots of one task."""
+        plots = {kind.name: getattr(self, kind.name) for kind in fields(self)}
+        return Pictures(**{name: tuple(plot for plot in kind if plot.task == task) for name, kind in plots.items()})
 
     def tasks(self) -> tuple[str, ...]:
-        """The tasks that have any, in order of first appearance."""
-        shown: tuple[CkaMatrix | Projection | SlideMap | ConfusionMatrix, ...]
-        shown = self.cka + self.projections + self.slides + self.confusions
-        return tuple(dict.fromkeys(picture.task for picture in shown))
+        """The tasks that have plots, in order of first appearance."""
+        return tuple(dict.fromkeys(plot.task for kind in fields(self) for plot in getattr(self, kind.name)))
 
     def encoders(self) -> tuple[str, ...]:
-        """The encoders that are in any, in order of first appearance."""
+        """The encoders that are in a plot, in order of first appearance."""
         of_one: tuple[Projection | SlideMap | ConfusionMatrix, ...]
         of_one = self.projections + self.slides + self.confusions
         compared = [key for matrix in self.cka for key in matrix.encoders]
-        return tuple(dict.fromkeys([*compared, *(picture.encoder for picture in of_one)]))
+        return tuple(dict.fromkeys([*compared, *(plot.encoder for plot in of_one)]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,7 +203,7 @@ class Report:
 
     title: str
     summary: tuple[str, ...]
-    """One sentence a task."""
+    """One sentence for each task."""
     encoders: tuple[EncoderSummary, ...]
     results: tuple[Result, ...]
     comparisons: tuple[Comparison, ...]
@@ -221,6 +211,6 @@ class Report:
     provenance: Mapping[str, str]
     """Command, software versions, store digests."""
     notes: tuple[str, ...] = ()
-    """What a reader must know before any figure: slides that the student saw and a test set holds, copies found, ..."""
+    """What a reader must know before any result: test slides that the student was distilled on, copies found, ..."""
     expected: tuple[ExpectedFigure, ...] = ()
     pictures: Pictures = Pictures()

@@ -17,7 +17,7 @@ from g2l_core.patches.grid import GridSpec
 from g2l_core.patches.views import ViewSpec
 from g2l_core.slides.manifest import Source, read_sources
 from g2l_core.slides.mpp import audit_table
-from g2l_core.store.facts import RunFacts
+from g2l_core.store.facts import ExtractionRunFacts
 from g2l_core.store.features import FeatureStore
 from g2l_core.store.locks import LOCKS, locked
 from g2l_core.store.provenance import utc_now
@@ -144,7 +144,7 @@ def note_run(
     if not progress.patches_total:
         return
     store.add_run(
-        RunFacts(
+        ExtractionRunFacts(
             ended=utc_now(),
             encoders=tuple(encoder.key for encoder in encoders),
             patches=progress.patches_done,

@@ -2,7 +2,7 @@
 
 import tomllib
 from collections.abc import Mapping
-from enum import EnumType
+from enum import Enum
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -83,7 +83,7 @@ def check_option(name: str, value: object, path: Path) -> Any:
 
 def describe_kind(kind: Any) -> str:
     """A type as the word for its values in TOML: `tuple[int, ...]` is a list of whole numbers."""
-    if isinstance(kind, EnumType):
+    if isinstance(kind, type) and issubclass(kind, Enum):
         return " or ".join(str(choice.value) for choice in kind)
     if get_origin(kind) in {tuple, list}:
         return f"a list of {_WORDS[get_args(kind)[0]][1]}"

@@ -4,10 +4,9 @@
 student. The teacher's network is loaded only with --online.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from safetensors.torch import save_file
@@ -30,11 +29,12 @@ from g2l_core.encoders.student_folder import ModelCard, write_student
 from g2l_core.errors import StoreMissingError, UsageError
 from g2l_core.files import write_text
 from g2l_core.patches.pixel_cache import PixelCache
+from g2l_core.store.facts import EncoderFacts
 from g2l_core.store.features import FeatureStore
 from g2l_core.store.provenance import software
 from pipeline.progress import ProgressLine, say
 from pipeline.run_page import training_page
-from pipeline.runs import ResultFacts, RunFacts, open_run, read_run, write_run
+from pipeline.runs import RunRecord, RunResult, open_run, read_run, write_run
 from pipeline.settings import DistillHow, DistillSettings
 from pipeline.split import Split, split_store
 
@@ -46,7 +46,7 @@ CURVES_PAGE = "curves.html"
 class Teacher:
     """Where targets come from: a store's features, or a network that runs live."""
 
-    facts: Mapping[str, Any]
+    facts: EncoderFacts
     key: str | None = None
     """The teacher's key in the store; None where it runs live."""
     live: LoadedEncoder | None = None
@@ -139,7 +139,7 @@ def _distill(run: Run, epochs: int | None) -> DistillSummary:
     student = load_encoder(run.student, device=str(run.group.device), precision=precision)
     held_out = _read_held_out(run)
     if run.group.is_main:
-        open_run(run.out, run_facts(run, student, batches.spec), resume=run.machine.resume)
+        open_run(run.out, run_record(run, student, batches.spec), resume=run.machine.resume)
     run.group.wait()
     outcome, state = _train(run, student, batches, held_out)
     run.group.wait()
@@ -164,12 +164,12 @@ def _open_teacher(
 ) -> Teacher:
     if not settings.online:
         key = find_stored(teacher.name if isinstance(teacher, EncoderSpec) else teacher, store.encoders)
-        return Teacher(facts=store.encoders[key].to_json(), key=key)
+        return Teacher(facts=store.encoders[key], key=key)
     if not isinstance(teacher, EncoderSpec):
         raise UsageError("a live teacher is given by its spec")
     stored = (facts.precision for facts in store.encoders.values() if facts.name == teacher.name)
     live = load_encoder(teacher, device=str(group.device), precision=next(stored, "auto"))
-    return Teacher(facts={**live.facts.to_json(), "online": True}, live=live)
+    return Teacher(facts=replace(live.facts, extra={**live.facts.extra, "online": True}), live=live)
 
 
 def _open_batches(run: Run) -> ReplayDataset:
@@ -239,12 +239,12 @@ def _read_held_out(run: Run) -> HeldOutSet:
     return replace(held_out, targets=features.astype(np.float16))
 
 
-def run_facts(run: Run, student: LoadedEncoder, replay: ReplaySpec) -> RunFacts:
+def run_record(run: Run, student: LoadedEncoder, replay: ReplaySpec) -> RunRecord:
     """What run.json says of a run before it has a result."""
-    return RunFacts(
+    return RunRecord(
         store={"grid": run.store.grid, "views": run.store.views},
         teacher=run.teacher.facts,
-        student=student.facts.to_json(),
+        student=student.facts,
         settings={**asdict(run.settings), "where": list(run.settings.where)},
         replay=asdict(replay),
         ranks=run.group.world,
@@ -313,16 +313,16 @@ def _warn(state: RunState, folder: Path, steps: int) -> None:
 
 def _finish(run: Run, outcome: TrainOutcome, state: RunState) -> None:
     """Write the student with its model card, the projector, the result into run.json, and the page of curves."""
-    out, facts = run.out, read_run(run.out)
+    out, record = run.out, read_run(run.out)
     distiller, step = state.eval_model, state.step
     if run.settings.keep == "best":
         step = restore_best(out, distiller) or 0
     validations = {int(row["step"]): row for row in read_figures(out / "validation.csv")}
     card = ModelCard(
         name=out.resolve().name,
-        teacher=run.teacher.facts,
+        teacher=run.teacher.facts.to_json(),
         student=run.student,
-        settings=facts.settings,
+        settings=record.settings,
         train_slides=len(run.split.train),
         train_patches=sum(map(len, run.split.train.values())),
         held_out=run.split.description,
@@ -334,7 +334,7 @@ def _finish(run: Run, outcome: TrainOutcome, state: RunState) -> None:
     exported = write_student(out, distiller.student, run.student, trained_on=trained_on, card=card)
     tensors = {name: t.detach().cpu().contiguous() for name, t in distiller.projector.state_dict().items()}
     save_file(tensors, out / "projector.safetensors")
-    result = ResultFacts(
+    result = RunResult(
         outcome=outcome,
         before=validations[0],
         after=validations[step],
@@ -343,9 +343,9 @@ def _finish(run: Run, outcome: TrainOutcome, state: RunState) -> None:
         kept_step=step,
         share_waiting=_share_waiting(out),
     )
-    facts = replace(facts, result=result)
-    write_run(out, facts)
-    write_text(out / CURVES_PAGE, training_page(card.name, out, facts.to_json()))
+    record = replace(record, result=result)
+    write_run(out, record)
+    write_text(out / CURVES_PAGE, training_page(card.name, out, record, result))
 
 
 def _share_waiting(out: Path) -> float:

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -12,6 +11,7 @@ from g2l_core.report.page import render
 from g2l_core.report.plots import Curve, curves
 from g2l_core.report.tables import number, proper
 from g2l_core.results import Estimate
+from pipeline.runs import RunRecord, RunResult
 
 POINTS = 300
 """Points that a curve of many steps is averaged to."""
@@ -25,23 +25,22 @@ HELD_OUT = {
 }
 
 
-def training_page(title: str, folder: Path, record: Mapping[str, Any]) -> str:
+def training_page(title: str, folder: Path, record: RunRecord, result: RunResult) -> str:
     """The page of a run folder: what was trained, its loss, its held-out metrics, and its warnings."""
     steps, validations = read_figures(folder / "log.csv"), read_figures(folder / "validation.csv")
-    result = record["result"]
     held_out = [curve(words, i, _points(validations, name)) for i, (name, words) in enumerate(HELD_OUT.items())]
     loss = curve("loss", 0, _averaged(_points(steps, "loss_per_element")), is_marked=False)
     return render(
         "run.html",
         title=title,
-        summary=_summary(record),
-        warnings=result["outcome"]["warnings"],
-        held_out=f"{record['held_out']}; {_kept(result)}",
+        summary=_summary(record, result),
+        warnings=result.outcome.warnings,
+        held_out=f"{record.held_out}; {_kept(result)}",
         held_out_plot=curves(held_out, x_label="step", label="Held-out metrics over the steps"),
         before_after=_before_after(result),
-        loss=record["settings"]["train"]["objective"]["loss"],
+        loss=record.settings["train"]["objective"]["loss"],
         loss_plot=curves([loss], x_label="step", label="Training loss over the steps"),
-        share_waiting=result["share_waiting"],
+        share_waiting=result.share_waiting,
         settings=_settings(record),
     )
 
@@ -52,18 +51,18 @@ def curve(label: str, series: int, points: Iterable[tuple[float, float]], *, is_
     return Curve(label=label, series=series, points=places, is_marked=is_marked)
 
 
-def _summary(record: Mapping[str, Any]) -> str:
-    outcome, rows = record["result"]["outcome"], record["rows"]["train"]
-    early = ", stopped early" if outcome["stopped_early"] else ""
+def _summary(record: RunRecord, result: RunResult) -> str:
+    outcome, rows = result.outcome, record.rows["train"]
+    early = ", stopped early" if outcome.stopped_early else ""
     return (
-        f"{record['student']['name']} from {record['teacher']['name']}: {outcome['steps']:,} steps{early} on "
+        f"{record.student.name} from {record.teacher.name}: {outcome.steps:,} steps{early} on "
         f"{sum(rows.values()):,} patches of {len(rows)} slides."
     )
 
 
-def _kept(result: Mapping[str, Any]) -> str:
-    best = result["outcome"]["best_step"]
-    return f"kept: the {result['kept']} weights, step {result['kept_step']:,}; best CKA at step {best:,}"
+def _kept(result: RunResult) -> str:
+    best = result.outcome.best_step
+    return f"kept: the {result.kept} weights, step {result.kept_step:,}; best CKA at step {best:,}"
 
 
 def _points(rows: Iterable[Mapping[str, float]], name: str) -> tuple[tuple[float, float], ...]:
@@ -78,10 +77,11 @@ def _averaged(points: Sequence[tuple[float, float]]) -> tuple[tuple[float, float
     return tuple((float(part[:, 0].mean()), float(part[:, 1].mean())) for part in parts)
 
 
-def _before_after(result: Mapping[str, Any]) -> list[list[str]]:
-    before, after = result["before"], result["after"]
+def _before_after(result: RunResult) -> list[list[str]]:
+    before, after = result.before, result.after
     return [[words, *(proper(number(f[name], 3)) for f in (before, after))] for name, words in HELD_OUT.items()]
 
 
-def _settings(record: Mapping[str, Any]) -> str:
-    return json.dumps({key: record[key] for key in ("settings", "replay", "ranks", "about")}, indent=2, sort_keys=True)
+def _settings(record: RunRecord) -> str:
+    content = record.to_json()
+    return json.dumps({key: content[key] for key in ("settings", "replay", "ranks", "about")}, indent=2, sort_keys=True)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,103 +10,76 @@ from g2l_core.distillation.training import TrainOutcome
 from g2l_core.encoders.resolve import RUN_RECORD
 from g2l_core.errors import RunError
 from g2l_core.files import write_text
+from g2l_core.store.facts import EncoderFacts, Facts
 from g2l_core.store.provenance import differences
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResultFacts:
+class RunResult(Facts):
     """How a run ended: the result in run.json."""
 
     outcome: TrainOutcome
     before: Mapping[str, float]
-    """Held-out metric values of the student before training."""
+    """Held-out metric values of the student before training, with their step."""
     after: Mapping[str, float]
     """The same of the student that was kept."""
     exported: Mapping[str, Any]
-    """The record of the student folder."""
+    """The record in the student folder, as `write_student` returns it."""
     kept: str
     """Which weights were kept: last or best."""
     kept_step: int
     share_waiting: float
     """Fraction of the training time that was spent waiting for data."""
-    extra: Mapping[str, Any] = field(default_factory=dict)
-    """Keys of another version, kept as they are."""
 
     @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> "ResultFacts":
-        """The result that `to_json` gave."""
-        outcome = {**content["outcome"], "warnings": tuple(content["outcome"].get("warnings", ()))}
-        return cls(**_arguments(cls, {**content, "outcome": TrainOutcome(**_arguments(TrainOutcome, outcome))}))
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return {**_content(self), "outcome": _content(self.outcome)}
+    def from_json(cls, stored: Mapping[str, Any]) -> "RunResult":
+        """Read the result of a run."""
+        return super().from_json({**stored, "outcome": TrainOutcome.from_json(stored["outcome"])})
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunFacts:
-    """What run.json says of a run. Settings and specs are plain values, since another version's may lack some."""
+class RunRecord(Facts):
+    """What run.json says about a run."""
 
-    teacher: Mapping[str, Any]
-    """The teacher's facts."""
-    student: Mapping[str, Any]
-    """The student's facts, before training."""
+    teacher: EncoderFacts
+    student: EncoderFacts
+    """The student before training."""
     settings: Mapping[str, Any]
-    """`DistillSettings`, with the number of steps."""
+    """`DistillSettings` with the number of steps, as plain values: those of another version may be others."""
     held_out: str
     """Describes what is held out."""
     rows: Mapping[str, Mapping[str, int]]
-    """Number of patches by slide id, of `train` and `held_out`."""
+    """Number of patches by slide id, of `train` and of `held_out`."""
     store: Mapping[str, Any] = field(default_factory=dict)
     """The store's grid and views."""
     replay: Mapping[str, Any] = field(default_factory=dict)
-    """`ReplaySpec`."""
+    """`ReplaySpec`, as plain values."""
     ranks: int = 1
+    """Processes that trained together."""
     about: Mapping[str, Any] = field(default_factory=dict)
     """Versions, device, and where the store is: what may differ when a run is resumed."""
-    result: ResultFacts | None = None
+    result: RunResult | None = field(default=None, metadata={"sparse": True})
     """None until the run has finished."""
-    extra: Mapping[str, Any] = field(default_factory=dict)
-    """Keys of another version, kept as they are."""
 
     @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> "RunFacts":
-        """The facts that `to_json` gave."""
-        result = content.get("result")
-        return cls(**_arguments(cls, {**content, "result": ResultFacts.from_json(result) if result else None}))
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values; the result only where there is one."""
-        content = _content(self)
-        del content["result"]
-        return {**content, "result": self.result.to_json()} if self.result else content
+    def from_json(cls, stored: Mapping[str, Any]) -> "RunRecord":
+        """Read the record of a run, finished or not."""
+        encoders = {role: EncoderFacts.from_json(stored[role]) for role in ("teacher", "student")}
+        result = {"result": RunResult.from_json(stored["result"])} if "result" in stored else {}
+        return super().from_json({**stored, **encoders, **result})
 
     def identity(self) -> dict[str, Any]:
-        """What a run must have in common with the one that it resumes."""
-        return {name: getattr(self, name) for name in _names(type(self)) if name not in {"about", "result"}}
+        """What a run has in common with the one that it resumes, as plain values."""
+        differing = {"about", "result", *self.extra}
+        return {name: value for name, value in self.to_json().items() if name not in differing}
 
 
-def _names(kind: type) -> list[str]:
-    return [f.name for f in fields(kind) if f.name != "extra"]
-
-
-def _arguments(kind: type, content: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of a dataclass from JSON; keys that are none of its fields go into `extra`."""
-    known = {name: value for name, value in content.items() if name in _names(kind)}
-    return {**known, "extra": {name: value for name, value in content.items() if name not in known}}
-
-
-def _content(facts: Any) -> dict[str, Any]:
-    """The reverse of `_arguments`."""
-    return {**facts.extra, **{name: getattr(facts, name) for name in _names(type(facts))}}
-
-
-def open_run(folder: Path, facts: RunFacts, *, resume: bool) -> None:
+def open_run(folder: Path, record: RunRecord, *, resume: bool) -> None:
     """Make a run folder, or check that the one there is the same run.
 
     Args:
         folder: The run folder.
-        facts: What identifies the run.
+        record: What identifies the run.
         resume: Whether the user wants to continue a run that is there.
 
     Raises:
@@ -117,7 +90,7 @@ def open_run(folder: Path, facts: RunFacts, *, resume: bool) -> None:
             raise RunError(f"{folder} holds a run already: --resume continues it, or give another --out")
         changed = [
             f"{name} was {stored!r}, now {asked!r}"
-            for name, stored, asked in differences(read_run(folder).identity(), facts.identity())
+            for name, stored, asked in differences(read_run(folder).identity(), record.identity())
         ]
         if changed:
             raise RunError(f"{folder} was begun with other settings: {'; '.join(changed)}. Use them, or another --out")
@@ -128,15 +101,15 @@ def open_run(folder: Path, facts: RunFacts, *, resume: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(f"cannot make the run folder {folder}: {error.strerror}") from error
-    write_run(folder, facts)
+    write_run(folder, record)
 
 
-def write_run(folder: Path, facts: RunFacts) -> None:
+def write_run(folder: Path, record: RunRecord) -> None:
     """Write run.json, all of it or nothing."""
-    write_text(folder / RUN_RECORD, json.dumps(facts.to_json(), indent=2, sort_keys=True) + "\n")
+    write_text(folder / RUN_RECORD, json.dumps(record.to_json(), indent=2, sort_keys=True) + "\n")
 
 
-def read_run(folder: Path) -> RunFacts:
+def read_run(folder: Path) -> RunRecord:
     """Read run.json.
 
     Raises:
@@ -144,6 +117,6 @@ def read_run(folder: Path) -> RunFacts:
     """
     path = folder / RUN_RECORD
     try:
-        return RunFacts.from_json(json.loads(path.read_text(encoding="utf-8")))
+        return RunRecord.from_json(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{path} is no record of g2l distill: {error}") from error

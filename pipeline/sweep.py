@@ -18,7 +18,7 @@ from pipeline.config import NAMES, check_option, find_recipe, read_toml, setting
 from pipeline.distill import run_distill
 from pipeline.progress import say
 from pipeline.run_page import HELD_OUT, curve
-from pipeline.runs import ResultFacts, read_run
+from pipeline.runs import read_run
 from pipeline.settings import DistillHow
 from pipeline.tables import table_text
 
@@ -129,7 +129,7 @@ def run_sweep(
     failed: dict[str, str] = {}
     for i, run in enumerate(runs, start=1):
         folder = out / name_of(run)
-        if _result(folder) is None:
+        if _finished(folder, run) is None:
             say(f"run {i}/{len(runs)}  {folder.name}")
             settings, epochs = settings_of({**sweep.base, **run})
             try:
@@ -150,12 +150,8 @@ def name_of(run: Mapping[str, Any]) -> str:
     return ",".join(f"{name}={value}" for name, value in run.items()).replace("/", "_") or "run"
 
 
-def _result(folder: Path) -> ResultFacts | None:
-    return read_run(folder).result if (folder / RUN_RECORD).is_file() else None
-
-
 def _finished(folder: Path, run: Mapping[str, Any]) -> RunResult | None:
-    result = _result(folder)
+    result = read_run(folder).result if (folder / RUN_RECORD).is_file() else None
     if result is None:
         return None
     return RunResult(

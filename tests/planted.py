@@ -14,7 +14,7 @@ PATIENTS, PATCHES = 8, 40
 SPEC = {"architecture": "none", "mean": [0.5] * 3, "std": [0.5] * 3, "pooling": "cls", "precision": "fp32", "dim": 12}
 
 
-def make_store(path, strength, *, duplicates=(), patients=PATIENTS, weights="file:none", mpp=None):
+def make_store(path, strength, *, duplicates=(), patients=PATIENTS, weights="file:none", mpp=None, kind="slide"):
     """A store whose features say a patch's class, its center and its slide's class as strongly as asked.
 
     Patient p has one slide; its center is p % 2, its slide's class (p // 2) % 2, and its patches' classes alternate.
@@ -29,7 +29,7 @@ def make_store(path, strength, *, duplicates=(), patients=PATIENTS, weights="fil
         kinds = np.arange(PATCHES) % 2
         coords = np.stack([np.arange(PATCHES) * 16, np.zeros(PATCHES)], axis=1).astype(np.int32)
         facts = SlideFacts(
-            kind="slide",
+            kind=kind,
             source="none",
             mpp=mpp,
             patch_px_level0=16,

@@ -1,21 +1,24 @@
-"""A benchmark task: stored features, labels and a split rule in, figures with intervals out. Loads no model."""
+"""A benchmark task: stored features, labels and a split rule in, metric values with intervals out.
+
+No model is loaded.
+"""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 
-from g2l_core.benchmark.families import FAMILIES, Draws, Figure, TaskInput
+from g2l_core.benchmark.metric_groups import METRIC_GROUPS, MetricValue, Resampling, TaskInput
 from g2l_core.benchmark.notes import notes_on
-from g2l_core.benchmark.pictures import confusion_matrix, task_pictures
+from g2l_core.benchmark.plots import confusion_matrix, task_plots
 from g2l_core.benchmark.rows import TaskRows, gather
 from g2l_core.benchmark.spec import TaskSpec
 from g2l_core.errors import G2LError, TaskError
 from g2l_core.metrics.statistics import holm
-from g2l_core.results import Comparison, Estimate, Failure, Pictures, Result
+from g2l_core.results import Comparison, Estimate, ExpectedFigure, Failure, Pictures, Result
 from g2l_core.store.features import FeatureStore
 from g2l_core.types import Features
 
@@ -24,10 +27,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class BenchSpec:
-    """Who is compared with whom, and how intervals are drawn."""
+    """Which encoders are compared, and how intervals are drawn."""
 
     encoders: tuple[str, ...]
-    """Keys; the first is the teacher: the others' CKA is to it, and their differences from it."""
+    """Keys of encoders. The first is the teacher, which the others are compared with."""
     baseline: str = ""
     """A second encoder that the others' differences are taken from: the student before distillation."""
     draws: int = 1000
@@ -38,35 +41,34 @@ class BenchSpec:
     @property
     def pairs(self) -> list[tuple[str, str]]:
         """(encoder, reference) of every comparison."""
-        found = [(encoder, self.encoders[0]) for encoder in self.encoders[1:]]
+        others = self.encoders[1:]
+        pairs = [(encoder, self.encoders[0]) for encoder in others]
         if self.baseline:
-            found += [(e, self.baseline) for e in self.encoders[1:] if e != self.baseline]
-        return found
+            pairs += [(encoder, self.baseline) for encoder in others if encoder != self.baseline]
+        return pairs
 
 
 @dataclass
 class TaskOutcome:
-    """What a task gave."""
+    """The results of one task, or of several; two add up."""
 
     results: list[Result] = field(default_factory=list)
     comparisons: list[Comparison] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     """What a reader must know of the rows: copies, missing labels, slides that a student was distilled on."""
+    expected: list[ExpectedFigure] = field(default_factory=list)
     pictures: Pictures = field(default_factory=Pictures)
 
     def __iadd__(self, other: "TaskOutcome") -> "TaskOutcome":
-        """Adds what another task gave."""
-        self.results += other.results
-        self.comparisons += other.comparisons
-        self.failures += other.failures
-        self.notes += other.notes
-        self.pictures += other.pictures
+        """Add the outcome of another task."""
+        for each in fields(self):
+            setattr(self, each.name, getattr(self, each.name) + getattr(other, each.name))
         return self
 
 
 def evaluate_task(stores: Sequence[FeatureStore], spec: TaskSpec, bench: BenchSpec, folder: Path) -> TaskOutcome:
-    """Evaluate every metric of a task for every encoder; what fails is recorded and costs only itself.
+    """Evaluate every metric group of a task for every encoder. If one fails, the failure is recorded and others go on.
 
     Args:
         stores: The cohorts.
@@ -74,7 +76,7 @@ def evaluate_task(stores: Sequence[FeatureStore], spec: TaskSpec, bench: BenchSp
         bench: Encoders and statistics.
         folder: What the task's label file is relative to.
     """
-    outcome = TaskOutcome()
+    outcome = TaskOutcome(expected=list(spec.expected))
     try:
         rows = gather(stores, spec, folder)
     except G2LError as error:
@@ -82,42 +84,42 @@ def evaluate_task(stores: Sequence[FeatureStore], spec: TaskSpec, bench: BenchSp
         return outcome
     outcome.notes += notes_on(rows, spec, stores, bench.encoders)
     features = _features(rows, spec, bench, outcome)
-    figures = {encoder: _figures(encoder, rows, features, spec, bench, outcome) for encoder in features}
-    _add_intervals(figures, rows, spec, bench, outcome)
-    _add_pictures(figures, rows, features, spec, bench, outcome)
+    values = {encoder: _metric_values(encoder, rows, features, spec, bench, outcome) for encoder in features}
+    _add_intervals(values, rows, spec, bench, outcome)
+    _add_plots(values, rows, features, spec, bench, outcome)
     return outcome
 
 
-def _guarded(outcome: TaskOutcome, spec: TaskSpec, encoder: str, family: str, evaluate: Callable[[], T]) -> T | None:
-    """What `evaluate` gives, or None with its failure recorded."""
+def _guarded(outcome: TaskOutcome, spec: TaskSpec, encoder: str, what: str, evaluate: Callable[[], T]) -> T | None:
+    """What `evaluate` returns, or None with its failure recorded."""
     try:
         return evaluate()
     except TaskError as error:
-        outcome.failures.append(Failure(task=spec.name, reason=f"{family}: {error}", encoder=encoder))
+        outcome.failures.append(Failure(task=spec.name, reason=f"{what}: {error}", encoder=encoder))
         return None
 
 
 def _features(rows: TaskRows, spec: TaskSpec, bench: BenchSpec, outcome: TaskOutcome) -> dict[str, Features]:
-    found: dict[str, Features] = {}
+    features: dict[str, Features] = {}
     for encoder in bench.encoders:
         try:
-            found[encoder] = rows.features(encoder)
+            features[encoder] = rows.features(encoder)
         except G2LError as error:
             outcome.failures.append(Failure(task=spec.name, reason=str(error), encoder=encoder))
-    return found
+    return features
 
 
-def _figures(
+def _metric_values(
     encoder: str,
     rows: TaskRows,
     features: Mapping[str, Features],
     spec: TaskSpec,
     bench: BenchSpec,
     outcome: TaskOutcome,
-) -> list[Figure]:
-    """The figures of one encoder, family by family."""
+) -> list[MetricValue]:
+    """The metric values of one encoder, group by group."""
     teacher = bench.encoders[0]
-    given = TaskInput(
+    task = TaskInput(
         rows=rows,
         features=features[encoder],
         spec=spec,
@@ -126,94 +128,89 @@ def _figures(
         device=bench.device,
         reference=features.get(teacher) if encoder != teacher else None,
     )
-    figures: list[Figure] = []
-    for family, evaluate in FAMILIES.items():
-        if family in spec.metrics:
-            figures += _guarded(outcome, spec, encoder, family, partial(evaluate, given)) or []
-    return figures
+    values: list[MetricValue] = []
+    for group, evaluate in METRIC_GROUPS.items():
+        if group in spec.metrics:
+            values += _guarded(outcome, spec, encoder, group, partial(evaluate, task)) or []
+    return values
 
 
 def _add_intervals(
-    figures: Mapping[str, Sequence[Figure]],
+    values: Mapping[str, Sequence[MetricValue]],
     rows: TaskRows,
     spec: TaskSpec,
     bench: BenchSpec,
     outcome: TaskOutcome,
 ) -> None:
-    """An interval for every figure, and for every difference on the same draws."""
-    how = Draws(unit=rows.cluster_unit, draws=bench.draws, seed=bench.seed)
-    for encoder, found in figures.items():
-        for figure in found:
-            estimate = _guarded(outcome, spec, encoder, figure.metric, partial(figure.interval.estimate, how))
+    """An interval for every metric value, and for every difference on the same draws."""
+    resampling = Resampling(unit=rows.cluster_unit, draws=bench.draws, seed=bench.seed)
+    for encoder, of_encoder in values.items():
+        for value in of_encoder:
+            estimate = _guarded(outcome, spec, encoder, value.metric, partial(value.interval.estimate, resampling))
             if estimate:
-                outcome.results.append(_result(spec, encoder, figure, estimate))
+                outcome.results.append(_result(spec, encoder, value, estimate))
     for encoder, reference in bench.pairs:
-        theirs = {figure.metric: figure for figure in figures.get(reference, [])}
-        for figure in (mine for mine in figures.get(encoder, []) if mine.metric in theirs):
-            other = theirs[figure.metric].interval
-            pair = _guarded(outcome, spec, encoder, figure.metric, partial(figure.interval.difference, other, how))
-            if pair:
+        references = {value.metric: value.interval for value in values.get(reference, [])}
+        for value in values.get(encoder, []):
+            if value.metric not in references:
+                continue
+            compare = partial(value.interval.difference, references[value.metric], resampling)
+            compared = _guarded(outcome, spec, encoder, value.metric, compare)
+            if compared:
+                difference, p_value = compared
                 outcome.comparisons.append(
                     Comparison(
                         task=spec.name,
-                        metric=figure.metric,
+                        metric=value.metric,
                         encoder=encoder,
                         reference=reference,
-                        difference=pair[0],
-                        p_value=pair[1],
+                        difference=difference,
+                        p_value=p_value,
                     )
                 )
 
 
-def _result(spec: TaskSpec, encoder: str, figure: Figure, estimate: Estimate) -> Result:
+def _result(spec: TaskSpec, encoder: str, value: MetricValue, estimate: Estimate) -> Result:
     return Result(
         task=spec.name,
-        metric=figure.metric,
+        metric=value.metric,
         encoder=encoder,
         estimate=estimate,
-        n=figure.n,
-        settings=figure.settings,
-        better=figure.better,
+        n=value.n,
+        settings=value.settings,
+        better=value.better,
     )
 
 
 def adjusted_over_tasks(comparisons: Iterable[Comparison]) -> list[Comparison]:
     """Every comparison with Holm's p-value over the tasks.
 
-    A family is one metric of one encoder against one reference; its tests are the tasks that have it.
+    The comparisons of one encoder with one reference by one metric are adjusted together; each task is one test.
     """
-    found = list(comparisons)
+    adjusted = list(comparisons)
     families: dict[tuple[str, str, str], list[int]] = {}
-    for i, row in enumerate(found):
+    for i, row in enumerate(adjusted):
         families.setdefault((row.metric, row.encoder, row.reference), []).append(i)
     for members in families.values():
-        adjusted = holm(np.array([found[i].p_value for i in members]))
-        for i, p_value in zip(members, adjusted.tolist(), strict=True):
-            found[i] = replace(found[i], p_holm=p_value, tests=int(np.isfinite(adjusted).sum()))
-    return found
+        p_values = holm(np.array([adjusted[i].p_value for i in members]))
+        for i, p_value in zip(members, p_values.tolist(), strict=True):
+            adjusted[i] = replace(adjusted[i], p_holm=p_value, tests=int(np.isfinite(p_values).sum()))
+    return adjusted
 
 
-def _add_pictures(
-    figures: Mapping[str, Sequence[Figure]],
+def _add_plots(
+    values: Mapping[str, Sequence[MetricValue]],
     rows: TaskRows,
     features: Mapping[str, Features],
     spec: TaskSpec,
     bench: BenchSpec,
     outcome: TaskOutcome,
 ) -> None:
-    """Pictures of the rows that nothing was trained on, by class unless the label is a number."""
-    chosen = rows.part == "test" if spec.has_fixed_split else np.ones(len(rows), bool)
+    """Plots of the rows that nothing is trained on, by class unless the label is a number."""
     classed = replace(rows, label=np.full(len(rows), "")) if "regression" in spec.metrics else rows
-    outcome.pictures, failures = task_pictures(spec.name, classed, chosen, features, bench.seed)
+    outcome.pictures, failures = task_plots(spec.name, classed, rows.tested(spec), features, bench.seed)
     outcome.failures += failures
-    for encoder, found in figures.items():
-        for figure in (each for each in found if each.confusion):
-            assert figure.confusion
-            outcome.pictures += confusion_matrix(
-                spec.name,
-                figure.confusion.classifier,
-                encoder,
-                figure.confusion.classes,
-                figure.confusion.counts,
-                figure.settings,
-            )
+    for encoder, of_encoder in values.items():
+        for value in of_encoder:
+            if value.confusion:
+                outcome.pictures += confusion_matrix(spec.name, encoder, value.confusion, value.settings)

@@ -4,6 +4,8 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from g2l_core.benchmark.spec import TaskSpec
 from g2l_core.errors import ManifestError, TaskError
 from g2l_core.slides.manifest import read_table
@@ -11,9 +13,20 @@ from g2l_core.store.features import FeatureStore, StoredSlide
 
 
 class LabelTable:
-    """Label rows by slide, by patch of a slide, or by corner of a patch."""
+    """Rows of a label file, found by slide, by patch of a slide, or by corner of a patch."""
 
     def __init__(self, path: Path, stores: Sequence[FeatureStore], spec: TaskSpec) -> None:
+        """Read a label file.
+
+        Args:
+            path: A CSV file with the column slide_id, and patch_id, x or y where labels are of patches.
+            stores: The cohorts, which must have all of its slides.
+            spec: The task, whose label must be a column.
+
+        Raises:
+            ManifestError: The file is absent, cannot be read, or names slides that no store has.
+            TaskError: The label is no column.
+        """
         if not path.is_file():
             raise ManifestError(
                 f"there is no label file {path}; it lies beside the task file, for a shipped task in the current "
@@ -24,28 +37,27 @@ class LabelTable:
             raise ManifestError(f"the label file {path} needs a column slide_id and rows")
         if spec.label and spec.label not in rows[0]:
             raise TaskError(f"task {spec.name}: {path} has no column {spec.label!r}; it has {', '.join(rows[0])}")
-        self._require_known(rows, path, stores)
+        _require_stored({row["slide_id"] for row in rows}, path, stores)
         self._keys = tuple(key for key in ("patch_id", "x", "y") if key in rows[0])
         self._rows: dict[str, dict[tuple[str, ...], dict[str, str]]] = defaultdict(dict)
         for row in rows:
             self._rows[row["slide_id"]][tuple(row[key] for key in self._keys)] = row
 
-    def _require_known(self, rows: Sequence[Mapping[str, str]], path: Path, stores: Sequence[FeatureStore]) -> None:
-        known = {slide_id for store in stores for slide_id in store.slide_ids()}
-        absent = sorted({row["slide_id"] for row in rows} - known)
-        if absent:
-            more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
-            raise ManifestError(
-                f"the label file {path} names slides that no store has: {', '.join(absent[:3])}{more}. "
-                "g2l store ls lists the stored ids"
-            )
-
     def of(self, slide: StoredSlide) -> list[Mapping[str, str]]:
-        """One label row for each stored row of the slide; empty where there is none."""
-        mine = self._rows.get(slide.slide_id, {})
+        """The label row of each stored row of a slide; empty where there is none."""
+        of_slide = self._rows.get(slide.slide_id, {})
         if not self._keys:
-            return [mine.get((), {})] * len(slide)
-        names = slide.patch_ids or [""] * len(slide)
-        corners = slide.coords.tolist()
-        place = {"patch_id": lambda i: names[i], "x": lambda i: str(corners[i][0]), "y": lambda i: str(corners[i][1])}
-        return [mine.get(tuple(place[key](i) for key in self._keys), {}) for i in range(len(slide))]
+            return [of_slide.get((), {})] * len(slide)
+        x, y = slide.coords.T.astype(np.str_).tolist()
+        columns = {"patch_id": slide.patch_ids or [""] * len(slide), "x": x, "y": y}
+        return [of_slide.get(key, {}) for key in zip(*(columns[key] for key in self._keys), strict=True)]
+
+
+def _require_stored(slide_ids: set[str], path: Path, stores: Sequence[FeatureStore]) -> None:
+    absent = sorted(slide_ids - {slide_id for store in stores for slide_id in store.slide_ids()})
+    if absent:
+        more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
+        raise ManifestError(
+            f"the label file {path} names slides that no store has: {', '.join(absent[:3])}{more}. "
+            "g2l store ls lists the stored ids"
+        )

@@ -1,4 +1,4 @@
-"""What a reader of a task's figures must know of its rows: copies, missing labels, slides used in distillation."""
+"""What a reader of a task's results must know of its rows: copies, missing labels, slides used in distillation."""
 
 import json
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from g2l_core.benchmark.rows import TaskRows
+from g2l_core.benchmark.rows import TaskRows, stored_encoders
 from g2l_core.benchmark.spec import TaskSpec
 from g2l_core.encoders.resolve import RUN_RECORD
 from g2l_core.store.facts import EncoderFacts
@@ -16,33 +16,32 @@ _NAMED = 3
 
 
 def notes_on(rows: TaskRows, spec: TaskSpec, stores: Sequence[FeatureStore], encoders: Sequence[str]) -> list[str]:
-    """One sentence each; none where there is nothing to say.
+    """Notes on a task, of one sentence each; empty where there is nothing to note.
 
     Args:
-        rows: The task's.
+        rows: The rows of the task.
         spec: The task.
-        stores: Their specs say which encoder came from which run of `g2l distill`.
-        encoders: Keys.
+        stores: They know which encoder came from which run of `g2l distill`.
+        encoders: Keys of the encoders.
     """
-    found = []
+    notes = []
     if rows.unlabeled:
         total = len(rows) + rows.duplicates_dropped + rows.unlabeled
-        found.append(f"{rows.unlabeled:,} of {total:,} patches have no {spec.label} and were left out")
+        notes.append(f"{rows.unlabeled:,} of {total:,} patches have no {spec.label} and were left out")
     if rows.duplicates_dropped:
         across = f", {rows.crossing_duplicates:,} of them training copies of test patches"
-        found.append(
+        notes.append(
             f"{rows.duplicates_dropped:,} copies of patches were left out{across if rows.crossing_duplicates else ''}"
         )
-    found += _rare_classes(rows, spec)
-    chosen = rows.part == "test" if spec.has_fixed_split else np.ones(len(rows), bool)
-    tested = set(rows.slide_ids[chosen].tolist())
-    known = {key: facts for store in reversed(stores) for key, facts in store.encoders.items()}
-    found += [note for key in encoders if key in known for note in _distilled(key, known[key], tested)]
-    return [f"task {spec.name}: {note}" for note in found]
+    notes += _rare_classes(rows, spec)
+    tested = set(rows.slide_ids[rows.tested(spec)].tolist())
+    known = stored_encoders(stores)
+    notes += [note for key in encoders if key in known for note in _distilled(key, known[key], tested)]
+    return [f"task {spec.name}: {note}" for note in notes]
 
 
 def _rare_classes(rows: TaskRows, spec: TaskSpec) -> list[str]:
-    """Classes that can never have all votes of the nearest neighbors."""
+    """Notes on classes with fewer training patches than kNN has votes."""
     if "knn" not in spec.metrics:
         return []
     k = max(spec.knn.k)
@@ -56,7 +55,7 @@ def _rare_classes(rows: TaskRows, spec: TaskSpec) -> list[str]:
 
 
 def _distilled(key: str, facts: EncoderFacts, tested: set[str]) -> list[str]:
-    """Whether an encoder was distilled on slides that it is tested on."""
+    """A note if an encoder was distilled on slides that it is tested on, or if nobody can know."""
     source, _, student = facts.weights.partition(":")
     if source != "run":
         return []

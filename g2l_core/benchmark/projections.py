@@ -1,4 +1,4 @@
-"""What a report pictures, as arrays: CKA of all pairs, principal components, cells of a slide in color."""
+"""What a report plots, as arrays: CKA of all pairs, principal components, cells of a slide in color."""
 
 import warnings
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from itertools import combinations
 
 import numpy as np
 from jaxtyping import Float, Float64, Int64, Shaped
-from scipy.linalg import eigh
+from sklearn.decomposition import PCA
 
 from g2l_core.errors import TaskError
 from g2l_core.metrics.moments import cka_center, cka_moments
@@ -18,24 +18,9 @@ from g2l_core.metrics.statistics import require_aligned
 from g2l_core.rng import keyed_generator
 
 _LOWEST, _HIGHEST = 0.01, 0.99
-"""The quantiles of a component that are drawn darkest and brightest, so that a few odd patches do not dim the rest."""
+"""Quantiles of a component that are drawn darkest and brightest, so that a few odd patches do not dim the rest."""
 _FLAT = 1e-12
 _UMAP_NEIGHBORS = 15
-
-
-@dataclass(frozen=True, kw_only=True)
-class Components:
-    """Principal components of features."""
-
-    mean: Float64[np.ndarray, " dim"]
-    axes: Float64[np.ndarray, "dim component"]
-    """Orthonormal, by falling variance; the largest entry of each is positive."""
-    shares: Float64[np.ndarray, " component"]
-    """Of the whole variance."""
-
-    def scores(self, features: Float[np.ndarray, "row dim"]) -> Float64[np.ndarray, "row component"]:
-        """The features' coordinates along the axes, about the mean."""
-        return (features - self.mean) @ self.axes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,14 +32,14 @@ class Cells:
     of_patch: Int64[np.ndarray, " patch"]
     """The cell that each patch is in."""
     side: int
-    """In level-0 pixels."""
+    """The side of a cell in level-0 pixels."""
 
 
-def chosen_rows(rows: int, most: int, seed: int) -> Int64[np.ndarray, " chosen"]:
-    """All rows, or `most` of them drawn by the seed, in ascending order."""
-    if rows <= most:
+def chosen_rows(rows: int, max_rows: int, seed: int) -> Int64[np.ndarray, " chosen"]:
+    """All rows, or `max_rows` of them drawn by the seed, in ascending order."""
+    if rows <= max_rows:
         return np.arange(rows)
-    return np.sort(keyed_generator("pictured rows", seed, rows).permutation(rows)[:most])
+    return np.sort(keyed_generator("pictured rows", seed, rows).permutation(rows)[:max_rows])
 
 
 def cka_matrix(features: Mapping[str, Float[np.ndarray, "_ _"]]) -> Float64[np.ndarray, "encoder encoder"]:
@@ -90,39 +75,34 @@ def _is_flat(features: Float[np.ndarray, "row dim"]) -> bool:
 def _pair_cka(x: Float[np.ndarray, "row dim_x"], y: Float[np.ndarray, "row dim_y"]) -> float:
     try:
         return linear_cka(cka_moments(x, y, center=cka_center(x, y)), debiased=True)
-    except TaskError:  # one of the two does not vary; the other pairs still have a figure
+    except TaskError:  # one of the two does not vary; the other pairs still have a value
         return float("nan")
 
 
-def principal_components(features: Float[np.ndarray, "row dim"], count: int) -> Components:
-    """The first principal components, exact: eigenvectors of the covariance, or of the Gram matrix if that is smaller.
+def principal_components(features: Float[np.ndarray, "row dim"], count: int) -> PCA:
+    """The first principal components of features, exact to rounding.
+
+    ARPACK finds a few components of some thousand rows about as fast as an eigensolver for just these, and several
+    times faster than the solver of all components.
 
     Args:
         features: Of any float type; cast to float64.
-        count: How many.
+        count: How many components to find.
+
+    Returns:
+        A fitted `sklearn.decomposition.PCA`, which makes the largest entry of each component positive.
 
     Raises:
         TaskError: If a row holds NaN or infinity, or the features vary along fewer directions than `count`.
-
-    References:
-        Jolliffe, Principal Component Analysis (2002), section 3.5, for the two forms.
     """
     require_finite(features, "the features")
-    rows, dim = features.shape
-    mean = features.mean(axis=0, dtype=np.float64)
-    centered = features.astype(np.float64) - mean
-    small = centered @ centered.T if rows < dim else centered.T @ centered
-    total = float(np.trace(small))
-    wanted = [max(0, len(small) - count), len(small) - 1]
-    values, vectors = eigh(small, subset_by_index=wanted)
-    values, vectors = values[::-1], vectors[:, ::-1]
-    if len(values) < count or values[-1] <= _FLAT * total or total == 0:
-        raise TaskError(
-            f"{rows:,} rows vary along fewer than {count} directions; more rows or wider features are needed"
-        )
-    axes = centered.T @ vectors / np.sqrt(values) if rows < dim else vectors
-    axes = axes * np.sign(axes[np.abs(axes).argmax(axis=0), np.arange(count)])
-    return Components(mean=mean, axes=axes, shares=values / total)
+    rows, fewest = len(features), min(features.shape)
+    if fewest >= count and not _is_flat(features):
+        solver = "arpack" if count < fewest else "full"
+        fitted = PCA(count, svd_solver=solver, random_state=0).fit(features.astype(np.float64))
+        if fitted.explained_variance_ratio_[-1] > _FLAT:
+            return fitted
+    raise TaskError(f"{rows:,} rows vary along fewer than {count} directions; more rows or wider features are needed")
 
 
 def umap_plane(features: Float[np.ndarray, "row dim"], seed: int) -> Float64[np.ndarray, "row 2"] | None:
@@ -143,7 +123,7 @@ def umap_plane(features: Float[np.ndarray, "row dim"], seed: int) -> Float64[np.
 
 
 def _has_umap() -> bool:
-    """By the name on the package index: another package is imported as `umap` too."""
+    """Whether umap-learn is installed. Its name on the index is asked, as another package is imported as `umap` too."""
     try:
         version("umap-learn")
     except PackageNotFoundError:
@@ -152,31 +132,31 @@ def _has_umap() -> bool:
 
 
 def within_unit(points: Float64[np.ndarray, "row 2"]) -> Float64[np.ndarray, "row 2"]:
-    """Points about their mean, scaled alike in both directions so that the furthest coordinate is 1 or -1."""
-    about = points - points.mean(axis=0)
-    furthest = np.abs(about).max()
-    return about / furthest if furthest else about
+    """Points minus their mean, scaled by one factor so that the furthest coordinate is 1 or -1."""
+    centered = points - points.mean(axis=0)
+    furthest = np.abs(centered).max()
+    return centered / furthest if furthest else centered
 
 
 def coded(names: Shaped[np.ndarray, " row"]) -> tuple[tuple[str, ...], Int64[np.ndarray, " row"]]:
     """The sorted names, and each row's place among them."""
-    found, codes = np.unique(names, return_inverse=True)
-    return tuple(map(str, found)), codes
+    unique, codes = np.unique(names, return_inverse=True)
+    return tuple(map(str, unique)), codes
 
 
-def cells_of(coords: Shaped[np.ndarray, "patch 2"], side: int, most: int) -> Cells:
-    """Puts patches into cells as small as their own side, or the least multiple of it that gives few enough cells.
+def cells_of(coords: Shaped[np.ndarray, "patch 2"], side: int, max_cells: int) -> Cells:
+    """Put patches into cells as small as their own side, or the smallest multiple of it that gives few enough cells.
 
     Args:
         coords: x and y of top-left corners in level-0 pixels; any integer type.
-        side: Of a patch, in level-0 pixels.
-        most: Most cells.
+        side: The side of a patch in level-0 pixels.
+        max_cells: Maximum number of cells.
     """
     corners = coords.astype(np.int64) - coords.min(axis=0)
     times = 1
     while True:
         places, of_patch = np.unique(corners // (side * times), axis=0, return_inverse=True)
-        if len(places) <= most:
+        if len(places) <= max_cells:
             return Cells(columns=places[:, 0], rows=places[:, 1], of_patch=of_patch.reshape(-1), side=side * times)
         times += 1
 
@@ -192,7 +172,7 @@ def means_of_cells(
 
 
 def component_colors(scores: Float64[np.ndarray, "cell 3"]) -> list[str]:
-    """Three components as red, green and blue, a hexadecimal digit each: 1st percentile dark, 99th bright."""
+    """Three components as red, green and blue, one hexadecimal digit each: 0 at the 1st percentile, f at the 99th."""
     low, high = np.quantile(scores, [_LOWEST, _HIGHEST], axis=0)
     shares = (scores - low) / np.where(high > low, high - low, 1.0)
     digits = np.rint(np.clip(shares, 0, 1) * 15).astype(int)

@@ -1,4 +1,4 @@
-"""The rows that a benchmark task speaks of: stored patches joined with labels, parted without leaks."""
+"""The rows of a benchmark task: stored patches joined with labels, and split without leaks."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +14,7 @@ from g2l_core.errors import LeakError, TaskError
 from g2l_core.metrics.bags import bag_values
 from g2l_core.metrics.folds import group_folds
 from g2l_core.slides.manifest import fits, parse_condition
+from g2l_core.store.facts import EncoderFacts
 from g2l_core.store.features import FeatureStore, StoredSlide
 from g2l_core.store.schema import STATUS, UNKNOWN_HASH
 from g2l_core.types import Features
@@ -32,22 +33,26 @@ class TaskRows:
     label: Shaped[np.ndarray, " row"]
     center: Shaped[np.ndarray, " row"]
     cluster: Shaped[np.ndarray, " row"]
-    """What is drawn together in a bootstrap, and never parted by a split: the patient if known."""
+    """What a bootstrap draws together and no split separates: the patient if known."""
     cluster_unit: str
-    """In the plural, for people."""
+    """What a cluster is, in the plural, for people."""
     part: Shaped[np.ndarray, " row"]
-    """train, test, or empty where the split says neither or folds will part them."""
+    """train, test, or empty where the split says neither or where there are folds."""
     pixel_hash: UInt64[np.ndarray, " row"]
     columns: Mapping[str, Shaped[np.ndarray, " row"]]
-    """Those that the task's families ask for beyond label and center, as text; empty where a patch has none."""
+    """Further columns that the task's metric groups read, as text; empty where a patch has no value."""
     duplicates_dropped: int = 0
     crossing_duplicates: int = 0
-    """Of these, training patches whose copy is in the test part."""
+    """How many of these are training patches whose copy is in the test part."""
     unlabeled: int = 0
     """Patches left out because they have no label."""
 
     def __len__(self) -> int:
         return len(self.row)
+
+    def tested(self, spec: TaskSpec) -> Bool[np.ndarray, " row"]:
+        """Rows that nothing is trained on: the test part, or all where there is no fixed split."""
+        return self.part == "test" if spec.has_fixed_split else np.ones(len(self), bool)
 
     @property
     def slide_ids(self) -> Shaped[np.ndarray, " row"]:
@@ -70,9 +75,9 @@ class TaskRows:
         parts: list[np.ndarray] = []
         order: list[np.ndarray] = []
         for index in np.unique(self.slide_index).tolist():
-            mine = np.flatnonzero(self.slide_index == index)
-            parts.append(self.slides[index].features(encoder)[self.row[mine]])
-            order.append(mine)
+            of_slide = np.flatnonzero(self.slide_index == index)
+            parts.append(self.slides[index].features(encoder)[self.row[of_slide]])
+            order.append(of_slide)
         out = np.empty((len(self), parts[0].shape[1]), np.float16)
         out[np.concatenate(order)] = np.concatenate(parts)
         bad = np.flatnonzero(~np.isfinite(out).all(axis=1))
@@ -83,6 +88,11 @@ class TaskRows:
                 f"{self.row[bad[0]]} of slide {slide}; g2l store verify finds all, g2l embed makes them anew"
             )
         return out
+
+
+def stored_encoders(stores: Sequence[FeatureStore]) -> dict[str, EncoderFacts]:
+    """What stores say of their encoders, by key; of stores that share a key, the first one's word."""
+    return {key: facts for store in reversed(stores) for key, facts in store.encoders.items()}
 
 
 def gather(stores: Sequence[FeatureStore], spec: TaskSpec, folder: Path) -> TaskRows:
@@ -100,8 +110,8 @@ def gather(stores: Sequence[FeatureStore], spec: TaskSpec, folder: Path) -> Task
     """
     slides = _taking_part(stores, spec)
     table = LabelTable(folder / spec.labels, stores, spec) if spec.labels else None
-    found = [_columns_of(i, slide, spec, table) for i, slide in enumerate(slides)]
-    arrays: dict[str, Any] = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+    by_slide = [_columns_of(i, slide, spec, table) for i, slide in enumerate(slides)]
+    arrays: dict[str, Any] = {name: np.concatenate([part[name] for part in by_slide]) for name in by_slide[0]}
     grouped = bool(arrays.pop("grouped").all())
     extra = {name: arrays.pop(name) for name in list(arrays) if name.startswith(_EXTRA)}
     columns = {name.removeprefix(_EXTRA): values for name, values in extra.items()}
@@ -133,13 +143,13 @@ def _cluster_unit(slides: Sequence[StoredSlide], spec: TaskSpec, grouped: bool) 
 
 
 def _columns_of(index: int, slide: StoredSlide, spec: TaskSpec, table: LabelTable | None) -> dict[str, np.ndarray]:
-    """A slide's contribution to the arrays of TaskRows; unreadable patches are left out."""
+    """One slide's part of the arrays of TaskRows; unreadable patches are left out."""
     good = np.flatnonzero(slide.patch_status == STATUS["ok"])
     labels = slide.labels
-    own = table.of(slide) if table else [{}] * len(slide)
+    label_rows = table.of(slide) if table else [{}] * len(slide)
 
     def column(name: str) -> np.ndarray:
-        return np.array([own[row].get(name) or labels.get(name, "") for row in good], dtype=np.str_)
+        return np.array([label_rows[row].get(name) or labels.get(name, "") for row in good], dtype=np.str_)
 
     wanted = [name for names in spec.extra_columns.values() for name in names]
     cluster = column(spec.group)
@@ -185,8 +195,8 @@ def _part(spec: TaskSpec, slide: StoredSlide, column: Callable[[str], np.ndarray
 def without_duplicates(rows: TaskRows) -> TaskRows:
     """Leave out copies of a patch (equal pixel hashes).
 
-    Where the copies' labels disagree, all go: nobody knows which is right. Else one stays, in the test part if
-    there is one there, so that nothing of the test part is trained on.
+    If the labels of the copies disagree, all copies go, as nobody knows which label is right. Otherwise one stays:
+    one of the test part if there is one, so that nothing of the test part is trained on.
     """
     order = np.lexsort((rows.part != "test", rows.pixel_hash))
     hashes, labels = rows.pixel_hash[order], rows.label[order]

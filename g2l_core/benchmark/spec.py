@@ -1,13 +1,13 @@
-"""What a task file says: the rows, the split, the families of figures and their options. Plain values, checked."""
+"""What a task file says: the rows, the split, the metric groups and their options, as plain values that are checked."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import inf, isfinite
-from typing import Any
+from math import inf
 
 from g2l_core.errors import TaskError
 from g2l_core.metrics.mil import AbmilSettings
 from g2l_core.metrics.ridge import PENALTIES
+from g2l_core.results import ExpectedFigure
 
 DISTANCES = ("cosine", "euclidean")
 VOTES = ("majority", "weighted")
@@ -16,9 +16,9 @@ _ABMIL = AbmilSettings()
 PROBE_C = (0.001, 0.01, 0.1, 1.0, 10.0)
 
 
-def _require(holds: bool, key: str, wanted: str, found: object) -> None:
+def _require(holds: bool, key: str, wanted: str, value: object) -> None:
     if not holds:
-        raise TaskError(f"{key} must be {wanted}; got {list(found) if isinstance(found, tuple) else found!r}")
+        raise TaskError(f"{key} must be {wanted}; got {list(value) if isinstance(value, tuple) else value!r}")
 
 
 def _counts(key: str, values: tuple[int, ...]) -> None:
@@ -32,21 +32,21 @@ def _positive(key: str, values: tuple[float, ...]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class SimilarityOptions:
-    """Of `similarity`."""
+    """Options of `similarity`."""
 
     rows: int = 2048
-    """Drawn by the seed for what is quadratic in rows: RBF CKA, mutual neighbors, and for the effective rank."""
+    """Rows that are drawn for what is quadratic in rows (RBF CKA, mutual neighbors) and for the effective rank."""
     k: tuple[int, ...] = (10,)
-    """Mutual neighbors."""
+    """Numbers of mutual neighbors."""
     bandwidth: float = 1.0
-    """Of the RBF kernel, in median distances."""
+    """Width of the RBF kernel, in median distances."""
     trim: float = 0.01
-    """Share of rows farthest from the median, of either encoder, that the trimmed CKA leaves out."""
+    """Fraction of rows farthest from the median of either encoder, which the trimmed CKA leaves out."""
     folds: int = 5
-    """At most, of the ridge map: over the training part for its penalty, and over all rows without a split."""
+    """Maximum folds of the ridge map: of the training part for its penalty, and of all rows if there is no split."""
 
     def __post_init__(self) -> None:
-        """Refuse what means nothing."""
+        """Refuse values that no task can use."""
         _require(self.rows >= 4, "similarity_rows", "at least 4", self.rows)
         _counts("similarity_k", self.k)
         _positive("similarity_bandwidth", (self.bandwidth,))
@@ -56,15 +56,15 @@ class SimilarityOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class KnnOptions:
-    """Of `knn`."""
+    """Options of `knn`."""
 
     k: tuple[int, ...] = (20,)
     distance: str = "cosine"
     votes: tuple[str, ...] = ("majority",)
-    """majority; weighted by exp(cosine / 0.07), or by 1 / Euclidean distance."""
+    """majority, or weighted: by exp(cosine / 0.07), or by 1 / Euclidean distance."""
 
     def __post_init__(self) -> None:
-        """Refuse what means nothing."""
+        """Refuse values that no task can use."""
         _counts("knn_k", self.k)
         _require(self.distance in DISTANCES, "knn_distance", " or ".join(DISTANCES), self.distance)
         _require(
@@ -74,91 +74,91 @@ class KnnOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeOptions:
-    """Of `probe`, `slide_probe` and `slide_vote`."""
+    """Options of `probe`, `slide_probe` and `slide_vote`."""
 
     c: tuple[float, ...] = PROBE_C
-    """Inverse penalties; of several, that with the least log loss on validation folds of the training patients."""
+    """Inverse penalties. Of several, the one with the lowest log loss on folds of the training patients is taken."""
     folds: int = 5
-    """At most; as many as the rarest class has training patients, if these are fewer."""
+    """Maximum folds. If the rarest class has fewer training patients, there are as many folds as these."""
 
     def __post_init__(self) -> None:
-        """Refuse what means nothing."""
+        """Refuse values that no task can use."""
         _positive("probe_c", self.c)
         _require(self.folds >= 2, "probe_folds", "at least 2", self.folds)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrototypeOptions:
-    """Of `prototypes`."""
+    """Options of `prototypes`."""
 
     shots: tuple[int, ...] = (1, 4, 16)
-    """Training patches of each class."""
+    """Numbers of training patches of each class."""
     repeats: int = 20
-    """Draws of them."""
+    """How often the training patches are drawn."""
 
     def __post_init__(self) -> None:
-        """Refuse what means nothing."""
+        """Refuse values that no task can use."""
         _counts("prototypes_shots", self.shots)
         _counts("prototypes_repeats", (self.repeats,))
 
 
 @dataclass(frozen=True, kw_only=True)
 class RetrievalOptions:
-    """Of `retrieval`."""
+    """Options of `retrieval`."""
 
     k: tuple[int, ...] = (1, 5, 10)
     distance: str = "cosine"
 
     def __post_init__(self) -> None:
-        """Refuse what means nothing."""
+        """Refuse values that no task can use."""
         _counts("retrieval_k", self.k)
         _require(self.distance in DISTANCES, "retrieval_distance", " or ".join(DISTANCES), self.distance)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RegressionOptions:
-    """Of `regression`."""
+    """Options of `regression`."""
 
     penalties: tuple[float, ...] = PENALTIES
-    """In mean variances of a feature; of several, the best on folds of the training patients."""
+    """In mean variances of a feature. Of several, the best on folds of the training patients is taken."""
     folds: int = 5
-    """At most."""
+    """Maximum folds for the choice of the penalty."""
 
     def __post_init__(self) -> None:
-        """Refuse what means nothing."""
+        """Refuse values that no task can use."""
         _positive("regression_penalties", self.penalties)
         _require(self.folds >= 2, "regression_folds", "at least 2", self.folds)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SurvivalOptions:
-    """Of `survival`."""
+    """Options of `survival`."""
 
     event: str = ""
-    """Column: 1 where the event was observed, 0 where not."""
+    """Column that is 1 where the event was observed, 0 where not."""
     time: str = ""
-    """Column: time to the event or to the end of follow-up, in any unit."""
+    """Column of the time to the event or to the end of follow-up, in any unit."""
     penalties: tuple[float, ...] = (0.01, 0.1, 1.0, 10.0)
-    """Of the Cox model; of several, the best on folds of the training patients."""
+    """Penalties of the Cox model. Of several, the best on folds of the training patients is taken."""
     folds: int = 5
-    """For the choice of the penalty."""
+    """Folds for the choice of the penalty."""
 
     def __post_init__(self) -> None:
-        """Refuse what means nothing."""
+        """Refuse values that no task can use."""
         _positive("survival_penalties", self.penalties)
         _require(self.folds >= 2, "survival_folds", "at least 2", self.folds)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RobustnessOptions:
-    """Of `robustness` and `robustness_paired`."""
+    """Options of `robustness` and `robustness_paired`."""
 
     k: tuple[int, ...] = (3, 5, 10, 20)
     rows_per_stratum: int = 0
-    """At most so many patches of each class and center in the paired design; 0 is no limit."""
+    """Maximum patches of each class and center in the paired design; 0 is no limit."""
 
     def __post_init__(self) -> None:
-        """Refuse what means nothing."""
+        """Refuse values that no task can use."""
         _counts("robustness_k", self.k)
         holds = self.rows_per_stratum == 0 or self.rows_per_stratum >= 2
         _require(holds, "robustness_rows_per_stratum", "0 or at least 2", self.rows_per_stratum)
@@ -166,26 +166,26 @@ class RobustnessOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class CenterOptions:
-    """Of `center`."""
+    """Options of `center`."""
 
     c: float = 1.0
     """The probe's inverse penalty."""
     folds: int = 5
 
     def __post_init__(self) -> None:
-        """Refuse what means nothing."""
+        """Refuse values that no task can use."""
         _positive("center_probe_c", (self.c,))
         _require(self.folds >= 2, "center_probe_folds", "at least 2", self.folds)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BiasDropOptions:
-    """Of `bias_drop`; see `metrics.center_bias.BiasDesign`."""
+    """Options of `bias_drop`; see `metrics.center_bias.BiasDesign`."""
 
     centers: tuple[str, ...] = ()
-    """Trained and tested on; empty: those with most patients, as many as there are classes."""
+    """Centers to train and test on. If empty, those with most patients, as many as there are classes."""
     slides_per_class: int = 0
-    """Patients of each class in every training set; 0: two from each center."""
+    """Patients of each class in every training set; 0 takes two from each center."""
     rows_per_slide: int = 20
     test_slides: int = 1
     levels: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -194,30 +194,30 @@ class BiasDropOptions:
     """The probe's inverse penalty."""
 
     def __post_init__(self) -> None:
-        """Refuse what means nothing; what hangs on the data is refused there."""
+        """Refuse values that no task can use; what depends on the data is refused there."""
         _positive("bias_drop_c", (self.c,))
         _counts("bias_drop_repeats", (self.repeats,))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConsistencyOptions:
-    """Of `consistency`."""
+    """Options of `consistency`."""
 
     condition: str = ""
     """Column that names the scanner, the stain, or both."""
     patch: str = "patch_id"
-    """Column that is the same for the same tissue under every condition. patch_id is the stored one if no column has
-    that name; corner is the patch's place, "x,y" in level-0 pixels."""
+    """Column that has the same value for the same tissue under every condition. If there is no such column, patch_id
+    is the stored one, and corner is the patch's place, "x,y" in level-0 pixels."""
     k: tuple[int, ...] = (1, 5, 10)
 
     def __post_init__(self) -> None:
-        """Refuse what means nothing."""
+        """Refuse values that no task can use."""
         _counts("consistency_k", self.k)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Needs:
-    """What a family cannot do without."""
+    """What a metric group needs of a task."""
 
     label: bool = True
     split: bool = False
@@ -241,30 +241,15 @@ NEEDS: Mapping[str, Needs] = {
     "bias_drop": Needs(),
     "consistency": Needs(label=False),
 }
-"""The families, in the order in which a report has them."""
+"""The metric groups, in the order in which a report has them."""
 
 DEFAULT_METRICS = ("cka", "knn", "probe", "robustness")
 
 
-def family_of(metric: str) -> str:
-    """The family that a figure's name begins with, the longest that fits; empty if none does."""
+def metric_group(metric: str) -> str:
+    """The metric group that a metric's name begins with, the longest that fits; empty if none does."""
     fitting = [name for name in NEEDS if metric.startswith(f"{name}_")]
     return max(fitting, key=len, default="")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Expected:
-    """A published figure that a task's result can be held against."""
-
-    metric: str
-    """As the results name it: knn_accuracy, slide_probe_auc, robustness_ratio_k5, ..."""
-    encoder: str
-    """By its name, which need not be in the table of encoders."""
-    value: float
-    tolerance: float
-    """How far a result may be off and still count as the same."""
-    source: str
-    """Where the figure is published, and what is not stated there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,23 +259,23 @@ class TaskSpec:
     name: str
     metrics: tuple[str, ...] = DEFAULT_METRICS
     label: str = ""
-    """Column of the biological class, for `regression` of a number; some families need none."""
+    """Column of the biological class, for `regression` of a number; some metric groups need none."""
     labels: str = ""
-    """A CSV with that column, by slide_id, by slide_id and patch_id, or by slide_id, x and y. Relative to the task
-    file. Columns that it has not are those that the store's manifest gave; empty, all are."""
+    """A CSV with that column, by slide_id, by slide_id and patch_id, or by slide_id, x and y. Its path is relative to
+    the task file. Other columns, or all if there is no such file, are those of the store's manifest."""
     split: str = ""
     """Column that says train or test; other values are left out."""
     train: str = ""
     """COLUMN=PATTERN in place of a split column, with `test`."""
     test: str = ""
     folds: int = 0
-    """Folds by group in place of a fixed split."""
+    """Number of folds by group, in place of a fixed split."""
     group: str = "patient_id"
     center: str = "medical_center"
     where: tuple[str, ...] = ()
     """Conditions COLUMN=PATTERN that a slide must fit to take part."""
     bag: str = "slide"
-    """What `slide_probe`, `slide_vote` and `abmil` predict: a slide, or a patient."""
+    """What `slide_probe`, `slide_vote` and `abmil` predict: slide or patient."""
     similarity: SimilarityOptions = SimilarityOptions()
     knn: KnnOptions = KnnOptions()
     probe: ProbeOptions = ProbeOptions()
@@ -303,8 +288,8 @@ class TaskSpec:
     bias_drop: BiasDropOptions = BiasDropOptions()
     consistency: ConsistencyOptions = ConsistencyOptions()
     center_probe: CenterOptions = CenterOptions()
-    expected: tuple[Expected, ...] = ()
-    """Published figures; nothing is computed from them."""
+    expected: tuple[ExpectedFigure, ...] = ()
+    """Published values that the report puts beside this run's; nothing is computed from them."""
 
     def __post_init__(self) -> None:
         """Refuse a task that cannot be evaluated."""
@@ -321,13 +306,13 @@ class TaskSpec:
             raise TaskError(f"{where} regression takes the label for a number, {others} for a class; make two tasks")
         if self.bag not in BAGS:
             raise TaskError(f"{where} bag must be {' or '.join(BAGS)}; got {self.bag!r}")
-        for family, columns in self.extra_columns.items():
+        for group, columns in self.extra_columns.items():
             if not all(columns):
                 keys = {"survival": "survival_event and survival_time", "consistency": "consistency_condition"}
-                raise TaskError(f"{where} {family} needs {keys[family]}, names of columns")
-        for figure in self.expected:
-            if family_of(figure.metric) not in self.metrics:
-                raise TaskError(f"{where} expected.{figure.metric} is of none of its metrics {self.metrics}")
+                raise TaskError(f"{where} {group} needs {keys[group]}, names of columns")
+        for published in self.expected:
+            if metric_group(published.metric) not in self.metrics:
+                raise TaskError(f"{where} expected.{published.metric} is of none of its metrics {self.metrics}")
 
     def _require_split(self, where: str) -> None:
         ways = [bool(self.split), bool(self.train or self.test), bool(self.folds)]
@@ -344,44 +329,14 @@ class TaskSpec:
 
     @property
     def has_fixed_split(self) -> bool:
-        """Whether rows are train or test once and for all."""
+        """Whether every row is train or test, without folds."""
         return bool(self.split or self.train)
 
     @property
     def extra_columns(self) -> Mapping[str, tuple[str, ...]]:
-        """The further columns that the families of this task read."""
-        known = {
+        """The further columns that the metric groups of this task read."""
+        columns = {
             "survival": (self.survival.event, self.survival.time),
             "consistency": (self.consistency.condition, self.consistency.patch),
         }
-        return {family: columns for family, columns in known.items() if family in self.metrics}
-
-
-def parse_expected(task: str, table: Mapping[str, Any]) -> tuple[Expected, ...]:
-    """The published figures of a task file.
-
-    Args:
-        task: Names it in errors.
-        table: {metric: {encoder, value, tolerance, source}}, or a list of such tables for several encoders.
-
-    Raises:
-        TaskError: A figure lacks a key, has another one, or a value of another kind.
-    """
-    figures = [(m, f) for m, given in table.items() for f in (given if isinstance(given, list) else [given])]
-    return tuple(_expected(task, metric, figure) for metric, figure in figures)
-
-
-def _expected(task: str, metric: str, figure: object) -> Expected:
-    kinds: dict[str, Any] = {"encoder": str, "value": (int, float), "tolerance": (int, float), "source": str}
-    where = f"task {task}: expected.{metric}"
-    if not isinstance(figure, Mapping) or set(figure) != set(kinds):
-        found = ", ".join(sorted(figure)) if isinstance(figure, Mapping) else repr(figure)
-        raise TaskError(f"{where} needs just the keys {', '.join(kinds)}; found {found}")
-    for key, kind in kinds.items():
-        if not isinstance(figure[key], kind) or isinstance(figure[key], bool):
-            raise TaskError(f"{where}: {key} must be {'text' if kind is str else 'a number'}, not {figure[key]!r}")
-    if not figure["encoder"] or not figure["source"] or not isfinite(figure["value"]):
-        raise TaskError(f"{where}: encoder and source may not be empty, and value must be finite")
-    if not 0 <= figure["tolerance"] < inf:
-        raise TaskError(f"{where}: tolerance must be 0 or more, not {figure['tolerance']}")
-    return Expected(metric=metric, **figure)
+        return {group: names for group, names in columns.items() if group in self.metrics}

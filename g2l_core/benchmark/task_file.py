@@ -2,19 +2,32 @@
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
+from functools import cache
+from math import inf, isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
-from g2l_core.benchmark.spec import TaskSpec, parse_expected
-from g2l_core.errors import TaskError, UnknownNameError, UsageError
+from pydantic import TypeAdapter, ValidationError
+
+from g2l_core.benchmark.spec import TaskSpec
+from g2l_core.errors import G2LError, TaskError, UnknownNameError, UsageError
+from g2l_core.results import ExpectedFigure
+
+_KINDS = {
+    "string_type": "text",
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+}
+"""What a value should have been, by the type of pydantic's error."""
 
 
 def task_tables(path: Path) -> tuple[str, dict[str, Mapping[str, Any]]]:
-    """The title of a task file and the table of each task, not yet read.
+    """The title of a task file and the table of each task, still to be read by `read_task`.
 
     Raises:
-        UsageError: It is no TOML, or has no task.
+        UsageError: The file is not TOML, or has no task.
     """
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -28,76 +41,102 @@ def task_tables(path: Path) -> tuple[str, dict[str, Mapping[str, Any]]]:
     return content.get("title", path.stem), tables
 
 
+def read_tasks(path: Path) -> tuple[str, list[TaskSpec]]:
+    """The title and the tasks of a task file.
+
+    Raises:
+        UsageError: The file is not TOML, has no task, or has a key that no task has.
+        TaskError: A task cannot be evaluated.
+    """
+    title, tables = task_tables(path)
+    return title, [read_task(path, name, table) for name, table in tables.items()]
+
+
 def read_task(path: Path, name: str, table: Mapping[str, Any]) -> TaskSpec:
     """One task.
 
     Args:
-        path: The task file, for messages.
-        name: The task's.
-        table: Its keys. Those of a family's options begin with the field's name: knn_k.
+        path: The task file, for error messages.
+        name: The name of the task.
+        table: Its keys. An option of a metric group is written with the name of its field first: `knn_k`.
 
     Raises:
-        UsageError: A key that no task has, or a value of another kind.
-        TaskError: It cannot be evaluated.
+        UsageError: No task has such a key, or a value is of another kind.
+        TaskError: The task cannot be evaluated.
     """
     where = f"{path}, [tasks.{name}]"
     known = known_keys()
     plain: dict[str, Any] = {}
-    groups: dict[str, dict[str, Any]] = {}
-    expected = table.get("expected", {})
-    if not isinstance(expected, dict):
-        raise UsageError(f"{where}: expected must be a table of metrics, not {expected!r}")
+    grouped: dict[str, dict[str, Any]] = {}
     for key, value in table.items():
         if key not in known:
             raise UnknownNameError(f"key of [tasks.{name}] in {path}:", key, known)
-        group, option, default = known[key]
-        if key != "expected":
-            given = plain if not group else groups.setdefault(group, {})
-            given[option] = _value(f"{where}: {key}", value, default)
+        group, option, kind = known[key]
+        if key == "expected":
+            if not isinstance(value, dict):
+                raise UsageError(f"{where}: expected must be a table of metrics, not {value!r}")
+            plain[key] = parse_expected(name, value)
+        else:
+            target = grouped.setdefault(group, {}) if group else plain
+            target[option] = _checked(f"{where}: {key}", value, kind, UsageError)
+    hints = get_type_hints(TaskSpec)
     try:
-        options = {group: type(_DEFAULTS[group])(**given) for group, given in groups.items()}
+        options = {group: hints[group](**values) for group, values in grouped.items()}
     except TaskError as error:
         raise TaskError(f"task {name}: {error}") from error
-    return TaskSpec(name=name, expected=parse_expected(name, expected), **plain, **options)
+    return TaskSpec(name=name, **plain, **options)
 
 
-_DEFAULTS: Mapping[str, Any] = {field.name: field.default for field in fields(TaskSpec) if field.name != "name"}
+def parse_expected(task: str, table: Mapping[str, Any]) -> tuple[ExpectedFigure, ...]:
+    """The published values of a task file.
 
-
-def known_keys() -> dict[str, tuple[str, str, Any]]:
-    """What each key of a task sets: the group of options (empty for the task itself), the field, its default."""
-    found: dict[str, tuple[str, str, Any]] = {}
-    for name, default in _DEFAULTS.items():
-        if is_dataclass(default):
-            for option in fields(default):
-                found[f"{name}_{option.name}"] = (name, option.name, getattr(default, option.name))
-        else:
-            found[name] = ("", name, default)
-    return found
-
-
-def _value(where: str, value: object, default: object) -> object:
-    """A value of the default's kind; one in place of a list is a list of one.
+    Args:
+        task: The name of the task, for error messages.
+        table: {metric: {encoder, value, tolerance, source}}, or a list of such tables for several encoders.
 
     Raises:
-        UsageError: It is of another kind.
+        TaskError: An entry lacks a key, has another one, or has a value that cannot be used.
     """
-    if isinstance(default, tuple):
-        kind = type(default[0]) if default else str
-        listed = value if isinstance(value, list) else [value]
-        if all(_fits(item, kind) for item in listed):
-            return tuple(kind(item) for item in listed)
-        raise UsageError(f"{where} must be {_WORDS[kind]}, or a list of such, not {value!r}")
-    if not _fits(value, type(default)):
-        raise UsageError(f"{where} must be {_WORDS[type(default)]}, not {value!r}")
-    return value
+    kinds = {key: kind for key, kind in get_type_hints(ExpectedFigure).items() if key not in ("task", "metric")}
+    expected = []
+    for metric, entries in table.items():
+        where = f"task {task}: expected.{metric}"
+        for entry in entries if isinstance(entries, list) else [entries]:
+            if not isinstance(entry, Mapping) or set(entry) != set(kinds):
+                found = ", ".join(sorted(entry)) if isinstance(entry, Mapping) else repr(entry)
+                raise TaskError(f"{where} needs just the keys {', '.join(kinds)}; found {found}")
+            values = {key: _checked(f"{where}: {key}", entry[key], kind, TaskError) for key, kind in kinds.items()}
+            published = ExpectedFigure(task=task, metric=metric, **values)
+            if not published.encoder or not published.source or not isfinite(published.value):
+                raise TaskError(f"{where}: encoder and source may not be empty, and value must be finite")
+            if not 0 <= published.tolerance < inf:
+                raise TaskError(f"{where}: tolerance must be 0 or more, not {entry['tolerance']}")
+            expected.append(published)
+    return tuple(expected)
 
 
-_WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+@cache
+def known_keys() -> Mapping[str, tuple[str, str, Any]]:
+    """What each key of a task sets: the group of options (empty for the task itself), the field, its type."""
+    keys: dict[str, tuple[str, str, Any]] = {}
+    for name, kind in get_type_hints(TaskSpec).items():
+        if is_dataclass(kind):
+            keys |= {f"{name}_{option}": (name, option, type_) for option, type_ in get_type_hints(kind).items()}
+        elif name != "name":
+            keys[name] = ("", name, kind)
+    return keys
 
 
-def _fits(value: object, kind: type) -> bool:
-    """TOML's whole numbers are numbers too; its booleans are not."""
-    if isinstance(value, bool) or kind is bool:
-        return kind is bool and isinstance(value, bool)
-    return isinstance(value, (int, float) if kind is float else kind)
+def _checked(where: str, value: object, kind: Any, refusal: type[G2LError]) -> Any:
+    """A value if it is of this type. TOML's whole numbers are numbers too; a single value becomes a list of one.
+
+    Raises:
+        G2LError: The value is of another type. It is raised as `refusal`.
+    """
+    many = get_origin(kind) is tuple
+    try:
+        candidate = tuple(value if isinstance(value, list) else [value]) if many else value
+        return TypeAdapter(kind).validate_python(candidate, strict=True)
+    except ValidationError as error:
+        wanted = _KINDS[error.errors()[0]["type"]] + (", or a list of such" if many else "")
+        raise refusal(f"{where} must be {wanted}, not {value!r}") from error

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from g2l_core.distillation.objective import Objective
 from g2l_core.distillation.optim import EarlyStop, anneal, build_optimizer
 from g2l_core.distillation.spec import TrainSettings
 from g2l_core.errors import RunError
+from g2l_core.store.facts import Facts
 
 MetricValues = Mapping[str, float]
 
@@ -50,16 +50,14 @@ class TrainerHooks:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainOutcome:
-    """How training ended."""
+class TrainOutcome(Facts):
+    """How training ended, as run.json keeps it."""
 
     steps: int
     stopped_early: bool
     last_loss: float
     best_step: int
     warnings: tuple[str, ...] = ()
-    extra: Mapping[str, Any] = field(default_factory=dict)
-    """Keys that another version wrote into run.json."""
 
 
 @dataclass(frozen=True, kw_only=True)

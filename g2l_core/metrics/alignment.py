@@ -1,4 +1,4 @@
-"""Likeness of two encoders beyond linear CKA: by kernels, by neighbors, by rotation; and the rank of one."""
+"""Similarity of two encoders beyond linear CKA (kernels, neighbors, rotation), and the effective rank of one."""
 
 from collections.abc import Sequence
 
@@ -22,17 +22,20 @@ def rbf_cka(
     max_rows: int = 2048,
     seed: int,
 ) -> float:
-    """CKA with the kernels exp(-|x - x'|^2 / (2 s^2)), s being `bandwidth` times the median distance of two rows.
+    """Compute CKA with the kernels exp(-|x - x'|^2 / (2 s^2)), s being `bandwidth` times the median distance of rows.
 
-    A small bandwidth asks whether near rows are the same ones, a large one tends to linear CKA.
+    A small bandwidth compares which rows are near each other; with a large one, the value tends to linear CKA.
 
     Args:
-        x: Features of one encoder; any float type.
-        y: Features of the other on the same patches.
+        x: (row, dim_x) features of one encoder; any float type.
+        y: (row, dim_y) features of the other on the same patches.
         debiased: See `similarity.linear_cka`.
-        bandwidth: In median distances, those of each encoder for itself.
-        max_rows: Of more rows, so many are drawn without replacement: three kernels of 32 MiB for 2,048.
-        seed: Draws them.
+        bandwidth: In median distances of each encoder's own rows.
+        max_rows: Of more rows, this many are drawn without replacement. 2,048 rows take three kernels of 32 MiB.
+        seed: Random seed of the draw.
+
+    Returns:
+        The alignment, 1 for equal kernels.
 
     Raises:
         TaskError: If the lengths differ, there are fewer than four rows, a row holds NaN, or half of all pairs are
@@ -40,6 +43,11 @@ def rbf_cka(
 
     References:
         Kornblith et al., Similarity of Neural Network Representations Revisited (2019), section 4.
+
+    Examples:
+        >>> x = np.random.default_rng(0).standard_normal((20, 3))
+        >>> round(rbf_cka(x, 2 * x[:, ::-1] + 1, debiased=True, seed=0), 6)
+        1.0
     """
     require_aligned(x=len(x), y=len(y))
     if bandwidth <= 0:
@@ -70,26 +78,35 @@ def _rbf_kernel(features: Float[np.ndarray, "row dim"], bandwidth: float, name: 
 
 
 def mutual_neighbors(one: Neighbors, other: Neighbors, k: Sequence[int]) -> Int64[np.ndarray, "row k"]:
-    """How many of each row's first k neighbors in one encoder are among its first k in the other.
+    """Count how many of each row's first k neighbors in one encoder are among its first k in the other.
 
     Divided by k and averaged over rows, this is the mutual k-nearest-neighbor alignment: 1 where the neighbors
     agree, k / (rows to choose from) by chance.
 
     Args:
         one: From `nearest` on one encoder's features.
-        other: On the other's, of the same rows and with the same groups left out.
-        k: One or several.
+        other: From `nearest` on the other's, of the same rows and with the same groups left out.
+        k: One or several numbers of neighbors.
+
+    Returns:
+        The (row, k) counts.
 
     Raises:
-        TaskError: If the rows differ in number, or a k is outside what was found.
+        TaskError: If the numbers of rows differ, or a k is larger than the number of neighbors.
 
     References:
         Huh et al., The Platonic Representation Hypothesis (2024), appendix A.
+
+    Examples:
+        >>> one = Neighbors(metric="cosine", indices=np.array([[1, 2]]), distances=np.zeros((1, 2)))
+        >>> other = Neighbors(metric="cosine", indices=np.array([[2, 3]]), distances=np.zeros((1, 2)))
+        >>> mutual_neighbors(one, other, [1, 2]).tolist()
+        [[0, 1]]
     """
     require_aligned(one=len(one.indices), other=len(other.indices))
-    found = min(one.indices.shape[1], other.indices.shape[1])
-    if not k or min(k) < 1 or max(k) > found:
-        raise TaskError(f"k must lie between 1 and the {found} neighbors found; got {list(k)}")
+    available = min(one.indices.shape[1], other.indices.shape[1])
+    if not k or min(k) < 1 or max(k) > available:
+        raise TaskError(f"k must lie between 1 and the {available} neighbors found; got {list(k)}")
     shared = np.zeros((len(one.indices), len(k)), np.int64)
     for rows in row_blocks(len(shared)):
         same = one.indices[rows, : max(k), None] == other.indices[rows, None, : max(k)]
@@ -99,14 +116,14 @@ def mutual_neighbors(one: Neighbors, other: Neighbors, k: Sequence[int]) -> Int6
 
 
 def procrustes_similarity(moments: CkaMoments) -> float:
-    """How much of one encoder's features a rotation brings onto the other's: the nuclear norm of X'Y.
+    """Measure how well a rotation maps one encoder's features to the other's: the nuclear norm |X'Y|_*.
 
-    Both are centered and scaled to |X| = |Y| = 1 (Frobenius), so that the orthogonal Procrustes distance
-    min |X Q - Y|^2 over matrices Q with orthonormal rows or columns is 2 - 2 times this, from 0 to 2. It does not
-    fall to 0 for independent features unless rows by far outnumber the dimensions.
+    X and Y are centered and scaled to |X| = |Y| = 1 (Frobenius), so that the orthogonal Procrustes distance
+    min |X Q - Y|^2 over matrices Q with orthonormal rows or columns is 2 - 2 |X'Y|_*, between 0 and 2. The similarity
+    does not fall to 0 for independent features unless rows by far outnumber the dimensions.
 
     Args:
-        moments: From `similarity.cka_moments`, about a center near the mean.
+        moments: From `moments.cka_moments`, about a center near the mean.
 
     Returns:
         Between 0 and 1.
@@ -117,6 +134,13 @@ def procrustes_similarity(moments: CkaMoments) -> float:
     References:
         Schönemann, A Generalized Solution of the Orthogonal Procrustes Problem (1966); as a measure of
         representations: Ding et al., Grounding Representation Similarity with Statistical Testing (2021), section 2.
+
+    Examples:
+        >>> from g2l_core.metrics.moments import cka_moments
+        >>> x = np.array([[0.0, 0.0], [1.0, 0.0], [0.0, 2.0]])
+        >>> rotated = x @ np.array([[0.0, 1.0], [-1.0, 0.0]])
+        >>> round(procrustes_similarity(cka_moments(x, rotated)), 6)
+        1.0
     """
     centered = centered_gram(moments)
     x, y = moments.columns(0), moments.columns(1)
@@ -127,23 +151,33 @@ def procrustes_similarity(moments: CkaMoments) -> float:
 
 
 def centered_gram(moments: CkaMoments) -> Float64[np.ndarray, "dim dim"]:
-    """The sums of products of [x | y] about their mean."""
+    """Return the (dim, dim) sums of products of [x | y] about their mean.
+
+    Examples:
+        >>> from g2l_core.metrics.moments import cka_moments
+        >>> centered_gram(cka_moments(np.array([[1.0], [3.0]]), np.array([[2.0], [6.0]]))).tolist()
+        [[2.0, 4.0], [4.0, 8.0]]
+    """
     return moments.gram - np.outer(moments.total, moments.total) / moments.n
 
 
 def effective_rank(features: Float[np.ndarray, "row dim"]) -> float:
-    """The exponential of the entropy of the singular values, which are scaled to sum to 1; of centered features.
+    """Compute how many directions features use: exp(-sum_i p_i log p_i), p_i = s_i / sum_j s_j.
 
-    Between 1 and the smaller of dim and rows - 1: how many directions the features really use.
+    s are the singular values of the centered features. The rank lies between 1 and the smaller of dim and rows - 1.
 
     Args:
-        features: Any float type.
+        features: (row, dim) features; any float type.
 
     Raises:
         TaskError: If a row holds NaN, or all rows are alike.
 
     References:
         Roy & Vetterli, The Effective Rank: a Measure of Effective Dimensionality (2007), definition 1.
+
+    Examples:
+        >>> round(effective_rank(np.array([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])), 6)
+        2.0
     """
     require_finite(features, "the features")
     mean = features.mean(axis=0, dtype=np.float64)
@@ -162,22 +196,27 @@ def effective_rank(features: Float[np.ndarray, "row dim"]) -> float:
 def central_rows(
     x: Float[np.ndarray, "row dim_x"], y: Float[np.ndarray, "row_y dim_y"], *, share: float = 0.01
 ) -> Bool[np.ndarray, " row"]:
-    """The rows for a CKA that a few outliers cannot decide: all but those farthest from the median, in x or in y.
+    """Select the rows for a CKA that a few outliers cannot decide: all but those farthest from the median, in x or y.
 
     A row enters HSIC(K, K) with the fourth power of its distance from the mean, so that one pen mark or one blank
-    patch among thousands can give most of the sum. Of each encoder, the `share` of rows (rounded down) that lie
-    farthest from the median of each column are left out; the median, as the outliers would move the mean.
+    patch among thousands can contribute most of the sum. For each encoder, the given share of rows (rounded down) that
+    lie farthest from the columns' medians are left out. (Outliers would move the mean.)
 
     Args:
-        x: Features of one encoder.
-        y: Features of the other on the same patches.
-        share: To leave out by each encoder; 2 `share` go at most. 0 keeps all.
+        x: (row, dim_x) features of one encoder.
+        y: (row, dim_y) features of the other on the same patches.
+        share: Fraction of rows to leave out for each encoder; at most twice as many are left out. 0 keeps all.
 
     Returns:
-        Whether to keep each row: give x[kept] and y[kept] to `similarity.leave_out_each`.
+        (row,) whether to keep each row: pass x[kept] and y[kept] to `similarity.leave_out_each`.
 
     Raises:
         TaskError: If the lengths differ, a row holds NaN, or the share is outside [0, 0.5).
+
+    Examples:
+        >>> x = np.array([[0.0], [1.0], [2.0], [99.0]])
+        >>> central_rows(x, x, share=0.25).tolist()
+        [True, True, True, False]
     """
     require_aligned(x=len(x), y=len(y))
     if not 0 <= share < 0.5:

@@ -17,6 +17,10 @@ def bag_rows(bags: Shaped[np.ndarray, " row"]) -> list[Int64[np.ndarray, " membe
 
     Raises:
         TaskError: If there is no row.
+
+    Examples:
+        >>> [rows.tolist() for rows in bag_rows(np.array(["b", "a", "b"]))]
+        [[1], [0, 2]]
     """
     codes, count = cluster_codes(bags)
     order = np.argsort(codes, kind="stable")
@@ -37,6 +41,11 @@ def mean_pool(
 
     Raises:
         TaskError: If the lengths differ or there is no patch.
+
+    Examples:
+        >>> names, means = mean_pool(np.array([[1.0, 0.0], [5.0, 5.0], [3.0, 2.0]]), np.array(["b", "a", "b"]))
+        >>> names.tolist(), means.tolist()
+        (['a', 'b'], [[5.0, 5.0], [2.0, 1.0]])
     """
     require_aligned(features=len(features), bags=len(bags))
     means = [features[rows].mean(axis=0, dtype=np.float64) for rows in bag_rows(bags)]
@@ -58,6 +67,10 @@ def bag_values(
 
     Raises:
         TaskError: If the lengths differ, or a bag holds several values.
+
+    Examples:
+        >>> bag_values(np.array(["tumor", "normal", "tumor"]), np.array(["b", "a", "b"]), "label").tolist()
+        ['normal', 'tumor']
     """
     require_aligned(values=len(values), bags=len(bags))
     parts = bag_rows(bags)
@@ -96,6 +109,12 @@ def patch_vote(
 
     Raises:
         TaskError: If the lengths differ or there is no patch.
+
+    Examples:
+        >>> probabilities = np.array([[0.9, 0.1], [0.4, 0.6], [0.4, 0.6]])
+        >>> vote = patch_vote(probabilities, np.array(["normal", "tumor"]), np.array(["s1", "s1", "s1"]))
+        >>> vote.majority.tolist(), vote.probabilities.round(3).tolist()
+        (['tumor'], [[0.567, 0.433]])
     """
     require_aligned(probabilities=len(probabilities), bags=len(bags))
     require_aligned(columns=probabilities.shape[1], classes=len(classes))

@@ -45,6 +45,11 @@ def brier_sums(
 
     Raises:
         TaskError: If the lengths differ, a probability is NaN, or a true class is not among `classes`.
+
+    Examples:
+        >>> probabilities = np.array([[0.8, 0.2], [0.4, 0.6]])
+        >>> brier_sums(np.array([0, 1]), probabilities, np.array([0, 1]), np.array(["p1", "p2"])).round(6).tolist()
+        [[0.08, 1.0], [0.32, 1.0]]
     """
     errors = ((probabilities - _hot(truth, probabilities, classes)) ** 2).sum(axis=1)
     return cluster_sums(np.stack([errors, np.ones(len(errors))], axis=1), clusters)
@@ -63,6 +68,10 @@ def brier_score(sums: Float64[np.ndarray, "draw 2"]) -> Float64[np.ndarray, " dr
 
     References:
         Brier, Verification of Forecasts Expressed in Terms of Probability (1950), equation 2.
+
+    Examples:
+        >>> brier_score(np.array([[0.4, 2.0]])).tolist()
+        [0.2]
     """
     return sums[:, 0] / sums[:, 1]
 
@@ -83,6 +92,12 @@ def calibration_sums(
 
     Raises:
         TaskError: As `brier_sums`.
+
+    Examples:
+        >>> probabilities = np.array([[0.8, 0.2], [0.4, 0.6]])
+        >>> sums = calibration_sums(np.array([0, 0]), probabilities, np.array([0, 1]), np.array(["p1", "p1"]))
+        >>> sums.shape, sums[0, [9, 12, BINS]].round(6).tolist()
+        ((1, 16), [-0.6, 0.2, 2.0])
     """
     hot, rows = _hot(truth, probabilities, classes), np.arange(len(truth))
     predicted = probabilities.argmax(axis=1)
@@ -106,5 +121,9 @@ def calibration_error(sums: Float64[np.ndarray, "draw sums"]) -> Float64[np.ndar
 
     References:
         Guo et al., On Calibration of Modern Neural Networks (2017), equation 3.
+
+    Examples:
+        >>> calibration_error(np.array([[-0.6, 0.2, 2.0]])).tolist()
+        [0.4]
     """
     return np.abs(sums[:, :-1]).sum(axis=1) / sums[:, -1]

@@ -1,4 +1,4 @@
-"""What the medical center does to a probe: how well features tell it, and what a biased training set costs."""
+"""Medical centers and probes: how well features predict the center, and the loss from a biased training set."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,23 +23,31 @@ def predict_centers(
     folds: int = 5,
     seed: int,
 ) -> Shaped[np.ndarray, " row"]:
-    """The center that a linear probe, fitted on other slides, predicts for each row.
+    """Predict the center of each row by a linear probe that was fitted on other slides.
 
     `probe.confusion(medical_centers, predicted, slides)` gives the sums for `probe.balanced_accuracy` and its
-    interval over slides. By chance it is 1 / the number of centers; beside it stands `centers_told_by_class`.
-    (By neighbors instead: `neighbors.nearest` with the slides as groups, then `neighbors.knn_predict`.)
+    interval over slides. By chance it is 1 / the number of centers; compare it with `centers_predicted_by_class`.
+    (To predict by neighbors: `neighbors.nearest` with the slides as groups, then `neighbors.knn_predict`.)
 
     Args:
-        features: Of any float type.
-        medical_centers: The center of each row.
-        slides: The slide, better the patient, of each row: none is fitted on and predicted.
+        features: (row, dim) features of any float type.
+        medical_centers: (row,) center of each row.
+        slides: (row,) slide, or better the patient, of each row. None is both fitted on and predicted.
         c: The probe's inverse penalty (`probe.linear_probe`).
         folds: Number of folds over slides.
-        seed: Deals the slides into folds.
+        seed: Random seed that deals the slides into folds.
+
+    Returns:
+        The (row,) predicted centers.
 
     Raises:
         TaskError: If there is one center only, a center has fewer slides than folds, the lengths differ, or a
             feature is not finite.
+
+    Examples:
+        >>> features, centers = np.array([[0.0], [5.0]] * 4), np.array(["a", "b"] * 4)
+        >>> predict_centers(features, centers, np.arange(8), folds=2, seed=0).tolist()
+        ['a', 'b', 'a', 'b', 'a', 'b', 'a', 'b']
     """
     require_aligned(features=len(features), centers=len(medical_centers), slides=len(slides))
     predicted = np.empty_like(medical_centers)
@@ -49,24 +57,28 @@ def predict_centers(
     return predicted
 
 
-def centers_told_by_class(
+def centers_predicted_by_class(
     medical_centers: Shaped[np.ndarray, " row"], biological_classes: Shaped[np.ndarray, " class_row"]
 ) -> float:
-    """The best balanced accuracy of predicting the center from the class alone.
+    """Compute the best balanced accuracy of predicting the center from the class alone.
 
-    Where centers have different classes, features that hold nothing but biology tell the center this well; what
-    is above it cannot come from the class. It is 1 / centers where the classes are spread alike.
+    Where centers have different classes, features that hold nothing but biology predict the center this well; what
+    is above it cannot come from the class. It is 1 / centers where all centers have the same class shares.
 
     Args:
-        medical_centers: The center of each row.
-        biological_classes: The tissue class of each row.
+        medical_centers: (row,) center of each row.
+        biological_classes: (row,) tissue class of each row.
 
     Returns:
-        The mean over centers of the share of rows that the rule "each class to the center with the greatest
-        share of it" gets right: (1 / centers) times the sum over classes of max P(class | center).
+        (1 / centers) sum over classes of max over centers of P(class | center): the mean over centers of the share of
+        rows that are right if each class is assigned to the center with the greatest share of it.
 
     Raises:
         TaskError: If the lengths differ.
+
+    Examples:
+        >>> centers_predicted_by_class(np.array([1, 1, 2, 2]), np.array(["n", "n", "n", "t"]))
+        0.75
     """
     require_aligned(centers=len(medical_centers), classes=len(biological_classes))
     center, centers = cluster_codes(medical_centers)
@@ -78,33 +90,33 @@ def centers_told_by_class(
 
 @dataclass(frozen=True, kw_only=True)
 class BiasDesign:
-    """How training sets of growing center bias are made, all of the same size and class balance."""
+    """Settings of training sets with growing center bias, all of the same size and class balance."""
 
     centers: Sequence[object]
-    """In the domain: trained and tested on. No more than there are classes, so that each can stand for one."""
+    """Centers in the domain: trained and tested on. No more than there are classes, so that each can represent one."""
     slides_per_class: int
-    """Slides of each class in every training set; a multiple of the number of centers."""
+    """Number of slides of each class in every training set; a multiple of the number of centers."""
     rows_per_slide: int
-    """Rows of each class that a slide gives; one with fewer is not used for the class."""
+    """Number of rows of each class taken from a slide. A slide with fewer is not used for the class."""
     test_slides: int = 1
-    """Slides of each class and center that are held out."""
+    """Number of slides of each class and center that are held out."""
     levels: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0)
-    """Bias b, ascending from 0: a class takes the share (1 - b) / centers + b from the center that stands for
+    """Bias b, ascending from 0: a class takes the share (1 - b) / centers + b from the center that represents
     it, and (1 - b) / centers from every other."""
     repeats: int = 20
-    """Times that slides are dealt out anew, and that classes are assigned to centers."""
+    """How many times slides are dealt and classes are assigned to centers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BiasedProbes:
-    """What probes that were fitted on sets of growing bias make of test sets that stay the same."""
+    """Predictions on unchanged test sets by probes fitted on training sets of growing bias."""
 
     cramers_v: Float64[np.ndarray, " level"]
-    """Of class and center in the training set, as slides allow it, mean over repeats: 0 to 1."""
+    """Association of class and center in the training set, 0 to 1; the mean over repeats."""
     in_domain: Int64[np.ndarray, "slide level repeat class class"]
     """Counts [truth, predicted] on held-out slides of the training centers; slides in sorted order."""
     out_of_domain: Int64[np.ndarray, "slide level repeat class class"]
-    """The same on all rows of other centers; all 0 where there is none."""
+    """Counts on all rows of other centers; all 0 where there is none."""
 
 
 def biased_probes(
@@ -117,30 +129,40 @@ def biased_probes(
     c: float = 1.0,
     seed: int,
 ) -> BiasedProbes:
-    """Fits a probe for the class at each level of center bias, and tests all of a repeat on the same rows.
+    """Fit a probe for the class at each level of center bias, and test all levels of a repeat on the same rows.
 
-    In a repeat, every center holds out `test_slides` slides of each class; the rest are put in an order, and each
-    level takes as many from the front as its shares say. So the number of slides, of rows and of rows of a class
+    In a repeat, every center holds out `test_slides` slides of each class. The rest are put in an order, and each
+    level takes the first ones, as many as its shares say. So the number of slides, of rows and of rows of a class
     does not change with the bias, and test rows have every class equally often from every center.
 
-    It is PathoROB's experiment for any numbers of classes and centers, with the probe of `probe.linear_probe`
-    at a fixed penalty; PathoROB has a table of counts for each data set, does not standardize features, and
+    This is PathoROB's experiment for any numbers of classes and centers, with the probe of `probe.linear_probe`
+    at a fixed penalty. PathoROB has a table of counts for each data set, does not standardize features, and
     chooses the penalty on rows as biased as the training set.
 
     Args:
-        features: Of any float type.
-        biological_classes: What the probe predicts.
-        medical_centers: The center of each row.
-        slides: The slide, better the patient, of each row: none is fitted on and tested.
-        design: How the training sets are made.
+        features: (row, dim) features of any float type.
+        biological_classes: (row,) class that the probe predicts.
+        medical_centers: (row,) center of each row.
+        slides: (row,) slide, or better the patient, of each row. None is both fitted on and tested.
+        design: Settings of the training sets.
         c: The probe's inverse penalty.
-        seed: Deals out slides, rows, and classes to centers.
+        seed: Random seed that deals slides, rows, and classes to centers.
+
+    Returns:
+        The counts of predictions at each level.
 
     Raises:
         TaskError: If the design cannot be met: the message says by which class in which center.
 
     References:
         Kömen et al. (2025), arXiv 2507.17845, section on the average performance drop.
+
+    Examples:
+        >>> classes, slides = np.tile([0, 1], 12), np.repeat(np.arange(12), 2)
+        >>> design = BiasDesign(centers=(0, 1), slides_per_class=4, rows_per_slide=1, levels=(0.0, 1.0), repeats=1)
+        >>> probes = biased_probes(classes[:, None] * 2.0, classes, slides % 2, slides, design, seed=0)
+        >>> probes.cramers_v.tolist(), probes.in_domain[:, 1, 0].sum(axis=0).tolist()
+        ([0.0, 1.0], [[2, 0], [0, 2]])
     """
     require_aligned(
         features=len(features), classes=len(biological_classes), centers=len(medical_centers), slides=len(slides)
@@ -155,16 +177,16 @@ def biased_probes(
     for repeat in range(design.repeats):
         rng = keyed_generator("centre bias", seed, repeat)
         train, test = _deal(truth, medical_centers, slide, classes, design, rng)
-        stands_for = rng.permutation(len(classes)) % len(design.centers)
+        represented_by = rng.permutation(len(classes)) % len(design.centers)
         for level, b in enumerate(design.levels):
-            shares = _slides_of_strata(b, stands_for, design)
+            shares = _slides_of_strata(b, represented_by, design)
             bias[level] += association(shares, method="cramer") / design.repeats
             fit = np.concatenate([train[stratum][: shares[stratum]].ravel() for stratum in train])
             rows = np.concatenate([test, others])
             probe = linear_probe(features[fit], truth[fit], features[rows], c_values=(c,), seed=seed)
-            said = probe.predictions.astype(np.int64)
-            np.add.at(inside[:, level, repeat], (slide[test], truth[test], said[: len(test)]), 1)
-            np.add.at(outside[:, level, repeat], (slide[others], truth[others], said[len(test) :]), 1)
+            predicted = probe.predictions.astype(np.int64)
+            np.add.at(inside[:, level, repeat], (slide[test], truth[test], predicted[: len(test)]), 1)
+            np.add.at(outside[:, level, repeat], (slide[others], truth[others], predicted[len(test) :]), 1)
     return BiasedProbes(cramers_v=bias, in_domain=inside, out_of_domain=outside)
 
 
@@ -183,13 +205,13 @@ def _require_design(design: BiasDesign, classes: Shaped[np.ndarray, " class"]) -
 
 
 def _slides_of_strata(
-    b: float, stands_for: Int64[np.ndarray, " class"], design: BiasDesign
+    b: float, represented_by: Int64[np.ndarray, " class"], design: BiasDesign
 ) -> Int64[np.ndarray, "class center"]:
-    """How many slides of each class and center are trained on; every class has `slides_per_class`."""
+    """Return how many slides of each class and center are trained on; every class has `slides_per_class`."""
     centers = len(design.centers)
     others = round(design.slides_per_class * (1 - b) / centers)
-    slides = np.full((len(stands_for), centers), others, np.int64)
-    slides[np.arange(len(stands_for)), stands_for] = design.slides_per_class - others * (centers - 1)
+    slides = np.full((len(represented_by), centers), others, np.int64)
+    slides[np.arange(len(represented_by)), represented_by] = design.slides_per_class - others * (centers - 1)
     return slides
 
 
@@ -201,22 +223,22 @@ def _deal(
     design: BiasDesign,
     rng: np.random.Generator,
 ) -> tuple[dict[tuple[int, int], Int64[np.ndarray, "slide each"]], Int64[np.ndarray, " test"]]:
-    """Training rows of each (class, center), slide by slide in the order in which they are taken; test rows."""
-    most = int(_slides_of_strata(max(design.levels), np.zeros(1, np.int64), design).max())
+    """Return the training rows of each (class, center), slide by slide in the order of use; and the test rows."""
+    needed = int(_slides_of_strata(max(design.levels), np.zeros(1, np.int64), design).max())
     train, test = {}, []
     for number, center in enumerate(design.centers):
         rows = rng.permutation(np.flatnonzero(centers == center))
         order = rng.permutation(np.unique(slide[rows]))
-        gives = [_rows_of_slides(rows[truth[rows] == klass], slide, design) for klass in range(len(classes))]
-        held = _held_out(order, gives, design.test_slides)
-        for klass, mine in enumerate(gives):
-            tested = [mine[s] for s in order if s in mine and s in held][: design.test_slides]
-            fitted = [mine[s] for s in order if s in mine and s not in held]
-            if len(tested) < design.test_slides or len(fitted) < most:
+        by_class = [_rows_of_slides(rows[truth[rows] == klass], slide, design) for klass in range(len(classes))]
+        held = _held_out(order, by_class, design.test_slides)
+        for klass, offered in enumerate(by_class):
+            tested = [offered[s] for s in order if s in offered and s in held][: design.test_slides]
+            fitted = [offered[s] for s in order if s in offered and s not in held]
+            if len(tested) < design.test_slides or len(fitted) < needed:
                 raise TaskError(
-                    f"class {classes[klass]} in center {center} has {len(mine)} slides with "
+                    f"class {classes[klass]} in center {center} has {len(offered)} slides with "
                     f"{design.rows_per_slide} rows, of which {len(fitted)} are left to train on; wanted are "
-                    f"{most} and {design.test_slides} to test (lower slides_per_class, rows_per_slide or the bias)"
+                    f"{needed} and {design.test_slides} to test (lower slides_per_class, rows_per_slide or the bias)"
                 )
             test += tested
             train[klass, number] = np.stack(fitted)
@@ -226,7 +248,7 @@ def _deal(
 def _rows_of_slides(
     rows: Int64[np.ndarray, " class_row"], slide: Int64[np.ndarray, " row"], design: BiasDesign
 ) -> dict[int, Int64[np.ndarray, " each"]]:
-    """The first rows of each slide that has enough."""
+    """Return the first rows of each slide that has enough."""
     order = np.argsort(slide[rows], kind="stable")
     names, starts = np.unique(slide[rows][order], return_index=True)
     parts = dict(zip(names.tolist(), np.split(rows[order], starts[1:]), strict=True)) if len(rows) else {}
@@ -234,13 +256,13 @@ def _rows_of_slides(
 
 
 def _held_out(
-    order: Int64[np.ndarray, " slide"], gives: Sequence[dict[int, Int64[np.ndarray, " each"]]], wanted: int
+    order: Int64[np.ndarray, " slide"], by_class: Sequence[dict[int, Int64[np.ndarray, " each"]]], wanted: int
 ) -> set[int]:
-    """Slides from the front of the order until every class has enough: few, as one may hold several classes."""
+    """Return the first slides in the order that give every class enough; one slide may serve several classes."""
     held: set[int] = set()
     for name in order.tolist():
-        short = [mine for mine in gives if sum(s in mine for s in held) < wanted]
-        if any(name in mine for mine in short):
+        short = [offered for offered in by_class if sum(s in offered for s in held) < wanted]
+        if any(name in offered for offered in short):
             held.add(name)
     return held
 
@@ -248,21 +270,26 @@ def _held_out(
 def average_performance_drop(
     matrices: Num[np.ndarray, "draw level repeat class class"],
 ) -> Float64[np.ndarray, " draw"]:
-    """PathoROB's APD: the mean over repeats of mean over levels b > 0 of accuracy(b) / accuracy(0), minus 1.
+    """Compute PathoROB's APD: the mean over repeats of mean over levels b > 0 of accuracy(b) / accuracy(0), minus 1.
 
-    Accuracy is the balanced accuracy over classes. 0 where the bias costs nothing, -0.3 where it costs 30 %.
-    An interval over slides (`statistics.of_sums` with the counts of `BiasedProbes`) says how it depends on the
-    slides tested; the probes stay as they were fitted.
+    Accuracy is the balanced accuracy over classes. The drop is 0 where the bias has no effect, and -0.3 where 30 % of
+    the accuracy is lost. An interval over slides (`statistics.of_sums` with the counts of `BiasedProbes`) covers the
+    choice of test slides; the probes are not fitted again.
 
     Args:
-        matrices: Counts [truth, predicted], summed over the slides of each draw.
+        matrices: (draw, level, repeat, class, class) counts [truth, predicted], summed over the slides of each draw.
 
     Returns:
-        The drop of each draw, over the repeats in which all accuracies are defined and that at b = 0 is not
+        The (draw,) drops, over the repeats in which all accuracies are defined and that at b = 0 is not
         0; NaN where there is none.
 
     References:
         Kömen et al. (2025), arXiv 2507.17845, equation of the average performance drop.
+
+    Examples:
+        >>> unbiased, biased = [[8, 2], [2, 8]], [[6, 4], [4, 6]]
+        >>> average_performance_drop(np.array([[[unbiased], [biased]]])).round(6).tolist()
+        [-0.25]
     """
     draws, levels, repeats, classes, _ = matrices.shape
     values = balanced_accuracy(matrices.reshape(-1, classes, classes)).reshape(draws, levels, repeats)

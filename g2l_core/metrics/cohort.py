@@ -1,4 +1,4 @@
-"""CKA of cohorts that no single machine holds: the moments of each chunk are taken where it lies, then merged."""
+"""CKA of cohorts that no single machine holds: the moments of each chunk are computed by its worker, then merged."""
 
 from functools import reduce
 from operator import add
@@ -15,15 +15,15 @@ from g2l_core.metrics.statistics import require_aligned
 
 
 def lazy_cka_moments(x: da.Array, y: da.Array, *, device: str = "cpu") -> Any:
-    """The moments of two encoders' features as a Dask graph: one pass over the rows, sums merged in pairs.
+    """Return a Dask graph of the moments of two encoders' features: one pass over the rows, sums merged in pairs.
 
-    Each worker holds one chunk of rows and a few moments; 2,560 columns take 52 MB of it. The sums are about the mean
-    of the first chunk.
+    Each worker holds one chunk of rows and a few moments, which take 52 MB for 2,560 columns. The sums are about the
+    mean of the first chunk.
 
     Args:
-        x: (row, dim_x) features of one encoder, as of `store.interchange.dask_features`. A row that is NaN
-            throughout, as that of an unreadable patch is, is left out of both.
-        y: (row, dim_y) features of the other on the same patches; cut as x is.
+        x: (row, dim_x) features of one encoder, as from `store.arrays.dask_features`. A row that is all NaN, as that of
+            an unreadable patch is, is left out of both.
+        y: (row, dim_y) features of the other on the same patches. It is rechunked as x is.
         device: See `moments.cka_moments`; one that every worker has.
 
     Returns:
@@ -32,6 +32,11 @@ def lazy_cka_moments(x: da.Array, y: da.Array, *, device: str = "cpu") -> Any:
 
     Raises:
         TaskError: If the lengths differ.
+
+    Examples:
+        >>> x = da.ones((6, 2), chunks=(3, 2))
+        >>> lazy_cka_moments(x, 2 * x).compute().n
+        6
     """
     require_aligned(x=len(x), y=len(y))
     y = y.rechunk((x.chunks[0], -1))
@@ -44,12 +49,12 @@ def lazy_cka_moments(x: da.Array, y: da.Array, *, device: str = "cpu") -> Any:
 
 
 def _known(x: Float[np.ndarray, "row dim_x"], y: Float[np.ndarray, "row dim_y"]) -> Bool[np.ndarray, " row"]:
-    """The rows that neither encoder lacks."""
+    """Return which rows both encoders have."""
     return ~(np.isnan(x).all(axis=1) | np.isnan(y).all(axis=1))
 
 
 def _center(x: Float[np.ndarray, "row dim_x"], y: Float[np.ndarray, "row dim_y"]) -> Float64[np.ndarray, " dim"]:
-    """The mean of a chunk; the origin where it has no patch that could be read."""
+    """Return the mean of a chunk, or the origin where no patch could be read."""
     known = _known(x, y)
     return cka_center(x[known], y[known]) if known.any() else np.zeros(x.shape[1] + y.shape[1])
 
@@ -60,14 +65,14 @@ def _moments(
     center: Float64[np.ndarray, " dim"],
     device: str,
 ) -> CkaMoments | None:
-    """None of a chunk where no patch could be read."""
+    """Return the moments of a chunk, or None where no patch could be read."""
     known = _known(x, y)
     return cka_moments(x[known], y[known], center=center, device=device) if known.any() else None
 
 
 def _merged(*parts: CkaMoments | None) -> CkaMoments | None:
-    found = [part for part in parts if part is not None]
-    return reduce(add, found) if found else None
+    present = [part for part in parts if part is not None]
+    return reduce(add, present) if present else None
 
 
 def _whole(moments: CkaMoments | None) -> CkaMoments:

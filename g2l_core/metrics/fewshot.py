@@ -15,22 +15,28 @@ from g2l_core.metrics.statistics import cluster_codes, require_aligned
 def draw_shots(
     labels: Shaped[np.ndarray, " row"], patients: Shaped[np.ndarray, " patient_row"], shots: int, *, seed: int
 ) -> Int64[np.ndarray, " shot"]:
-    """Draws so many rows of each class, each of another patient where there are enough.
+    """Draw rows of each class, from different patients where there are enough.
 
-    The patients of a class are taken in random order, one row of each at random, then a second one of each, and so on:
-    rows of one patient say little that is new.
+    The patients of a class are taken in random order, one row of each at random, then a second one of each, and so on,
+    because rows of one patient are similar.
 
     Args:
-        labels: The class of each row.
-        patients: The patient of each.
-        shots: Rows of each class.
-        seed: The same seed gives the same rows; draw several for repeats.
+        labels: (row,) class of each row.
+        patients: (row,) patient of each.
+        shots: Number of rows of each class.
+        seed: Random seed.
 
     Returns:
-        The rows, class by class.
+        The (class x shots,) rows, class by class.
 
     Raises:
         TaskError: If the lengths differ, shots is below 1, or a class has fewer rows.
+
+    Examples:
+        >>> labels, patients = np.array([0, 0, 0, 1, 1, 1]), np.array(["a", "a", "b", "a", "b", "b"])
+        >>> rows = draw_shots(labels, patients, 2, seed=0)
+        >>> labels[rows].tolist(), patients[rows].tolist()
+        ([0, 0, 1, 1], ['a', 'b', 'a', 'b'])
     """
     require_aligned(labels=len(labels), patients=len(patients))
     if shots < 1:
@@ -58,15 +64,15 @@ class Prototypes:
     means: Float64[np.ndarray, "class dim"]
 
     def similarities(self, features: Float[np.ndarray, "row dim"]) -> Float64[np.ndarray, "row class"]:
-        """Minus the squared distance of each row, centered and of unit length, to each prototype."""
-        found = np.empty((len(features), len(self.classes)))
+        """Return minus the squared distance of each row, centered and of unit length, to each prototype."""
+        similarities = np.empty((len(features), len(self.classes)))
         for rows in row_blocks(len(features)):
             unit = _centered_unit(features[rows], self.center)
-            found[rows] = 2 * unit @ self.means.T - 1 - (self.means**2).sum(axis=1)
-        return found
+            similarities[rows] = 2 * unit @ self.means.T - 1 - (self.means**2).sum(axis=1)
+        return similarities
 
     def predict(self, features: Float[np.ndarray, "row dim"]) -> Shaped[np.ndarray, " row"]:
-        """The class of the nearest prototype."""
+        """Return the (row,) class of the nearest prototype."""
         return self.classes[self.similarities(features).argmax(axis=1)]
 
 
@@ -83,18 +89,28 @@ def prototypes(
     labels: Shaped[np.ndarray, " label"],
     center: Float64[np.ndarray, " center_dim"] | None = None,
 ) -> Prototypes:
-    """SimpleShot's classifier "CL2N": center, scale to unit length, average by class.
+    """Fit SimpleShot's classifier "CL2N": center, scale to unit length, average by class.
+
+    With u = (x - center) / |x - center|, the prototype of a class is the mean of u over its shots.
 
     Args:
-        features: Of the shots.
-        labels: The class of each.
-        center: The mean of the rows the shots were drawn from, as in the paper; None: that of the shots.
+        features: (shot, dim) features of the shots.
+        labels: (shot,) class of each.
+        center: (dim,) mean of the rows that the shots were drawn from, as in the paper. None: the mean of the shots.
+
+    Returns:
+        The prototypes, which predict.
 
     Raises:
         TaskError: If the lengths differ, a row holds NaN, or there is one class only.
 
     References:
         Wang et al., SimpleShot: Revisiting Nearest-Neighbor Classification for Few-Shot Learning (2019), section 3.
+
+    Examples:
+        >>> shots = np.array([[0.0, 1.0], [0.0, 3.0], [2.0, 0.0], [4.0, 0.0]])
+        >>> prototypes(shots, np.array(["a", "a", "b", "b"])).predict(np.array([[1.0, 9.0], [5.0, 1.0]])).tolist()
+        ['a', 'b']
     """
     require_aligned(features=len(features), labels=len(labels))
     require_finite(features, "the shots")
@@ -111,31 +127,38 @@ def prototypes(
 def retrieval_sums(
     neighbors: Neighbors, labels: Shaped[np.ndarray, " row"], k: Sequence[int]
 ) -> Float64[np.ndarray, "row column"]:
-    """Of each query: for each k, whether a row of its class is among the first k; and the average precision at k.
+    """Score the retrieval of each query: whether a row of its class is among the first k, and the average precision.
 
     Average precision at k is the mean of the precisions at the ranks, up to k, of rows of the query's class; 0 where
-    there is none. Averaged over queries, the figures are the top-k hit rate and mAP@k: of the columns, the first
-    half and the second.
+    there is none. Averaged over queries, the columns are the top-k hit rates and mAP@k.
 
     Args:
         neighbors: From `nearest` with `queries` None, the slides or patients left out as `groups`.
-        labels: The class of each row.
-        k: One or several.
+        labels: (row,) class of each row.
+        k: One or several numbers of neighbors.
+
+    Returns:
+        (row, 2 len(k)): the hits at each k, then the average precisions at each k.
 
     Raises:
-        TaskError: If the lengths differ, or a k is outside what was found.
+        TaskError: If the lengths differ, or a k is larger than the number of neighbors.
 
     References:
         Manning et al., Introduction to Information Retrieval (2008), section 8.4; over the relevant rows among the
         first k, as the total of relevant rows depends on the archive.
+
+    Examples:
+        >>> graph = Neighbors(metric="cosine", indices=np.array([[1, 2], [2, 0], [1, 0]]), distances=np.zeros((3, 2)))
+        >>> retrieval_sums(graph, np.array(["a", "b", "a"]), [1, 2]).tolist()
+        [[0.0, 1.0, 0.0, 0.5], [0.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.5]]
     """
     require_aligned(rows=len(neighbors.indices), labels=len(labels))
-    found = neighbors.indices.shape[1]
-    if not k or min(k) < 1 or max(k) > found:
-        raise TaskError(f"k must lie between 1 and the {found} neighbors found; got {list(k)}")
+    available = neighbors.indices.shape[1]
+    if not k or min(k) < 1 or max(k) > available:
+        raise TaskError(f"k must lie between 1 and the {available} neighbors found; got {list(k)}")
     hits = (labels[neighbors.indices] == labels[:, None]).astype(np.float64)
     counts = hits.cumsum(axis=1)
-    gained = (hits * counts / np.arange(1, found + 1)).cumsum(axis=1)
+    gained = (hits * counts / np.arange(1, available + 1)).cumsum(axis=1)
     ends = np.asarray(k) - 1
     precisions = gained[:, ends] / np.maximum(counts[:, ends], 1)
     return np.concatenate([(counts[:, ends] > 0).astype(np.float64), precisions], axis=1)

@@ -38,7 +38,6 @@ def group_folds(
         TaskError: If the lengths differ, or a class has fewer groups than there are folds.
 
     Examples:
-        >>> import numpy as np
         >>> patients = np.array(["p1", "p1", "p2", "p3"])
         >>> parts = group_folds(np.array([0, 0, 0, 0]), patients, 3, seed=0)
         >>> sorted(held.tolist() for _, held in parts)
@@ -63,7 +62,6 @@ def stratified_group_folds(
             fitting side.
 
     Examples:
-        >>> import numpy as np
         >>> parts = stratified_group_folds(np.array([0, 1, 0, 1]), np.array([7, 7, 8, 8]), 2, seed=0)
         >>> sorted(held.tolist() for _, held in parts)
         [[0, 1], [2, 3]]

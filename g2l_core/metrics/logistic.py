@@ -1,4 +1,10 @@
-"""Multinomial logistic regression on many wide rows: L-BFGS on whitened weights."""
+"""Multinomial logistic regression on many wide rows: L-BFGS on whitened weights.
+
+The features of encoders are strongly correlated, which makes plain L-BFGS take hundreds of steps. Here it works on
+weights whitened by the features' second moments, in which the objective is nearly round. Decision 17
+(docs/decisions/17-logistic-solver.md) compares it with scikit-learn's solvers; tests hold its probabilities to those of
+`sklearn.linear_model.LogisticRegression`.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,29 +21,34 @@ GRADIENT_TOLERANCE = 1e-7
 """L-BFGS stops where no element of the mean objective's gradient is larger; scikit-learn's default is 1e-4."""
 
 _ROWS = 1024
-"""Taken at a time: their float64 copies stay in the processor's cache."""
-_DOUBLE_VALUES = 1 << 22
-"""Up to so many scaled values are kept in float64 (32 MiB), more in float32. All arithmetic is in float64: a loss with
-the noise of float32 ends line searches far from the minimum."""
+"""Rows taken at a time: their float64 copies stay in the processor's cache."""
+_DOUBLE_VALUES = 1 << 24
+"""Up to this many scaled values are kept in float64 (128 MiB), more in float32. All arithmetic is in float64, because
+the noise of a float32 loss ends line searches far from the minimum."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scaling:
-    """Columns brought to mean 0 and variance 1; constant ones only to 0."""
+    """Scales columns to mean 0 and variance 1; constant ones only to mean 0."""
 
     mean: Float64[np.ndarray, " dim"]
     deviation: Float64[np.ndarray, " dim"]
 
-    def apply(self, features: Float[np.ndarray, "row dim"], kind: Any = np.float64) -> Float[np.ndarray, "row dim"]:
-        """The scaled features, in the type `kind`."""
-        scaled = np.empty(features.shape, kind)
+    def apply(self, features: Float[np.ndarray, "row dim"], dtype: Any = np.float64) -> Float[np.ndarray, "row dim"]:
+        """Return the (row, dim) scaled features."""
+        scaled = np.empty(features.shape, dtype)
         for rows in row_blocks(len(features), _ROWS):
             scaled[rows] = (widened(features[rows]) - self.mean) / self.deviation
         return scaled
 
 
 def scaling_of(features: Float[np.ndarray, "row dim"]) -> Scaling:
-    """The scaling by the features' own mean and deviation."""
+    """Return the scaling by the features' own mean and deviation.
+
+    Examples:
+        >>> scaling_of(np.array([[0.0, 7.0], [2.0, 7.0]])).apply(np.array([[3.0, 8.0]])).tolist()
+        [[2.0, 1.0]]
+    """
     blocks = list(row_blocks(len(features)))
     mean = sum(widened(features[b]).sum(axis=0, dtype=np.float64) for b in blocks) / len(features)
     squares = sum(np.square(widened(features[b]) - mean).sum(axis=0) for b in blocks)
@@ -56,15 +67,24 @@ class Design:
     """The class of each row, from 0."""
     classes: int
     gram: Float64[np.ndarray, "dim dim"]
-    """Mean of x x'."""
+    """Mean of x x' over rows."""
 
 
 def design_of(
     features: Float[np.ndarray, "row dim"], codes: Int64[np.ndarray, " row"], classes: int, scaling: Scaling
 ) -> Design:
-    """Scales the training rows and gathers their second moments."""
-    kind = np.float64 if features.size <= _DOUBLE_VALUES else np.float32
-    rows = scaling.apply(features, kind)
+    """Scale the training rows and compute their second moments.
+
+    Args:
+        features: (row, dim) features of the training rows.
+        codes: (row,) class of each row, from 0.
+        classes: Number of classes.
+        scaling: From `scaling_of`.
+
+    Returns:
+        The design, which serves fits with any penalty.
+    """
+    rows = scaling.apply(features, np.float64 if features.size <= _DOUBLE_VALUES else np.float32)
     gram = np.zeros((features.shape[1], features.shape[1]))
     for part in row_blocks(len(rows)):
         gram += rows[part].T @ rows[part]
@@ -74,69 +94,81 @@ def design_of(
 def fit(
     design: Design, c: float, *, start: Float64[np.ndarray, "column class"] | None = None, max_iterations: int
 ) -> tuple[Float64[np.ndarray, "column class"], bool]:
-    """Minimizes the sum of the log losses + |W|^2 / (2 C), intercepts not penalized.
+    """Minimize the sum of the log losses + |W|^2 / (2 C), intercepts not penalized.
 
-    Of two classes, one weight vector is penalized, as in scikit-learn: the same as two opposite halves at C / 2.
-    L-BFGS works on V = R'W with R R' = X'X / (n K) + I / (n C), the Hessian where all K classes are equally likely:
-    correlated features, which slow it down, are no longer so.
+    With two classes, one weight vector is fitted, as in scikit-learn, and returned as two opposite halves. L-BFGS works
+    on V = R'W with R R' = X'X / (n K) + I / (n C), the Hessian where all K classes are equally likely (with two
+    classes, 4 in place of K). In V, features are no longer correlated.
 
     Args:
         design: The training rows.
         c: The inverse penalty.
-        start: Weights to start from, those of a neighboring C for instance; None is 0.
-        max_iterations: Of L-BFGS.
+        start: (dim + 1, class) weights to start from, such as those of a neighboring C; None is 0.
+        max_iterations: Maximum number of L-BFGS iterations.
 
     Returns:
-        The weights, the last row being the intercepts; and whether the gradient reached `GRADIENT_TOLERANCE`.
+        The (dim + 1, class) weights, the last row being the intercepts; and whether the gradient reached
+        `GRADIENT_TOLERANCE`.
 
     References:
         Böhning, Multinomial Logistic Regression Algorithm (1992), for the bound on the Hessian; Nocedal & Wright,
         Numerical Optimization (2006), section 7.2.
+
+    Examples:
+        >>> features, codes = np.array([[0.0], [1.0], [4.0], [5.0]]), np.array([0, 0, 1, 1])
+        >>> scaling = scaling_of(features)
+        >>> weights, converged = fit(design_of(features, codes, 2, scaling), 1.0, max_iterations=100)
+        >>> probabilities(np.array([[0.5], [2.5]]), scaling, weights).round(3).tolist(), converged
+        ([[0.728, 0.272], [0.5, 0.5]], True)
     """
-    n, dim, classes = len(design.rows), design.rows.shape[1], design.classes
-    ridge = (2 if classes == 2 else 1) / (n * c)
-    factor = cholesky(design.gram / classes + ridge * np.eye(dim), lower=True)
+    dim, ridge = design.rows.shape[1], 1 / (len(design.rows) * c)
+    contrast = np.array([[-0.5, 0.5]]) if design.classes == 2 else np.eye(design.classes)
+    flatness = 4 if design.classes == 2 else design.classes
+    factor = cholesky(design.gram / flatness + ridge * np.eye(dim), lower=True)
     last: dict[str, Any] = {}
 
-    def weights_of(flat: np.ndarray) -> np.ndarray:
-        v = flat.reshape(dim + 1, classes)
-        return np.vstack([solve_triangular(factor, v[:-1], lower=True, trans="T"), v[-1:] * classes**0.5])
+    def unwhitened(flat: np.ndarray) -> np.ndarray:
+        v = flat.reshape(dim + 1, len(contrast))
+        weights = solve_triangular(factor, v[:-1], lower=True, trans="T", check_finite=False)
+        return np.vstack([weights, v[-1:] * flatness**0.5])
 
     def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
-        weights = weights_of(flat)
-        value, slope = _mean_loss(design, weights)
+        weights = unwhitened(flat)
+        value, slope = _mean_loss(design, weights, contrast)
         value += ridge / 2 * float(np.vdot(weights[:-1], weights[:-1]))
         slope[:-1] += ridge * weights[:-1]
         last.update(weights=weights, steepest=float(np.abs(slope).max()))
-        slope[:-1] = solve_triangular(factor, slope[:-1], lower=True)
-        slope[-1] *= classes**0.5
+        slope[:-1] = solve_triangular(factor, slope[:-1], lower=True, check_finite=False)
+        slope[-1] *= flatness**0.5
         return value, slope.ravel()
 
     def stop(intermediate_result: OptimizeResult) -> None:
         if last["steepest"] <= GRADIENT_TOLERANCE:
             raise StopIteration
 
-    whitened = np.zeros((dim + 1, classes))
+    whitened = np.zeros((dim + 1, len(contrast)))
     if start is not None:
-        whitened = np.vstack([factor.T @ start[:-1], start[-1:] / classes**0.5])
+        weights = start @ np.linalg.pinv(contrast)
+        whitened = np.vstack([factor.T @ weights[:-1], weights[-1:] / flatness**0.5])
     options = {"maxiter": max_iterations, "maxfun": 2 * max_iterations, "gtol": 0.0, "ftol": 0.0, "maxcor": 20}
     best = minimize(objective, whitened.ravel(), jac=True, method="L-BFGS-B", callback=stop, options=options)
     objective(best.x)
-    return last["weights"], last["steepest"] <= GRADIENT_TOLERANCE
+    return last["weights"] @ contrast, last["steepest"] <= GRADIENT_TOLERANCE
 
 
 def _mean_loss(
-    design: Design, weights: Float64[np.ndarray, "column class"]
-) -> tuple[float, Float64[np.ndarray, "column class"]]:
-    """The mean log loss and its gradient."""
+    design: Design, weights: Float64[np.ndarray, "column free"], contrast: Float64[np.ndarray, "free class"]
+) -> tuple[float, Float64[np.ndarray, "column free"]]:
+    """Return the mean log loss of the class weights `weights @ contrast`, and its gradient by `weights`."""
     slope, loss = np.zeros(weights.shape), 0.0
     for part in row_blocks(len(design.rows), _ROWS):
         rows, codes = design.rows[part].astype(np.float64, copy=False), design.codes[part]
-        logs = _log_softmax(rows @ weights[:-1] + weights[-1])
+        logs = _log_softmax((rows @ weights[:-1] + weights[-1]) @ contrast)
         own = np.arange(len(codes)), codes
         loss -= float(logs[own].sum())
         residuals = np.exp(logs)
         residuals[own] -= 1
+        residuals = residuals @ contrast.T
         slope[:-1] += rows.T @ residuals
         slope[-1] += residuals.sum(axis=0)
     return loss / len(design.rows), slope / len(design.rows)
@@ -150,15 +182,15 @@ def _log_softmax(scores: Float64[np.ndarray, "row class"]) -> Float64[np.ndarray
 def log_probabilities(
     features: Float[np.ndarray, "row dim"], scaling: Scaling, weights: Float64[np.ndarray, "column class"]
 ) -> Float64[np.ndarray, "row class"]:
-    """The logarithm of the probability of each class for each row."""
-    found = np.empty((len(features), weights.shape[1]))
+    """Return the (row, class) logarithms of the probabilities."""
+    logs = np.empty((len(features), weights.shape[1]))
     for rows in row_blocks(len(features)):
-        found[rows] = _log_softmax(scaling.apply(features[rows]) @ weights[:-1] + weights[-1])
-    return found
+        logs[rows] = _log_softmax(scaling.apply(features[rows]) @ weights[:-1] + weights[-1])
+    return logs
 
 
 def probabilities(
     features: Float[np.ndarray, "row dim"], scaling: Scaling, weights: Float64[np.ndarray, "column class"]
 ) -> Float64[np.ndarray, "row class"]:
-    """The probability of each class for each row."""
+    """Return the (row, class) probabilities, softmax(W'x + b)."""
     return np.exp(log_probabilities(features, scaling, weights))

@@ -1,4 +1,4 @@
-"""Attention-based multiple-instance learning on stored features: one label a bag, and no label of any patch."""
+"""Attention-based multiple-instance learning on stored features: each bag has a label, and no patch has one."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,31 +20,32 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class AbmilSettings:
-    """How gated attention is trained; the defaults are for some hundred bags."""
+    """Settings of the training of gated attention. The defaults are for some hundred bags."""
 
     width: int = 128
-    """Of a patch's embedding h: one layer with ReLU on the standardized features."""
+    """Width of a patch's embedding h: one layer with ReLU on the standardized features."""
     attention_width: int = 64
     """Rows of V and U."""
     learning_rate: float = 1e-3
     weight_decay: float = 1e-2
     """AdamW's."""
     bags_per_step: int = 4
-    """A step follows the mean loss of so many."""
+    """Number of bags whose mean loss a step minimizes."""
     most_epochs: int = 100
     patience: int = 15
     """Epochs without a lower validation loss before training stops."""
     most_patches: int = 4096
-    """Of a training or validation bag; of a larger one so many are drawn. Test bags are read whole."""
+    """Maximum number of patches of a training or validation bag; from a larger one, as many are drawn. Test bags are
+    read whole."""
     class_balanced: bool = True
-    """A bag's loss counts 1 / its class's share, so that classes weigh the same."""
+    """Weight a bag's loss by 1 / its class's share, so that classes have equal weight."""
     folds: int = 5
-    """One of so many folds of the training patients is the validation part."""
+    """Number of folds of the training patients; one of them is the validation part."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AbmilResult:
-    """What the trained network says of the test bags."""
+    """Predictions of the trained network for the test bags."""
 
     classes: Shaped[np.ndarray, " class"]
     """Sorted; the columns of `probabilities`."""
@@ -52,11 +53,11 @@ class AbmilResult:
     """Sorted test bags."""
     probabilities: Float64[np.ndarray, "bag class"]
     attention: Float64[np.ndarray, " row"]
-    """Of each test patch; sums to 1 over its bag."""
+    """Attention of each test patch; it sums to 1 over its bag."""
     epochs: int
-    """After which the validation loss was least: those weights are used."""
+    """Epoch with the lowest validation loss, whose weights are used."""
     validation_loss: float
-    """There, the mean cross-entropy of the validation bags, weighted like training."""
+    """Mean cross-entropy of the validation bags at that epoch, weighted as in training."""
 
     @property
     def predictions(self) -> Shaped[np.ndarray, " bag"]:
@@ -75,24 +76,27 @@ def train_abmil(
     settings: AbmilSettings | None = None,
     seed: int,
 ) -> AbmilResult:
-    """Trains gated attention on the training bags and applies it to the test bags; on the CPU.
+    """Train gated attention on the training bags and apply it to the test bags, on the CPU.
 
-    With h_k the embedding of patch k: a_k = softmax over the bag of w' (tanh(V h_k) * sigmoid(U h_k)), the bag
-    is z = sum a_k h_k, and its classes follow linearly from z.
+    With h_k the embedding of patch k, a_k = softmax over the bag of w' (tanh(V h_k) * sigmoid(U h_k)). The bag
+    is z = sum_k a_k h_k, and its class scores are linear in z.
 
     The same seed gives the same bits with the same number of threads. The order of patches in a bag, and of
     bags, changes rounding only, as long as no bag is larger than `most_patches`.
 
     Args:
-        train: Features of the training patches; any float type. Standardized with their own mean and
-            deviation, all patches alike.
-        train_bags: The bag of each.
-        labels: The class of each training bag, in the order of their sorted names (`bags.bag_values`).
-        patients: The patient of each training bag: none is trained on and validated on.
-        test: Features of the test patches.
-        test_bags: The bag of each.
-        settings: None is the defaults.
-        seed: Of the first weights, the validation part, the order of bags and the patches drawn.
+        train: (train, dim) features of the training patches; any float type. All are standardized with their common
+            mean and deviation.
+        train_bags: (train,) bag of each.
+        labels: (bag,) class of each training bag, in the order of their sorted names (`bags.bag_values`).
+        patients: (bag,) patient of each training bag. None is both trained on and validated on.
+        test: (test, dim) features of the test patches.
+        test_bags: (test,) bag of each.
+        settings: None uses the defaults.
+        seed: Random seed of the first weights, the validation part, the order of bags and the patches drawn.
+
+    Returns:
+        The predictions, the attention, and the chosen epoch.
 
     Raises:
         TaskError: If there is one class only, a class has fewer patients than folds, the lengths or widths
@@ -100,6 +104,14 @@ def train_abmil(
 
     References:
         Ilse, Tomczak & Welling, Attention-based Deep Multiple Instance Learning (2018), equations 7 and 9.
+
+    Examples:
+        >>> features, bags = np.repeat([[0.0], [1.0]] * 4, 3, axis=0), np.repeat(np.arange(8), 3)
+        >>> settings = AbmilSettings(width=4, attention_width=2, learning_rate=0.05, most_epochs=20, folds=2)
+        >>> data = features, bags, np.tile([0, 1], 4), np.arange(8), features, bags
+        >>> result = train_abmil(*data, settings=settings, seed=0)
+        >>> result.predictions.tolist(), result.attention[:3].round(3).tolist()
+        ([0, 1, 0, 1, 0, 1, 0, 1], [0.333, 0.333, 0.333])
     """
     settings = settings or AbmilSettings()
     counts = (settings.width, settings.attention_width, settings.bags_per_step, settings.most_epochs)
@@ -130,10 +142,10 @@ def train_abmil(
     )
 
 
-def _drawn(rows: Int64[np.ndarray, " member"], most: int, seed: int, number: int) -> Int64[np.ndarray, " drawn"]:
-    if len(rows) <= most:
+def _drawn(rows: Int64[np.ndarray, " member"], limit: int, seed: int, bag: int) -> Int64[np.ndarray, " drawn"]:
+    if len(rows) <= limit:
         return rows
-    return np.sort(keyed_generator("abmil patches", seed, number).choice(rows, most, replace=False))
+    return np.sort(keyed_generator("abmil patches", seed, bag).choice(rows, limit, replace=False))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +174,7 @@ class _Scale:
 @dataclass(frozen=True, kw_only=True)
 class _Task:
     features: Float[np.ndarray, "row dim"]
-    """As they were given: one step's bags at a time are standardized, in float32."""
+    """Not standardized; each step standardizes its own bags, in float32."""
     members: Sequence[Int64[np.ndarray, "_"]]
     """The rows of each bag."""
     scale: _Scale
@@ -177,7 +189,7 @@ _Network: TypeAlias = Mapping[str, "torch.Tensor"]
 
 
 def _first_weights(dim: int, classes: int, settings: AbmilSettings, seed: int) -> dict[str, "torch.Tensor"]:
-    """Glorot's uniform weights and no bias."""
+    """Draw Glorot's uniform weights; biases are 0."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
@@ -196,7 +208,7 @@ def _first_weights(dim: int, classes: int, settings: AbmilSettings, seed: int) -
 
 
 def _forward(network: _Network, patches: "torch.Tensor", sizes: Sequence[int]) -> tuple["torch.Tensor", "torch.Tensor"]:
-    """The logits of bags (bag, class) whose patches stand one bag after another, and the attention (patch,)."""
+    """Return the logits (bag, class) of bags whose patches come one bag after another, and the attention (patch,)."""
     import torch
     from torch.nn.functional import linear
 
@@ -210,7 +222,7 @@ def _forward(network: _Network, patches: "torch.Tensor", sizes: Sequence[int]) -
 
 
 def _losses(network: _Network, task: _Task, numbers: Int64[np.ndarray, " bag"]) -> "torch.Tensor":
-    """The weighted cross-entropy of each bag (bag,)."""
+    """Return the weighted cross-entropy of each bag (bag,)."""
     import torch
 
     rows = [task.members[number] for number in numbers]
@@ -222,12 +234,12 @@ def _losses(network: _Network, task: _Task, numbers: Int64[np.ndarray, " bag"]) 
 
 
 def _train(task: _Task, settings: AbmilSettings, seed: int) -> tuple[_Network, int, float]:
-    """The weights of the epoch with the least validation loss, that epoch, and that loss."""
+    """Return the weights of the epoch with the lowest validation loss, that epoch, and that loss."""
     import torch
 
     network = _first_weights(task.features.shape[1], len(task.weights), settings, seed)
     optimizer = torch.optim.AdamW(list(network.values()), lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    best, best_epoch, least = network, 0, np.inf
+    best, best_epoch, lowest = network, 0, np.inf
     for epoch in range(1, settings.most_epochs + 1):
         order = keyed_generator("abmil order", seed, epoch).permutation(task.fit)
         for step in _chunks(order, settings.bags_per_step):
@@ -237,13 +249,13 @@ def _train(task: _Task, settings: AbmilSettings, seed: int) -> tuple[_Network, i
         with torch.no_grad():
             parts = [_losses(network, task, step) for step in _chunks(task.held, settings.bags_per_step)]
         loss = float(torch.cat(parts).mean())
-        if loss < least:
-            best, best_epoch, least = {name: value.detach().clone() for name, value in network.items()}, epoch, loss
+        if loss < lowest:
+            best, best_epoch, lowest = {name: value.detach().clone() for name, value in network.items()}, epoch, loss
         elif epoch - best_epoch >= settings.patience:
             break
     if not best_epoch:
         raise TaskError(f"the validation loss was never finite; lower the learning rate of {settings.learning_rate}")
-    return best, best_epoch, least
+    return best, best_epoch, lowest
 
 
 def _chunks(numbers: Int64[np.ndarray, " bag"], size: int) -> list[Int64[np.ndarray, "_"]]:

@@ -1,4 +1,4 @@
-"""Sums over rows from which linear CKA, Procrustes and ridge regression follow: one pass, and they add up."""
+"""Sums over rows from which linear CKA, Procrustes and ridge regression follow. They take one pass and add up."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -23,9 +23,9 @@ class CkaMoments:
     """
 
     n: int
-    """Rows."""
+    """Number of rows."""
     dim_x: int
-    """How many of the columns are x's."""
+    """Number of x's columns."""
     center: Float64[np.ndarray, " dim"]
     total: Float64[np.ndarray, " dim"]
     """Sum of z."""
@@ -37,11 +37,11 @@ class CkaMoments:
     """Sums of |x|^4, |x|^2 |y|^2, |y|^4."""
 
     def __add__(self, other: "CkaMoments") -> "CkaMoments":
-        """The moments of both sets of rows."""
+        """Return the moments of both sets of rows."""
         return self._combined(other, 1)
 
     def __sub__(self, other: "CkaMoments") -> "CkaMoments":
-        """The moments of the rows that are not among `other`'s."""
+        """Return the moments of the rows that are not among those of `other`."""
         return self._combined(other, -1)
 
     def _combined(self, other: "CkaMoments", sign: int) -> "CkaMoments":
@@ -60,15 +60,21 @@ class CkaMoments:
         )
 
     def columns(self, side: Side) -> slice:
-        """The columns of x (0) or y (1)."""
+        """Return the columns of x (0) or y (1)."""
         return slice(self.dim_x, None) if side else slice(0, self.dim_x)
 
 
 def cka_center(x: Float[np.ndarray, "row dim_x"], y: Float[np.ndarray, "row_y dim_y"]) -> Float64[np.ndarray, " dim"]:
-    """The mean of [x | y], about which `cka_moments` loses no digits; that of a first batch does as well.
+    """Return the (dim_x + dim_y,) mean of [x | y], about which `cka_moments` loses no digits.
+
+    The mean of a first batch serves as well.
 
     Raises:
         TaskError: If the lengths differ.
+
+    Examples:
+        >>> cka_center(np.array([[1.0], [3.0]]), np.array([[0.0, 1.0], [2.0, 1.0]])).tolist()
+        [2.0, 1.0, 1.0]
     """
     require_aligned(x=len(x), y=len(y))
     return np.concatenate([x.mean(axis=0, dtype=np.float64), y.mean(axis=0, dtype=np.float64)])
@@ -81,22 +87,27 @@ def cka_moments(
     center: Float64[np.ndarray, " dim"] | None = None,
     device: str = "cpu",
 ) -> CkaMoments:
-    """Gathers what linear CKA needs from a batch of rows, in float64 and in blocks of 4,096 rows.
+    """Gather the sums that linear CKA needs from a batch of rows, in float64 and in blocks of 4,096 rows.
 
-    CKA does not change when x or y is shifted, but every sum does: where the mean is large, the sums are
-    large and their differences, which are the answer, lose their digits. With the mean m standard
-    deviations away from zero, some m^-4 of them is left. So give a center.
+    CKA does not change when x or y is shifted, but every sum does. Where the mean is large, the sums are
+    large, and their differences, which are the result, lose their digits. With the mean m standard
+    deviations away from zero, about m^-4 of the digits' precision is left. So pass a center.
 
     Args:
-        x: Features of one encoder; float16, float32 or float64.
-        y: Features of the other on the same patches.
-        center: About which to take the sums: see `cka_center`. None is the origin.
+        x: (row, dim_x) features of one encoder; float16, float32 or float64.
+        y: (row, dim_y) features of the other on the same patches.
+        center: (dim_x + dim_y,) point about which to take the sums; see `cka_center`. None is the origin.
         device: Where the products are taken: "cpu" (NumPy), or a torch device. A GPU adds in another order, so the
             last digits differ.
 
     Raises:
         TaskError: If the lengths differ, the center's is not the width of both, or a row holds NaN or
             infinity.
+
+    Examples:
+        >>> moments = cka_moments(np.array([[1.0], [3.0]]), np.array([[2.0], [4.0]]))
+        >>> moments.n, moments.total.tolist(), moments.gram.tolist()
+        (2, [4.0, 6.0], [[10.0, 14.0], [14.0, 20.0]])
     """
     require_aligned(x=len(x), y=len(y))
     require_finite(x, "x")
@@ -119,7 +130,7 @@ def cka_moments(
 
 
 def _placing(device: str) -> Callable[[Float64[np.ndarray, "..."]], Any]:
-    """Puts an array where the sums are taken: stays NumPy's on the CPU, becomes a tensor on another device."""
+    """Return a function that moves an array to the device: it stays as it is on the CPU, else becomes a tensor."""
     if device == "cpu":
         return lambda array: array
     import torch
@@ -128,7 +139,7 @@ def _placing(device: str) -> Callable[[Float64[np.ndarray, "..."]], Any]:
 
 
 def _block_sums(z: Any, of_side: Any) -> tuple[Any, Any, Any, Any]:
-    """`total`, `gram`, `norm_total`, `norm_gram` of some rows; arrays of NumPy, or tensors of one device.
+    """Return `total`, `gram`, `norm_total`, `norm_gram` of some rows: NumPy arrays, or tensors on one device.
 
     Args:
         z: (rows, dim) centered features.

@@ -1,6 +1,6 @@
 """The linear probe, and the scores of any classifier's predictions.
 
-Scores take a leading axis of draws, so that a bootstrap computes thousands at once (`statistics.of_sums`
+Scores have a leading axis of draws, so that a bootstrap computes thousands at once (`statistics.of_sums`
 for those of a confusion matrix, `statistics.of_weights` for the area under the ROC curve).
 """
 
@@ -17,24 +17,24 @@ from g2l_core.metrics.rows import require_finite
 from g2l_core.metrics.statistics import Statistic, cluster_codes, of_weights, require_aligned
 
 _COUNTED_CLUSTERS = 512
-"""Up to so many clusters, counting the pairs of each two costs less than 1,000 draws."""
+"""Up to this many clusters, counting the pairs of each two of them costs less than 1,000 draws."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeResult:
-    """What a linear probe says of the test rows."""
+    """Predictions of a linear probe for the test rows."""
 
     classes: Shaped[np.ndarray, " class"]
     """Sorted; the columns of `probabilities`."""
     probabilities: Float64[np.ndarray, "test class"]
     c: float
-    """The inverse penalty that was used: scikit-learn's C."""
+    """The inverse penalty that was used, scikit-learn's C."""
     converged: bool
     """False where L-BFGS stopped before `logistic.GRADIENT_TOLERANCE` in any fit, those of the folds included."""
 
     @property
     def predictions(self) -> Shaped[np.ndarray, " test"]:
-        """The most probable class of each test row."""
+        """Return the (test,) most probable classes."""
         return self.classes[self.probabilities.argmax(axis=1)]
 
 
@@ -49,23 +49,35 @@ def linear_probe(
     max_iterations: int = 2000,
     seed: int,
 ) -> ProbeResult:
-    """Multinomial logistic regression on features standardized with the training part's mean and deviation.
+    """Fit multinomial logistic regression on standardized features, and predict the test rows.
+
+    Minimizes sum_i -log p(y_i | x_i) + |W|^2 / (2 C) with p = softmax(W'x + b), x being standardized with the training
+    part's mean and deviation. With two classes, W is one vector.
 
     Args:
-        train: Features of the training rows: up to 4 million values are fitted in float64, more in float32.
-        labels: The class of each.
-        test: Features of the test rows.
-        c_values: The inverse L2 penalty, against the *sum* of the training losses. Of several, the one with
-            the least mean log loss over folds of the training part is taken, the smaller of equals.
-        groups: The patient of each training row; no patient is on both sides of a fold. Needed only where
+        train: (train, dim) features of the training rows. More than 17 million values are held in float32.
+        labels: (train,) class of each.
+        test: (test, dim) features of the test rows.
+        c_values: C, one or several. Of several, the one with the least mean log loss over folds of the training part
+            is taken, the smaller of equals.
+        groups: (train,) patient of each training row; no patient is on both sides of a fold. Needed only where
             there are several `c_values`.
         folds: Number of folds.
         max_iterations: Of L-BFGS, in each fit.
-        seed: Deals the patients into folds.
+        seed: Random seed that deals the patients into folds.
+
+    Returns:
+        The probabilities of the test rows, and the C that was used.
 
     Raises:
         TaskError: If there is one class only, a row holds NaN, the lengths or widths differ, or a class has
             fewer patients than there are folds.
+
+    Examples:
+        >>> train, labels = np.array([[0.0], [1.0], [4.0], [5.0]]), np.array(["n", "n", "t", "t"])
+        >>> result = linear_probe(train, labels, np.array([[0.5], [2.5]]), seed=0)
+        >>> result.predictions[0].item(), result.probabilities.round(3).tolist()
+        ('n', [[0.728, 0.272], [0.5, 0.5]])
     """
     require_aligned(train=len(train), labels=len(labels))
     require_aligned(train_dim=train.shape[1], test_dim=test.shape[1])
@@ -98,7 +110,7 @@ def _choose_c(
     c_values: Sequence[float],
     iterations: int,
 ) -> tuple[float, bool]:
-    """The C with the least mean log loss, and whether every fit converged; each starts from the C before."""
+    """Return the C with the least mean log loss, and whether every fit converged; each starts where the last ended."""
     losses, converged = np.zeros(len(c_values)), True
     for fit, held in parts:
         scaling = logistic.scaling_of(features[fit])
@@ -117,18 +129,22 @@ def confusion(
     predicted: Shaped[np.ndarray, " predicted_row"],
     clusters: Shaped[np.ndarray, " cluster_row"] | None = None,
 ) -> Int64[np.ndarray, "cluster class class"]:
-    """Confusion matrices, [truth, predicted], one for each cluster.
+    """Count confusion matrices, [truth, predicted], one for each cluster.
 
     Args:
-        truth: The class of each row.
-        predicted: The predicted class of each.
-        clusters: The patient or slide of each row; None is one cluster of all.
+        truth: (row,) class of each row.
+        predicted: (row,) predicted class of each.
+        clusters: (row,) patient or slide of each row; None is one cluster of all.
 
     Returns:
-        Counts; classes are the sorted union of `truth` and `predicted`, clusters in sorted order.
+        (cluster, class, class) counts; classes are the sorted union of `truth` and `predicted`, clusters are sorted.
 
     Raises:
         TaskError: If the lengths differ, or the truth has one class only.
+
+    Examples:
+        >>> confusion(np.array(["n", "n", "t"]), np.array(["n", "t", "t"])).tolist()
+        [[[1, 1], [0, 1]]]
     """
     clusters = np.zeros(len(truth), np.int64) if clusters is None else clusters
     require_aligned(truth=len(truth), predicted=len(predicted), clusters=len(clusters))
@@ -149,7 +165,7 @@ def _require_two_classes(truth: Shaped[np.ndarray, " row"]) -> None:
 def _mean_of_defined(
     above: Num[np.ndarray, "draw class"], below: Num[np.ndarray, "draw class"]
 ) -> Float64[np.ndarray, " draw"]:
-    """Mean over classes of above / below, over those with below > 0; NaN where there is none."""
+    """Average above / below over the classes with below > 0; NaN where there is none."""
     defined = below > 0
     shares = np.divide(above, below, out=np.zeros(above.shape), where=defined)
     count = defined.sum(axis=1)
@@ -157,17 +173,34 @@ def _mean_of_defined(
 
 
 def accuracy(matrices: Num[np.ndarray, "draw class class"]) -> Float64[np.ndarray, " draw"]:
-    """The share of rows predicted right, of each confusion matrix."""
+    """Compute the share of rows predicted right: trace / sum of each (class, class) matrix; (draw,).
+
+    Examples:
+        >>> accuracy(np.array([[[3, 1], [0, 2]]])).round(4).tolist()
+        [0.8333]
+    """
     return np.trace(matrices, axis1=1, axis2=2) / matrices.sum(axis=(1, 2))
 
 
 def balanced_accuracy(matrices: Num[np.ndarray, "draw class class"]) -> Float64[np.ndarray, " draw"]:
-    """The mean over the true classes that occur of the share predicted right, of each confusion matrix."""
+    """Compute the mean over true classes of TP / (TP + FN) of each (class, class) matrix; (draw,).
+
+    Classes that do not occur in the truth are left out.
+
+    Examples:
+        >>> balanced_accuracy(np.array([[[3, 1], [0, 2]]])).tolist()
+        [0.875]
+    """
     return _mean_of_defined(np.diagonal(matrices, axis1=1, axis2=2), matrices.sum(axis=2))
 
 
 def macro_f1(matrices: Num[np.ndarray, "draw class class"]) -> Float64[np.ndarray, " draw"]:
-    """The mean over classes, true or predicted, of 2 TP / (2 TP + FP + FN), of each confusion matrix."""
+    """Compute the mean over classes, true or predicted, of 2 TP / (2 TP + FP + FN) of each matrix; (draw,).
+
+    Examples:
+        >>> macro_f1(np.array([[[3, 1], [0, 2]]])).round(4).tolist()
+        [0.8286]
+    """
     hits = np.diagonal(matrices, axis1=1, axis2=2)
     return _mean_of_defined(2 * hits, matrices.sum(axis=1) + matrices.sum(axis=2))
 
@@ -178,23 +211,28 @@ def macro_auc(
     classes: Shaped[np.ndarray, " class"],
     weights: Int64[np.ndarray, "draw row"] | None = None,
 ) -> Float64[np.ndarray, " draw"]:
-    """The area under the ROC curve, each class against the rest, averaged over classes.
+    """Compute the area under the ROC curve, each class against the rest, averaged over classes.
 
-    The area is the chance that a row of the class scores above a row of the rest, ties counting one half
-    (Hanley & McNeil 1982). With two classes it is that of the second class's probability.
+    The area is P(s+ > s-) + P(s+ = s-) / 2 for the scores of a row of the class and a row of the rest
+    (Hanley & McNeil 1982). With two classes, the second class's probability is the score.
 
     Args:
-        truth: The class of each row.
-        probabilities: Of each row and class; any score that grows with it will do.
-        classes: The columns' classes.
-        weights: How often each row counts, in each draw; None is one draw of all rows.
+        truth: (row,) class of each row.
+        probabilities: (row, class) probabilities, or any scores that grow with them.
+        classes: (class,) classes of the columns.
+        weights: (draw, row) how often each row counts; None is one draw of all rows.
 
     Returns:
-        The area of each draw, over the classes that occur in it; NaN where only one does.
+        The (draw,) areas, over the classes that occur in the draw; NaN where only one does.
 
     Raises:
         TaskError: If the lengths differ, a probability is NaN, the truth has one class only, or one that is
             not among `classes`.
+
+    Examples:
+        >>> scores = np.array([[0.9, 0.1], [0.4, 0.6], [0.6, 0.4], [0.2, 0.8]])
+        >>> macro_auc(np.array([0, 0, 1, 1]), scores, np.array([0, 1])).tolist()
+        [0.75]
     """
     require_aligned(truth=len(truth), probabilities=len(probabilities))
     require_aligned(columns=probabilities.shape[1], classes=len(classes))
@@ -216,13 +254,20 @@ def auc_statistic(
     classes: Shaped[np.ndarray, " class"],
     clusters: Shaped[np.ndarray, " cluster_row"],
 ) -> Statistic:
-    """`macro_auc` for the cluster bootstrap.
+    """Return `macro_auc` as a statistic for the cluster bootstrap.
 
-    Of up to 512 clusters, the ordered pairs between each two are counted once; a draw that takes them u and v times
-    has u v times as many. Of more, each draw counts anew.
+    With up to 512 clusters, the ordered pairs between each two are counted once; a draw that takes them u and v times
+    has u v times as many. With more, each draw counts for itself. Arguments are those of `macro_auc`, and
+    `clusters`, the (row,) patient or slide of each row.
 
     Raises:
         TaskError: As `macro_auc`.
+
+    Examples:
+        >>> scores = np.array([[0.9, 0.1], [0.4, 0.6], [0.6, 0.4], [0.2, 0.8]])
+        >>> area = auc_statistic(np.array([0, 0, 1, 1]), scores, np.array([0, 1]), np.array(["p1", "p2", "p1", "p2"]))
+        >>> area(np.array([[1, 1], [2, 0]])).tolist()
+        [0.75, 1.0]
     """
     macro_auc(truth, probabilities, classes)
     require_aligned(truth=len(truth), clusters=len(clusters))
@@ -246,7 +291,7 @@ def _cluster_pairs(
     codes: Int64[np.ndarray, " row"],
     count: int,
 ) -> tuple[Float64[np.ndarray, "cluster cluster"], Float64[np.ndarray, "cluster cluster"]]:
-    """Pairs of a positive row of one cluster and a negative of another: those in order (ties one half), and all."""
+    """Count pairs of a positive row of one cluster and a negative of another: those in order (ties half), and all."""
     order = np.argsort(scores)
     above = order[positive[order]]
     concordant = np.zeros((count, count))
@@ -263,7 +308,7 @@ def _pair_counts(
     scores: Float64[np.ndarray, " row"],
     weights: Int64[np.ndarray, "draw row"],
 ) -> tuple[Float64[np.ndarray, " draw"], Float64[np.ndarray, " draw"]]:
-    """Of all (positive, negative) pairs: how many stand in order, ties counting one half; and how many are."""
+    """Count (positive, negative) pairs: those in order, ties counting one half; and all."""
     order = np.argsort(scores, kind="stable")
     starts = np.flatnonzero(np.diff(scores[order], prepend=-np.inf))
     sorted_weights = weights[:, order].astype(np.float64)

@@ -12,21 +12,21 @@ from g2l_core.metrics.rows import require_finite, row_blocks
 from g2l_core.metrics.statistics import cluster_codes, require_aligned
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
-"""In mean variances of a feature."""
+"""Default candidates, in mean variances of a feature."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RidgeMap:
-    """y is predicted as mean_y + (x - mean_x) weights."""
+    """A fitted linear map: y is predicted as mean_y + (x - mean_x) weights."""
 
     weights: Float64[np.ndarray, "dim_x dim_y"]
     mean_x: Float64[np.ndarray, " dim_x"]
     mean_y: Float64[np.ndarray, " dim_y"]
     penalty: float
-    """The one chosen, in mean variances of a feature."""
+    """The penalty that was chosen, in mean variances of a feature."""
 
     def predict(self, x: Float[np.ndarray, "row dim_x"]) -> Float64[np.ndarray, "row dim_y"]:
-        """The predictions of rows."""
+        """Return the (row, dim_y) predictions."""
         return (x - self.mean_x) @ self.weights + self.mean_y
 
 
@@ -39,18 +39,22 @@ def fit_ridge(
     folds: int = 5,
     seed: int,
 ) -> RidgeMap:
-    """Least squares with the penalty n v t |W|^2: n rows, v the mean variance of the columns of x, t from `penalties`.
+    """Fit least squares with a ridge penalty: minimize |Y - X W|^2 + n v t |W|^2 of centered X and Y.
 
-    Of several penalties, the one with the least squared error over folds by group is taken, the greater of equals.
-    Everything follows from second moments, so rows are read once and each fold costs one eigendecomposition.
+    n is the number of rows, v the mean variance of the columns of x, and t one of `penalties`. Of several penalties,
+    the one with the least squared error over folds by group is taken, the greater of equals. Everything follows from
+    second moments, so rows are read once and each fold costs one eigendecomposition.
 
     Args:
-        x: Features of the training rows.
-        y: What to predict, e.g. the teacher's features of the same patches, or labels in one column.
-        groups: The slide or patient of each row; none is on both sides of a fold. Used for several penalties only.
-        penalties: To choose from.
+        x: (row, dim_x) features of the training rows.
+        y: (row, dim_y) what to predict, such as the teacher's features of the same patches, or labels in one column.
+        groups: (row,) slide or patient of each row; none is on both sides of a fold. Used for several penalties only.
+        penalties: Candidates for t.
         folds: Number of folds.
-        seed: Deals the groups into folds.
+        seed: Random seed that deals the groups into folds.
+
+    Returns:
+        The fitted map.
 
     Raises:
         TaskError: If lengths differ, a row holds NaN, x does not vary, a penalty is not positive, or there are fewer
@@ -58,6 +62,12 @@ def fit_ridge(
 
     References:
         Hoerl & Kennard, Ridge Regression (1970), equation 2.1.
+
+    Examples:
+        >>> x = np.array([[0.0], [1.0], [2.0], [3.0]])
+        >>> ridge = fit_ridge(x, 2 * x + 1, np.arange(4), penalties=[1e-6], seed=0)
+        >>> ridge.predict(np.array([[4.0]])).round(3).tolist()
+        [[9.0]]
     """
     require_aligned(x=len(x), y=len(y), groups=len(groups))
     if not penalties or min(penalties) <= 0:
@@ -77,12 +87,12 @@ def fit_ridge(
     candidates = sorted(penalties, reverse=True)
     errors = np.zeros(len(candidates))
     for part in parts:
-        errors += [_squared_error(found, part) for found in _solve(whole - part, candidates)]
+        errors += [_squared_error(ridge, part) for ridge in _solve(whole - part, candidates)]
     return _solve(whole, [candidates[int(np.argmin(errors))]])[0]
 
 
 def _solve(moments: CkaMoments, penalties: Sequence[float]) -> list[RidgeMap]:
-    """The maps for several penalties, from one eigendecomposition of X'X."""
+    """Return the maps for several penalties, from one eigendecomposition of X'X."""
     x, y, n = moments.columns(0), moments.columns(1), moments.n
     centered = moments.gram[x] - np.outer(moments.total[x], moments.total) / n
     values, vectors = np.linalg.eigh(centered[:, x])
@@ -102,44 +112,49 @@ def _solve(moments: CkaMoments, penalties: Sequence[float]) -> list[RidgeMap]:
     ]
 
 
-def _squared_error(found: RidgeMap, moments: CkaMoments) -> float:
-    """The sum of squared errors on the rows of some moments: of z = [x | y] (-W over I), moved to the map's means."""
+def _squared_error(ridge: RidgeMap, moments: CkaMoments) -> float:
+    """Return the sum of squared errors over the rows of some moments, of [x | y] (-W over I) about the map's means."""
     x, y = moments.columns(0), moments.columns(1)
-    shift = np.concatenate([found.mean_x, found.mean_y]) - moments.center
+    shift = np.concatenate([ridge.mean_x, ridge.mean_y]) - moments.center
     total = moments.total - moments.n * shift
     gram = moments.gram - np.outer(moments.total, shift) - np.outer(shift, total)
-    cross = float(np.vdot(found.weights, gram[x, y]))
-    fitted = float(np.vdot(found.weights, gram[x, x] @ found.weights))
+    cross = float(np.vdot(ridge.weights, gram[x, y]))
+    fitted = float(np.vdot(ridge.weights, gram[x, x] @ ridge.weights))
     return float(np.trace(gram[y, y])) - 2 * cross + fitted
 
 
 def ridge_sums(
-    found: RidgeMap, x: Float[np.ndarray, "row dim_x"], y: Float[np.ndarray, "row_y dim_y"]
+    ridge: RidgeMap, x: Float[np.ndarray, "row dim_x"], y: Float[np.ndarray, "row_y dim_y"]
 ) -> Float64[np.ndarray, "row 4"]:
-    """What `explained_share` and `mean_cosine` need of each row; their sums over clusters can be bootstrapped.
+    """Compute what `explained_share` and `mean_cosine` need of each row; sums over clusters can be bootstrapped.
 
     Args:
-        found: A map that was fitted on other rows, of other slides.
-        x: Features.
-        y: What they should predict.
+        ridge: A map that was fitted on other rows, of other slides.
+        x: (row, dim_x) features.
+        y: (row, dim_y) what they should predict.
 
     Returns:
-        Squared error, squared deviation from the training rows' mean, cosine between prediction and truth (NaN
-        where one is 0), 1.
+        (row, 4): squared error, squared deviation from the training rows' mean, cosine between prediction and truth
+        (NaN where one is 0), 1.
 
     Raises:
         TaskError: If lengths or widths differ, or a row holds NaN.
+
+    Examples:
+        >>> ridge = RidgeMap(weights=np.array([[2.0]]), mean_x=np.zeros(1), mean_y=np.ones(1), penalty=0.1)
+        >>> ridge_sums(ridge, np.array([[1.0], [2.0]]), np.array([[3.0], [4.0]])).tolist()
+        [[0.0, 4.0, 1.0, 1.0], [1.0, 9.0, 1.0, 1.0]]
     """
     require_aligned(x=len(x), y=len(y))
-    require_aligned(x_dim=x.shape[1], map_x_dim=len(found.mean_x))
-    require_aligned(y_dim=y.shape[1], map_y_dim=len(found.mean_y))
+    require_aligned(x_dim=x.shape[1], map_x_dim=len(ridge.mean_x))
+    require_aligned(y_dim=y.shape[1], map_y_dim=len(ridge.mean_y))
     require_finite(x, "x")
     require_finite(y, "y")
     sums = np.ones((len(x), 4))
     for rows in row_blocks(len(x)):
-        predicted, truth = found.predict(x[rows]), y[rows].astype(np.float64)
+        predicted, truth = ridge.predict(x[rows]), y[rows].astype(np.float64)
         sums[rows, 0] = ((predicted - truth) ** 2).sum(axis=1)
-        sums[rows, 1] = ((truth - found.mean_y) ** 2).sum(axis=1)
+        sums[rows, 1] = ((truth - ridge.mean_y) ** 2).sum(axis=1)
         lengths = np.linalg.norm(predicted, axis=1) * np.linalg.norm(truth, axis=1)
         products = np.einsum("ij,ij->i", predicted, truth)
         sums[rows, 2] = np.divide(products, lengths, out=np.full(len(products), np.nan), where=lengths > 0)
@@ -147,28 +162,54 @@ def ridge_sums(
 
 
 def explained_share(sums: Float64[np.ndarray, "draw 4"]) -> Float64[np.ndarray, " draw"]:
-    """R^2 out of sample: 1 - squared error / squared deviation from the training mean; below 0 where that does better.
+    """Compute R^2 out of sample: 1 - sum |y - prediction|^2 / sum |y - training mean|^2.
 
-    Columns of y count by their variance.
+    It is negative where the training mean predicts better. Columns of y count by their variance.
+
+    Args:
+        sums: (draw, 4) sums from `ridge_sums`, added up over the clusters of each draw.
+
+    Returns:
+        The (draw,) values; NaN where y does not differ from the training mean.
 
     References:
         Campbell & Thompson, Predicting Excess Stock Returns Out of Sample (2008), equation 1.
+
+    Examples:
+        >>> explained_share(np.array([[1.0, 13.0, 2.0, 2.0]])).round(4).tolist()
+        [0.9231]
     """
     return 1 - np.divide(sums[:, 0], sums[:, 1], out=np.full(len(sums), np.nan), where=sums[:, 1] > 0)
 
 
 def mean_cosine(sums: Float64[np.ndarray, "draw 4"]) -> Float64[np.ndarray, " draw"]:
-    """The mean over rows of the cosine between the projected features and the truth."""
+    """Compute the mean over rows of the cosine between prediction and truth; arguments as of `explained_share`.
+
+    Examples:
+        >>> mean_cosine(np.array([[1.0, 13.0, 1.5, 2.0]])).tolist()
+        [0.75]
+    """
     return sums[:, 2] / sums[:, 3]
 
 
 def correlation_sums(
     predicted: Float64[np.ndarray, " row"], truth: Float[np.ndarray, " truth_row"]
 ) -> Float64[np.ndarray, "row 6"]:
-    """What `pearson` needs of each row, about the means of all: p, t, p^2, t^2, p t, 1.
+    """Compute what `pearson` needs of each row, about the means of all.
+
+    Args:
+        predicted: (row,) predictions.
+        truth: (row,) true values.
+
+    Returns:
+        (row, 6): p, t, p^2, t^2, p t, 1.
 
     Raises:
         TaskError: If the lengths differ.
+
+    Examples:
+        >>> correlation_sums(np.array([1.0, 3.0]), np.array([2.0, 6.0])).tolist()
+        [[-1.0, -2.0, 1.0, 4.0, 2.0, 1.0], [1.0, 2.0, 1.0, 4.0, 2.0, 1.0]]
     """
     require_aligned(predicted=len(predicted), truth=len(truth))
     p, t = predicted - predicted.mean(), truth - truth.mean()
@@ -176,7 +217,19 @@ def correlation_sums(
 
 
 def pearson(sums: Float64[np.ndarray, "draw 6"]) -> Float64[np.ndarray, " draw"]:
-    """Pearson's correlation; NaN where one side does not vary."""
+    """Compute Pearson's correlation: cov(p, t) / sqrt(var(p) var(t)).
+
+    Args:
+        sums: (draw, 6) sums from `correlation_sums`, added up over the clusters of each draw.
+
+    Returns:
+        The (draw,) correlations; NaN where one side does not vary.
+
+    Examples:
+        >>> sums = correlation_sums(np.array([1.0, 2.0, 3.0]), np.array([2.0, 4.0, 6.0]))
+        >>> pearson(sums.sum(axis=0, keepdims=True)).round(6).tolist()
+        [1.0]
+    """
     p, t, pp, tt, pt, n = sums.T
     spread = (pp - p * p / n) * (tt - t * t / n)
     return np.divide(pt - p * t / n, np.sqrt(np.maximum(spread, 0)), out=np.full(len(n), np.nan), where=spread > 0)

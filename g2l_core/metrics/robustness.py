@@ -1,17 +1,17 @@
-"""Whether features follow the biology or the medical center: two indices on the same neighbor counts.
+"""Robustness to the medical center: two indices on the same neighbor counts.
 
-Of a query's k nearest neighbors, those of its own slide left out, count
+Of a query's k nearest neighbors, those of its own slide left out, these are counted:
 
 - SS: same class, same center;
-- SO: same class, other center (the biology brought them near);
-- OS: other class, same center (the center did).
+- SO: same class, other center (near because of the biology);
+- OS: other class, same center (near because of the center).
 
-Sums of these counts over queries give both indices, so a bootstrap over slides or patients only sums again;
-the neighbors stay those of the whole data.
+Sums of these counts over queries give both indices, so a bootstrap over slides or patients only sums again. The
+neighbors stay those of the whole data.
 
-Neighbors are sought among all rows, or in the paired design: within balanced subsets of two classes and two
-centers. There SO and OS are equally likely by chance, if a slide holds one class: 1/2 means that neither
-dominates. (Where slides hold both classes, leaving out the query's slide takes some OS away.)
+Neighbors are searched among all rows, or in the paired design: within balanced subsets of two classes and two
+centers. There SO and OS are equally likely by chance if each slide holds one class, so that 1/2 means that neither
+dominates. (Where slides hold both classes, leaving out the query's slide removes some OS.)
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,18 +35,28 @@ def robustness_counts(
     *,
     k: int,
 ) -> Int64[np.ndarray, "row 3"]:
-    """Counts each row's neighbors of kind SS, SO and OS among the first k.
+    """Count each row's neighbors of kind SS, SO and OS among the first k.
 
     Args:
         neighbors: From `nearest` with `queries` None and the slides as `groups`.
-        biological_classes: The tissue class of each row.
-        medical_centers: The center of each row.
-        k: At most the number of neighbors found.
+        biological_classes: (row,) tissue class of each row.
+        medical_centers: (row,) center of each row.
+        k: At most the number of neighbors in `neighbors`.
+
+    Returns:
+        (row, 3): SS, SO and OS.
 
     Raises:
         TaskError: If the lengths differ, there is one class or one center only, k is out of range, or no
-            neighbor at all is of its query's center, as when every center has a single slide: then both
-            indices say nothing.
+            neighbor at all is of its query's center, as when every center has a single slide. Both indices are
+            then meaningless.
+
+    Examples:
+        >>> features = np.array([[1.0, 0.0], [0.9, 0.1], [0.8, 0.2], [0.0, 1.0]])
+        >>> graph = nearest(features, None, 2)
+        >>> classes, centers = np.array(["t", "t", "n", "n"]), np.array([1, 2, 1, 2])
+        >>> robustness_counts(graph, classes, centers, k=2).tolist()
+        [[0, 1, 1], [0, 1, 0], [0, 0, 1], [0, 1, 1]]
     """
     require_aligned(rows=len(neighbors.indices), classes=len(biological_classes), centers=len(medical_centers))
     if not 1 <= k <= neighbors.indices.shape[1]:
@@ -73,35 +83,43 @@ def _count_kinds(
 
 
 def ratio_index(totals: Num[np.ndarray, "draw 3"]) -> Float64[np.ndarray, " draw"]:
-    """Neighbors of the same class over neighbors of the same center: (SS + SO) / (SS + OS).
+    """Compute the ratio of neighbors of the same class and of the same center: (SS + SO) / (SS + OS).
 
-    Above 1, the biology dominates. Has no upper bound, and depends on k and on how many rows each class
+    Above 1, the biology dominates. It has no upper bound, and depends on k and on how many rows each class
     and center has.
 
     Args:
-        totals: SS, SO and OS, summed over the queries of each draw.
+        totals: (draw, 3) SS, SO and OS, summed over the queries of each draw.
 
     Returns:
-        The index of each draw; NaN where no neighbor is of the same center.
+        The (draw,) index; NaN where no neighbor is of the same center.
 
     References:
         de Jong et al., Current Pathology Foundation Models are unrobust to Medical Center Differences
         (2025), arXiv 2501.18055.
+
+    Examples:
+        >>> ratio_index(np.array([[2, 4, 1]])).tolist()
+        [2.0]
     """
     return _ratio(totals[:, 0] + totals[:, 1], totals[:, 0] + totals[:, 2])
 
 
 def pathorob_index(totals: Num[np.ndarray, "draw 3"]) -> Float64[np.ndarray, " draw"]:
-    """PathoROB's robustness index, SO / (SO + OS), between 0 and 1.
+    """Compute PathoROB's robustness index, SO / (SO + OS), between 0 and 1.
 
     Args:
-        totals: SS, SO and OS, summed over the queries of each draw.
+        totals: (draw, 3) SS, SO and OS, summed over the queries of each draw.
 
     Returns:
-        The index of each draw; NaN where all neighbors share both class and center, or neither.
+        The (draw,) index; NaN where all neighbors share both class and center, or neither.
 
     References:
         Kömen et al., Towards Robust Foundation Models for Digital Pathology (2025), arXiv 2507.17845.
+
+    Examples:
+        >>> pathorob_index(np.array([[2, 3, 1]])).tolist()
+        [0.75]
     """
     return _ratio(totals[:, 1], totals[:, 1] + totals[:, 2])
 
@@ -125,19 +143,19 @@ class PairedCounts:
     """Neighbors of each kind in the paired design, for one k."""
 
     counts: Int64[np.ndarray, "row 3"]
-    """SS, SO and OS of each row, summed over the combinations that it is in: what a bootstrap sums."""
+    """SS, SO and OS of each row, summed over the combinations that hold it; a bootstrap sums them."""
     combinations: Int64[np.ndarray, "combination 3"]
-    """The same, summed over the rows of each combination."""
+    """SS, SO and OS summed over the rows of each combination."""
     occurrences: int
-    """Rows, each counted as often as it is in a combination."""
+    """Number of rows, each counted once for each combination that holds it."""
     informative: int
-    """Those of them that have a neighbor of kind SO or OS among the k."""
+    """Number of those that have a neighbor of kind SO or OS among the k."""
     class_accuracy: float
     """Balanced accuracy of the k nearest neighbors' vote for the class, the mean over combinations."""
 
     @property
     def support(self) -> float:
-        """The share of occurrences that the index rests on; an index over a thin support says little."""
+        """The share of occurrences that the index rests on. An index with little support is uncertain."""
         return self.informative / self.occurrences
 
 
@@ -150,25 +168,34 @@ def paired_combinations(
     rows_per_stratum: int | None = None,
     seed: int,
 ) -> tuple[Combination, ...]:
-    """All pairs of classes with all pairs of centers, as balanced subsets: PathoROB's 2x2 design.
+    """Combine all pairs of classes with all pairs of centers into balanced subsets: PathoROB's 2x2 design.
 
-    A stratum is the rows of one class in one center. It takes part if it has two slides at least, else a query
-    in it has no neighbor of kind SS. The four strata of a combination give as many rows as the smallest has,
-    taken from their slides by turns, in an order that the seed and the stratum's name decide.
+    A stratum is the rows of one class in one center. It is used if it has at least two slides; otherwise a query
+    in it has no neighbor of kind SS. The four strata of a combination contribute as many rows as the smallest has,
+    taken from their slides by turns, in an order that depends on the seed and the stratum's name.
 
     Args:
-        biological_classes: The tissue class of each row.
-        medical_centers: The center of each row.
-        slides: The slide (or patient) of each row.
+        biological_classes: (row,) tissue class of each row.
+        medical_centers: (row,) center of each row.
+        slides: (row,) slide (or patient) of each row.
         k: Combinations in which some query would have fewer than k rows of other slides are left out.
-        rows_per_stratum: At most so many rows of each stratum, 2 at least; None is no limit.
-        seed: Of the draw of rows.
+        rows_per_stratum: Maximum number of rows of each stratum, at least 2; None is no limit.
+        seed: Random seed of the draw of rows.
+
+    Returns:
+        The combinations.
 
     Raises:
         TaskError: If the lengths differ, a number is too small, or no combination is left.
 
     References:
         Kömen et al. (2025), arXiv 2507.17845, section on the robustness index (TCGA-2x2).
+
+    Examples:
+        >>> classes, centers = np.repeat(["n", "t"], 4), np.tile([1, 1, 2, 2], 2)
+        >>> design = paired_combinations(classes, centers, np.arange(8), k=3, seed=0)
+        >>> len(design), design[0].rows.tolist()
+        (1, [0, 1, 2, 3, 4, 5, 6, 7])
     """
     require_aligned(classes=len(biological_classes), centers=len(medical_centers), slides=len(slides))
     if k < 1 or (rows_per_stratum is not None and rows_per_stratum < 2):
@@ -176,20 +203,20 @@ def paired_combinations(
     strata = _strata(biological_classes, medical_centers, slides, seed)
     class_pairs = combinations(np.unique(biological_classes), 2)
     center_pairs = list(combinations(np.unique(medical_centers), 2))
-    found = []
+    design = []
     for classes, centers in product(class_pairs, center_pairs):
         names = list(product(classes, centers))
         if all(name in strata for name in names):
             size = min([len(strata[name]) for name in names] + [rows_per_stratum or len(slides)])
             rows = np.sort(np.concatenate([strata[name][:size] for name in names]))
             if len(rows) - np.unique(slides[rows], return_counts=True)[1].max() >= k:
-                found.append(Combination(classes=np.array(classes), centers=np.array(centers), rows=rows))
-    if not found:
+                design.append(Combination(classes=np.array(classes), centers=np.array(centers), rows=rows))
+    if not design:
         raise TaskError(
             "the paired design needs two classes that both occur in two centers, on two slides at least in each, "
             f"with {k} rows of other slides for every query; no four strata do (use a smaller k, or the unpaired index)"
         )
-    return tuple(found)
+    return tuple(design)
 
 
 def _strata(
@@ -198,7 +225,7 @@ def _strata(
     slides: Shaped[np.ndarray, " row"],
     seed: int,
 ) -> dict[tuple[object, object], Int64[np.ndarray, " member"]]:
-    """The rows of each (class, center) on two slides at least, in the order in which they are taken."""
+    """Return the rows of each (class, center) on at least two slides, in the order in which they are taken."""
     strata = {}
     for name in product(np.unique(classes), np.unique(centers)):
         rows = np.flatnonzero((classes == name[0]) & (centers == name[1]))
@@ -209,7 +236,7 @@ def _strata(
 
 
 def _turns(slides: Shaped[np.ndarray, " row"]) -> Int64[np.ndarray, " row"]:
-    """How many rows of the same slide come before each row."""
+    """Return how many rows of the same slide come before each row."""
     codes, _ = cluster_codes(slides)
     order = np.argsort(codes, kind="stable")
     turns = np.empty(len(codes), np.int64)
@@ -226,18 +253,18 @@ def paired_counts(
     *,
     ks: Sequence[int],
 ) -> Mapping[int, PairedCounts]:
-    """Counts neighbors by the cosine within each combination, those of the query's slide left out.
+    """Count neighbors by the cosine within each combination, those of the query's slide left out.
 
-    The index of the design is `pathorob_index` of the summed `counts`: evidence is pooled over combinations,
-    every neighbor of kind SO or OS weighing the same. So does croma (1.0), which however lets a query with
-    fewer than k rows of other slides vote with fewer; here that is an error. PathoROB's published code keeps
+    The index of the design is `pathorob_index` of the summed `counts`: evidence is pooled over combinations, and
+    every neighbor of kind SO or OS has the same weight. croma (1.0) does the same, but lets a query with
+    fewer than k rows of other slides vote with fewer, which is an error here. PathoROB's published code keeps
     only the last combination of a patch that is in several, so it agrees where no two share a patch.
 
     Args:
-        features: Of any float type, not normalized.
-        biological_classes: The tissue class of each row.
-        medical_centers: The center of each row.
-        slides: The slide (or patient) of each row.
+        features: (row, dim) features of any float type, not normalized.
+        biological_classes: (row,) tissue class of each row.
+        medical_centers: (row,) center of each row.
+        slides: (row,) slide (or patient) of each row.
         design: From `paired_combinations`, for the greatest of `ks`.
         ks: Numbers of neighbors.
 
@@ -247,6 +274,14 @@ def paired_counts(
     Raises:
         TaskError: If there is no k or no combination, a query has too few rows to choose from, or a row is
             zero or NaN.
+
+    Examples:
+        >>> classes, centers, slides = np.repeat(["n", "t"], 4), np.tile([1, 1, 2, 2], 2), np.arange(8)
+        >>> features = np.stack([classes == "n", classes == "t", centers == 1], axis=1).astype(float)
+        >>> design = paired_combinations(classes, centers, slides, k=3, seed=0)
+        >>> counts = paired_counts(features, classes, centers, slides, design, ks=[3])[3].counts
+        >>> counts[0].tolist(), pathorob_index(counts.sum(axis=0, keepdims=True)).tolist()
+        ([1, 2, 0], [1.0])
     """
     if not ks or not design:
         raise TaskError(f"paired counts need a k and a combination; got ks {list(ks)}, {len(design)} combinations")
@@ -264,7 +299,7 @@ def _within(
     slides: Shaped[np.ndarray, " row"],
     ks: Sequence[int],
 ) -> dict[int, tuple[Int64[np.ndarray, "row 3"], float]]:
-    """For each k, every row's counts within one combination, and the balanced accuracy of the class's vote."""
+    """Return for each k every row's counts within one combination, and the balanced accuracy of the class's vote."""
     graph = nearest(features, None, max(ks), groups=slides)
     same_class = classes[graph.indices] == classes[:, None]
     same_center = centers[graph.indices] == centers[:, None]
@@ -281,12 +316,12 @@ def _pooled(
     parts: Sequence[tuple[Int64[np.ndarray, "_ 3"], float]], design: Sequence[Combination], rows: int
 ) -> PairedCounts:
     counts = np.zeros((rows, 3), np.int64)
-    for combination, (found, _) in zip(design, parts, strict=True):
-        counts[combination.rows] += found
+    for combination, (own, _) in zip(design, parts, strict=True):
+        counts[combination.rows] += own
     return PairedCounts(
         counts=counts,
-        combinations=np.stack([found.sum(axis=0) for found, _ in parts]),
-        occurrences=sum(len(found) for found, _ in parts),
-        informative=sum(int(found[:, 1:].any(axis=1).sum()) for found, _ in parts),
+        combinations=np.stack([own.sum(axis=0) for own, _ in parts]),
+        occurrences=sum(len(own) for own, _ in parts),
+        informative=sum(int(own[:, 1:].any(axis=1).sum()) for own, _ in parts),
         class_accuracy=float(np.mean([accuracy for _, accuracy in parts])),
     )

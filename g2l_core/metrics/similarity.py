@@ -1,4 +1,4 @@
-"""How alike the features of two encoders are: linear CKA, exact in one pass, with intervals over clusters."""
+"""Linear CKA between the features of two encoders: exact in one pass, with jackknife intervals over clusters."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -24,14 +24,14 @@ one, and each group left out costs a CKA."""
 
 
 def _biased_hsic(moments: CkaMoments, left: Side, right: Side) -> float:
-    """tr(KHLH) = |X'HY|^2, the biased HSIC but for a factor that cancels in CKA."""
+    """Return tr(KHLH) = |X'HY|^2, the biased HSIC without a factor that cancels in CKA."""
     p, q = moments.columns(left), moments.columns(right)
     cross = moments.gram[p, q] - np.outer(moments.total[p], moments.total[q]) / moments.n
     return float(np.vdot(cross, cross))
 
 
 def _debiased_hsic(moments: CkaMoments, left: Side, right: Side) -> float:
-    """HSIC1 of Song et al. (2012, equation 5) but for a factor 1 / (n (n - 3)) that cancels in CKA.
+    """Return HSIC1 of Song et al. (2012, equation 5) without the factor 1 / (n (n - 3)), which cancels in CKA.
 
     K and L have their diagonals k_i = |x_i|^2, l_i = |y_i|^2 set to zero, and with s = sum x, t = sum y:
     tr(KL) = |X'Y|^2 - sum k l;  1'K1 = s's - sum k;
@@ -47,16 +47,20 @@ def _debiased_hsic(moments: CkaMoments, left: Side, right: Side) -> float:
 
 
 def linear_cka(moments: CkaMoments, *, debiased: bool) -> float:
-    """Linear centered kernel alignment of two encoders' features.
+    """Compute linear centered kernel alignment of two encoders' features.
 
-    1 where the features agree up to a rotation, a shift and one scale; 0 where they are independent. The
-    biased estimator does not fall to 0: of independent features, it gives 0.23 with 4,096 rows of 1,024 and
-    1,536 dimensions, and 0.97 with 32 rows. The debiased one scatters about 0, so it can be below: the sign
-    is kept.
+    CKA = HSIC(X, Y) / sqrt(HSIC(X, X) HSIC(Y, Y)); biased, HSIC(X, Y) = |X'Y|_F^2 of centered X and Y.
+
+    It is 1 where the features agree up to a rotation, a shift and one scale, and 0 where they are independent. The
+    biased estimator does not fall to 0: for independent features it is 0.23 with 4,096 rows of 1,024 and
+    1,536 dimensions, and 0.97 with 32 rows. The debiased one scatters about 0 and can be negative.
 
     Args:
-        moments: Of at least four rows.
-        debiased: Whether to leave each row's product with itself out.
+        moments: From `moments.cka_moments`, of at least four rows.
+        debiased: Whether to leave out each row's product with itself.
+
+    Returns:
+        The alignment.
 
     Raises:
         TaskError: If there are fewer than four rows, one encoder's features do not vary, or rounding has
@@ -66,6 +70,12 @@ def linear_cka(moments: CkaMoments, *, debiased: bool) -> float:
         Kornblith et al., Similarity of Neural Network Representations Revisited (2019), section 3;
         debiased: Song et al., Feature Selection via Dependence Maximization (2012), equation 5, as used by
         Nguyen et al., Do Wide and Deep Networks Learn the Same Things? (2021).
+
+    Examples:
+        >>> x = np.random.default_rng(0).standard_normal((20, 3))
+        >>> rotated = x[:, ::-1] * 5 + 1
+        >>> round(linear_cka(cka_moments(x, rotated, center=cka_center(x, rotated)), debiased=True), 6)
+        1.0
     """
     if moments.n < 4:
         raise TaskError(f"CKA needs at least 4 rows; got {moments.n}")
@@ -105,7 +115,6 @@ def leave_out_each(
         TaskError: As `cka_moments` and `linear_cka`, which must hold without any one group too.
 
     Examples:
-        >>> import numpy as np
         >>> x = np.random.default_rng(0).standard_normal((60, 4))
         >>> patients = np.repeat(np.arange(6), 10)
         >>> value, without = leave_out_each(x, x + 1, patients, debiased=True)
@@ -146,6 +155,12 @@ def leave_out_moments(
 
     Raises:
         TaskError: As `cka_moments` and the measure.
+
+    Examples:
+        >>> x = np.random.default_rng(0).standard_normal((40, 3))
+        >>> value, without = leave_out_moments(partial(linear_cka, debiased=False), x, x + 1, np.repeat([1, 2], 20))
+        >>> round(value, 6), without.round(6).tolist()
+        (1.0, [1.0, 1.0])
     """
     require_aligned(x=len(x), y=len(y), clusters=len(clusters))
     moments = partial(cka_moments, center=cka_center(x, y), device=device)
@@ -165,6 +180,11 @@ def jackknife_groups(clusters: Shaped[np.ndarray, " row"]) -> tuple[Int64[np.nda
 
     Returns:
         The (row,) group of each row, and the number of groups.
+
+    Examples:
+        >>> groups, count = jackknife_groups(np.array(["b", "a", "b"]))
+        >>> groups.tolist(), count
+        ([1, 0, 1], 2)
     """
     codes, count = cluster_codes(clusters)
     if count <= MAX_GROUPS:
@@ -179,15 +199,23 @@ def _kernel(features: Float[np.ndarray, "row dim"]) -> Float64[np.ndarray, "row 
 
 
 def kernel_cka(k: Float64[np.ndarray, "row row"], other: Float64[np.ndarray, "row row"], *, debiased: bool) -> float:
-    """Centered kernel alignment of two kernels; of XX' and YY', the same figure as `linear_cka`.
+    """Compute centered kernel alignment of two kernels. With XX' and YY' it equals `linear_cka`.
 
     Args:
-        k: The kernel of each two rows in one encoder.
-        other: That of the same rows in the other.
+        k: (row, row) kernel of one encoder.
+        other: (row, row) kernel of the other, of the same rows.
         debiased: See `linear_cka`.
+
+    Returns:
+        The alignment.
 
     Raises:
         TaskError: If there are fewer than four rows, or a kernel is constant but for rounding.
+
+    Examples:
+        >>> x = np.random.default_rng(0).standard_normal((20, 3))
+        >>> round(kernel_cka(x @ x.T, 9 * x @ x.T, debiased=True), 6)
+        1.0
     """
     n = len(k)
     if n < 4:
@@ -220,7 +248,12 @@ def _hollow_hsic(k: Float64[np.ndarray, "row row"], other: Float64[np.ndarray, "
 
 
 def jackknife_unit(clusters: Shaped[np.ndarray, " row"], unit: str) -> str:
-    """Return the name of what is left out at a time: the unit itself, or groups of it where they are many."""
+    """Return the name of what is left out at a time: the unit itself, or groups of it where they are many.
+
+    Examples:
+        >>> jackknife_unit(np.arange(3), "patients"), jackknife_unit(np.arange(100), "patients")
+        ('patients', 'groups of 100 patients')
+    """
     _, count = cluster_codes(clusters)
     return unit if count <= MAX_GROUPS else f"groups of {count} {unit}"
 
@@ -253,7 +286,6 @@ def jackknife(value: float, without: Float64[np.ndarray, " group"], unit: str) -
         Jackknifing U-Statistics (1969).
 
     Examples:
-        >>> import numpy as np
         >>> estimate, p_value = jackknife(0.5, np.array([0.4, 0.5, 0.6]), "slides")
         >>> round(estimate.low, 3), round(estimate.high, 3), round(p_value, 3)
         (0.003, 0.997, 0.049)

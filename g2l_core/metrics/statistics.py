@@ -53,6 +53,11 @@ def cluster_codes(clusters: Shaped[np.ndarray, " row"]) -> tuple[Int64[np.ndarra
 
     Raises:
         TaskError: If there is no row.
+
+    Examples:
+        >>> codes, count = cluster_codes(np.array(["p2", "p1", "p2"]))
+        >>> codes.tolist(), count
+        ([1, 0, 1], 2)
     """
     require_aligned(clusters=len(clusters))
     names, codes = np.unique(clusters, return_inverse=True)
@@ -73,6 +78,10 @@ def cluster_sums(
 
     Raises:
         TaskError: If the lengths differ.
+
+    Examples:
+        >>> cluster_sums(np.array([[1, 0], [1, 1], [0, 1]]), np.array(["a", "b", "a"])).tolist()
+        [[1, 1], [1, 1]]
     """
     require_aligned(rows=len(rows), clusters=len(clusters))
     codes, count = cluster_codes(clusters)
@@ -90,6 +99,11 @@ def of_sums(
     Args:
         score: Maps the (draw, ...) sums over all drawn rows to (draw,) metric values; NaN where undefined.
         sums: (cluster, ...) sums over each cluster, in the order of their sorted names.
+
+    Examples:
+        >>> accuracy = of_sums(lambda sums: sums[:, 0] / sums[:, 1], np.array([[1, 2], [3, 3]]))  # right, rows
+        >>> accuracy(np.array([[1, 1], [0, 2]])).tolist()
+        [0.8, 1.0]
     """
     exact = sums.astype(np.float64)  # counts below 2^53 are exact, and only floats go through BLAS
     return lambda drawn: score(np.tensordot(drawn.astype(np.float64), exact, axes=1))
@@ -104,6 +118,12 @@ def of_weights(
     Args:
         score: Maps (draw, row) integer weights to (draw,) metric values; NaN where undefined.
         clusters: (row,) cluster of each row.
+
+    Examples:
+        >>> values, patients = np.array([1.0, 2.0, 6.0]), np.array(["a", "a", "b"])
+        >>> mean = of_weights(lambda weights: weights @ values / weights.sum(axis=1), patients)
+        >>> mean(np.array([[1, 1], [0, 2]])).tolist()
+        [3.0, 6.0]
     """
     codes, _ = cluster_codes(clusters)
     step = max(1, _BLOCK // len(codes))
@@ -177,6 +197,13 @@ def cluster_bootstrap(
     References:
         Efron & Tibshirani, An Introduction to the Bootstrap (1993), chapter 13; clusters: Davison &
         Hinkley, Bootstrap Methods (1997), section 3.8.
+
+    Examples:
+        >>> patients, right = np.array(["a", "a", "b", "c"]), np.array([1, 1, 0, 1])
+        >>> sums = cluster_sums(np.stack([right, np.ones(4)], axis=1), patients)
+        >>> accuracy = of_sums(lambda sums: sums[:, 0] / sums[:, 1], sums)
+        >>> cluster_bootstrap(accuracy, patients, unit="patients", draws=200, seed=0)
+        Estimate(value=0.75, low=0.0, high=1.0, method='bootstrap over 3 patients, 200 draws')
     """
     _, count = cluster_codes(clusters)
     value = _value(statistic, count)
@@ -211,6 +238,14 @@ def paired_bootstrap(
 
     Raises:
         TaskError: If there is no row, or a statistic is undefined on the whole data.
+
+    Examples:
+        >>> patients = np.array(["a", "b", "c"])
+        >>> right = {"student": np.array([[3], [2], [3]]), "teacher": np.array([[1], [1], [3]])}  # of 3 rows each
+        >>> student, teacher = (of_sums(lambda sums: sums[:, 0] / 9, right[name]) for name in right)
+        >>> difference, p_value = paired_bootstrap(student, teacher, patients, draws=200, seed=0)
+        >>> round(difference.value, 6), p_value < 0.1
+        (0.333333, True)
     """
 
     def difference(drawn: Int64[np.ndarray, "draw cluster"]) -> Float64[np.ndarray, " draw"]:
@@ -243,6 +278,10 @@ def holm(p_values: Float64[np.ndarray, " test"]) -> Float64[np.ndarray, " test"]
 
     References:
         Holm, A simple sequentially rejective multiple test procedure (1979).
+
+    Examples:
+        >>> holm(np.array([0.01, 0.04, np.nan, 0.03])).tolist()
+        [0.03, 0.06, nan, 0.06]
     """
     made = np.flatnonzero(~np.isnan(p_values))
     if ((p_values[made] < 0) | (p_values[made] > 1)).any():

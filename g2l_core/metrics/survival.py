@@ -1,7 +1,7 @@
 """Survival: Harrell's concordance index, and Cox regression with a ridge penalty on pooled features.
 
-One row is one patient. Several slides or patches of a patient are pooled first (`bags.mean_pool`): a patient
-who stands there twice would count two deaths.
+One row is one patient. Pool several slides or patches of a patient first (`bags.mean_pool`): a patient with two rows
+would count as two deaths.
 """
 
 from collections.abc import Sequence
@@ -16,18 +16,21 @@ from g2l_core.metrics.rows import require_finite
 from g2l_core.metrics.statistics import require_aligned
 
 _BLOCK_PAIRS = 1 << 22
-"""Most pairs held at a time: 32 MiB for each of two matrices."""
+"""Pairs held at a time: 32 MiB for each of two matrices."""
 
 
 def require_survival(times: Num[np.ndarray, " row"], events: Bool[np.ndarray, " event_row"]) -> None:
-    """Checks that times and events can be evaluated.
+    """Check that times and events can be evaluated.
 
     Args:
-        times: To the event or to the end of follow-up, in any unit.
-        events: Whether the event was observed; False is censored.
+        times: (row,) time to the event or to the end of follow-up, in any unit.
+        events: (row,) whether the event was observed; False is censored.
 
     Raises:
         TaskError: If the lengths differ, a time is negative or not finite, or no event was observed.
+
+    Examples:
+        >>> require_survival(np.array([1.0, 2.0]), np.array([True, False]))
     """
     require_aligned(times=len(times), events=len(events))
     bad = ~np.isfinite(times) | (times < 0)
@@ -46,29 +49,33 @@ def concordance_index(
     risks: Float[np.ndarray, " risk_row"],
     weights: Int64[np.ndarray, "draw row"] | None = None,
 ) -> Float64[np.ndarray, " draw"]:
-    """Harrell's C: of all pairs known to differ in survival, the share in which the earlier has more risk.
+    """Compute Harrell's C: of all pairs known to differ in survival, the share in which the earlier has more risk.
 
     A pair is known to differ if one patient had the event at t and the other's time is later, or is t too
-    but censored. Two events at the same time are no pair. Equal risks count one half. All of it as lifelines
-    does (whose scores run the other way: `concordance_index(times, -risks, events)`).
+    but censored. Two events at the same time are no pair. Equal risks count one half. These are the rules of lifelines
+    (whose scores have the opposite sign: `concordance_index(times, -risks, events)`).
 
-    All pairs are counted in blocks, for all draws in one matrix product: exact, as counts stay below 2^53.
+    All pairs are counted in blocks, for all draws in one matrix product. Counts stay below 2^53 and are exact.
 
     Args:
-        times: To the event or to the end of follow-up.
-        events: Whether the event was observed.
-        risks: Any score that grows with the risk.
-        weights: How often each patient counts, in each draw; None is one draw of all. Two copies of a patient
-            are no pair.
+        times: (row,) time to the event or to the end of follow-up.
+        events: (row,) whether the event was observed.
+        risks: (row,) any score that grows with the risk.
+        weights: (draw, row) how often each patient counts; None is one draw of all. Copies of a patient are no pair.
 
     Returns:
-        The index of each draw, 1/2 by chance; NaN where it has no pair.
+        The (draw,) index, 1/2 by chance; NaN where a draw has no pair.
 
     Raises:
         TaskError: As `require_survival`, and if a risk is NaN or no pair is known to differ.
 
     References:
         Harrell et al., Multivariable prognostic models (1996), Statistics in Medicine 15, section 5.5.
+
+    Examples:
+        >>> times, events = np.array([1.0, 2.0, 3.0]), np.array([True, True, False])
+        >>> concordance_index(times, events, risks=np.array([0.9, 0.2, 0.4])).round(4).tolist()
+        [0.6667]
     """
     require_survival(times, events)
     require_aligned(times=len(times), risks=len(risks))
@@ -98,24 +105,24 @@ class CoxModel:
     scale: Float64[np.ndarray, " dim"]
     """Standard deviation (n - 1) of the training part; 1 where a feature is constant."""
     coefficients: Float64[np.ndarray, " dim"]
-    """Of the standardized features."""
+    """Coefficients of the standardized features."""
     penalty: float
     converged: bool
     """False where Newton's method did not reach its tolerance."""
 
     def risks(self, features: Float[np.ndarray, "row dim"]) -> Float64[np.ndarray, " row"]:
-        """The log hazard of each row relative to the training part's mean features."""
+        """Return the (row,) log hazard relative to the training part's mean features."""
         return ((features.astype(np.float64) - self.mean) / self.scale) @ self.coefficients
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Sorted:
-    """Patients by ascending time, with what the partial likelihood needs of the ties."""
+    """Patients by ascending time, with what the partial likelihood needs to know about ties."""
 
     x: Float64[np.ndarray, "row component"]
     events: Bool[np.ndarray, " row"]
     start: Int64[np.ndarray, " row"]
-    """The first row of the same time: the risk set is all rows from there on."""
+    """The first row of the same time. The risk set is all rows from there on."""
     stop: Int64[np.ndarray, " row"]
     """One beyond the last row of the same time."""
     share: Float64[np.ndarray, " event"]
@@ -137,7 +144,7 @@ def _sorted(
 def _partial_likelihood(
     data: _Sorted, beta: Float64[np.ndarray, " component"]
 ) -> tuple[float, Float64[np.ndarray, " component"], Float64[np.ndarray, "component component"]]:
-    """Efron's log partial likelihood, its gradient, and its Hessian negated.
+    """Compute Efron's log partial likelihood, its gradient, and its negated Hessian.
 
     With weights w = exp(x beta), the event i at time t has the denominator D_i = sum of w over those at risk
     - share_i (sum of w over the events at t), and the mean m_i of x under those weights. Then
@@ -165,7 +172,7 @@ def _partial_likelihood(
 def _newton(
     data: _Sorted, penalty: float, iterations: int = 100, tolerance: float = 1e-9
 ) -> tuple[Float64[np.ndarray, " component"], bool]:
-    """Maximizes l(beta) - n penalty |beta|^2 / 2, halving steps that lose; and whether it got there."""
+    """Maximize l(beta) - n penalty |beta|^2 / 2, halving steps that do not improve; return whether it converged."""
     ridge = len(data.x) * penalty
     beta = np.zeros(data.x.shape[1])
     value, gradient, curvature = _partial_likelihood(data, beta)
@@ -193,18 +200,21 @@ def fit_cox(
     penalty: float,
     components: int | None = None,
 ) -> CoxModel:
-    """Cox regression on standardized features: the maximum of l(beta) - n penalty |beta|^2 / 2.
+    """Fit Cox regression on standardized features: the maximum of l(beta) - n penalty |beta|^2 / 2.
 
-    l is the log partial likelihood with Efron's treatment of ties, n the number of patients: lifelines'
-    `CoxPHFitter(penalizer=penalty)`. Newton's method runs in the space that the rows span (the ridge solution
-    lies there), so that 1,536 features of 300 patients cost 300 dimensions.
+    l is the log partial likelihood with Efron's treatment of ties, and n the number of patients, as in lifelines'
+    `CoxPHFitter(penalizer=penalty)`. Newton's method runs in the space that the rows span, which holds the ridge
+    solution, so that 1,536 features of 300 patients cost 300 dimensions.
 
     Args:
-        features: One row a patient; cast to float64.
-        times: To the event or to the end of follow-up.
-        events: Whether the event was observed.
+        features: (row, dim) features, one row a patient; cast to float64.
+        times: (row,) time to the event or to the end of follow-up.
+        events: (row,) whether the event was observed.
         penalty: Above 0.
-        components: Keep only so many principal components of the standardized features; None keeps all.
+        components: Number of principal components of the standardized features to keep; None keeps all.
+
+    Returns:
+        The fitted model.
 
     Raises:
         TaskError: As `require_survival`, and if a feature is not finite, the penalty is not above 0, or all
@@ -214,6 +224,12 @@ def fit_cox(
         Cox (1972), Regression models and life-tables; ties: Efron (1977), The efficiency of Cox's likelihood
         function for censored data; ridge: Verweij & van Houwelingen (1994), Penalized likelihood in Cox
         regression.
+
+    Examples:
+        >>> times, events = np.array([1.0, 2.0, 3.0, 4.0]), np.array([True, True, True, False])
+        >>> model = fit_cox(np.array([[3.0], [1.0], [2.0], [0.0]]), times, events, penalty=0.1)
+        >>> model.coefficients.round(3).tolist(), model.converged
+        ([1.015], True)
     """
     require_survival(times, events)
     require_aligned(features=len(features), times=len(times))
@@ -243,25 +259,33 @@ def choose_cox_penalty(
     folds: int = 5,
     seed: int,
 ) -> float:
-    """The penalty with the greatest cross-validated partial likelihood, the larger of equals.
+    """Choose the penalty with the greatest cross-validated partial likelihood, the larger of equals.
 
-    It is the sum over folds of l(beta without the fold) on all patients minus that on the others: what the
-    fold adds, which is defined for folds however small.
+    With b fitted without a fold, the fold adds l(b) on all patients - l(b) on the patients outside it, which is defined
+    for folds of any size. These are summed over folds.
 
     Args:
-        features: One row a patient.
-        times: To the event or to the end of follow-up.
-        events: Whether the event was observed.
-        penalties: To choose from.
+        features: (row, dim) features, one row a patient.
+        times: (row,) time to the event or to the end of follow-up.
+        events: (row,) whether the event was observed.
+        penalties: Candidates.
         components: As in `fit_cox`.
-        folds: Patients with and without event are dealt out evenly.
-        seed: Of the deal.
+        folds: Number of folds, over which patients with and without event are dealt evenly.
+        seed: Random seed that deals the patients.
+
+    Returns:
+        The penalty.
 
     Raises:
         TaskError: As `fit_cox`, and if there are fewer patients, or fewer events, than folds.
 
     References:
         Verweij & van Houwelingen, Cross-validation in survival analysis (1993), equation 3.
+
+    Examples:
+        >>> times, events = np.arange(1.0, 9.0), np.ones(8, bool)
+        >>> choose_cox_penalty(-times[:, None], times, events, penalties=[0.01, 100.0], folds=2, seed=0)
+        0.01
     """
     require_survival(times, events)
     if folds < 2 or len(times) < folds or events.sum() < folds:

@@ -47,12 +47,12 @@ class GridSpec:
         parse=parse_artifacts,
         help="Leave out patches that show black, pen or blurred (by comma), or none.",
     )
-    """Such patches keep their row and get no features. Folders of patch images are somebody's choice already and are
-    never filtered."""
+    """Such patches keep their row and get no features. Patch images were chosen by somebody already and are never
+    filtered."""
     seed: int = option(0, panel=PATCHES, help="Random seed.")
 
     def __post_init__(self) -> None:
-        """Refuse a grid that cannot be laid."""
+        """Refuse settings that give no grid."""
         if unknown := sorted(set(self.artifacts) - set(ARTIFACTS)):
             raise UnknownNameError("artifact", unknown[0], [*ARTIFACTS, "none"])
         in_order = tuple(name for name in ARTIFACTS if name in self.artifacts)

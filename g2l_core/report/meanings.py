@@ -1,4 +1,4 @@
-"""What the figures of a report are called and say."""
+"""Titles and explanations of the metrics of a report."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,30 +6,30 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Meaning:
-    """What a figure is called and says."""
+    """The title and explanation of a metric."""
 
     title: str
     sentence: str = ""
     scale: str
-    """Figures of one scale are drawn on one axis."""
+    """Metrics of one scale are drawn on one axis."""
     neutral: float | None = None
-    """The value that parts good from bad, where there is one."""
+    """The value that separates good from bad, where there is one."""
 
 
-_SHARE, _ALIKENESS = "share", "alikeness"
+_SHARE, _SIMILARITY = "share", "similarity"
 
 _BASIC: Mapping[str, Meaning] = {
     "cka_debiased": Meaning(
         title="CKA, debiased",
         sentence="Linear centered kernel alignment with the reference encoder's features: 1 where the two agree up to "
         "rotation and scale, about 0 where they are unrelated.",
-        scale=_ALIKENESS,
+        scale=_SIMILARITY,
     ),
     "cka_biased": Meaning(
         title="CKA, biased",
         sentence="The common form of CKA; it stays above 0 even for unrelated features, the more so the fewer the "
         "patches.",
-        scale=_ALIKENESS,
+        scale=_SIMILARITY,
     ),
     "knn_accuracy": Meaning(
         title="kNN accuracy",
@@ -79,38 +79,38 @@ _BASIC: Mapping[str, Meaning] = {
     ),
 }
 
-_LIKENESS = {
+_SIMILARITIES = {
     "similarity_rbf_cka": Meaning(
         title="CKA with RBF kernels",
         sentence="Debiased CKA that weighs near patches more: whether the same patches are near in both encoders.",
-        scale=_ALIKENESS,
+        scale=_SIMILARITY,
     ),
     "similarity_trimmed_cka": Meaning(
         title="CKA, trimmed",
         sentence="Debiased linear CKA without the patches farthest from the median, which can decide it alone.",
-        scale=_ALIKENESS,
+        scale=_SIMILARITY,
     ),
     "similarity_mutual_knn": Meaning(
         title="Mutual neighbors",
         sentence="Share of a patch's nearest neighbors that it has in the reference encoder too.",
-        scale=_ALIKENESS,
+        scale=_SIMILARITY,
     ),
     "similarity_procrustes": Meaning(
         title="Procrustes similarity",
         sentence="How much of the features a rotation brings onto the reference encoder's; of few patches it is above "
         "0 for unrelated features too.",
-        scale=_ALIKENESS,
+        scale=_SIMILARITY,
     ),
     "similarity_ridge_r2": Meaning(
         title="Linear map, R2",
         sentence="Share of the reference encoder's variance that a ridge map from these features explains on patients "
         "it was not fitted on.",
-        scale=_ALIKENESS,
+        scale=_SIMILARITY,
     ),
     "similarity_projected_cosine": Meaning(
         title="Linear map, cosine",
         sentence="Mean cosine between the mapped features and the reference encoder's, on other patients.",
-        scale=_ALIKENESS,
+        scale=_SIMILARITY,
     ),
     "similarity_effective_rank": Meaning(
         title="Effective rank",
@@ -151,12 +151,12 @@ _OTHERS = {
     "regression_pearson": Meaning(
         title="Regression, Pearson",
         sentence="Correlation of the label with a ridge regression's prediction on other patients.",
-        scale=_ALIKENESS,
+        scale=_SIMILARITY,
     ),
     "regression_r2": Meaning(
         title="Regression, R2",
         sentence="Share of the label's variance about the training mean that a ridge regression explains.",
-        scale=_ALIKENESS,
+        scale=_SIMILARITY,
     ),
     "retrieval_top": Meaning(
         title="Retrieval, found",
@@ -182,9 +182,9 @@ _OTHERS = {
         neutral=0.5,
     ),
     "center_balanced_accuracy": Meaning(
-        title="Center told",
-        sentence="How well a linear probe tells the medical center of unseen patients; lower is better, and the class "
-        "alone may tell some of it.",
+        title="Center predicted",
+        sentence="How well a linear probe predicts the medical center of unseen patients; lower is better, and the "
+        "class alone may give some of it away.",
         scale=_SHARE,
     ),
     "bias_drop_in_domain": Meaning(
@@ -203,7 +203,7 @@ _OTHERS = {
     "consistency_cosine": Meaning(
         title="Consistency, cosine",
         sentence="Cosine between the same tissue under two scanners or stains; median over pairs of them.",
-        scale=_ALIKENESS,
+        scale=_SIMILARITY,
     ),
     "consistency_top": Meaning(
         title="Consistency, found again",
@@ -212,5 +212,5 @@ _OTHERS = {
     ),
 }
 
-METRICS: Mapping[str, Meaning] = {**_classifier_meanings(), **_BASIC, **_LIKENESS, **_OTHERS}
+METRICS: Mapping[str, Meaning] = {**_classifier_meanings(), **_BASIC, **_SIMILARITIES, **_OTHERS}
 """By the first part of a metric's name; what follows it (`_k5`) is added to the title in words."""

@@ -65,7 +65,7 @@ def pictures_of(pictures: Pictures, order: Sequence[str]) -> Markup:
 
 
 def _grouped(items: Iterable[tuple[str, _T]]) -> dict[str, list[_T]]:
-    groups: dict[str, list[T]] = {}
+    groups: dict[str, list[_T]] = {}
     for name, item in items:
         groups.setdefault(name, []).append(item)
     return groups

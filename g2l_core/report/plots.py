@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 WIDTH = 720
 _ROW, _TITLE, _GROUP_GAP, _LINE = 22, 26, 12, 21
 _CURVES_HEIGHT, _TOP, _BELOW = 270, 14, 52
-_LABEL_CHARS = 24
+_LABEL_CHARS, _TITLE_CHARS = 24, 70
 _CHAR, _VALUE_CHAR = 8.8, 7.7
 """Room for a letter of a name and for one of a value, in the type of narrow screens."""
 _DRAWABLE = 1e12
@@ -60,6 +60,10 @@ class ForestGroup:
 
     title: str
     rows: tuple[Row, ...]
+
+    def height(self) -> int:
+        """The height of the drawn group."""
+        return _TITLE + _ROW * len(self.rows) + _GROUP_GAP
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +106,7 @@ def forest(groups: Sequence[ForestGroup], *, neutral: float | None, label: str) 
         One svg element. An estimate that is not finite has no mark; a bound that is not finite, no bar.
     """
     rows = [row for group in groups for row in group.rows]
-    bottom = sum(_TITLE + _ROW * len(group.rows) + _GROUP_GAP for group in groups)
+    bottom = sum(group.height() for group in groups)
     aside = _VALUE_CHAR * max(len(row.aside) + 2 * bool(row.aside) for row in rows)
     left = 34 + _CHAR * max(min(len(row.label), _LABEL_CHARS) for row in rows)
     right = max(WIDTH - aside - _VALUE_CHAR * max(len(row.text) for row in rows) - 20, left + 40)
@@ -117,7 +121,7 @@ def forest(groups: Sequence[ForestGroup], *, neutral: float | None, label: str) 
         top = 0
         for group in groups:
             _forest_group(axes, group, top, texts, WIDTH - aside)
-            top += _TITLE + _ROW * len(group.rows) + _GROUP_GAP
+            top += group.height()
         return _svg(figure, texts, label)
 
 
@@ -129,7 +133,7 @@ def _forest_group(axes: "Axes", group: ForestGroup, top: int, texts: _Texts, val
     def write(x: float, y: float, number: str, style: str, align: str = "left") -> None:
         _write(axes, x, y, number, style, beside, align)
 
-    write(0, top + _TITLE / 2 + 3, texts.add(group.title), "title")
+    write(0, top + _TITLE / 2 + 3, texts.add(group.title, _TITLE_CHARS), "title")
     for i, row in enumerate(group.rows):
         y = top + _TITLE + _ROW * (i + 0.5)
         _mark(axes, [6], [y], row.series, beside)
@@ -142,8 +146,7 @@ def _forest_group(axes: "Axes", group: ForestGroup, top: int, texts: _Texts, val
             if isfinite(high - low):
                 _line(axes, [low, high], [y, y], f"bar e{row.series % COLORS}")
             _mark(axes, [value], [y], row.series)
-    end = top + _TITLE + _ROW * len(group.rows) + _GROUP_GAP
-    _line(axes, [0, WIDTH], [end, end], "rule", beside)
+    _line(axes, [0, WIDTH], [top + group.height()] * 2, "rule", beside)
 
 
 def curves(
@@ -304,18 +307,19 @@ def _axis(
             tick.gridline.set(visible=True, gid="grid")
 
 
-def _line(
-    axes: "Axes", xs: Sequence[float], ys: Sequence[float], style: str, place: "Transform | None" = None, **options: str
-) -> None:
+def _line(axes: "Axes", xs: Sequence[float], ys: Sequence[float], style: str, place: "Transform | None" = None) -> None:
     from matplotlib.lines import Line2D
 
-    axes.figure.add_artist(Line2D(xs, ys, gid=style, transform=place or axes.transData, **options))
+    axes.figure.add_artist(Line2D(xs, ys, gid=style, transform=place or axes.transData))
 
 
 def _mark(
     axes: "Axes", xs: Sequence[float], ys: Sequence[float], series: int, place: "Transform | None" = None
 ) -> None:
-    _line(axes, xs, ys, f"mark {series}", place, marker="o", linestyle="none")
+    from matplotlib.lines import Line2D
+
+    transform = place or axes.transData
+    axes.figure.add_artist(Line2D(xs, ys, gid=f"mark {series}", transform=transform, marker="o", linestyle="none"))
 
 
 def _write(axes: "Axes", x: float, y: float, number: str, style: str, place: "Transform", align: str = "left") -> None:

@@ -1,6 +1,13 @@
 """Open whole-slide images and read pixels from them.
 
-A manifest names slides (`manifest`), a reader opens each (`readers`, `ome_zarr`, `tiff_tiles`), its header
-gives the scale (`mpp`), and `slide.Slide` reads squares of it at a wanted scale. `staging` copies slides to a
-fast disk ahead of their turn.
+`manifest` finds the slides that a command is given, `readers` opens each (`ome_zarr` is one of the formats, and
+`tiff_tiles` decodes TIFF files faster than OpenSlide), `mpp` takes the scale from the header, and `slide.Slide` reads
+squares at a wanted scale. `staging` copies slides to a fast disk before they are read, `fingerprint` notices a slide
+that has changed.
+
+Public names: `manifest.read_sources`, `manifest.Source`, `manifest.read_table`, `slide.open_slide`, `slide.Slide`,
+`slide.read_scale`, `readers.SlideReader`, `readers.SlideHandle`, `mpp.find_scale`, `mpp.audit_scale`,
+`staging.Stage`, `fingerprint.fingerprint`.
 """
+
+__all__ = ("fingerprint", "manifest", "mpp", "ome_zarr", "readers", "slide", "staging", "tiff_tiles")

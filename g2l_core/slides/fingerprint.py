@@ -1,4 +1,4 @@
-"""A cheap fingerprint of a slide, which notices another or a rewritten file without reading gigabytes."""
+"""A cheap fingerprint of a slide that notices a changed file without reading gigabytes."""
 
 import os
 from pathlib import Path
@@ -14,8 +14,8 @@ SAMPLED_BYTES = 1 << 20
 def fingerprint(path: Path) -> str:
     """Hexadecimal xxh3-128 over the file's size and its first, middle and last MiB.
 
-    Enough to notice another or a rewritten slide without reading gigabytes. Of a folder: over the names and sizes of
-    all files in it, and the content of Zarr's metadata.
+    This is enough to notice another slide or a rewritten one. For a folder it is taken over the names and sizes of all
+    files in it and over the content of Zarr's metadata.
 
     Raises:
         ReadError: The file cannot be read.

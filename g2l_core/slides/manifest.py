@@ -1,4 +1,4 @@
-"""What goes in: slides, folders of patch images, manifests; and label tables.
+"""Find the slides and patch images that inputs name (files, folders, manifests), and read label tables.
 
 A *source* is one slide, or the patch images that belong together. Its id keeps the folder it lies in, so that
 `a/x.svs` and `b/x.svs` stay apart.
@@ -50,7 +50,7 @@ class Source:
 
 
 def read_sources(inputs: Sequence[Path]) -> list[Source]:
-    """The sources behind the INPUT arguments: slides, folders, and manifests, in sorted order.
+    """Find the sources that the INPUT arguments name: slides, folders and manifests. They are sorted by id.
 
     A .zarr folder with an OME-Zarr image is a slide. Any other folder that holds a slide anywhere is a folder of
     slides; else, one that holds images is a folder of patch images, one source per sub-folder.
@@ -100,10 +100,10 @@ def _from_folder(folder: Path) -> list[Source]:
 
 
 def _files_below(folder: Path) -> Iterator[Path]:
-    """The files of a folder and its sub-folders, links that lead nowhere, and folders that are or should be slides.
+    """The files of a folder and its sub-folders, broken links, and folders that are or should be slides.
 
-    Nothing that looks like a slide is passed over in silence: what cannot be opened fails by name. Folders that end in
-    .zarr are not looked into.
+    Everything that looks like a slide is listed, so that a slide that cannot be opened fails by its name. Folders that
+    end in .zarr are not searched.
     """
     for root, folders, names in os.walk(folder):
         yield from (Path(root, name) for name in names if not name.startswith("."))
@@ -113,7 +113,7 @@ def _files_below(folder: Path) -> Iterator[Path]:
 
 
 def _one_a_series(paths: Iterable[Path]) -> Iterator[Path]:
-    """The slides, of each DICOM series in a folder the first file alone."""
+    """The slides, with only the first file of each DICOM series in a folder."""
     seen = set[tuple[Path, str]]()
     for path in paths:
         series = dicom_series(path) if path.suffix.lower() == ".dcm" else ""
@@ -203,7 +203,7 @@ def _shared_labels(rows: Sequence[Mapping[str, str]]) -> dict[str, str]:
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
-    """The rows of a table of separated values with a header, its columns under G2L's names, values stripped.
+    """Read a table of separated values with a header. Columns get G2L's names, and values are stripped.
 
     The header tells whether commas, semicolons or tabs separate the fields. Every value stays text, and a blank one is
     an empty string. A file that is not UTF-8 is read as Western European (cp1252), and a warning is logged.
@@ -280,10 +280,10 @@ def _canonical_column(name: str) -> str:
 
 
 def refuse_colliding_ids(slide_ids: Sequence[str]) -> None:
-    """Refuse ids that cannot live side by side in a store.
+    """Refuse ids that cannot be in one store.
 
     Raises:
-        ManifestError: Two are equal, or one is a folder of another, or one is no relative path.
+        ManifestError: Two ids are equal, or one is a folder of another, or one is no relative path.
     """
     counts = Counter(slide_ids)
     for slide_id, count in counts.items():
@@ -302,7 +302,7 @@ def refuse_colliding_ids(slide_ids: Sequence[str]) -> None:
 
 
 def parse_condition(text: str) -> tuple[str, str]:
-    """COLUMN=PATTERN as (column, pattern).
+    """Split COLUMN=PATTERN into the column and the pattern.
 
     Raises:
         UsageError: There is no `=`.
@@ -321,12 +321,12 @@ def fits(condition: tuple[str, str], slide_id: str, labels: Mapping[str, str]) -
 
 
 def held_out_groups(groups: Iterable[str], share: float, seed: int) -> frozenset[str]:
-    """A keyed random share of the distinct groups, rounded up, never all of them.
+    """Draw a fraction of the distinct groups at random, rounded up, but never all of them.
 
     Args:
-        groups: Patient ids, say; repetitions count once.
-        share: Between 0 and 1.
-        seed: Names the draw.
+        groups: For example patient ids. Repetitions count once.
+        share: The fraction, between 0 and 1.
+        seed: Random seed.
     """
     distinct = sorted(set(groups))
     count = min(ceil(share * len(distinct) - 1e-9), len(distinct) - 1)  # 0.07 * 100 is 7, not 7.000000000000001

@@ -1,4 +1,4 @@
-"""Micrometers per level-0 pixel: where a slide's figure comes from, and whether a cohort's figures can be true.
+"""Micrometers per level-0 pixel: where a slide's value comes from, and whether the values of a cohort can be true.
 
 Property names and units are those of OpenSlide 4.0.1 (its `src/openslide-vendor-*.c`). OpenSlide copies most of
 them to `openslide.mpp-x` and `-y` itself; they are looked up again for older builds and for other readers.
@@ -16,24 +16,24 @@ from g2l_core.errors import MppError
 from g2l_core.types import Mpp
 
 PLAUSIBLE_MPP = (0.05, 20.0)
-"""Outside this range a figure is a mistake: resolution tags of 72 dpi say 353 um/px."""
+"""A value outside this range is a mistake: a resolution tag of 72 dpi means 353 um/px."""
 
 SLIDE_MPP = (0.1, 1.2)
-"""Scans of pathology slides lie in this range, 100x to 8x; a figure outside of it is worth a look."""
+"""Scans of pathology slides lie in this range, 100x to 8x. A value outside of it is doubtful."""
 
 SQUARE_TO = 0.01
-"""Largest share by which um/px may differ in x and y before the pixels count as not square."""
+"""Maximum relative difference of um/px in x and y at which pixels still count as square."""
 
 CLOSE, FAR = 1.25, 1.6
-"""Two figures agree up to the first factor (scanners call 0.22 to 0.27 um/px 40x) and contradict from the second
-on, below the 2 between neighboring magnifications."""
+"""Two values agree if they differ by at most the first factor (scanners call 0.22 to 0.27 um/px 40x). They contradict
+each other from the second factor on, which is below the 2 between neighboring magnifications."""
 
 MAJORITY_SHARE, MAJORITY_SLIDES = 0.8, 5
-"""A cohort has one scale if this share of at least so many slides agree."""
+"""A cohort has one scale if it has at least this number of slides and this fraction of them agree."""
 
 LENS_VENDORS = frozenset({"mirax", "zeiss"})
-"""Their objective power is the lens's alone, and camera adapters magnify further (0.23 um/px at 20x): it says
-nothing about the scale."""
+"""Their objective power is that of the lens only. Camera adapters magnify further (0.23 um/px at 20x), so it does not
+determine the scale."""
 
 SHOWN_FINDINGS = 20
 TABLE_WIDTH = 80
@@ -59,12 +59,12 @@ _UM_PER_UNIT = (
 _UM_PER_TIFF_UNIT = {"inch": 25_400.0, "centimeter": 10_000.0}
 
 KEYS = (*(x for x, _, _ in _UM_PER_UNIT), _PHILIPS, _HAMAMATSU[0], _TIFF[0])
-"""The keys that are looked for; of pairs, that of x."""
+"""The keys that are looked for; of a pair, the key of x."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """Micrometers per level-0 pixel and where they are from."""
+    """Micrometers per level-0 pixel, and where they come from."""
 
     mpp_x: float
     mpp_y: float
@@ -84,14 +84,14 @@ class ScaleFacts:
     slide_id: str
     scale: Scale
     objective_power: float | None
-    """Nominal magnification of the scan; None where the header gives none, or the lens's alone."""
+    """Nominal magnification of the scan. None where the header gives none, or only that of the lens."""
     manifest_mpp: float | None
     level0_size: tuple[int, int]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScaleFinding:
-    """A slide whose scale is doubtful, and why, in words."""
+    """A slide whose scale is doubtful, and the reasons."""
 
     slide_id: str
     reasons: tuple[str, ...]
@@ -104,19 +104,19 @@ def find_scale(
     manifest_mpp: float | None = None,
     mpp_override: float | None = None,
 ) -> Scale:
-    """A slide's scale: of the header, else of the manifest, else of the override.
+    """A slide's scale: from the header, else from the manifest, else from the override.
 
-    A header's figure outside `PLAUSIBLE_MPP` counts as none. One that is doubtful by itself (`doubts`) gives way to
-    the manifest's, unless that says the same of square pixels.
+    A header's value outside `PLAUSIBLE_MPP` is ignored. If it is doubtful by itself (`doubts`), the manifest's takes
+    precedence, unless the two agree and the pixels are square.
 
     Args:
         properties: The header, under OpenSlide's names.
         level0_size: Width and height in level-0 pixels.
         manifest_mpp: Micrometers per level-0 pixel.
-        mpp_override: The same, for slides of which neither header nor manifest gives any.
+        mpp_override: The same, for slides where neither header nor manifest gives one.
 
     Raises:
-        MppError: No source gives any, or what the manifest or the override gives is not plausible.
+        MppError: No source gives a scale, or the one of the manifest or of the override is not plausible.
     """
     header, implausible = _header_scale(properties, level0_size)
     if header is not None and (manifest_mpp is None or _stands(header, manifest_mpp, objective_power(properties))):
@@ -125,7 +125,7 @@ def find_scale(
         if value is None:
             continue
         if not _is_plausible(value):
-            raise MppError(f"its {source} gives {value:g} um/px, outside {_range_in_words(PLAUSIBLE_MPP)}")
+            raise MppError(f"its {source} gives {value:g} um/px, outside {_describe_range(PLAUSIBLE_MPP)}")
         return Scale(mpp_x=float(value), mpp_y=float(value), source=source)
     raise MppError(
         (implausible or f"its header has no micrometers per pixel (looked for {', '.join(KEYS)})")
@@ -134,31 +134,31 @@ def find_scale(
 
 
 def objective_power(properties: Mapping[str, str]) -> float | None:
-    """The scan's nominal magnification, None where the header gives none that speaks of the scale."""
+    """The scan's nominal magnification; None where the header gives none that determines the scale."""
     if properties.get("openslide.vendor") in LENS_VENDORS:
         return None
     return _number(properties.get("openslide.objective-power"))
 
 
 def _stands(header: Scale, manifest_mpp: float, power: float | None) -> bool:
-    """Whether a header's scale goes before the manifest's."""
+    """Whether a header's scale takes precedence over the manifest's."""
     return not doubts(header, power) or (_is_square(header) and _factor(header.mpp, manifest_mpp) <= CLOSE)
 
 
 def _header_scale(properties: Mapping[str, str], level0_size: tuple[int, int]) -> tuple[Scale | None, str]:
-    """The first plausible scale of the header, else what is wrong with the first that it gives."""
+    """The first plausible scale of the header; or none, and what is wrong with the first one that it gives."""
     implausible = ""
-    for key, x, y in _header_figures(properties, level0_size):
+    for key, x, y in _header_values(properties, level0_size):
         if _is_plausible(x) and _is_plausible(y):
             return Scale(mpp_x=x, mpp_y=y, source=f"header: {key}"), ""
         mean = (x + y) / 2
         implausible = (
-            implausible or f"its header's {key} gives {mean:g} um/px, outside {_range_in_words(PLAUSIBLE_MPP)}"
+            implausible or f"its header's {key} gives {mean:g} um/px, outside {_describe_range(PLAUSIBLE_MPP)}"
         )
     return None, implausible
 
 
-def _header_figures(properties: Mapping[str, str], level0_size: tuple[int, int]) -> Iterator[tuple[str, float, float]]:
+def _header_values(properties: Mapping[str, str], level0_size: tuple[int, int]) -> Iterator[tuple[str, float, float]]:
     """Every scale that a header gives as (key of x, um/px in x, um/px in y), in the order of trust."""
     for key_x, key_y, um in _UM_PER_UNIT:
         x, y = _number(properties.get(key_x)), _number(properties.get(key_y))
@@ -180,7 +180,7 @@ def _header_figures(properties: Mapping[str, str], level0_size: tuple[int, int])
 
 
 def _number(text: str | None) -> float | None:
-    """A positive number; decimal commas come from scanners' locales, as OpenSlide knows too."""
+    """The positive number that a text is, or None. Decimal commas come from the locales of scanners."""
     try:
         value = float((text or "").replace(",", "."))
     except ValueError:
@@ -192,7 +192,7 @@ def _is_plausible(mpp: float) -> bool:
     return PLAUSIBLE_MPP[0] <= mpp <= PLAUSIBLE_MPP[1]
 
 
-def _range_in_words(limits: tuple[float, float]) -> str:
+def _describe_range(limits: tuple[float, float]) -> str:
     return f"the plausible range {limits[0]:g} to {limits[1]:g}"
 
 
@@ -201,7 +201,7 @@ def _is_square(scale: Scale) -> bool:
 
 
 def _factor(a: float, b: float) -> float:
-    """By which factor two figures differ, at least 1."""
+    """The factor by which two values differ, at least 1."""
     return max(a / b, b / a)
 
 
@@ -209,47 +209,47 @@ def _factor(a: float, b: float) -> float:
 
 
 def audit_scale(facts: Sequence[ScaleFacts]) -> list[ScaleFinding]:
-    """The slides whose scale is doubtful: by itself, against the manifest, or against the rest of the cohort.
+    """Find the slides whose scale is doubtful: by itself, against the manifest, or against the rest of the cohort.
 
-    A slide is not flagged for being off the others if its own objective power agrees with its scale, nor for
-    anything if header and manifest agree.
+    A slide that differs from the others is not flagged if its own objective power agrees with its scale. No slide is
+    flagged if its header and the manifest agree.
     """
     majority = _majority(facts)
-    reasons = ((fact, _reasons(fact, majority)) for fact in facts)
-    return [ScaleFinding(slide_id=fact.slide_id, reasons=tuple(found)) for fact, found in reasons if found]
+    audited = ((fact, _reasons(fact, majority)) for fact in facts)
+    return [ScaleFinding(slide_id=fact.slide_id, reasons=tuple(reasons)) for fact, reasons in audited if reasons]
 
 
 def doubts(scale: Scale, power: float | None) -> list[str]:
-    """What speaks against a scale by itself: pixels not square, a figure unusual for slides, its objective power.
+    """Why a scale is doubtful by itself: pixels not square, a value unusual for slides, or its objective power.
 
     The objective's nominal scale is 10 / power um/px: 0.25 at 40x, 0.5 at 20x.
     """
-    found = []
+    reasons = []
     if not _is_square(scale):
-        found.append(f"{scale.mpp_x:g} um/px across but {scale.mpp_y:g} um/px down: pixels are not square")
+        reasons.append(f"{scale.mpp_x:g} um/px across but {scale.mpp_y:g} um/px down: pixels are not square")
     if not SLIDE_MPP[0] <= scale.mpp <= SLIDE_MPP[1]:
-        found.append(f"outside the {SLIDE_MPP[0]:g} to {SLIDE_MPP[1]:g} um/px of slides")
+        reasons.append(f"outside the {SLIDE_MPP[0]:g} to {SLIDE_MPP[1]:g} um/px of slides")
     if power is not None and _factor(scale.mpp, 10 / power) >= FAR:
-        found.append(f"{_times(scale.mpp, 10 / power)} the {10 / power:g} um/px of its objective, {power:g}x")
-    return found
+        reasons.append(f"{_times(scale.mpp, 10 / power)} the {10 / power:g} um/px of its objective, {power:g}x")
+    return reasons
 
 
 def _reasons(fact: ScaleFacts, majority: float | None) -> list[str]:
-    mpp, said, power = fact.scale.mpp, fact.manifest_mpp, fact.objective_power
-    if said is not None and fact.scale.source != "manifest":
-        if _factor(mpp, said) <= CLOSE:
+    mpp, in_manifest, power = fact.scale.mpp, fact.manifest_mpp, fact.objective_power
+    if in_manifest is not None and fact.scale.source != "manifest":
+        if _factor(mpp, in_manifest) <= CLOSE:
             return []
-        if _factor(mpp, said) >= FAR:
-            return [f"{_times(mpp, said)} the {said:g} um/px of the manifest, but the header goes first"]
-    found = doubts(fact.scale, power)
+        if _factor(mpp, in_manifest) >= FAR:
+            return [f"{_times(mpp, in_manifest)} the {in_manifest:g} um/px of the manifest, but the header goes first"]
+    reasons = doubts(fact.scale, power)
     corroborated = power is not None and _factor(mpp, 10 / power) < FAR
     if majority is not None and _factor(mpp, majority) >= FAR and not corroborated:
-        found.append(f"{_times(mpp, majority)} the {majority:.3g} um/px of most slides")
-    return found
+        reasons.append(f"{_times(mpp, majority)} the {majority:.3g} um/px of most slides")
+    return reasons
 
 
 def _majority(facts: Sequence[ScaleFacts]) -> float | None:
-    """The scale of nearly all slides, None if there is no such."""
+    """The scale of nearly all slides; None if they have no common one."""
     if len(facts) < MAJORITY_SLIDES:
         return None
     middle = median(fact.scale.mpp for fact in facts)
@@ -264,7 +264,7 @@ def _times(mpp: float, reference: float) -> str:
 
 
 def audit_table(facts: Sequence[ScaleFacts], findings: Sequence[ScaleFinding]) -> str:
-    """The cohort's scales with counts, then the doubtful slides with reasons; lines of at most 80 characters."""
+    """The scales of a cohort with counts, then the doubtful slides with reasons, in lines of at most 80 characters."""
     groups: dict[tuple[float, str], list[float]] = defaultdict(list)
     for fact in facts:
         groups[float(f"{fact.scale.mpp:.2g}"), fact.scale.source].append(fact.scale.mpp)
@@ -285,12 +285,12 @@ def audit_table(facts: Sequence[ScaleFacts], findings: Sequence[ScaleFinding]) -
 
 def _finding_lines(fact: ScaleFacts, finding: ScaleFinding) -> list[str]:
     width, height = fact.level0_size
-    figure = f"{fact.scale.mpp:.4g} um/px of {width} x {height} px ({fact.scale.source})"
-    text = f"{finding.slide_id}: {figure}: {'; '.join(finding.reasons)}"
+    value = f"{fact.scale.mpp:.4g} um/px of {width} x {height} px ({fact.scale.source})"
+    text = f"{finding.slide_id}: {value}: {'; '.join(finding.reasons)}"
     return textwrap.wrap(text, TABLE_WIDTH, initial_indent="  ", subsequent_indent="      ")
 
 
 def _shortened(text: str, width: int) -> str:
-    """Text without its middle, if it is longer than `width`."""
+    """The text without its middle, if it is longer than `width`."""
     half = (width - 3) // 2
     return text if len(text) <= width else f"{text[:half]}...{text[-half:]}"

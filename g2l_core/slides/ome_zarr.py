@@ -19,18 +19,18 @@ SUFFIX = ".zarr"
 METADATA_NAMES = frozenset({"zarr.json", ".zattrs", ".zgroup", ".zarray", ".zmetadata"})
 
 UM_PER_UNIT = {"nanometer": 1e-3, "micrometer": 1.0, "millimeter": 1e3}
-"""The units in which a scale is understood; of others, and where none is given, no um/px is known."""
+"""The units in which a scale is understood. With any other unit, or without one, um/px is unknown."""
 
 _MALFORMED = (KeyError, TypeError, IndexError, ValueError, AttributeError)
-"""What JSON of another shape than the format's raises where it is looked into."""
+"""What reading metadata raises if the JSON has not the shape of the format."""
 
 
 class OmeZarr:
-    """An open OME-Zarr slide, as OpenSlide would give it.
+    """An open OME-Zarr slide with the interface of OpenSlide.
 
     Attributes:
         dimensions: Width and height of level 0.
-        level_dimensions: The same of every level.
+        level_dimensions: Width and height of every level.
         level_downsamples: Level-0 pixels per pixel of each level, the mean of x and y.
         properties: openslide.vendor, and openslide.mpp-x and -y if the axes have a length unit.
     """
@@ -64,7 +64,7 @@ class OmeZarr:
         return Image.fromarray(region, "RGBA")
 
     def close(self) -> None:
-        """Nothing is kept open."""
+        """Does nothing, since no file is kept open."""
 
     def _pixels(self, level: int, x: slice, y: slice) -> np.ndarray:
         """uint8 (height, width, 3) of t and z 0."""
@@ -78,27 +78,27 @@ class OmeZarr:
 
 
 def is_ome_zarr(path: Path) -> bool:
-    """Whether a path is a folder named .zarr that holds an OME-Zarr image, be it a broken one."""
+    """Whether a path is a folder named .zarr that holds an OME-Zarr image, also a broken one."""
     if path.suffix.lower() != SUFFIX or not path.is_dir():
         return False
     try:
         return _find_image(path) is not None
     except NotASlideError:
-        return True  # opening it says what is wrong
+        return True  # opening it raises the error
 
 
 def open_ome_zarr(path: Path) -> OmeZarr:
     """Open the OME-Zarr image of a folder.
 
     Raises:
-        NotASlideError: Its metadata or arrays are broken, or no 8-bit RGB.
+        NotASlideError: Its metadata or arrays are broken, or it is not 8-bit RGB.
     """
     import zarr
 
-    found = _find_image(path)
-    if found is None:
+    located = _find_image(path)
+    if located is None:
         raise NotASlideError("it has no multiscales of OME-Zarr 0.4 or 0.5")
-    group, image = found
+    group, image = located
     try:
         axes = [axis["name"] for axis in image["axes"]]
         names = [dataset["path"] for dataset in image["datasets"]]
@@ -126,7 +126,7 @@ def _require_rgb(levels: Sequence[Any], axes: Sequence[str]) -> None:
 
 
 def _find_image(folder: Path) -> tuple[Path, Mapping[str, Any]] | None:
-    """The group of the image and its first multiscales; None if there are no such."""
+    """The group of the image and its first multiscales; None if it has none."""
     try:
         attributes = _attributes(folder)
         if "bioformats2raw.layout" in attributes:
@@ -150,7 +150,7 @@ def _attributes(group: Path) -> dict[str, Any]:
 
 
 def _mpp_properties(image: Mapping[str, Any]) -> dict[str, str]:
-    """openslide.mpp-x and -y of level 0; empty without units: scales of 1 stand for "not known" there."""
+    """openslide.mpp-x and -y of level 0. Empty without units, where a scale of 1 means that it is unknown."""
     steps = [*image["datasets"][0]["coordinateTransformations"], *image.get("coordinateTransformations", [])]
     scales = [step["scale"] for step in steps if step["type"] == "scale"]
     mpp = {}

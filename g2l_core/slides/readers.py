@@ -1,6 +1,6 @@
-"""What slides are read through: readers that others install, OME-Zarr, OpenSlide, plain images.
+"""The readers that open slides: installed plug-ins, OME-Zarr, OpenSlide, and Pillow for plain images.
 
-The only module that opens slides with OpenSlide. A reader of another format is a plug-in: see docs/readers.md.
+This is the only module that opens slides with OpenSlide. A reader of another format is a plug-in: see docs/readers.md.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from g2l_core.errors import NotASlideError, UsageError
 from g2l_core.slides.ome_zarr import is_ome_zarr, open_ome_zarr
 
 SLIDE_SUFFIXES = frozenset(".svs .tif .tiff .ndpi .mrxs .scn .bif .vms .vmu .svslide .dcm .qptiff .czi .avs".split())
-"""Files that a folder's scan takes as slides, in lower case; plug-ins add to them."""
+"""Suffixes of the files in a folder that are taken for slides, in lower case. Plug-ins add to them."""
 
 IMAGE_SUFFIXES = frozenset(".png .jpg .jpeg .bmp .webp".split())
 
@@ -25,7 +25,7 @@ PLUG_IN_GROUP = "g2l.readers"
 
 @runtime_checkable
 class SlideHandle(Protocol):
-    """An open slide, in the words of OpenSlide's Python class. Several threads read it at a time."""
+    """An open slide, with the names of OpenSlide's Python class. Several threads read it at a time."""
 
     @property
     def dimensions(self) -> tuple[int, int]:
@@ -41,14 +41,19 @@ class SlideHandle(Protocol):
 
     @property
     def properties(self) -> Mapping[str, str]:
-        """The header: `openslide.mpp-x` and `-y`, `openslide.objective-power`, ... where they are known."""
+        """The header: `openslide.mpp-x` and `-y`, `openslide.objective-power` and others, if they are known."""
 
     def read_region(self, location: tuple[int, int], level: int, size: tuple[int, int]) -> Image.Image:
-        """RGBA pixels; `location` in level-0 pixels, `size` in the level's; transparent where there is no slide.
+        """RGBA pixels of a level, transparent outside of the slide.
+
+        Args:
+            location: Left and top in level-0 pixels.
+            level: Number of the level; 0 is the finest.
+            size: Width and height in pixels of that level.
 
         Raises:
-            OSError: They cannot be read.
-            ValueError: They cannot be decoded.
+            OSError: The pixels cannot be read.
+            ValueError: The pixels cannot be decoded.
         """
 
     def close(self) -> None:
@@ -57,22 +62,22 @@ class SlideHandle(Protocol):
 
 @runtime_checkable
 class SlideReader(Protocol):
-    """A plug-in. Its attribute `suffixes`, if it has one, names the files that a folder's scan takes for it."""
+    """A plug-in. Files in a folder whose suffix is in its attribute `suffixes`, if it has one, are taken for slides."""
 
     def __call__(self, path: Path) -> SlideHandle | None:
-        """Open a slide; None if it is not this reader's.
+        """Open a slide. None if this reader does not know its format.
 
         Raises:
-            NotASlideError: It is this reader's, but cannot be opened.
+            NotASlideError: This reader knows its format, but cannot open it.
         """
 
 
 @cache
 def installed_readers() -> tuple[tuple[str, SlideReader], ...]:
-    """The plug-ins with their names, in that order.
+    """The names of the plug-ins and the plug-ins, sorted by name.
 
     Raises:
-        UsageError: One cannot be imported.
+        UsageError: A plug-in cannot be imported.
     """
     readers = []
     for entry in sorted(entry_points(group=PLUG_IN_GROUP), key=lambda entry: entry.name):
@@ -100,7 +105,7 @@ def open_handle(path: Path) -> SlideHandle:
     """Open a slide with the first reader that knows it.
 
     Raises:
-        NotASlideError: None does, or the file is broken.
+        NotASlideError: No reader knows it, or the file is broken.
         UsageError: A plug-in cannot be imported.
     """
     for name, reader in installed_readers():
@@ -121,9 +126,9 @@ def open_handle(path: Path) -> SlideHandle:
 
 
 def dicom_series(path: Path) -> str:
-    """The series that a DICOM slide's file belongs to; empty for what OpenSlide does not open.
+    """The series that a file of a DICOM slide belongs to. Empty if OpenSlide does not open the file.
 
-    The levels of a slide are the files of one series in one folder, and OpenSlide opens all of them by any of them.
+    The levels of a slide are the files of one series in one folder. OpenSlide opens all of them by any of them.
     """
     try:
         with openslide.OpenSlide(path) as slide:

@@ -1,4 +1,4 @@
-"""Open a slide and read squares of it at a wanted scale, whatever reader opens it (see readers.py)."""
+"""Open a slide with the reader that knows it (`readers`), and read squares of it at a wanted scale."""
 
 import threading
 from contextlib import suppress
@@ -21,10 +21,10 @@ THUMBNAIL_BLOCK_PX = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class Frame:
-    """Where the pixels of a slide's thumbnail lie: pixel i covers level-0 pixels i to i + 1 times the downsample."""
+    """The geometry of a slide's thumbnail: pixel i covers level-0 pixels i to i + 1 times the downsample."""
 
     size: tuple[int, int]
-    """Width and height in pixels. What is left at the right and lower edge is less than a pixel."""
+    """Width and height in pixels. A rest of less than a pixel at the right and lower edge is left out."""
     downsample: int | float
     """Level-0 pixels per pixel, the same in x and y."""
     mpp: Mpp
@@ -47,7 +47,7 @@ class Slide:
         path: The file.
         level0_size: Width and height in level-0 pixels.
         mpp: Micrometers per level-0 pixel.
-        mpp_source: Where that came from: "header: KEY", "manifest" or "override".
+        mpp_source: Where `mpp` came from: "header: KEY", "manifest" or "override".
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Slide:
             self._tiles.close()
 
     def read_patch(self, x: int, y: int, side: Level0Px, patch_px: int) -> Rgb:
-        """The square at (x, y), resampled once from the nearest finer level.
+        """Read the square at (x, y), resampled once from the nearest finer level.
 
         Args:
             x: Left edge, level-0 pixels.
@@ -102,25 +102,25 @@ class Slide:
         region = self._read((x, y), level, (width, width))
         if width == patch_px:
             return region
-        how = cv2.INTER_AREA if width > patch_px else cv2.INTER_LINEAR
-        return cv2.resize(region, (patch_px, patch_px), interpolation=how)
+        interpolation = cv2.INTER_AREA if width > patch_px else cv2.INTER_LINEAR
+        return cv2.resize(region, (patch_px, patch_px), interpolation=interpolation)
 
     def thumbnail_frame(self, mpp: Mpp) -> Frame:
-        """The scale and the size that `read_thumbnail` gives at `mpp`; nothing is read."""
+        """The scale and the size of what `read_thumbnail` gives at `mpp`. No pixel is read."""
         level, factor = self._thumbnail_scale(mpp)
         width, height = (max(1, n // factor) for n in self._handle.level_dimensions[level])
         downsample = self._downsamples[level] * factor
         return Frame(size=(width, height), downsample=downsample, mpp=Mpp(self.mpp * downsample))
 
     def read_thumbnail(self, mpp: Mpp, window: tuple[int, int, int, int] | None = None) -> Thumbnail:
-        """The slide, or a window of it, at about `mpp`, at most that coarse: whole blocks of level pixels averaged.
+        """Read the slide, or a window of it, at about `mpp` but no coarser, by averaging whole blocks of pixels.
 
-        Memory stays at one block of `THUMBNAIL_BLOCK_PX` squared whatever the slide's size.
+        It takes the memory of one block of `THUMBNAIL_BLOCK_PX` squared, whatever the size of the slide.
 
         Args:
             mpp: Wanted micrometers per pixel.
-            window: Left, top, width and height in pixels of `thumbnail_frame(mpp)`; what lies outside the slide
-                has its background color. None is the whole frame.
+            window: Left, top, width and height in pixels of `thumbnail_frame(mpp)`. Outside of the slide it has the
+                background color. None is the whole frame.
 
         Raises:
             ReadError: The pixels cannot be decoded.
@@ -144,16 +144,16 @@ class Slide:
         return level, max(1, int(wanted / self._downsamples[level] + 0.001))
 
     def _shrunk_block(self, level: int, factor: int, left: int, top: int, width: int, height: int) -> Rgb:
-        """A block of the thumbnail; all but `level` in thumbnail pixels."""
+        """A block of the thumbnail. All arguments but `level` are in thumbnail pixels."""
         scale = self._downsamples[level] * factor
         origin = round(left * scale), round(top * scale)
         region = self._read(origin, level, (width * factor, height * factor))
         return cv2.resize(region, (width, height), interpolation=cv2.INTER_AREA)
 
     def _exact_level(self, x: int, y: int, side: int, patch_px: int) -> tuple[int, int]:
-        """The coarsest level, no coarser than the patch, on whose pixels it starts and ends; its downsample.
+        """The coarsest level, no coarser than the patch, on whose whole pixels it starts and ends; and its downsample.
 
-        Anywhere else OpenSlide would interpolate between that level's pixels, a second resampling.
+        On other levels OpenSlide would interpolate between pixels, which resamples a second time.
         """
         for level in range(len(self._downsamples) - 1, 0, -1):
             downsample = self._downsamples[level]
@@ -164,12 +164,12 @@ class Slide:
         return 0, 1
 
     def _read(self, origin: tuple[int, int], level: int, size: tuple[int, int]) -> Rgb:
-        """Pixels on the slide's background color; `origin` in level-0 pixels, `size` in the level's."""
+        """Pixels over the slide's background color; `origin` in level-0 pixels, `size` in pixels of the level."""
         pixels = self._decoded(origin, level, size)
         return self._read_region(origin, level, size) if pixels is None else pixels
 
     def _decoded(self, origin: tuple[int, int], level: int, size: tuple[int, int]) -> Rgb | None:
-        """The region from the tiles' own bytes, where it starts on a whole pixel of its level."""
+        """The region decoded from the tiles' bytes; None if it starts between pixels or cannot be decoded this way."""
         downsample = self._downsamples[level]
         if self._tiles is None or any(at % downsample for at in origin):
             return None
@@ -189,7 +189,7 @@ class Slide:
         return np.ascontiguousarray(np.asarray(canvas)[..., :3])
 
     def _reopen(self, failed: object) -> None:
-        """Replace a handle that has failed: OpenSlide refuses every call after the first error."""
+        """Replace a handle that has failed, since OpenSlide refuses every call after the first error."""
         with self._lock, suppress(NotASlideError):  # a file that has gone keeps the failed handle, and fails again
             if self._handle is failed:
                 self._handle = open_handle(self.path)
@@ -200,13 +200,13 @@ def open_slide(
 ) -> Slide:
     """Open a slide of any format that a reader knows.
 
-    Where its um/px differ in x and y, `Slide.mpp` is their mean; `scale.audit_scale` tells such slides.
+    If its um/px differ in x and y, `Slide.mpp` is their mean. `mpp.audit_scale` reports such slides.
 
     Args:
         path: The file, or the folder of an OME-Zarr.
         manifest_mpp: Micrometers per level-0 pixel, used where the header gives none that can be trusted.
         mpp_override: The same, used where neither header nor manifest gives one.
-        own_tiles: Decode tiles of TIFF and SVS files directly; False leaves all to OpenSlide. The pixels are the same.
+        own_tiles: Decode tiles of TIFF and SVS files directly. False reads all through OpenSlide, with the same pixels.
 
     Raises:
         NotASlideError: No reader opens the file.
@@ -222,7 +222,7 @@ def open_slide(
 def read_scale(
     path: Path, slide_id: str, *, manifest_mpp: float | None = None, mpp_override: float | None = None
 ) -> ScaleFacts:
-    """What a slide's header says of its scale. Arguments and errors are those of `open_slide`."""
+    """Read a slide's scale from its header. Arguments and errors are those of `open_slide`."""
     handle, scale = _open_scaled(path, manifest_mpp, mpp_override)
     facts = ScaleFacts(
         slide_id=slide_id,

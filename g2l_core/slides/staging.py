@@ -1,7 +1,8 @@
-"""The next slides copied ahead from a slow disk to a fast one, and deleted after use; bounded, and safe to kill.
+"""Copy the next slides from a slow disk to a fast one before they are read, and delete them after use.
 
-Every process has a folder of its own under the staging folder, with a lock that the kernel frees when it dies; the next
-process to start deletes the folders of the dead. (`flock`: on one machine's local disk, which is what staging is for.)
+The copies never take more than a given number of bytes. Every process has a folder of its own under the staging folder,
+with a lock that the kernel frees when the process dies, and the next process to start deletes the folders of dead ones.
+The lock is an `flock`, which works on a local disk. Staging is for local disks only.
 """
 
 import fcntl
@@ -21,10 +22,10 @@ MULTI_FILE = frozenset({".vms", ".vmu"})
 
 
 class Stage:
-    """Local copies of slides, made ahead in the order in which they will be asked for. Use it in a `with`.
+    """Local copies of slides, made in the order in which they will be asked for. Use it in a `with`.
 
-    `path_of` waits for a copy under way. A slide is read in place where it is larger than the bound, where there is no
-    room when its turn comes, or where the copy fails; a failed copy is told once through `warn`.
+    `path_of` waits for a copy that is being made. A slide is read in place if it is larger than the bound, if there is
+    no room when its turn comes, or if the copy fails. `warn` is called once for every copy that fails.
     """
 
     def __init__(self, folder: Path, max_bytes: int, paths: Sequence[Path], warn: Callable[[str], None]) -> None:
@@ -33,7 +34,7 @@ class Stage:
         self._decided: dict[Path, Path] = {}
         self._sizes: dict[Path, int] = {}
         self._stalled = False
-        """Whether the copier waits for room: whoever asks then must not wait for the copier."""
+        """Whether the copying thread waits for room. Callers must then not wait for it."""
         self._stopped = False
         folder.mkdir(parents=True, exist_ok=True)
         remove_dead(folder)
@@ -54,7 +55,7 @@ class Stage:
 
     @property
     def staged_bytes(self) -> int:
-        """Bytes of the copies that exist or are being made; never more than the bound."""
+        """Bytes of the copies that exist or are being made. They are never more than the bound."""
         return sum(self._sizes.values())
 
     def path_of(self, path: Path) -> Path:
@@ -102,7 +103,7 @@ class Stage:
         return fits_alone and not fits_now and not self._stopped and path not in self._decided
 
     def _take_room(self, path: Path) -> bool:
-        """Wait until the slide fits beside the copies that there are; False where it is read in place."""
+        """Wait until the slide fits beside the present copies; False if it is to be read in place."""
         size = sum(map(_size, files_of(path))) if path.suffix.lower() not in MULTI_FILE else self._max_bytes + 1
         with self._changed:
             while self._must_wait(path, size):
@@ -121,7 +122,7 @@ class Stage:
 
 
 def files_of(path: Path) -> list[Path]:
-    """What must be copied for a slide: itself, and what lies beside it in formats of several files."""
+    """The files and folders of a slide: itself, and those beside it in formats of several files."""
     match path.suffix.lower():
         case ".mrxs":
             return [path, path.with_suffix("")]
@@ -132,7 +133,7 @@ def files_of(path: Path) -> list[Path]:
 
 
 def remove_dead(folder: Path) -> list[Path]:
-    """Delete what processes that are gone have left in a staging folder; return their sub-folders."""
+    """Delete what dead processes have left in a staging folder, and return their sub-folders."""
     dead = []
     for lock in sorted(folder.glob(f"{PREFIX}*/{LOCK}")):
         with suppress(OSError), lock.open() as file:
@@ -143,7 +144,7 @@ def remove_dead(folder: Path) -> list[Path]:
 
 
 def _locked_folder(folder: Path) -> tuple[Path, int]:
-    """A new sub-folder, and the open file that locks it; the lock gets its name only once it is held."""
+    """A new sub-folder, and the open file that locks it. The lock gets its final name only once it is held."""
     own = folder / f"{PREFIX}{os.getpid()}-{secrets.token_hex(4)}"
     own.mkdir()
     lock = os.open(own / f"{LOCK}.new", os.O_CREAT | os.O_RDWR)
@@ -153,7 +154,7 @@ def _locked_folder(folder: Path) -> tuple[Path, int]:
 
 
 def _copy(path: Path, folder: Path) -> Path:
-    """Copy a slide's files under a temporary name, then rename: what has the final name is whole."""
+    """Copy a slide's files under a temporary name, then rename, so that a folder of the final name is complete."""
     unfinished = folder.with_name(f"{folder.name}.partial")
     unfinished.mkdir()
     try:
@@ -170,7 +171,7 @@ def _copy(path: Path, folder: Path) -> Path:
 
 
 def _size(path: Path) -> int:
-    """Bytes of a file or of everything in a folder; 0 for what is not there."""
+    """Bytes of a file, or of all files in a folder; 0 if there is none."""
     if path.is_dir():
         return sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
     return path.stat().st_size if path.is_file() else 0

@@ -1,10 +1,13 @@
-"""Tiles of a TIFF slide decoded straight from their bytes, each once however many patches share it.
+"""Decode the tiles of a TIFF slide from their bytes, each once however many patches share it.
 
 OpenSlide decodes a tile again for every region that touches it, unless its own small cache still holds it, and
-composes regions in a slower pixel format. Here a tile's bytes go once through libjpeg-turbo or OpenJPEG, the same
-libraries, with the same pixels: 0 gray levels of difference on every slide tried. Whatever this module does not
-hold (other formats, missing or damaged tiles, the slide's edge) it leaves to OpenSlide, so that a store does not
-depend on which of them has read.
+composes regions in a slower pixel format. Here a tile's bytes go once through libjpeg-turbo or OpenJPEG. These are
+OpenSlide's own libraries, and the pixels are the same: 0 gray levels of difference on every slide tried.
+
+A read goes like this. `open_tiles` finds the page of each level, `TilePyramid.read` collects the tiles that a region
+touches, and `_decode` decodes those that the cache does not hold. Everything else (other formats, missing or damaged
+tiles, regions over the slide's edge) gives None and is read through OpenSlide, so that a store does not depend on which
+of the two has read.
 """
 
 import os
@@ -22,16 +25,16 @@ import tifffile
 from g2l_core.types import Rgb
 
 CACHE_BYTES = 128 << 20
-"""Decoded tiles kept by default: six threads each need two rows of tiles of a cell, 20 MB at 0.25 um/px."""
+"""Decoded tiles kept by default. Each of six threads needs two rows of tiles of a cell, 20 MB at 0.25 um/px."""
 
 VENDORS = frozenset({"aperio", "generic-tiff"})
-"""OpenSlide's names of the formats whose levels are plain tiled TIFF pages, no tile overlapping another."""
+"""OpenSlide's names of the formats whose levels are plain tiled TIFF pages without overlap."""
 
 JPEG, JPEG2000_RGB = 7, 33005
 YCBCR, RGB = 6, 2
 
 _UNREADABLE = (ValueError, RuntimeError, OSError, KeyError, IndexError, TypeError, tifffile.TiffFileError)
-"""What tifffile and imagecodecs raise on bytes that are none of theirs."""
+"""What tifffile and imagecodecs raise on bytes that they cannot read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +74,7 @@ class TilePyramid:
             os.close(file)
 
     def read(self, level: int, x: int, y: int, width: int, height: int) -> Rgb | None:
-        """A region of one level, uint8 (height, width, 3).
+        """Read a region of one level, uint8 (height, width, 3).
 
         Args:
             level: OpenSlide's number of the level.
@@ -122,7 +125,7 @@ class TilePyramid:
         try:
             content = os.pread(self._file, int(page.counts[index]), int(page.offsets[index]))
             if len(content) < page.counts[index]:
-                return None  # libjpeg would fill up what is missing
+                return None  # libjpeg would fill in what is missing
             tile = page.decode(content)
         except _UNREADABLE:
             return None
@@ -136,8 +139,8 @@ def open_tiles(
 
     Args:
         path: The file.
-        level_sizes: Width and height of OpenSlide's levels; each is looked for among the file's tiled pages.
-        cache_bytes: Most bytes of decoded tiles that are kept.
+        level_sizes: Width and height of OpenSlide's levels, which are looked up among the file's tiled pages.
+        cache_bytes: Maximum number of bytes of decoded tiles that are kept.
 
     Returns:
         None if no level can be read this way.
@@ -153,11 +156,11 @@ def open_tiles(
 
 def _pages(tiff: tifffile.TiffFile) -> list[Any]:
     """All pages, those of sub-directories included."""
-    found = []
+    pages = []
     for page in tiff.pages:
         full = page.aspage()
-        found += [full, *(sub.aspage() for sub in full.pages or ())]
-    return found
+        pages += [full, *(sub.aspage() for sub in full.pages or ())]
+    return pages
 
 
 def _level(pages: Sequence[Any], size: tuple[int, int]) -> _Level | None:
@@ -176,7 +179,7 @@ def _level(pages: Sequence[Any], size: tuple[int, int]) -> _Level | None:
 
 
 def _decoder(page: Any) -> Callable[[bytes], np.ndarray] | None:
-    """How the page's tiles are decoded; None for what only OpenSlide reads."""
+    """The function that decodes the page's tiles; None for a format that only OpenSlide reads."""
     if page.samplesperpixel != 3 or page.bitspersample != 8 or page.planarconfig != 1 or page.tiledepth != 1:
         return None
     compression, photometric = int(page.compression), int(page.photometric)

@@ -80,7 +80,7 @@ class EncoderFacts(Facts):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunFacts(Facts):
+class ExtractionRunFacts(Facts):
     """One call of stage one: what it encoded, and where the time went."""
 
     ended: str = ""
@@ -118,14 +118,14 @@ class StoreFacts(Facts):
     """When it was made, UTC, ISO 8601."""
     software: Mapping[str, str] = field(default_factory=dict)
     """Versions of what can change a result, by package."""
-    runs: tuple[RunFacts, ...] = field(default=(), metadata=_SPARSE)
+    runs: tuple[ExtractionRunFacts, ...] = field(default=(), metadata=_SPARSE)
     """The last calls of stage one, oldest first."""
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> "StoreFacts":
         """Read the facts of a store. One that is older than the artifact filters was made without them."""
         encoders = {key: EncoderFacts.from_json(spec) for key, spec in stored.get("encoders", {}).items()}
-        runs = tuple(RunFacts.from_json(run) for run in stored.get("runs", ()))
+        runs = tuple(ExtractionRunFacts.from_json(run) for run in stored.get("runs", ()))
         grid = {"artefacts": "none", **stored["grid"]}
         return super().from_json({**stored, "grid": grid, "encoders": encoders, "runs": runs})
 

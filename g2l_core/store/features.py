@@ -11,7 +11,7 @@ import zarr
 
 from g2l_core.errors import StoreCorruptError, StoreError, StoreMismatchError, StoreMissingError, UnknownNameError
 from g2l_core.store import schema
-from g2l_core.store.facts import FAILED, EncoderFacts, RunFacts, SlideFacts, StoreFacts
+from g2l_core.store.facts import FAILED, EncoderFacts, ExtractionRunFacts, SlideFacts, StoreFacts
 from g2l_core.store.provenance import differences, software, utc_now
 from g2l_core.store.slide import Shard, StoredSlide, members, writing
 from g2l_core.types import Coords, ViewParams
@@ -151,7 +151,7 @@ class FeatureStore:
                 f"{self.path} holds features of another encoder under {key!r} ({fields}). Use another --store"
             )
 
-    def add_run(self, run: RunFacts) -> None:
+    def add_run(self, run: ExtractionRunFacts) -> None:
         """Keep what a call of stage one did and how long its parts took; the last `KEPT_RUNS` are kept."""
         self._set_facts(runs=(*self.facts.runs, run)[-KEPT_RUNS:])
 

@@ -1,5 +1,12 @@
-"""Find tissue on a slide, and show what was found.
+"""Find tissue on a slide, and draw what was found.
 
 `methods.resolve_tissue` gives a method by its name: a threshold on color (`thresholds`), a segmentation network
-(`network`), or outlines drawn by people (`annotations`, `geojson`). `overview` draws the result for people and QuPath.
+(`network`), or areas drawn by people (`annotations`, read by `geojson`). A method gives a mask, from which the patches
+of the slide are chosen. `overview` draws mask and patches as a picture, and writes the mask as GeoJSON for QuPath.
+
+Public names: `methods.resolve_tissue`, `methods.TissueMethod`, `methods.FoundTissue`, `thresholds.otsu_tissue`,
+`thresholds.color_tissue`, `network.load_network`, `network.NetworkSettings`, `annotations.read_annotation`,
+`overview.SlideOverview`, `overview.write_overview`, `overview.overview_folder`.
 """
+
+__all__ = ("annotations", "geojson", "methods", "network", "overview", "thresholds")

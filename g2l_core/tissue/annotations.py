@@ -1,4 +1,4 @@
-"""Tissue that somebody drew: a file for each slide, GeoJSON or a mask image."""
+"""Tissue that was annotated by people: one file for each slide, GeoJSON or a mask image."""
 
 import hashlib
 from collections.abc import Mapping
@@ -16,12 +16,12 @@ from g2l_core.types import TissueMask
 SUFFIXES = (".geojson", ".png")
 
 ASPECT_TOLERANCE = 0.02
-"""A mask image's proportions may differ by this share from the slide's: its sides are rounded to whole pixels."""
+"""Maximum relative difference of proportions between a mask image, whose sides are rounded to pixels, and its slide."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Annotation:
-    """What one file says of one slide."""
+    """The annotation of one slide."""
 
     path: Path
     mask: TissueMask
@@ -34,38 +34,38 @@ class Annotation:
 
 
 def annotation_path(folder: Path, slide_id: str) -> Path | None:
-    """The file of a slide, `<slide_id>.geojson` or `<slide_id>.png`; None where there is none.
+    """The file of a slide, `<slide_id>.geojson` or `<slide_id>.png`; None if it has none.
 
     Raises:
-        ReadError: There are both.
+        ReadError: It has both.
     """
-    found = [path for suffix in SUFFIXES if (path := folder / f"{slide_id}{suffix}").is_file()]
-    if len(found) > 1:
-        raise ReadError(f"{folder} has two annotations of it, {found[0].name} and {found[1].name}: keep one")
-    return found[0] if found else None
+    paths = [path for suffix in SUFFIXES if (path := folder / f"{slide_id}{suffix}").is_file()]
+    if len(paths) > 1:
+        raise ReadError(f"{folder} has two annotations of it, {paths[0].name} and {paths[1].name}: keep one")
+    return paths[0] if paths else None
 
 
 def annotation_sha256(folder: Path, slide_id: str) -> str | None:
-    """The digest of a slide's file as it is now; None where there is none.
+    """The digest of a slide's file as it is now; None if it has none.
 
     Raises:
-        ReadError: There are two, or it cannot be read.
+        ReadError: It has two files, or its file cannot be read.
     """
     path = annotation_path(folder, slide_id)
     return None if path is None else _sha256(_bytes(path))
 
 
 def read_annotation(folder: Path, slide_id: str, level0_size: tuple[int, int], frame: Frame) -> Annotation:
-    """A slide's annotation as a mask.
+    """Read a slide's annotation as a mask.
 
     Args:
-        folder: Holds `<slide_id>.geojson` or `<slide_id>.png`, in sub-folders as the slide's id has them.
+        folder: Holds `<slide_id>.geojson` or `<slide_id>.png`. Folders in the slide's id are sub-folders.
         slide_id: The slide.
         level0_size: Its width and height in level-0 pixels.
         frame: The mask's scale and size.
 
     Raises:
-        ReadError: There is no file, there are two, or it cannot be understood; a mask image has other proportions.
+        ReadError: The slide has no file or two, or its file cannot be read, or a mask image has other proportions.
     """
     path = annotation_path(folder, slide_id)
     if path is None:
@@ -84,11 +84,11 @@ def read_annotation(folder: Path, slide_id: str, level0_size: tuple[int, int], f
 
 
 def _mask_of_image(path: Path, level0_size: tuple[int, int], frame: Frame) -> TissueMask:
-    """The image's pixel under each pixel's center, true where any color is not 0 (palettes: the index)."""
+    """The image's pixel at the center of each mask pixel: true where any color, or the palette's index, is not 0."""
     try:
         with Image.open(path) as image:
             has_alpha = image.mode in {"LA", "RGBA"}
-            values = np.asarray(image.convert(image.mode[:-1]) if has_alpha else image)  # alpha says nothing of tissue
+            values = np.asarray(image.convert(image.mode[:-1]) if has_alpha else image)  # alpha does not mean tissue
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ReadError(f"Pillow cannot read it: {error}") from error
     height, width = values.shape[:2]

@@ -1,7 +1,7 @@
-"""Areas of a slide as GeoJSON (RFC 7946) in level-0 pixels, the form that QuPath reads and writes.
+"""Areas of a slide as GeoJSON (RFC 7946) in level-0 pixels, which QuPath reads and writes.
 
-Exact both ways: outlines run along the edges of a mask's pixels, and a pixel belongs to an area when its center does,
-so that a mask written and read again at its own scale is the same mask.
+Both directions are exact: outlines run along the edges of a mask's pixels, and a pixel belongs to an area if its center
+does. So a mask that is written, and read again at its own scale, is the same mask.
 """
 
 import json
@@ -17,12 +17,12 @@ from g2l_core.errors import ReadError
 from g2l_core.types import TissueMask
 
 EXCLUDED = ("ignore*", "artefact*", "artifact*", "pen", "pen *", "background")
-"""Classes of QuPath whose areas are taken away, in lower case; its own `Ignore*` among them."""
+"""Classes of QuPath whose areas are subtracted, in lower case. Its own `Ignore*` is one of them."""
 
 TISSUE_CLASS = {"name": "Tissue", "color": [0, 158, 115]}
 
 Ring: TypeAlias = Float[np.ndarray, "_ 2"]
-"""Corners of a closed outline, x and y; the first is not repeated."""
+"""Corners of a closed outline, x and y. The first is not repeated at the end."""
 
 Vertex: TypeAlias = tuple[int, int]
 
@@ -38,15 +38,15 @@ def areas_of(mask: TissueMask, downsample: float) -> dict[str, Any]:
         downsample: Level-0 pixels per mask pixel.
 
     Returns:
-        Annotations of the class `Tissue` in level-0 pixels. Every polygon is simple, holes turn against the outline.
+        Annotations of the class `Tissue` in level-0 pixels. Every polygon is simple, and holes turn the other way.
     """
     _, part = cv2.connectedComponents(mask.astype(np.uint8), connectivity=4)
     loops: dict[int, list[list[Vertex]]] = {}
     for loop, owner in _loops(part):
         loops.setdefault(owner, []).append(loop)
     features = []
-    for _, found in sorted(loops.items()):
-        outline_first = sorted(found, key=_twice_area, reverse=True)
+    for _, part_loops in sorted(loops.items()):
+        outline_first = sorted(part_loops, key=_twice_area, reverse=True)
         rings = [_scaled(loop, downsample) for loop in outline_first]
         features.append(
             {
@@ -59,9 +59,9 @@ def areas_of(mask: TissueMask, downsample: float) -> dict[str, Any]:
 
 
 def _loops(part: np.ndarray) -> Iterator[tuple[list[Vertex], int]]:
-    """Simple closed paths along the pixel edges around each part, the part on their right, and whose they are.
+    """Simple closed paths along the pixel edges around each part, with the part on their right; and which part it is.
 
-    A path is cut where it meets itself (two pixels that touch at a corner only), so that none touches itself.
+    A path that meets itself, where two pixels touch only at a corner, is cut there, so that no path touches itself.
     """
     onward = _edges(part)
     while onward:
@@ -86,9 +86,9 @@ def _loops(part: np.ndarray) -> Iterator[tuple[list[Vertex], int]]:
 
 
 def _edges(part: np.ndarray) -> dict[tuple[int, Vertex], list[Vertex]]:
-    """Pixel edges between a part and what is not that part, by (part, start): where they end. The part is on the right.
+    """The ends of the pixel edges around each part, by part and start. The part is on the right of an edge.
 
-    The right of one who walks along x is towards larger y, as on a screen.
+    On the right of an edge along x means towards larger y, as on a screen.
     """
     height, width = part.shape
     padded = np.pad(part, 1)
@@ -109,7 +109,7 @@ def _edges(part: np.ndarray) -> dict[tuple[int, Vertex], list[Vertex]]:
 
 
 def _twice_area(loop: Sequence[Vertex]) -> int:
-    """Positive for an outline, negative for a hole (shoelace formula)."""
+    """Twice the area inside a loop by the shoelace formula: positive for an outline, negative for a hole."""
     return sum(x0 * y1 - x1 * y0 for (x0, y0), (x1, y1) in zip(loop, [*loop[1:], loop[0]], strict=True))
 
 
@@ -130,16 +130,16 @@ def _short(value: float) -> int | float:
 
 
 def read_areas(text: str) -> list[tuple[list[Ring], bool]]:
-    """The areas of a GeoJSON document.
+    """Read the areas of a GeoJSON document.
 
     Args:
         text: A FeatureCollection, one Feature, a bare list of them (QuPath exports each), or a bare geometry.
 
     Returns:
-        For each polygon its rings in level-0 pixels, and whether it counts: False is to be taken away (`EXCLUDED`).
+        For each polygon its rings in level-0 pixels, and whether it counts. False means to subtract it (`EXCLUDED`).
 
     Raises:
-        ReadError: It is no such document, or has a feature that encloses nothing.
+        ReadError: It is not such a document, or has a feature that encloses nothing.
     """
     try:
         document = json.loads(text)
@@ -190,7 +190,7 @@ def _ring(corners: Sequence[Sequence[float]]) -> Ring:
 
 
 def class_name(feature: Mapping[str, Any]) -> str:
-    """The QuPath class of a feature; empty where it has none. Derived classes (`names`) are joined by `: `."""
+    """The QuPath class of a feature, empty if it has none. The names of a derived class are joined by `: `."""
     properties = feature.get("properties")
     kind = properties.get("classification") if isinstance(properties, Mapping) else None
     if not isinstance(kind, Mapping):
@@ -199,7 +199,7 @@ def class_name(feature: Mapping[str, Any]) -> str:
 
 
 def mask_of(areas: Sequence[tuple[list[Ring], bool]], downsample: float, shape: tuple[int, int]) -> TissueMask:
-    """The pixels whose centers lie in an area that counts and in none that is to be taken away.
+    """The mask of the pixels whose centers lie in an area that counts and in none that is subtracted.
 
     Args:
         areas: As `read_areas` gives them, in level-0 pixels. Rings of one polygon cancel out (even-odd rule).

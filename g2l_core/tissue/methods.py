@@ -1,8 +1,8 @@
-"""From the word after --tissue to a method, and the name of the method that a store keeps.
+"""The tissue method behind the value of --tissue, and the name under which a store keeps it.
 
-The name says all that decides the mask of a slide to come: a threshold's by its name, a network's by its digest.
-Annotations differ by slide, and slides are added later, so theirs is a plain word, and the digest of each file stands
-in its slide's record. docs/decisions/09-tissue.md has the reasons.
+The name identifies everything that decides the mask of a new slide: a threshold by its name, a network by its digest.
+Annotations differ by slide, and slides are added later, so all of them have one plain name, and each slide's record
+keeps the digest of its file. docs/decisions/09-tissue.md has the reasons.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,14 +22,14 @@ THRESHOLDS: Mapping[str, Callable[[Rgb, Mpp], TissueMask]] = {"otsu": otsu_tissu
 
 @dataclass(frozen=True, kw_only=True)
 class FoundTissue:
-    """Where a slide has tissue."""
+    """The tissue of a slide."""
 
     mask: TissueMask | None
-    """In the slide's frame at `THUMBNAIL_MPP`; None where everything counts."""
+    """Where tissue is, in the slide's frame at `THUMBNAIL_MPP`; None if the whole slide counts."""
     thumbnail: Thumbnail | None = None
-    """The slide at that scale, if it was read."""
+    """The slide at the mask's scale, if it was read."""
     facts: Mapping[str, str] = field(default_factory=dict)
-    """What the slide's record must keep: of an annotation, `tissue_file` and `tissue_sha256`."""
+    """What the slide's record must keep. For an annotation these are `tissue_file` and `tissue_sha256`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,22 +37,22 @@ class TissueMethod:
     """A way to find tissue."""
 
     identity: str
-    """`GridSpec.tissue`: its name in a store's identity."""
+    """Its name in a store's identity (`GridSpec.tissue`)."""
     find: Callable[[Slide, str], FoundTissue]
-    """Of an open slide and its id. Raises ReadError where the slide, or its annotation, cannot be read."""
+    """Finds the tissue of an open slide, given with its id. Raises ReadError if slide or annotation cannot be read."""
     file_sha256: Callable[[str], str | None] = lambda _: None
-    """The digest of what it would read for a slide id now; None where that is nothing."""
+    """The digest of the file that it would read for a slide id now; None if it reads none."""
 
 
 def resolve_tissue(method: str) -> TissueMethod:
-    """The method behind `--tissue METHOD`.
+    """Find the tissue method that `--tissue METHOD` means.
 
     Args:
         method: `otsu`, `color` or `none`; a network, FILE.onnx or FILE.pt; or a folder of annotations.
 
     Raises:
-        UsageError: It is none of these, its file cannot be used, or it is the name under which a store keeps a
-            network or annotations, whose files must be given again.
+        UsageError: It is none of these, or its file cannot be used. Or it is the name under which a store keeps a
+            network or annotations, whose file or folder must be given again.
     """
     if method in THRESHOLDS:
         return TissueMethod(identity=method, find=_by_threshold(THRESHOLDS[method]))
@@ -93,8 +93,8 @@ def _by_network(path: Path) -> TissueMethod:
 def _by_annotations(folder: Path) -> TissueMethod:
     def find(slide: Slide, slide_id: str) -> FoundTissue:
         frame = slide.thumbnail_frame(THUMBNAIL_MPP)
-        found = annotations.read_annotation(folder, slide_id, slide.level0_size, frame)
-        return FoundTissue(mask=found.mask, facts=found.facts)
+        annotation = annotations.read_annotation(folder, slide_id, slide.level0_size, frame)
+        return FoundTissue(mask=annotation.mask, facts=annotation.facts)
 
     return TissueMethod(
         identity=ANNOTATIONS,

@@ -1,7 +1,7 @@
-"""Tissue by a segmentation network of the user's: TorchScript or ONNX, with a small TOML of settings beside it.
+"""Find tissue with a segmentation network of the user: TorchScript or ONNX, with a TOML file of settings beside it.
 
-The defaults are what HEST's DeepLab is run with (export its `out`, not the dict that it gives); GrandQC's tissue model
-wants `mpp = 10.0` and `tissue_classes = [0]`.
+The defaults are the settings of HEST's DeepLab, of which `out` must be exported and not the dict that it returns.
+GrandQC's tissue model needs `mpp = 10.0` and `tissue_classes = [0]`.
 """
 
 import hashlib
@@ -26,17 +26,17 @@ from g2l_core.types import Mpp, Rgb, TissueMask
 SUFFIXES = (".onnx", ".pt")
 
 OVERLAP = 1 / 8
-"""Share of a tile's side, at each edge, whose output is not used: a network sees too little around it."""
+"""Fraction of a tile's side, at each edge, whose output is not used, since a network sees too little around it."""
 
 SMALLEST_TILE_UM = 8 * THUMBNAIL_MPP
-"""A tile must leave something once its edges are cut off."""
+"""Minimum side of a tile, of which something must be left when its edges are cut off."""
 
 Forward: TypeAlias = Callable[[Float32[np.ndarray, "1 3 height width"]], Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkSettings:
-    """What a network needs beside its file: the keys of its TOML."""
+    """The settings of a network: the keys of its TOML file."""
 
     mpp: Annotated[float, Field(ge=0.1, le=50, description="a number from 0.1 to 50")] = 1.0
     """Micrometers per pixel of its input."""
@@ -47,18 +47,18 @@ class NetworkSettings:
     std: Annotated[tuple[PositiveFloat, PositiveFloat, PositiveFloat], Field(description="three numbers above 0")] = (
         0.229, 0.224, 0.225,
     )  # fmt: skip
-    """Divides them after that."""
+    """Divides them after the mean is subtracted."""
     tissue_classes: Annotated[
         tuple[NonNegativeInt, ...], Field(min_length=1, description="a list of channels from 0")
     ] = (1,)
-    """With two or more output channels: those that count as tissue where they are the largest."""
+    """With two or more output channels: the channels that mean tissue where they are the largest."""
     threshold: Annotated[float, Field(description="a number")] = 0.5
-    """With one output channel: the minimum value that is tissue. A network that ends without a sigmoid wants 0."""
+    """With one output channel: the minimum value that means tissue. It is 0 for a network without a final sigmoid."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Network:
-    """A loaded network that has been tried once."""
+    """A loaded network that has been run once on a blank tile."""
 
     name: str
     digest: str
@@ -68,11 +68,11 @@ class Network:
 
 
 def load_network(path: Path) -> Network:
-    """Load FILE.onnx or FILE.pt with the settings in FILE.toml, where there is one, and try it on a white tile.
+    """Load FILE.onnx or FILE.pt with the settings in FILE.toml, if there is one, and run it once on a white tile.
 
     Raises:
         UsageError: A file cannot be read or loaded, a setting is unknown or impossible, onnxruntime is not
-            installed, or the output has not the shape (1, classes, tile_px, tile_px).
+            installed, or the output does not have the shape (1, classes, tile_px, tile_px).
     """
     settings = _read_settings(path.with_suffix(".toml"))
     try:
@@ -87,10 +87,10 @@ def load_network(path: Path) -> Network:
 
 
 def segment_tile(network: Network, tile: Rgb) -> TissueMask:
-    """Where one tile of `tile_px` squared has tissue, bool (tile_px, tile_px).
+    """Find tissue on one tile of `tile_px` squared, bool (tile_px, tile_px).
 
     Raises:
-        UsageError: The network cannot take it, or its output has another shape than (1, classes, tile_px, tile_px).
+        UsageError: The network cannot take it, or its output does not have the shape (1, classes, tile_px, tile_px).
     """
     s = network.settings
     mean, std = np.array(s.mean, np.float32), np.array(s.std, np.float32)
@@ -112,10 +112,10 @@ def segment_tile(network: Network, tile: Rgb) -> TissueMask:
 
 
 def network_tissue(network: Network, slide: Slide, frame: Frame) -> TissueMask:
-    """Where a slide has tissue, bool (height, width) of the frame: overlapping tiles, of each its middle.
+    """Find tissue on a slide, bool (height, width) of the frame, from the middles of overlapping tiles.
 
-    A tile covers a whole number of the frame's pixels, so that its scale may differ from the wanted one by half
-    of such a pixel. A pixel of the frame is tissue where half of what the network says of it is.
+    A tile covers a whole number of the frame's pixels, so its scale may differ from the wanted one by half of such a
+    pixel. A pixel of the frame is tissue if at least half of the network's output in it is.
 
     Raises:
         ReadError: The slide cannot be decoded.
@@ -140,7 +140,7 @@ def network_tissue(network: Network, slide: Slide, frame: Frame) -> TissueMask:
 
 
 def _tile_corners(width: int, height: int, step: int, edge: int) -> Iterator[tuple[int, int]]:
-    """Upper left corners of tiles whose middles, of side `step`, cover the frame."""
+    """Upper left corners of the tiles whose middles, of side `step`, cover the frame."""
     for top in range(0, height, step):
         for left in range(0, width, step):
             yield left - edge, top - edge
@@ -149,15 +149,15 @@ def _tile_corners(width: int, height: int, step: int, edge: int) -> Iterator[tup
 def _resized(image: np.ndarray, side: int) -> np.ndarray:
     if image.shape[:2] == (side, side):
         return image
-    how = cv2.INTER_AREA if image.shape[0] > side else cv2.INTER_LINEAR
-    return cv2.resize(image, (side, side), interpolation=how)
+    interpolation = cv2.INTER_AREA if image.shape[0] > side else cv2.INTER_LINEAR
+    return cv2.resize(image, (side, side), interpolation=interpolation)
 
 
 # ---- files ------------------------------------------------------------------------------------------------------
 
 
 def _read_settings(path: Path) -> NetworkSettings:
-    """The settings in a TOML file; the defaults where there is none."""
+    """The settings in a TOML file, or the defaults if there is no file."""
     if not path.exists():
         return NetworkSettings()
     try:
@@ -175,7 +175,8 @@ def _read_settings(path: Path) -> NetworkSettings:
             f"{path}: {key} must be {known[key].__metadata__[0].description}, not {table[key]!r}"
         ) from error
     # Built from the values as they are written, since the network's digest tells 1 from 1.0.
-    settings = NetworkSettings(**{key: tuple(v) if isinstance(v, list) else v for key, v in table.items()})
+    values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in table.items()}
+    settings = NetworkSettings(**values)
     if settings.tile_px * settings.mpp < SMALLEST_TILE_UM:
         raise UsageError(f"{path}: tile_px times mpp must be at least {SMALLEST_TILE_UM:g} um")
     return settings
@@ -188,7 +189,9 @@ def _load_torchscript(path: Path) -> Forward:
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # TorchScript is on its way out, its files are not
+            warnings.simplefilter(
+                "ignore", DeprecationWarning
+            )  # torch deprecates TorchScript, but its files are in use
             module = torch.jit.load(path, map_location="cpu").eval()
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]

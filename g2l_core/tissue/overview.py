@@ -1,7 +1,7 @@
-"""For people: a picture of what was kept of a slide, and its tissue as GeoJSON that QuPath opens.
+"""An overview of a slide for people: a picture of its tissue and patches, and its tissue as GeoJSON for QuPath.
 
-They lie beside the store, in `<store name>.qc/<slide_id>.jpg` and `.geojson`. The GeoJSON, edited or not, is what
-`--tissue FOLDER` reads.
+They are beside the store, in `<store name>.qc/<slide_id>.jpg` and `.geojson`. `--tissue FOLDER` reads the GeoJSON,
+edited or not.
 """
 
 import json
@@ -21,39 +21,39 @@ from g2l_core.tissue.geojson import areas_of
 from g2l_core.types import Coords, Level0Px, Mpp, Rgb, TissueMask
 
 LONGEST_PX = 1600
-"""Long side of the picture."""
+"""Maximum of the picture's long side."""
 
 SHORTEST_PX = 800
-"""A thumbnail whose long side is shorter is read again, finer: such slides are small."""
+"""A thumbnail whose long side is shorter, which small slides have, is read again at a finer scale."""
 
 TISSUE_COLOR, PATCH_COLOR, TEXT_COLOR = (0, 158, 115), (0, 70, 200), (40, 40, 40)
-"""Green and blue, apart for color-blind eyes too (Okabe & Ito), and far from hematoxylin and eosin."""
+"""Green and blue that color-blind people can distinguish (Okabe & Ito), far from hematoxylin and eosin."""
 
-LEFT_OUT_VEIL = 0.55
-"""How much white lies over what is not kept."""
+EXCLUDED_VEIL = 0.55
+"""Opacity of the white over what is not kept."""
 
 Font: TypeAlias = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 FONT_PX = 20
-"""Pillow's own font: Latin letters, no micro sign, no ellipsis."""
+"""Size of Pillow's own font, which has Latin letters, but no micro sign and no ellipsis."""
 CAPTION_PX = 76
-"""Height of the strip under the picture: two lines of text."""
+"""Height of the strip under the picture, for two lines of text."""
 NARROWEST_PX = 760
-"""Pictures are widened to this, so that the caption fits."""
+"""Minimum width of the picture, so that the caption fits."""
 
 GENERATOR = '{"generator":"g2l",'
-"""How our GeoJSON begins. QuPath's own export has another beginning, so a file that was edited is never replaced."""
+"""How our GeoJSON begins. QuPath's export begins differently, so a file that was edited in it is never replaced."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SlideOverview:
-    """What was kept of a slide."""
+    """What an overview shows: the tissue of a slide, and the patches that were kept."""
 
     slide_id: str
     coords: Coords
     side: Level0Px
     mask: TissueMask | None
-    """Tissue; None where everything counts."""
+    """Where tissue is; None if the whole slide counts."""
     downsample: float
     """Level-0 pixels per mask pixel."""
     method: str
@@ -61,21 +61,21 @@ class SlideOverview:
 
 
 def overview_folder(store: Path) -> Path:
-    """The folder of a store's pictures and outlines, beside it."""
+    """The folder of a store's overviews, beside the store."""
     return store.with_name(store.name.removesuffix(".zarr") + ".qc")
 
 
 def write_overview(folder: Path, slide: Slide, overview: SlideOverview, thumbnail: Thumbnail | None) -> str:
-    """Write a slide's picture and tissue outlines; each replaces its file at once or not at all.
+    """Write a slide's picture and tissue outlines. Each replaces its file as a whole or not at all.
 
     Args:
         folder: As `overview_folder` gives it.
-        slide: Open; read again where the thumbnail is absent or too small to look at.
-        overview: What was kept.
-        thumbnail: The slide at a small scale, if it is at hand.
+        slide: The open slide. It is read again if there is no thumbnail or a too small one.
+        overview: What to show.
+        thumbnail: The slide at a small scale, if it has been read.
 
     Returns:
-        A remark for the user, empty where there is none: outlines of that name were edited, and were left alone.
+        A warning if outlines of that name were edited and therefore not replaced, else an empty text.
 
     Raises:
         ReadError: The slide cannot be read.
@@ -92,7 +92,7 @@ def write_overview(folder: Path, slide: Slide, overview: SlideOverview, thumbnai
 
 
 def tissue_geojson(overview: SlideOverview, level0_size: tuple[int, int]) -> str:
-    """A slide's tissue as a GeoJSON document in level-0 pixels; the whole slide where everything counts."""
+    """A slide's tissue as a GeoJSON document in level-0 pixels, which is the whole slide if there is no mask."""
     if overview.mask is None:
         document = areas_of(np.ones((1, 1), bool), 1.0)
         width, height = level0_size
@@ -104,18 +104,18 @@ def tissue_geojson(overview: SlideOverview, level0_size: tuple[int, int]) -> str
 
 
 def thumbnail_to_show(slide: Slide, thumbnail: Thumbnail | None) -> Thumbnail:
-    """The thumbnail at hand, or one that is large enough to look at, at most as large as level 0."""
+    """The thumbnail, or one read again that is large enough to look at but no larger than level 0."""
     if thumbnail is not None and max(thumbnail.image.shape) >= SHORTEST_PX:
         return thumbnail
     return slide.read_thumbnail(Mpp(max(slide.level0_size) * slide.mpp / LONGEST_PX))
 
 
 def draw_overview(thumbnail: Thumbnail, overview: SlideOverview, slide_mpp: Mpp) -> Rgb:
-    """The picture: tissue outlined, kept patches outlined, the rest paler, a scale bar, two lines of caption.
+    """Draw the picture: tissue and patches outlined, the rest paler, a scale bar and two lines of caption.
 
     Args:
-        thumbnail: The slide.
-        overview: What was kept.
+        thumbnail: The slide at a small scale.
+        overview: What to show.
         slide_mpp: Micrometers per level-0 pixel.
 
     Returns:
@@ -135,7 +135,7 @@ def draw_overview(thumbnail: Thumbnail, overview: SlideOverview, slide_mpp: Mpp)
 
 
 def _fitted(thumbnail: Thumbnail) -> tuple[Rgb, float]:
-    """The thumbnail, shrunk where it is too large, and its level-0 pixels per pixel."""
+    """The thumbnail, shrunk if it is too large, and its level-0 pixels per pixel."""
     shrink = max(1.0, max(thumbnail.image.shape) / LONGEST_PX)
     if shrink == 1:
         return thumbnail.image.copy(), float(thumbnail.downsample)
@@ -151,14 +151,14 @@ def _boxes(overview: SlideOverview, downsample: float) -> np.ndarray:
 
 
 def _veiled(image: Rgb, kept: np.ndarray) -> Rgb:
-    pale = cv2.addWeighted(image, 1 - LEFT_OUT_VEIL, np.full_like(image, 255), LEFT_OUT_VEIL, 0)
+    pale = cv2.addWeighted(image, 1 - EXCLUDED_VEIL, np.full_like(image, 255), EXCLUDED_VEIL, 0)
     for left, top, right, bottom in kept.tolist():
         pale[top:bottom, left:right] = image[top:bottom, left:right]
     return pale
 
 
 def _outline_patches(image: Rgb, kept: np.ndarray) -> None:
-    """Neighbors share a line; the smaller the patches, the fainter, so that the tissue stays visible."""
+    """Outline the patches. Lines of smaller patches are fainter, so that the tissue stays visible."""
     if not len(kept):
         return
     lines, side = image.copy(), int(kept[0, 2] - kept[0, 0])
@@ -169,7 +169,7 @@ def _outline_patches(image: Rgb, kept: np.ndarray) -> None:
 
 
 def _outline_tissue(image: Rgb, mask: Bool[np.ndarray, "mask_height mask_width"], scale: float) -> None:
-    """`scale`: picture pixels per mask pixel."""
+    """Outline the tissue; `scale` is picture pixels per mask pixel."""
     size = max(1, round(mask.shape[1] * scale)), max(1, round(mask.shape[0] * scale))
     shown = cv2.resize(mask.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST)
     contours, _ = cv2.findContours(shown, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
@@ -177,7 +177,7 @@ def _outline_tissue(image: Rgb, mask: Bool[np.ndarray, "mask_height mask_width"]
 
 
 def _write_caption(canvas: Image.Image, top: int, overview: SlideOverview, slide_mpp: Mpp, downsample: float) -> None:
-    """Two lines: the slide and its scale bar; the legend."""
+    """Write two lines: the slide with its scale bar, and the legend."""
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(FONT_PX)
     first, second = top + 10, top + 10 + FONT_PX + 12
     bar_um = _round_length(150 * downsample * slide_mpp)
@@ -197,14 +197,14 @@ def _write_caption(canvas: Image.Image, top: int, overview: SlideOverview, slide
 
 
 def _legend(draw: ImageDraw.ImageDraw, left: float, top: int, text: str, color: tuple[int, ...], font: Font) -> float:
-    """A colored frame and what it stands for; returns where the next one may begin."""
+    """Draw a colored frame and its meaning. Returns where the next one may begin."""
     draw.rectangle((left, top + 4, left + 18, top + 20), outline=color, width=3)
     draw.text((left + 28, top), text, TEXT_COLOR, font)
     return left + 28 + draw.textlength(text, font) + 32
 
 
 def _shortened(text: str, room: float, draw: ImageDraw.ImageDraw, font: Font) -> str:
-    """The text, its beginning cut off until it fits: slides of one folder differ at the end."""
+    """The text, cut off at its beginning until it fits, since the ids of a folder's slides differ at their ends."""
     cut = text
     while draw.textlength(cut, font) > room and len(cut) > 4:
         cut = "..." + cut[4:]
@@ -212,7 +212,7 @@ def _shortened(text: str, room: float, draw: ImageDraw.ImageDraw, font: Font) ->
 
 
 def _round_length(at_most_um: float) -> float:
-    """The longest 1, 2 or 5 times a power of ten that is not above it."""
+    """The largest 1, 2 or 5 times a power of ten that is not larger."""
     power = 10.0 ** int(np.floor(log10(at_most_um)))
     return max(step * power for step in (1, 2, 5) if step * power <= at_most_um)
 

@@ -1,4 +1,4 @@
-"""Tissue on a thumbnail, by color alone."""
+"""Find tissue on a thumbnail by color only."""
 
 import cv2
 import numpy as np
@@ -6,39 +6,39 @@ import numpy as np
 from g2l_core.types import Mpp, Rgb, TissueMask
 
 THUMBNAIL_MPP = Mpp(8.0)
-"""Scale at which tissue is looked for: a 128 um patch is 16 mask pixels wide."""
+"""Scale at which tissue is found. A patch of 128 um is 16 mask pixels wide."""
 
 SATURATION_LIMITS = (15, 40)
-"""Otsu's threshold is held between these (of 255). On a slide without background it would otherwise split
-the tissue in two, on an empty slide the noise; glass and paper-white stay under 15, most stroma over 40."""
+"""Otsu's threshold is clipped to these (of 255). It would otherwise split the tissue of a slide without background in
+two, and the noise of an empty slide. Glass and paper-white stay under 15, most stroma over 40."""
 
 SMALLEST_TISSUE_UM2 = 50_000.0
-"""Fragments smaller than about three patches of 128 um are dust, and such holes are filled."""
+"""Fragments that are smaller than about three patches of 128 um count as dust, and smaller holes are filled."""
 
 CLOSING_UM = 48.0
-"""Gaps between nuclei and fibers up to this width belong to the tissue."""
+"""Maximum width of gaps between nuclei and fibers that belong to the tissue."""
 
-LEAST_SATURATION = 20
+MIN_SATURATION = 20
 """HSV, of 255. At 8 um/px 1 to 5 % of the pixels of mucin, the palest tissue, lie below it; glass lies below 15."""
 
 LUMA_LIMITS = (40, 210)
 """YUV's Y, of 255. Below: black ink and the black border of a scan (99 % of real tissue: from 44 up). Above: glass,
 and the inside of fat cells: fat's median is 226, mucin's 161."""
 
-LEAST_V = 112
+MIN_V = 112
 """YUV's V, 128 without color: red less luma. Blue and green inks lie at 66 to 106, for they lack red; 99 % of the
 pixels of whole-slide scanners' tissue at 125 or more, hematoxylin alone included."""
 
-LEAST_U = 116
+MIN_U = 116
 """YUV's U, 128 without color: blue less luma. Red ink lies lower; 99.9 % of scanned eosin and blood at 123 or more."""
 
 MAJORITY_UM = 104.0
-"""A pixel is tissue where half of the square of this side around it is: it closes gaps between nuclei, and takes
-away the walls between fat cells, which are about this far apart, and thin ink."""
+"""A pixel is tissue if half of the square of this side around it is. This closes gaps between nuclei. It also removes
+thin ink, and the walls between fat cells, which are about this far apart."""
 
 
 def otsu_tissue(thumbnail: Rgb, mpp: Mpp) -> TissueMask:
-    """Tissue as what is colored: Otsu's threshold on the HSV saturation, closed, small parts removed.
+    """Find tissue as what is colored: Otsu's threshold on the HSV saturation, closed, without small parts.
 
     Args:
         thumbnail: uint8 (height, width, 3).
@@ -59,7 +59,7 @@ def otsu_tissue(thumbnail: Rgb, mpp: Mpp) -> TissueMask:
 
 
 def color_tissue(thumbnail: Rgb, mpp: Mpp) -> TissueMask:
-    """Tissue as what has the colors of H&E: limits on HSV saturation and on YUV, then a majority, small parts removed.
+    """Find tissue by the colors of H&E: limits on HSV saturation and on YUV, then a majority, without small parts.
 
     Fat, glass, pen of any color and black borders are left out. The limits were measured on real H&E of two
     scanners and on colorectal tiles of seven classes, at 8 um/px. A stain far bluer than theirs loses tissue.
@@ -74,7 +74,7 @@ def color_tissue(thumbnail: Rgb, mpp: Mpp) -> TissueMask:
     saturation = cv2.cvtColor(thumbnail, cv2.COLOR_RGB2HSV)[..., 1]
     luma, u, v = cv2.split(cv2.cvtColor(thumbnail, cv2.COLOR_RGB2YUV))
     darkest, brightest = LUMA_LIMITS
-    like_stain = (saturation >= LEAST_SATURATION) & (v >= LEAST_V) & (u >= LEAST_U)
+    like_stain = (saturation >= MIN_SATURATION) & (v >= MIN_V) & (u >= MIN_U)
     mask = (like_stain & (luma >= darkest) & (luma <= brightest)).astype(np.float32)
     side = 2 * max(1, round(MAJORITY_UM / 2 / mpp)) + 1
     mask = (cv2.blur(mask, (side, side)) > 0.5).astype(np.uint8)

@@ -102,9 +102,8 @@ def _task_rows() -> Iterator[tuple[str, str, str, str]]:
     meanings = attribute_docs(TaskSpec)
     for field in fields(TaskSpec):
         if is_dataclass(field.default):
-            group = type(field.default)
-            inner = attribute_docs(group)
-            for option in fields(group):
+            inner = attribute_docs(type(field.default))
+            for option in fields(field.default):
                 value = getattr(field.default, option.name)
                 yield f"`{field.name}_{option.name}`", _describe_value(value), _shown(value), inner.get(option.name, "")
         elif field.default is not MISSING and field.name != "expected":

@@ -1,4 +1,4 @@
-"""Tasks on stores with planted features: joins, splits, leaks, duplicates, and figures that move the right way."""
+"""Tasks on stores with planted features: joins, splits, leaks, duplicates, and metric values that move rightly."""
 
 import json
 from dataclasses import replace
@@ -52,7 +52,7 @@ def gain(outcome, metric, encoder, reference):
     return found[0].difference
 
 
-def test_planted_strength_moves_every_figure(outcome):
+def test_planted_strength_moves_every_metric(outcome):
     assert not outcome.failures
     for metric in ("knn_balanced_accuracy", "probe_auc", "robustness_ratio_k5", "robustness_pathorob_k3"):
         assert value(outcome, metric, "weak").value < value(outcome, metric, "strong").value, metric
@@ -67,7 +67,7 @@ def test_gains_over_the_baseline_have_intervals_above_zero(outcome):
         assert "4 patients" in difference.method
 
 
-def test_the_knn_figure_is_scikit_learn_s(planted, outcome):
+def test_the_knn_accuracy_is_scikit_learn_s(planted, outcome):
     folder, store = planted
     rows = gather([store], SPEC, folder)
     (train, test) = parts(rows, SPEC, 0)[0]
@@ -97,7 +97,7 @@ def test_folds_keep_patients_together_and_test_every_row_once(planted):
     assert not evaluate_task([store], spec, BENCH, folder).failures
 
 
-def test_the_same_input_gives_the_same_figures(planted, outcome):
+def test_the_same_input_gives_the_same_results(planted, outcome):
     folder, store = planted
     again = evaluate_task([store], SPEC, BENCH, folder)
     assert again.results == outcome.results
@@ -161,7 +161,7 @@ def test_missing_column_names_those_there_are(planted):
         gather([store], replace(SPEC, label="grade"), folder)
 
 
-def test_a_failing_metric_costs_itself_alone(planted):
+def test_a_failing_metric_group_leaves_the_others(planted):
     folder, store = planted
     found = evaluate_task([store], replace(SPEC, knn=KnnOptions(k=(5000,))), BENCH, folder)
     assert {(f.encoder) for f in found.failures} == {"teacher", "weak", "strong"}
@@ -169,7 +169,7 @@ def test_a_failing_metric_costs_itself_alone(planted):
     assert any(r.metric == "probe_auc" for r in found.results)
 
 
-def test_an_encoder_without_features_costs_itself_alone(planted):
+def test_an_encoder_without_features_leaves_the_others(planted):
     folder, store = planted
     bench = replace(BENCH, encoders=("teacher", "strong", "absent"), baseline="")
     found = evaluate_task([store], SPEC, bench, folder)
@@ -265,9 +265,9 @@ def test_a_run_that_is_gone_cannot_tell_its_slides(tmp_path, content):
     assert note.endswith("run.json is not there to tell whether teacher was distilled on slides that it is tested on")
 
 
-def test_rows_that_are_not_finite_are_told_once_an_encoder(tmp_path):
+def test_rows_that_are_not_finite_are_one_failure_of_their_encoder(tmp_path):
     store = make_store(tmp_path / "s.zarr", {"teacher": (1, 0), "weak": (0.5, 0)})
-    store.slide("s2").array("features/weak")[3, 0, 5] = np.nan
+    store.slide("s2").features_array("weak")[3, 0, 5] = np.nan
     write_labels(tmp_path / "labels.csv", patch_labels())
     found = evaluate_task([store], SPEC, replace(BENCH, encoders=("teacher", "weak"), baseline=""), tmp_path)
     (failure,) = found.failures

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from g2l_core.benchmark.spec import Expected, TaskSpec, parse_expected
+from g2l_core.benchmark.spec import TaskSpec
+from g2l_core.benchmark.task_file import parse_expected, read_tasks
 from g2l_core.datasets import breast, others, prostate
 from g2l_core.datasets.page import page
 from g2l_core.datasets.spec import Dataset
 from g2l_core.datasets.table import DATASETS
 from g2l_core.errors import TaskError, UsageError
-from pipeline.bench import find_tasks, read_tasks, shipped_tasks
+from g2l_core.results import ExpectedFigure
+from pipeline.bench import find_tasks, shipped_tasks
 
 ROOT = Path(__file__).resolve().parents[2]
 SUITES = ("breast", "colorectal", "lung", "lymph-node", "prostate")
@@ -91,7 +93,7 @@ FIGURE = {"encoder": "g2l", "value": 0.9, "tolerance": 0.01, "source": "the arti
 
 
 def test_expected_takes_one_figure_or_several():
-    one = Expected(metric="knn_accuracy", encoder="g2l", value=0.9, tolerance=0.01, source="the article, table 2")
+    one = ExpectedFigure(task="t", metric="knn_accuracy", **FIGURE)
     assert parse_expected("t", {"knn_accuracy": FIGURE}) == (one,)
     several = parse_expected("t", {"knn_accuracy": [FIGURE, FIGURE | {"encoder": "hibou-l"}], "probe_auc": FIGURE})
     assert [(e.metric, e.encoder) for e in several] == [

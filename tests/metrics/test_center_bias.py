@@ -15,7 +15,7 @@ from g2l_core.metrics.center_bias import (
     BiasDesign,
     average_performance_drop,
     biased_probes,
-    centers_told_by_class,
+    centers_predicted_by_class,
     predict_centers,
 )
 from g2l_core.metrics.folds import stratified_group_folds
@@ -61,8 +61,8 @@ def test_no_row_is_predicted_from_its_own_slide():
 def test_centers_told_by_the_class_by_hand():
     centers = np.array(["A"] * 4 + ["B"] * 8)
     classes = np.array(list("tttn") + list("ttnnnnnn"))
-    assert centers_told_by_class(centers, classes) == (3 / 4 + 6 / 8) / 2
-    assert centers_told_by_class(centers, np.array(list("tnnn") + list("ttnnnnnn"))) == 0.5
+    assert centers_predicted_by_class(centers, classes) == (3 / 4 + 6 / 8) / 2
+    assert centers_predicted_by_class(centers, np.array(list("tnnn") + list("ttnnnnnn"))) == 0.5
 
 
 @given(seed=st.integers(0, 2**32 - 1))
@@ -71,7 +71,7 @@ def test_no_rule_from_class_to_center_does_better(seed):
     centers, classes = rng.permutation(np.arange(40) % 3), rng.permutation(np.arange(40) % 3)
     rules = np.stack(np.meshgrid(*[range(3)] * 3), axis=-1).reshape(-1, 3)
     best = max(balanced_accuracy_score(centers, rule[classes]) for rule in rules)
-    assert centers_told_by_class(centers, classes) == pytest.approx(best, abs=1e-12)
+    assert centers_predicted_by_class(centers, classes) == pytest.approx(best, abs=1e-12)
 
 
 def drop(seed, center):

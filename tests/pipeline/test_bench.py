@@ -1,4 +1,4 @@
-"""g2l bench from a task file to a report: every family at once, equal bytes, and tasks that fail alone."""
+"""g2l bench from a task file to a report: every metric group at once, equal bytes, and tasks that fail one by one."""
 
 import json
 from pathlib import Path
@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 
 from g2l_core.benchmark.spec import NEEDS
-from g2l_core.benchmark.task_file import known_keys
+from g2l_core.benchmark.task_file import known_keys, read_tasks
 from g2l_core.errors import TaskError, UnknownNameError, UsageError
+from g2l_core.report.tables import meaning_of
 from g2l_core.report.write import read_report
-from pipeline.bench import read_tasks, run_bench
-from tests.benchmark.test_families import label_row
+from pipeline.bench import run_bench
+from tests.benchmark.test_metric_groups import label_row
 from tests.planted import PATCHES, make_store, write_labels
 
 STRENGTH = {"teacher": (0.8, 0.0, 0.9), "weak": (0.1, 0.8, 0.1), "strong": (0.6, 0.1, 0.7)}
@@ -81,19 +82,20 @@ def bench(folder, tasks, out):
     return run_bench(path, [folder / "s.zarr"], list(STRENGTH), out, baseline="weak", draws=50)
 
 
-def test_the_same_input_gives_the_same_bytes_for_every_family(planted, tmp_path):
+def test_the_same_input_gives_the_same_bytes_for_every_metric_group(planted, tmp_path):
     report = bench(planted, EVERYTHING, tmp_path / "one")
     assert not report.failures
-    told = {metric for spec in read_tasks(planted / "tasks.toml")[1] for metric in spec.metrics}
-    assert told == set(NEEDS)
+    asked = {metric for spec in read_tasks(planted / "tasks.toml")[1] for metric in spec.metrics}
+    assert asked == set(NEEDS)
     bench(planted, EVERYTHING, tmp_path / "two")
     for name in ("results.json", "results.csv", "comparisons.csv"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     assert read_report(tmp_path / "one") == report
     assert all(result.settings for result in report.results)
+    assert all(meaning_of(result.metric).sentence for result in report.results)
 
 
-def test_tasks_that_cannot_be_read_or_evaluated_cost_themselves_alone(planted, tmp_path):
+def test_tasks_that_cannot_be_read_or_evaluated_leave_the_others(planted, tmp_path):
     tasks = f"""
 [tasks.unknown]
 metrics = ["knnn"]
@@ -167,19 +169,19 @@ def test_keys_that_cannot_be_read(tmp_path, line, error, words):
 
 def test_every_key_is_in_the_page_about_tasks():
     page = Path(__file__).parents[2].joinpath("docs", "tasks.md").read_text(encoding="utf-8")
-    for family in NEEDS:
-        assert f"| `{family}` |" in page
+    for group in NEEDS:
+        assert f"| `{group}` |" in page
     for key, (group, option, _) in known_keys().items():
         assert f"`{key}" in page or (group and f"`_{option}`" in page), key
 
 
-@pytest.mark.parametrize(("metric", "family"), [("slide_probe_auc", "slide_probe"), ("survival_c_index", "survival")])
-def test_published_figures_of_every_family_are_taken(tmp_path, metric, family):
+@pytest.mark.parametrize(("metric", "group"), [("slide_probe_auc", "slide_probe"), ("survival_c_index", "survival")])
+def test_published_values_of_every_metric_group_are_taken(tmp_path, metric, group):
     path = tmp_path / "tasks.toml"
-    text = f'[tasks.t]\nmetrics = ["{family}"]\nlabel = "x"\nfolds = 3\nsurvival_event = "e"\nsurvival_time = "t"\n'
-    figure = '{ encoder = "g2l", value = 0.9, tolerance = 0.01, source = "the article" }'
-    path.write_text(f"{text}expected.{metric} = {figure}\n")
+    text = f'[tasks.t]\nmetrics = ["{group}"]\nlabel = "x"\nfolds = 3\nsurvival_event = "e"\nsurvival_time = "t"\n'
+    published = '{ encoder = "g2l", value = 0.9, tolerance = 0.01, source = "the article" }'
+    path.write_text(f"{text}expected.{metric} = {published}\n")
     assert read_tasks(path)[1][0].expected[0].metric == metric
-    path.write_text(f"{text}expected.probe_auc = {figure}\n")
+    path.write_text(f"{text}expected.probe_auc = {published}\n")
     with pytest.raises(TaskError, match="expected.probe_auc is of none of its metrics"):
         read_tasks(path)

@@ -20,7 +20,7 @@ from g2l_core.synthetic.cohort import write_pyramid
 from pipeline.cli.main import main
 from tests.conftest import TEACHER
 
-G2L = [sys.executable, "-m", "pipeline.cli.main"]
+G2L = [sys.executable, "-m", "pipeline.cli"]
 KEY = "timm-mobilenetv3_small_050-64-random0"
 
 
@@ -139,7 +139,8 @@ def test_tissue_by_color_and_what_is_left_out(slides, tmp_path):
     assert FeatureStore.open(tmp_path / "s.zarr").grid["tissue"] == "color"
     assert "left out" not in done.stdout
     refused(cache(slides, tmp_path / "t.zarr", "--tissue", "ostu"), "unknown tissue method 'ostu'", "otsu")
-    refused(cache(slides, tmp_path / "t.zarr", "--artifacts", "pens"), "unknown artifact 'pens'", "pen")
+    for name in ("--artifacts", "--artefacts"):  # and its former name
+        refused(cache(slides, tmp_path / "t.zarr", name, "pens"), "unknown artifact 'pens'", "pen")
 
 
 @pytest.mark.slow

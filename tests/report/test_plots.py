@@ -1,10 +1,14 @@
 """Plots in proportion, axes that enclose their values, and colors that every eye can tell apart."""
 
+import html
 import math
 import re
+import subprocess
+import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
+import matplotlib
 import numpy as np
 import pytest
 from hypothesis import given
@@ -112,3 +116,36 @@ def test_colors_stand_out_from_the_page(palette, paper):
 def test_color_and_shape_together_repeat_late():
     assert math.lcm(COLORS, len(SHAPES)) == 42
     assert COLORS == len(_LIGHT) == len(_DARK)
+
+
+def some_plots(label="r", values=(1.0, 2.0, 4.0)):
+    rows = tuple(Row(label=label, series=i, estimate=estimate(v, 0.5), text=str(v)) for i, v in enumerate(values))
+    lines = [Curve(label=label, series=0, points=tuple((k, estimate(v, 0.5)) for k, v in enumerate(values, 1)))]
+    forests = forest([ForestGroup(title=label, rows=rows)], neutral=0.0, label=label)
+    return [forests, *(curves(lines, x_label=label, label=label, is_log=is_log) for is_log in (True, False))]
+
+
+def test_the_users_own_matplotlib_settings_change_nothing():
+    plain = some_plots()
+    with matplotlib.rc_context({"svg.fonttype": "path", "font.size": 30, "savefig.bbox": "tight", "axes.grid": True}):
+        assert some_plots() == plain
+
+
+@pytest.mark.parametrize("name", ["$\\frac$", "a\x00\x1b b", "\udce4", "<b>&\"'", "\u6f22\u5b57", "", "5", "\n"])
+def test_a_name_may_be_anything(name):
+    for svg in some_plots(name):
+        shown = [html.unescape(text) for text in re.findall(r"<text[^>]*>([^<]*)", svg)]
+        assert name in shown
+        assert set(re.findall(r"<(\w+)", svg)) <= {"svg", "path", "text"}
+
+
+def test_a_plot_has_no_ids_and_stays_small():
+    values = tuple(float(v) for v in range(60))
+    for svg in some_plots(values=values):
+        assert " id=" not in svg
+        assert len(svg) < 30_000
+
+
+def test_the_report_imports_matplotlib_only_when_it_draws():
+    code = "import sys, g2l_core.report.write; sys.exit('matplotlib' in sys.modules or 'pydantic' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import zarr
 
-from g2l_core.store.facts import EncoderFacts, FeatureFacts, RunFacts, ShardRecord, SlideFacts, StoreFacts
+from g2l_core.store.facts import EncoderFacts, ExtractionRunFacts, FeatureFacts, ShardRecord, SlideFacts, StoreFacts
 from g2l_core.store.features import FeatureStore
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden/store"
@@ -59,7 +59,7 @@ def test_absent_keys_have_defaults():
         "artefacts": "none",
         "mpp": 0.5,
     }
-    assert RunFacts.from_json({"patches": 3}).patches == 3
+    assert ExtractionRunFacts.from_json({"patches": 3}).patches == 3
     assert FeatureFacts.from_json({}) == FeatureFacts()
     assert SlideFacts.from_json({"source": "/s.svs", "status": "ok"}).labels == {}
     assert EncoderFacts.from_json({"digest": "0", "dim": 6}).to_json() == {"digest": "0", "dim": 6}
@@ -71,7 +71,7 @@ def test_a_store_keeps_what_a_later_version_wrote_through_changes(toy):
     slide = root["slides/a/x"]
     slide.attrs["g2l"] = {**slide.attrs["g2l"], "later": 2}
     store = FeatureStore.open(toy.path, writable=True)
-    store.add_run(RunFacts(patches=1))
+    store.add_run(ExtractionRunFacts(patches=1))
     store.slide("a/x").set_labels({"grade": "1"})
     store.slide("a/x").forget(0)
     root = zarr.open_group(toy.path, mode="r")

@@ -317,7 +317,7 @@ def test_without_onnxruntime_it_says_what_to_install(tmp_path, monkeypatch):
         resolve_tissue(str(tmp_path / "net.onnx"))
 
 
-# ---- through laying -----------------------------------------------------------------------------------------
+# ---- through patching -----------------------------------------------------------------------------------------
 
 
 def test_a_slide_is_laid_by_a_network(tmp_path, slide_path, suffix):

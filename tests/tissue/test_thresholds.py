@@ -175,7 +175,7 @@ def test_mask_follows_a_rotation():
     assert (turned != np.rot90(otsu_tissue(image, THUMBNAIL_MPP))).mean() < 0.01
 
 
-# ---- through laying -----------------------------------------------------------------------------------------
+# ---- through patching -----------------------------------------------------------------------------------------
 
 
 def test_an_empty_slide_is_refused_alone(tmp_path):

@@ -216,7 +216,6 @@ def nearest(
             fewer than k rows to choose from.
 
     Examples:
-        >>> import numpy as np
         >>> reference = np.array([[1.0, 0.0], [0.0, 1.0], [3.0, 4.0]])
         >>> found = nearest(reference, np.array([[2.0, 0.0]]), 2)
         >>> found.indices.tolist(), found.similarities.round(6).tolist()
@@ -244,14 +243,14 @@ def nearest(
 
 @dataclass(frozen=True, kw_only=True)
 class Vote:
-    """What the neighbors of each query say."""
+    """Result of `knn_vote`."""
 
     classes: Shaped[np.ndarray, " class"]
     """Sorted; the columns of `probabilities`."""
     probabilities: Float64[np.ndarray, "query class"]
     """Each class's share of the votes."""
     predictions: Shaped[np.ndarray, " query"]
-    """The class with most votes; of tied classes, that of the nearest one."""
+    """The class with most votes; among tied classes, that of the nearest neighbor."""
 
 
 def knn_vote(
@@ -262,15 +261,18 @@ def knn_vote(
     weights: Weights = "uniform",
     temperature: float = 0.07,
 ) -> Vote:
-    """The votes of the k nearest neighbors; one graph serves every k.
+    """Classify each query by the votes of its k nearest neighbors. One graph serves every k.
 
     Args:
         neighbors: From `nearest`.
-        labels: The class of each reference row; any type that sorts.
+        labels: (row,) class of each reference row; any type that sorts.
         k: Vote among the first k only. None: among all.
         weights: "uniform"; "distance": a vote counts 1 / distance, and where some are at distance 0 only they vote
             (as in scikit-learn); "similarity": a vote counts exp(similarity / temperature).
-        temperature: Of "similarity", in the unit of `Neighbors.similarities`.
+        temperature: For "similarity", in the unit of `Neighbors.similarities`.
+
+    Returns:
+        Probabilities (query, class) and predictions (query,).
 
     Raises:
         TaskError: If there is one class only, there are fewer labels than neighbors refer to, or k or the
@@ -279,6 +281,14 @@ def knn_vote(
     References:
         Similarity: Wu et al., Unsupervised Feature Learning via Non-Parametric Instance Discrimination (2018),
         section 3.4, with its temperature.
+
+    Examples:
+        >>> graph = Neighbors(metric="cosine", indices=np.array([[0, 1, 2]]), distances=np.array([[0.1, 0.2, 0.4]]))
+        >>> vote = knn_vote(graph, np.array(["t", "n", "n"]))
+        >>> vote.predictions.tolist(), vote.probabilities.round(3).tolist()
+        (['n'], [[0.667, 0.333]])
+        >>> knn_vote(graph, np.array(["t", "n", "n"]), weights="distance").predictions.tolist()
+        ['t']
     """
     k = neighbors.indices.shape[1] if k is None else k
     if not 1 <= k <= neighbors.indices.shape[1]:
@@ -309,7 +319,13 @@ def knn_predict(
     k: int | None = None,
     weights: Weights = "uniform",
 ) -> Shaped[np.ndarray, " query"]:
-    """The predictions of `knn_vote`, in the labels' dtype; its arguments, its errors."""
+    """Return the (query,) predictions of `knn_vote`, whose arguments and errors it has.
+
+    Examples:
+        >>> graph = nearest(np.array([[1.0, 0.0], [0.9, 0.2], [0.0, 1.0]]), np.array([[1.0, 0.1]]), 2)
+        >>> knn_predict(graph, np.array(["t", "t", "n"])).tolist()
+        ['t']
+    """
     return knn_vote(neighbors, labels, k=k, weights=weights).predictions
 
 
@@ -318,7 +334,7 @@ def _vote_weights(
 ) -> Float64[np.ndarray, "query k"]:
     if weights == "uniform":
         return np.ones_like(distances)
-    if weights == "similarity":  # but for the nearest one's, which cancels: no exponential overflows
+    if weights == "similarity":  # divided by the nearest one's weight, which cancels: no exponential overflows
         return np.exp((distances[:, :1] - distances) / temperature)
     same = distances == 0
     inverse = 1 / np.where(same, 1.0, distances)

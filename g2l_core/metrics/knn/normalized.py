@@ -57,6 +57,10 @@ def widened(features: Float[np.ndarray, "row dim"]) -> Float[np.ndarray, "row di
 
     The bits are moved by integer arithmetic. Measured with NumPy 2.4 on an AVX2 processor, this is 4.3 times as fast as
     `astype` on blocks of 256 rows, which fit the cache, and 1.7 times on 20,000 rows.
+
+    Examples:
+        >>> widened(np.array([[1.5, -2.0]], np.float16)).dtype.name
+        'float32'
     """
     if features.dtype != np.float16:
         return features
@@ -83,6 +87,11 @@ def normalized_rows(
 
     Raises:
         TaskError: If a row holds NaN, or is zero where the metric is the cosine.
+
+    Examples:
+        >>> _, rows = normalized_rows(np.array([[3.0, 4.0], [0.0, 2.0]]), None, "cosine")
+        >>> rows.take(np.array([0, 1])).round(3).tolist()
+        [[0.3, -0.1], [-0.3, 0.1]]
     """
     sides = {"the reference": reference} | ({} if queries is None else {"the queries": queries})
     for name, features in sides.items():
@@ -170,6 +179,11 @@ def squared_distances(
 
     Returns:
         One squared distance a pair.
+
+    Examples:
+        >>> queries, reference = normalized_rows(np.array([[3.0, 4.0], [0.0, 2.0]]), None, "cosine")
+        >>> squared_distances(queries, reference, np.array([0]), np.array([1]), np.float64).round(6).tolist()
+        [0.4]
     """
     squares = np.empty(len(query))
     step = max(1, _BLOCK_VALUES // queries.features.shape[1])

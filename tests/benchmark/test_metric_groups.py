@@ -1,4 +1,4 @@
-"""Every family of figures on a small store with planted features, held against the pure functions."""
+"""Every metric group on a small store with planted features, compared with the pure functions."""
 
 from dataclasses import replace
 
@@ -8,7 +8,7 @@ from scipy.stats import pearsonr
 from sklearn.metrics import brier_score_loss, roc_auc_score
 
 from g2l_core.benchmark.evaluate import BenchSpec, evaluate_task
-from g2l_core.benchmark.families import FAMILIES
+from g2l_core.benchmark.metric_groups import METRIC_GROUPS
 from g2l_core.benchmark.rows import bags, gather, parts
 from g2l_core.benchmark.spec import (
     NEEDS,
@@ -24,7 +24,7 @@ from g2l_core.benchmark.spec import (
     SimilarityOptions,
     SurvivalOptions,
     TaskSpec,
-    family_of,
+    metric_group,
 )
 from g2l_core.errors import TaskError
 from g2l_core.metrics.alignment import central_rows, effective_rank, mutual_neighbors, procrustes_similarity, rbf_cka
@@ -33,7 +33,7 @@ from g2l_core.metrics.center_bias import (
     BiasDesign,
     average_performance_drop,
     biased_probes,
-    centers_told_by_class,
+    centers_predicted_by_class,
     predict_centers,
 )
 from g2l_core.metrics.consistency import consistency_sums, pair_means
@@ -74,7 +74,7 @@ def label_row(p, i):
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("families")
+    folder = tmp_path_factory.mktemp("groups")
     store = make_store(folder / "s.zarr", STRENGTH, patients=PATIENTS)
     write_labels(folder / "labels.csv", [label_row(p, i) for p in range(PATIENTS) for i in range(PATCHES)])
     return folder, store
@@ -113,15 +113,15 @@ def compared(outcome, metric):
 PAIRS = {("weak", "teacher"), ("strong", "teacher"), ("strong", "weak")}
 
 
-def test_every_family_has_its_needs_and_no_figure_two_families():
-    assert list(FAMILIES) == list(NEEDS)
-    assert family_of("robustness_paired_k5") == "robustness_paired"
-    assert family_of("robustness_ratio_k5") == "robustness"
-    assert family_of("slide_probe_auc") == "slide_probe"
-    assert family_of("knnn_accuracy") == ""
+def test_every_group_has_its_needs_and_every_metric_one_group():
+    assert list(METRIC_GROUPS) == list(NEEDS)
+    assert metric_group("robustness_paired_k5") == "robustness_paired"
+    assert metric_group("robustness_ratio_k5") == "robustness"
+    assert metric_group("slide_probe_auc") == "slide_probe"
+    assert metric_group("knnn_accuracy") == ""
 
 
-# -- likeness ----------------------------------------------------------------------------------------------
+# -- similarity ----------------------------------------------------------------------------------------------
 
 
 def test_cka_is_the_pure_function_s_with_its_interval(evaluated):
@@ -132,7 +132,7 @@ def test_cka_is_the_pure_function_s_with_its_interval(evaluated):
     assert compared(outcome, "cka_debiased") == {("strong", "weak")}
 
 
-def test_a_torch_device_takes_the_sums_of_every_cka_and_gives_the_same_figures(evaluated, planted):
+def test_a_torch_device_takes_the_sums_of_every_cka_and_gives_the_same_values(evaluated, planted):
     """With as many rows as planted here the moments serve, not the kernels."""
     folder, store = planted
     spec, outcome, *_ = evaluated("cka", "similarity")
@@ -142,9 +142,9 @@ def test_a_torch_device_takes_the_sums_of_every_cka_and_gives_the_same_figures(e
         other = next(r.estimate for r in again.results if (r.metric, r.encoder) == (found.metric, "strong"))
         assert (other.value, other.low) == pytest.approx((found.estimate.value, found.estimate.low), abs=1e-10)
     assert {r.metric for r in again.results} == {r.metric for r in outcome.results}
-    for family in ("cka", "similarity"):  # the device is really asked for
+    for group in ("cka", "similarity"):  # the device is really asked for
         with pytest.raises(RuntimeError, match="nowhere"):
-            evaluate_task([store], replace(spec, metrics=(family,)), replace(BENCH, device="nowhere"), folder)
+            evaluate_task([store], replace(spec, metrics=(group,)), replace(BENCH, device="nowhere"), folder)
 
 
 def test_similarity(evaluated):
@@ -367,7 +367,7 @@ def test_the_center_is_told_beside_chance(evaluated):
     shown = result(outcome, "center_balanced_accuracy")
     assert shown.estimate.value == pytest.approx(balanced_accuracy(confusion(rows.center, said))[0])
     assert shown.settings["chance"] == 0.5
-    assert shown.settings["told_by_class"] == pytest.approx(centers_told_by_class(rows.center, rows.label))
+    assert shown.settings["told_by_class"] == pytest.approx(centers_predicted_by_class(rows.center, rows.label))
     assert shown.better == "lower"
     assert shown.estimate.value > value(outcome, "center_balanced_accuracy", "teacher")
 

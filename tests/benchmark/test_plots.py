@@ -1,13 +1,12 @@
-"""Pictures of tasks on stores with planted features: they show what the figures say, and fail alone."""
+"""Plots of tasks on stores with planted features: they agree with the metric values, and fail one by one."""
 
 import numpy as np
 import pytest
 
 from g2l_core.benchmark.evaluate import BenchSpec, evaluate_task
-from g2l_core.benchmark.pictures import task_pictures
+from g2l_core.benchmark.plots import task_plots
 from g2l_core.benchmark.rows import gather
 from g2l_core.benchmark.spec import KnnOptions, TaskSpec
-from g2l_core.store.features import FeatureStore
 from tests.planted import PATCHES, PATIENTS, make_store, patch_labels, write_labels
 
 SPEC = TaskSpec(
@@ -18,7 +17,7 @@ BENCH = BenchSpec(encoders=("teacher", "by_class", "by_center"), draws=50)
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
+    folder = tmp_path_factory.mktemp("plots")
     strength = {"teacher": (3.0, 0.0), "by_class": (4.0, 1.0), "by_center": (0.5, 4.0)}
     store = make_store(folder / "s.zarr", strength)
     write_labels(folder / "labels.csv", patch_labels())
@@ -31,12 +30,12 @@ def outcome(planted):
     return evaluate_task([store], SPEC, BENCH, folder)
 
 
-def test_the_matrix_repeats_the_figures_to_the_teacher(outcome):
+def test_the_matrix_repeats_the_cka_to_the_teacher(outcome):
     (matrix,) = outcome.pictures.cka
-    figures = {r.encoder: r.estimate.value for r in outcome.results if r.metric == "cka_debiased"}
+    values = {r.encoder: r.estimate.value for r in outcome.results if r.metric == "cka_debiased"}
     assert matrix.encoders == BENCH.encoders
     assert (matrix.rows, matrix.n, matrix.of) == ("test", PATIENTS // 2 * PATCHES, PATIENTS // 2 * PATCHES)
-    assert list(matrix.values[0]) == pytest.approx([1.0, figures["by_class"], figures["by_center"]], abs=1e-9)
+    assert list(matrix.values[0]) == pytest.approx([1.0, values["by_class"], values["by_center"]], abs=1e-9)
 
 
 def test_confusions_give_the_accuracies(outcome):
@@ -53,7 +52,7 @@ def test_confusions_give_the_accuracies(outcome):
         assert [sum(row) for row in matrix.counts] == [PATIENTS // 2 * PATCHES // 2] * 2
 
 
-def parted(plane, codes):
+def separation(plane, codes):
     """The distance of two groups' means over the spread within them."""
     points, codes = np.stack([plane.x, plane.y], axis=1), np.array(codes)
     groups = [points[codes == code] for code in (0, 1)]
@@ -61,14 +60,14 @@ def parted(plane, codes):
     return np.linalg.norm(groups[0].mean(axis=0) - groups[1].mean(axis=0)) / spread
 
 
-def test_planes_part_what_the_features_part(outcome):
+def test_projections_separate_what_the_features_separate(outcome):
     planes = {plane.encoder: plane for plane in outcome.pictures.projections if plane.method == "PCA"}
     assert list(planes) == list(BENCH.encoders)
     by_class, by_center = planes["by_class"], planes["by_center"]
     assert by_class.classes == ("a", "b")
     assert by_class.centers == ("north", "south")
-    assert parted(by_class, by_class.class_of) > 2 > parted(by_class, by_class.center_of)
-    assert parted(by_center, by_center.center_of) > 2 > parted(by_center, by_center.class_of)
+    assert separation(by_class, by_class.class_of) > 2 > separation(by_class, by_class.center_of)
+    assert separation(by_center, by_center.center_of) > 2 > separation(by_center, by_center.class_of)
     for plane in planes.values():
         assert len(plane.x) == len(plane.class_of) == len(plane.center_of) == plane.of
         assert max(map(abs, plane.x + plane.y)) == 1.0
@@ -85,36 +84,33 @@ def test_slide_maps_show_the_planted_stripes(outcome):
         assert abs(red[::2].mean() - red[1::2].mean()) > 5
 
 
-def test_the_same_input_gives_the_same_pictures(planted, outcome):
+def test_the_same_input_gives_the_same_plots(planted, outcome):
     folder, store = planted
     again = evaluate_task([store], SPEC, BENCH, folder)
     assert repr(again.pictures) == repr(outcome.pictures)  # equal but for NaN
 
 
-def test_what_cannot_be_drawn_is_told_and_costs_itself_alone(planted):
+def test_a_plot_that_cannot_be_drawn_is_a_failure_and_others_are_drawn(planted):
     folder, store = planted
     rows = gather([store], SPEC, folder)
     teacher = rows.features("teacher")
     features = {"teacher": teacher, "flat": np.ones((len(rows), 4), np.float16)}
-    pictures, failures = task_pictures("t", rows, np.ones(len(rows), bool), features, seed=0)
+    plots, failures = task_plots("t", rows, np.ones(len(rows), bool), features, seed=0)
     assert [(f.encoder, f.reason.partition(":")[0]) for f in failures] == [
         ("flat", "projection"),
         ("flat", "slide maps"),
     ]
-    assert {plane.encoder for plane in pictures.projections} == {"teacher"}
-    assert np.isnan(pictures.cka[0].values[0][1])
+    assert {plane.encoder for plane in plots.projections} == {"teacher"}
+    assert np.isnan(plots.cka[0].values[0][1])
 
 
-def test_patch_images_lie_nowhere(planted, tmp_path):
-    store = make_store(tmp_path / "images.zarr", {"teacher": (2.0, 0.0)}, patients=4)
-    for slide_id in store.slide_ids():
-        slide = store.slide(slide_id)
-        slide._set_facts(kind="images")
+def test_patch_images_have_no_slide_map(planted, tmp_path):
+    store = make_store(tmp_path / "images.zarr", {"teacher": (2.0, 0.0)}, patients=4, kind="images")
     write_labels(tmp_path / "labels.csv", patch_labels(4))
     spec = TaskSpec(
         name="t", label="kind", labels="labels.csv", split="split", metrics=("knn",), knn=KnnOptions(k=(5,))
     )
-    done = evaluate_task([FeatureStore.open(store.path)], spec, BenchSpec(encoders=("teacher",), draws=20), tmp_path)
+    done = evaluate_task([store], spec, BenchSpec(encoders=("teacher",), draws=20), tmp_path)
     assert done.pictures.slides == ()
     assert done.pictures.cka == ()
     assert len(done.pictures.projections) >= 1

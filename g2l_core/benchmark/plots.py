@@ -1,4 +1,4 @@
-"""The pictures of a task from its rows and features: who resembles whom, the planes, the slides in color."""
+"""The plots of a task from its rows and features: CKA of all pairs, projections, slides in color, confusions."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -7,8 +7,9 @@ from itertools import islice
 from math import nan
 
 import numpy as np
-from jaxtyping import Bool, Float64, Int64, Shaped
+from jaxtyping import Bool, Float64
 
+from g2l_core.benchmark.metric_groups.values import Confusion, Settings
 from g2l_core.benchmark.projections import (
     cells_of,
     chosen_rows,
@@ -28,29 +29,32 @@ from g2l_core.store.slide import StoredSlide
 from g2l_core.types import Features
 
 CKA_ROWS = 10_000
-"""Most rows of the matrix: its cost grows with rows and with pairs."""
+"""Maximum rows of the CKA matrix, as its cost grows with rows and with pairs."""
 FITTED_ROWS = 3_000
-"""Most rows that principal components are fitted on."""
+"""Maximum rows that principal components are fitted on."""
 POINTS = 1_000
+"""Maximum points of a projection."""
 SLIDES = 3
+"""Number of slides shown as maps."""
 CELLS = 1_500
+"""Maximum cells of a slide map."""
 _DECIMALS = 3
 
 
-def task_pictures(
+def task_plots(
     task: str, rows: TaskRows, chosen: Bool[np.ndarray, " row"], features: Mapping[str, Features], seed: int
 ) -> tuple[Pictures, list[Failure]]:
-    """Everything that is pictured of a task but its confusion matrices.
+    """All plots of a task but its confusion matrices.
 
     Args:
-        task: Its name.
-        rows: All of its rows.
-        chosen: Those that are pictured: what nothing was trained on.
-        features: Of all rows, by encoder.
-        seed: Draws rows where there are too many.
+        task: The name of the task.
+        rows: All rows of the task.
+        chosen: The rows to plot, which nothing is trained on.
+        features: Features of all rows, by encoder.
+        seed: The random seed for drawing rows where there are too many.
 
     Returns:
-        The pictures, and a failure for each that could not be made.
+        The plots, and a failure for each that could not be made.
     """
     shown = rows.take(chosen)
     slides = _largest_slides(shown)
@@ -61,38 +65,31 @@ def task_pictures(
         makers.append(("projection", encoder, partial(_projections, task, encoder, shown, values[chosen], seed)))
         if slides:
             makers.append(("slide maps", encoder, partial(_slide_maps, task, encoder, slides, seed)))
-    pictures, failures = Pictures(), []
+    plots, failures = Pictures(), []
     for what, encoder, make in makers:
         try:
-            pictures += make()
+            plots += make()
         except G2LError as error:
             failures.append(Failure(task=task, encoder=encoder, reason=f"{what}: {error}"))
-    return pictures, failures
+    return plots, failures
 
 
-def confusion_matrix(
-    task: str,
-    classifier: str,
-    encoder: str,
-    classes: Shaped[np.ndarray, " class"],
-    counts: Int64[np.ndarray, "class class"],
-    settings: Mapping[str, str | int | float | bool],
-) -> Pictures:
-    """One classifier's counts, true class by predicted class, as a picture."""
+def confusion_matrix(task: str, encoder: str, confusion: Confusion, settings: Settings) -> Pictures:
+    """The plot of one classifier's counts, true class by predicted class."""
     matrix = ConfusionMatrix(
         task=task,
-        classifier=classifier,
+        classifier=confusion.classifier,
         encoder=encoder,
-        classes=tuple(map(str, classes)),
-        counts=tuple(map(tuple, counts.tolist())),
+        classes=tuple(map(str, confusion.classes)),
+        counts=tuple(map(tuple, confusion.counts.tolist())),
         settings=settings,
     )
     return Pictures(confusions=(matrix,))
 
 
 def _cka(task: str, chosen: Bool[np.ndarray, " row"], features: Mapping[str, Features], seed: int) -> Pictures:
-    of = np.flatnonzero(chosen)
-    used = of[chosen_rows(len(of), CKA_ROWS, seed)]
+    candidates = np.flatnonzero(chosen)
+    used = candidates[chosen_rows(len(candidates), CKA_ROWS, seed)]
     values = cka_matrix({encoder: values[used] for encoder, values in features.items()})
     matrix = CkaMatrix(
         task=task,
@@ -100,17 +97,17 @@ def _cka(task: str, chosen: Bool[np.ndarray, " row"], features: Mapping[str, Fea
         values=tuple(map(tuple, values.tolist())),
         rows="all" if chosen.all() else "test",
         n=len(used),
-        of=len(of),
+        of=len(candidates),
     )
     return Pictures(cka=(matrix,))
 
 
 def _projections(task: str, encoder: str, rows: TaskRows, features: Features, seed: int) -> Pictures:
-    """PCA, and UMAP of the same rows where umap-learn is installed."""
+    """PCA, and UMAP of the same rows if umap-learn is installed."""
     components = principal_components(features[chosen_rows(len(rows), FITTED_ROWS, seed)], 2)
     shown = chosen_rows(len(rows), POINTS, seed)
-    shares = tuple(round(share, _DECIMALS) for share in components.shares.tolist())
-    planes = [_projection(task, encoder, "PCA", rows.take(shown), components.scores(features[shown]), shares)]
+    shares = tuple(round(share, _DECIMALS) for share in components.explained_variance_ratio_.tolist())
+    planes = [_projection(task, encoder, "PCA", rows.take(shown), components.transform(features[shown]), shares)]
     embedded = umap_plane(features[shown], seed)
     if embedded is not None:
         planes.append(_projection(task, encoder, "UMAP", rows.take(shown), embedded, ()))
@@ -144,14 +141,14 @@ def _projection(
 
 
 def _largest_slides(rows: TaskRows) -> list[StoredSlide]:
-    """The slides with most rows here, those of patch images apart, which lie nowhere; equals in stored order."""
+    """The slides with most rows here, in stored order if equal. Sets of patch images are left out: they have no map."""
     counts = np.bincount(rows.slide_index, minlength=len(rows.slides))
     order = np.argsort(-counts, kind="stable")[:SLIDES].tolist()
     return [rows.slides[i] for i in order if counts[i] and rows.slides[i].facts.kind == "slide"]
 
 
 def _slide_maps(task: str, encoder: str, slides: Sequence[StoredSlide], seed: int) -> Pictures:
-    """All good patches of the slides, labeled or not, on the same components and colors."""
+    """Maps of all readable patches of the slides, labeled or not, on the same components and colors."""
     good = [np.flatnonzero(slide.patch_status == STATUS["ok"]) for slide in slides]
     features = [slide.features(encoder)[kept] for slide, kept in zip(slides, good, strict=True)]
     everything = np.concatenate(features)
@@ -160,7 +157,8 @@ def _slide_maps(task: str, encoder: str, slides: Sequence[StoredSlide], seed: in
     corners = [slide.coords[kept] for slide, kept in zip(slides, good, strict=True)]
     cells = [cells_of(coords, side, CELLS) for coords, side in zip(corners, sides, strict=True)]
     means = [
-        means_of_cells(components.scores(values), cell.of_patch) for values, cell in zip(features, cells, strict=True)
+        means_of_cells(components.transform(values), cell.of_patch)
+        for values, cell in zip(features, cells, strict=True)
     ]
     colors = iter(component_colors(np.concatenate(means)))
     maps = tuple(
