@@ -23,8 +23,6 @@ POWERS = (1.25, 2.5, 5, 10, 20, 40, 80)
 def export_trident(store: FeatureStore, encoder: str, folder: Path, *, view: int = 0) -> list[Path]:
     """Write a cohort's features as TRIDENT's (and so CLAM's, Patho-Bench's, TITAN's) HDF5 files.
 
-    ::
-
         folder/20x_256px_0px_overlap/patches/<slide_id>_patches.h5       coords
         folder/20x_256px_0px_overlap/features_<encoder>/<slide_id>.h5    features, coords
 
