@@ -17,7 +17,7 @@ from g2l_core.distillation.distiller import Distiller, checkpoint_gradients
 from g2l_core.distillation.distributed import ProcessGroup, init_distributed
 from g2l_core.distillation.held_out import HeldOutSet, read_held_out
 from g2l_core.distillation.loader import Reading, ReplayDataset
-from g2l_core.distillation.logs import read_figures
+from g2l_core.distillation.logs import read_log
 from g2l_core.distillation.objective import Objective, TargetStatistics
 from g2l_core.distillation.replay import ReplaySpec
 from g2l_core.distillation.target_statistics import target_statistics
@@ -145,7 +145,7 @@ def _distill(run: Run, epochs: int | None) -> DistillSummary:
     run.group.wait()
     if run.group.is_main:
         _finish(run, outcome, state)
-    validations = read_figures(run.out / "validation.csv")
+    validations = read_log(run.out / "validation.csv")
     return DistillSummary(
         out=run.out,
         steps=outcome.steps,
@@ -300,8 +300,8 @@ def _live_features(teacher: LoadedEncoder) -> Callable[[Tensor], Tensor]:
 def _warn(state: RunState, folder: Path, steps: int) -> None:
     """Print each kind of warning about the curves once."""
     curves = Curves(
-        validations=read_figures(folder / "validation.csv"),
-        losses=[row["loss_per_element"] for row in read_figures(folder / "log.csv")],
+        validations=read_log(folder / "validation.csv"),
+        losses=[row["loss_per_element"] for row in read_log(folder / "log.csv")],
         steps=steps,
     )
     for warning in training_warnings(curves):
@@ -317,7 +317,7 @@ def _finish(run: Run, outcome: TrainOutcome, state: RunState) -> None:
     distiller, step = state.eval_model, state.step
     if run.settings.keep == "best":
         step = restore_best(out, distiller) or 0
-    validations = {int(row["step"]): row for row in read_figures(out / "validation.csv")}
+    validations = {int(row["step"]): row for row in read_log(out / "validation.csv")}
     card = ModelCard(
         name=out.resolve().name,
         teacher=run.teacher.facts.to_json(),
@@ -350,6 +350,6 @@ def _finish(run: Run, outcome: TrainOutcome, state: RunState) -> None:
 
 def _share_waiting(out: Path) -> float:
     """Fraction of the training time spent waiting for data, without the first step, which fills the pool."""
-    rows = read_figures(out / "log.csv")[1:]
+    rows = read_log(out / "log.csv")[1:]
     seconds = sum(row["seconds"] for row in rows)
     return sum(row["seconds_waiting"] for row in rows) / seconds if seconds else 0.0

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from g2l_core.distillation.logs import read_figures
+from g2l_core.distillation.logs import read_log
 from g2l_core.report.page import render
 from g2l_core.report.plots import Curve, curves
 from g2l_core.report.tables import number, proper
@@ -27,7 +27,7 @@ HELD_OUT = {
 
 def training_page(title: str, folder: Path, record: RunRecord, result: RunResult) -> str:
     """The page of a run folder: what was trained, its loss, its held-out metrics, and its warnings."""
-    steps, validations = read_figures(folder / "log.csv"), read_figures(folder / "validation.csv")
+    steps, validations = read_log(folder / "log.csv"), read_log(folder / "validation.csv")
     held_out = [curve(words, i, _points(validations, name)) for i, (name, words) in enumerate(HELD_OUT.items())]
     loss = curve("loss", 0, _averaged(_points(steps, "loss_per_element")), is_marked=False)
     return render(

@@ -66,6 +66,6 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         return [row for row in csv.DictReader(file) if None not in row.values() and (row["step"] or "").isdigit()]
 
 
-def read_figures(path: Path) -> list[dict[str, float]]:
+def read_log(path: Path) -> list[dict[str, float]]:
     """The complete rows of a log as numbers; empty where there is no log."""
     return [{name: float(value) for name, value in row.items()} for row in read_csv(path)]

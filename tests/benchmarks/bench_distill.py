@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from g2l_core.distillation.distiller import Distiller
-from g2l_core.distillation.logs import read_figures
+from g2l_core.distillation.logs import read_log
 from g2l_core.distillation.objective import Objective, ObjectiveSpec
 from g2l_core.encoders.loading import DTYPES, choose_device, features_of, load_encoder
 from g2l_core.encoders.resolve import resolve_encoder
@@ -95,7 +95,7 @@ def main() -> None:
             settings, _ = settings_of({**options, "online": online})
             who = teacher if online else f"timm-{given.teacher}-random0"
             run_distill(store, who, student, out, settings, how=DistillHow(device=given.device, workers=given.workers))
-            rows = read_figures(out / "log.csv")[5:]
+            rows = read_log(out / "log.csv")[5:]
             found[online] = (np.median([r["seconds"] for r in rows]),
                              sum(r["seconds_waiting"] for r in rows) / sum(r["seconds"] for r in rows))  # fmt: skip
     forward, step = parts(teacher, student, given.precision, device)
