@@ -15,6 +15,7 @@ from PIL import Image
 from g2l_core.errors import G2LError, MppError, NotASlideError, ReadError
 from g2l_core.slides import slide as slides
 from g2l_core.slides.fingerprint import fingerprint
+from g2l_core.slides.readers import open_handle
 from g2l_core.slides.slide import Slide, open_slide
 from g2l_core.synthetic.cohort import write_pyramid
 from g2l_core.types import Mpp
@@ -68,6 +69,20 @@ def noise_slide(tmp_path_factory):
         yield slide
 
 
+class Recorder:
+    """A slide's handle that notes which regions are read."""
+
+    def __init__(self, handle):
+        self.handle, self.regions = handle, []
+
+    def __getattr__(self, name):
+        return getattr(self.handle, name)
+
+    def read_region(self, *region):
+        self.regions.append(region)
+        return self.handle.read_region(*region)
+
+
 # ---- where a patch lies -------------------------------------------------------------------------------------
 
 
@@ -108,12 +123,10 @@ def test_a_shrunk_patch_averages_exactly_its_own_blocks(painted_slide, factor, c
         (0, 0, 300, 0, 300),  # level 1 would be coarser than the patch
     ],
 )
-def test_a_patch_comes_from_the_nearest_finer_level_it_divides(painted_slide, monkeypatch, x, y, side, level, region):
-    asked = []
-    read = painted_slide._read
-    monkeypatch.setattr(painted_slide, "_read", lambda *a: asked.append(a) or read(*a))
-    painted_slide.read_patch(x, y, side, 256)
-    assert asked == [((x, y), level, (region, region))]
+def test_a_patch_comes_from_the_nearest_finer_level_it_divides(painted_slide, x, y, side, level, region):
+    handle = Recorder(open_handle(painted_slide.path))
+    Slide(painted_slide.path, handle, painted_slide.mpp, "override").read_patch(x, y, side, 256)
+    assert handle.regions == [((x, y), level, (region, region))]
 
 
 def test_a_level_whose_downsample_is_not_whole_is_not_used_for_patches(tmp_path):
@@ -126,7 +139,7 @@ def test_a_level_whose_downsample_is_not_whole_is_not_used_for_patches(tmp_path)
             tiff.write(level, tile=(256, 256), photometric="rgb", subfiletype=i, resolution=resolution,
                        resolutionunit="CENTIMETER", metadata=None)  # fmt: skip
     with open_slide(path) as slide:
-        assert slide._downsamples[1] == pytest.approx(4.004)
+        assert open_handle(path).level_downsamples[1] == pytest.approx(4.004)
         expected = area_average(image[512:768, 512:768], 64)
         assert np.abs(slide.read_patch(512, 512, 256, 64) - expected).max() <= 1
 
