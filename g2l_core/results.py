@@ -82,7 +82,7 @@ class EncoderSummary:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExpectedFigure:
+class PublishedValue:
     """A published value that the report puts beside this run's."""
 
     task: str
@@ -168,7 +168,7 @@ class SlideMap:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pictures:
+class Plots:
     """The plots of a report; two add up."""
 
     cka: tuple[CkaMatrix, ...] = ()
@@ -176,14 +176,14 @@ class Pictures:
     slides: tuple[SlideMap, ...] = ()
     confusions: tuple[ConfusionMatrix, ...] = ()
 
-    def __add__(self, other: "Pictures") -> "Pictures":
+    def __add__(self, other: "Plots") -> "Plots":
         """The plots of both."""
-        return Pictures(**{kind.name: getattr(self, kind.name) + getattr(other, kind.name) for kind in fields(self)})
+        return Plots(**{kind.name: getattr(self, kind.name) + getattr(other, kind.name) for kind in fields(self)})
 
-    def of_task(self, task: str) -> "Pictures":
+    def of_task(self, task: str) -> "Plots":
         """The plots of one task."""
         plots = {kind.name: getattr(self, kind.name) for kind in fields(self)}
-        return Pictures(**{name: tuple(plot for plot in kind if plot.task == task) for name, kind in plots.items()})
+        return Plots(**{name: tuple(plot for plot in kind if plot.task == task) for name, kind in plots.items()})
 
     def tasks(self) -> tuple[str, ...]:
         """The tasks that have plots, in order of first appearance."""
@@ -212,5 +212,5 @@ class Report:
     """Command, software versions, store digests."""
     notes: tuple[str, ...] = ()
     """What a reader must know before any result: test slides that the student was distilled on, copies found, ..."""
-    expected: tuple[ExpectedFigure, ...] = ()
-    pictures: Pictures = Pictures()
+    expected: tuple[PublishedValue, ...] = ()
+    pictures: Pictures = Plots()

@@ -14,6 +14,8 @@ settings.register_profile("quick", max_examples=50, derandomize=True, deadline=N
 settings.register_profile("nightly", max_examples=2000, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
+collect_ignore = ["benchmarks"]  # programs, which collecting examples would import
+
 DATA_VARIABLE = "G2L_TEST_DATA"
 """Names the folder of the real slides and patches; tests/data/README.md says what is in it and where to get it."""
 

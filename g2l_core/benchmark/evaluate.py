@@ -18,7 +18,7 @@ from g2l_core.benchmark.rows import TaskRows, gather
 from g2l_core.benchmark.spec import TaskSpec
 from g2l_core.errors import G2LError, TaskError
 from g2l_core.metrics.statistics import holm
-from g2l_core.results import Comparison, Estimate, ExpectedFigure, Failure, Pictures, Result
+from g2l_core.results import Comparison, Estimate, Failure, Plots, PublishedValue, Result
 from g2l_core.store.features import FeatureStore
 from g2l_core.types import Features
 
@@ -57,8 +57,8 @@ class TaskOutcome:
     failures: list[Failure] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     """What a reader must know of the rows: copies, missing labels, slides that a student was distilled on."""
-    expected: list[ExpectedFigure] = field(default_factory=list)
-    pictures: Pictures = field(default_factory=Pictures)
+    expected: list[PublishedValue] = field(default_factory=list)
+    pictures: Pictures = field(default_factory=Plots)
 
     def __iadd__(self, other: "TaskOutcome") -> "TaskOutcome":
         """Add the outcome of another task."""

@@ -23,7 +23,7 @@ from g2l_core.benchmark.projections import (
 )
 from g2l_core.benchmark.rows import TaskRows
 from g2l_core.errors import G2LError
-from g2l_core.results import CkaMatrix, ConfusionMatrix, Failure, Pictures, Projection, SlideMap
+from g2l_core.results import CkaMatrix, ConfusionMatrix, Failure, Plots, Projection, SlideMap
 from g2l_core.store.schema import STATUS
 from g2l_core.store.slide import StoredSlide
 from g2l_core.types import Features
@@ -43,7 +43,7 @@ _DECIMALS = 3
 
 def task_plots(
     task: str, rows: TaskRows, chosen: Bool[np.ndarray, " row"], features: Mapping[str, Features], seed: int
-) -> tuple[Pictures, list[Failure]]:
+) -> tuple[Plots, list[Failure]]:
     """All plots of a task but its confusion matrices.
 
     Args:
@@ -58,14 +58,14 @@ def task_plots(
     """
     shown = rows.take(chosen)
     slides = _largest_slides(shown)
-    makers: list[tuple[str, str, Callable[[], Pictures]]] = []
+    makers: list[tuple[str, str, Callable[[], Plots]]] = []
     if len(features) > 1:
         makers.append(("CKA of all pairs", "", partial(_cka, task, chosen, features, seed)))
     for encoder, values in features.items():
         makers.append(("projection", encoder, partial(_projections, task, encoder, shown, values[chosen], seed)))
         if slides:
             makers.append(("slide maps", encoder, partial(_slide_maps, task, encoder, slides, seed)))
-    plots, failures = Pictures(), []
+    plots, failures = Plots(), []
     for what, encoder, make in makers:
         try:
             plots += make()
@@ -74,7 +74,7 @@ def task_plots(
     return plots, failures
 
 
-def confusion_matrix(task: str, encoder: str, confusion: Confusion, settings: Settings) -> Pictures:
+def confusion_matrix(task: str, encoder: str, confusion: Confusion, settings: Settings) -> Plots:
     """The plot of one classifier's counts, true class by predicted class."""
     matrix = ConfusionMatrix(
         task=task,
@@ -84,10 +84,10 @@ def confusion_matrix(task: str, encoder: str, confusion: Confusion, settings: Se
         counts=tuple(map(tuple, confusion.counts.tolist())),
         settings=settings,
     )
-    return Pictures(confusions=(matrix,))
+    return Plots(confusions=(matrix,))
 
 
-def _cka(task: str, chosen: Bool[np.ndarray, " row"], features: Mapping[str, Features], seed: int) -> Pictures:
+def _cka(task: str, chosen: Bool[np.ndarray, " row"], features: Mapping[str, Features], seed: int) -> Plots:
     candidates = np.flatnonzero(chosen)
     used = candidates[chosen_rows(len(candidates), CKA_ROWS, seed)]
     values = cka_matrix({encoder: values[used] for encoder, values in features.items()})
@@ -99,10 +99,10 @@ def _cka(task: str, chosen: Bool[np.ndarray, " row"], features: Mapping[str, Fea
         n=len(used),
         of=len(candidates),
     )
-    return Pictures(cka=(matrix,))
+    return Plots(cka=(matrix,))
 
 
-def _projections(task: str, encoder: str, rows: TaskRows, features: Features, seed: int) -> Pictures:
+def _projections(task: str, encoder: str, rows: TaskRows, features: Features, seed: int) -> Plots:
     """PCA, and UMAP of the same rows if umap-learn is installed."""
     components = principal_components(features[chosen_rows(len(rows), FITTED_ROWS, seed)], 2)
     shown = chosen_rows(len(rows), POINTS, seed)
@@ -111,7 +111,7 @@ def _projections(task: str, encoder: str, rows: TaskRows, features: Features, se
     embedded = umap_plane(features[shown], seed)
     if embedded is not None:
         planes.append(_projection(task, encoder, "UMAP", rows.take(shown), embedded, ()))
-    return Pictures(projections=tuple(replace(plane, of=len(rows)) for plane in planes))
+    return Plots(projections=tuple(replace(plane, of=len(rows)) for plane in planes))
 
 
 def _projection(
@@ -147,7 +147,7 @@ def _largest_slides(rows: TaskRows) -> list[StoredSlide]:
     return [rows.slides[i] for i in order if counts[i] and rows.slides[i].facts.kind == "slide"]
 
 
-def _slide_maps(task: str, encoder: str, slides: Sequence[StoredSlide], seed: int) -> Pictures:
+def _slide_maps(task: str, encoder: str, slides: Sequence[StoredSlide], seed: int) -> Plots:
     """Maps of all readable patches of the slides, labeled or not, on the same components and colors."""
     good = [np.flatnonzero(slide.patch_status == STATUS["ok"]) for slide in slides]
     features = [slide.features(encoder)[kept] for slide, kept in zip(slides, good, strict=True)]
@@ -174,4 +174,4 @@ def _slide_maps(task: str, encoder: str, slides: Sequence[StoredSlide], seed: in
         )
         for slide, cell, values in zip(slides, cells, features, strict=True)
     )
-    return Pictures(slides=maps)
+    return Plots(slides=maps)

@@ -7,7 +7,7 @@ from math import inf
 from g2l_core.errors import TaskError
 from g2l_core.metrics.mil import AbmilSettings
 from g2l_core.metrics.ridge import PENALTIES
-from g2l_core.results import ExpectedFigure
+from g2l_core.results import PublishedValue
 
 DISTANCES = ("cosine", "euclidean")
 VOTES = ("majority", "weighted")
@@ -288,7 +288,7 @@ class TaskSpec:
     bias_drop: BiasDropOptions = BiasDropOptions()
     consistency: ConsistencyOptions = ConsistencyOptions()
     center_probe: CenterOptions = CenterOptions()
-    expected: tuple[ExpectedFigure, ...] = ()
+    expected: tuple[PublishedValue, ...] = ()
     """Published values that the report puts beside this run's; nothing is computed from them."""
 
     def __post_init__(self) -> None:

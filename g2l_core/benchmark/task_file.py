@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from g2l_core.benchmark.spec import TaskSpec
 from g2l_core.errors import G2LError, TaskError, UnknownNameError, UsageError
-from g2l_core.results import ExpectedFigure
+from g2l_core.results import PublishedValue
 
 _KINDS = {
     "string_type": "text",
@@ -87,7 +87,7 @@ def read_task(path: Path, name: str, table: Mapping[str, Any]) -> TaskSpec:
     return TaskSpec(name=name, **plain, **options)
 
 
-def parse_expected(task: str, table: Mapping[str, Any]) -> tuple[ExpectedFigure, ...]:
+def parse_expected(task: str, table: Mapping[str, Any]) -> tuple[PublishedValue, ...]:
     """The published values of a task file.
 
     Args:
@@ -97,7 +97,7 @@ def parse_expected(task: str, table: Mapping[str, Any]) -> tuple[ExpectedFigure,
     Raises:
         TaskError: An entry lacks a key, has another one, or has a value that cannot be used.
     """
-    kinds = {key: kind for key, kind in get_type_hints(ExpectedFigure).items() if key not in ("task", "metric")}
+    kinds = {key: kind for key, kind in get_type_hints(PublishedValue).items() if key not in ("task", "metric")}
     expected = []
     for metric, entries in table.items():
         where = f"task {task}: expected.{metric}"
@@ -106,7 +106,7 @@ def parse_expected(task: str, table: Mapping[str, Any]) -> tuple[ExpectedFigure,
                 found = ", ".join(sorted(entry)) if isinstance(entry, Mapping) else repr(entry)
                 raise TaskError(f"{where} needs just the keys {', '.join(kinds)}; found {found}")
             values = {key: _checked(f"{where}: {key}", entry[key], kind, TaskError) for key, kind in kinds.items()}
-            published = ExpectedFigure(task=task, metric=metric, **values)
+            published = PublishedValue(task=task, metric=metric, **values)
             if not published.encoder or not published.source or not isfinite(published.value):
                 raise TaskError(f"{where}: encoder and source may not be empty, and value must be finite")
             if not 0 <= published.tolerance < inf:

@@ -17,7 +17,7 @@ from g2l_core.report.tables import (
     support,
     task_parts,
 )
-from g2l_core.results import Pictures, Report, Result
+from g2l_core.results import Plots, Report, Result
 
 
 def markdown(report: Report) -> str:
@@ -124,7 +124,7 @@ def _differences(part: TaskPart) -> list[str]:
     return _table(["metric", "difference", "value", "p", "adjusted (Holm)"], rows)
 
 
-def _matrices(pictures: Pictures) -> list[str]:
+def _matrices(pictures: Plots) -> list[str]:
     lines = []
     for cka in pictures.cka:
         names = [*map(_escaped, cka.encoders)]

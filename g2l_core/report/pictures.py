@@ -8,7 +8,7 @@ from markupsafe import Markup
 
 from g2l_core.report.page import COLORS, render
 from g2l_core.report.tables import settings_text, split_k
-from g2l_core.results import Pictures, Projection, SlideMap
+from g2l_core.results import Plots, Projection, SlideMap
 
 _T = TypeVar("_T")
 
@@ -37,7 +37,7 @@ _CLASSIFIERS = {
 }
 
 
-def pictures_of(pictures: Pictures, order: Sequence[str]) -> Markup:
+def pictures_of(pictures: Plots, order: Sequence[str]) -> Markup:
     """All pictures of one task.
 
     Args:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from g2l_core.errors import TaskError
 from g2l_core.report.meanings import METRICS, Meaning
-from g2l_core.results import Comparison, Estimate, ExpectedFigure, Failure, Pictures, Report, Result
+from g2l_core.results import Comparison, Estimate, Failure, Plots, PublishedValue, Report, Result
 
 _MAX_DECIMALS = 5
 _LARGE = 1e7
@@ -62,8 +62,8 @@ class TaskPart:
     """By metric and encoder."""
     comparisons: tuple[Comparison, ...]
     failures: tuple[Failure, ...]
-    expected: tuple[ExpectedFigure, ...]
-    pictures: Pictures
+    expected: tuple[PublishedValue, ...]
+    pictures: Plots
 
     @property
     def is_shown(self) -> bool:
@@ -165,7 +165,7 @@ def _setting(name: str, value: str | int | float | bool) -> str:
 class ExpectedVsFound:
     """A published value and the one of this report."""
 
-    expected: ExpectedFigure
+    expected: PublishedValue
     found: Estimate | None
     """None where that encoder or metric was not run."""
 
@@ -184,7 +184,7 @@ class ExpectedVsFound:
         return "within" if self.within else f"off by {number(self.found.value - self.expected.value, 3, '+')}"
 
 
-def published_text(expected: ExpectedFigure) -> str:
+def published_text(expected: PublishedValue) -> str:
     """`0.95 \u00b1 0.01`."""
     return f"{expected.value:g} \u00b1 {expected.tolerance:g}"
 

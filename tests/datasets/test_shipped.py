@@ -14,7 +14,7 @@ from g2l_core.datasets.page import page
 from g2l_core.datasets.spec import Dataset
 from g2l_core.datasets.table import DATASETS
 from g2l_core.errors import TaskError, UsageError
-from g2l_core.results import ExpectedFigure
+from g2l_core.results import PublishedValue
 from pipeline.bench import find_tasks, shipped_tasks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -93,7 +93,7 @@ FIGURE = {"encoder": "g2l", "value": 0.9, "tolerance": 0.01, "source": "the arti
 
 
 def test_expected_takes_one_figure_or_several():
-    one = ExpectedFigure(task="t", metric="knn_accuracy", **FIGURE)
+    one = PublishedValue(task="t", metric="knn_accuracy", **FIGURE)
     assert parse_expected("t", {"knn_accuracy": FIGURE}) == (one,)
     several = parse_expected("t", {"knn_accuracy": [FIGURE, FIGURE | {"encoder": "hibou-l"}], "probe_auc": FIGURE})
     assert [(e.metric, e.encoder) for e in several] == [

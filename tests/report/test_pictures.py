@@ -20,7 +20,7 @@ from g2l_core.report.tables import (
     support,
     task_parts,
 )
-from g2l_core.results import Comparison, ExpectedFigure, Failure, Pictures
+from g2l_core.results import Comparison, Failure, Plots, PublishedValue
 from tests.report.test_report import cka, confusion, estimate, facts, projection, report, result, slide_map
 
 ORDER = ("teacher", "before", "after")
@@ -35,7 +35,7 @@ def text_of(html):
 
 
 def test_points_stand_in_proportion_in_both_panels():
-    by_class, by_center = svgs(pictures_of(Pictures(projections=(projection(),)), ORDER), "plane")
+    by_class, by_center = svgs(pictures_of(Plots(projections=(projection(),)), ORDER), "plane")
     dots = {
         (int(path.get("class")[-1]), tuple(map(int, place)))
         for path in by_class.iter("path")
@@ -47,28 +47,28 @@ def test_points_stand_in_proportion_in_both_panels():
 
 def test_legends_name_and_count_once_where_all_encoders_agree():
     two = (projection(), projection(encoder="after"))
-    text = text_of(pictures_of(Pictures(projections=two), ORDER))
+    text = text_of(pictures_of(Plots(projections=two), ORDER))
     assert text.count("Class benign 1 tumor 2") == 1
     assert text.count("Center north 3") == 1
     apart = (projection(), projection(encoder="after", classes=("benign", "else")))
-    text = text_of(pictures_of(Pictures(projections=apart), ORDER))
+    text = text_of(pictures_of(Plots(projections=apart), ORDER))
     assert text.count("Class benign 1") == 2
     assert "3 of 300 patches, drawn by seed" in text
 
 
 def test_a_plane_without_classes_and_centers_is_one_panel():
     plain = projection(classes=("",), class_of=(0, 0, 0), centers=("",))
-    assert len(svgs(pictures_of(Pictures(projections=(plain,)), ORDER), "plane")) == 1
+    assert len(svgs(pictures_of(Plots(projections=(plain,)), ORDER), "plane")) == 1
 
 
 def test_points_that_are_not_finite_are_left_out():
     odd = projection(x=(math.nan, 0.0, math.inf), y=(0.0, 0.0, 0.0))
-    for svg in svgs(pictures_of(Pictures(projections=(odd,)), ORDER), "plane"):
+    for svg in svgs(pictures_of(Plots(projections=(odd,)), ORDER), "plane"):
         assert sum(len(re.findall("M", path.get("d"))) for path in svg.iter("path")) == 1
 
 
 def test_each_method_has_its_own_section_and_caution():
-    html = pictures_of(Pictures(projections=(projection(), projection(method="UMAP", shares=()))), ORDER)
+    html = pictures_of(Plots(projections=(projection(), projection(method="UMAP", shares=()))), ORDER)
     assert re.findall(r"<h3>(.*?)</h3>", html) == ["PCA of the features", "UMAP of the features"]
     assert "50 % and 25 % of the variance" in html
     assert html.count("of the variance") == 1
@@ -76,15 +76,15 @@ def test_each_method_has_its_own_section_and_caution():
 
 
 def test_heat_cells_are_shaded_by_what_they_say():
-    html = pictures_of(Pictures(cka=(cka(values=((1.0, -0.25), (-0.25, math.nan))),)), ORDER)
+    html = pictures_of(Plots(cka=(cka(values=((1.0, -0.25), (-0.25, math.nan))),)), ORDER)
     cells = re.findall(r'<td style="--share:([\d.]+)">(.*?)</td>', html)
     assert cells == [("1.00", "1.00"), ("0.00", "\u22120.25"), ("0.00", "\u22120.25"), ("0", "n/a")]
     assert "9 of 40 test patches, drawn by seed" in html
-    assert "all 40 patches" in pictures_of(Pictures(cka=(cka(n=40, rows="all"),)), ORDER)
+    assert "all 40 patches" in pictures_of(Plots(cka=(cka(n=40, rows="all"),)), ORDER)
 
 
 def test_confusions_show_the_share_of_the_true_class():
-    html = pictures_of(Pictures(confusions=(confusion(counts=((3, 1), (0, 0))),)), ORDER)
+    html = pictures_of(Plots(confusions=(confusion(counts=((3, 1), (0, 0))),)), ORDER)
     cells = re.findall(r'<td style="--share:([\d.]+)">(.*?)<span class="sub">(.*?)</span></td>', html)
     assert cells == [("0.75", "0.75", "3"), ("0.25", "0.25", "1"), ("0", "n/a", "0"), ("0", "n/a", "0")]
     assert "teacher</span> kNN vote" in html
@@ -92,7 +92,7 @@ def test_confusions_show_the_share_of_the_true_class():
 
 
 def test_a_slide_is_drawn_cell_by_cell():
-    (svg,) = svgs(pictures_of(Pictures(slides=(slide_map(),)), ORDER), "map")
+    (svg,) = svgs(pictures_of(Plots(slides=(slide_map(),)), ORDER), "map")
     squares = {
         (path.get("fill"), tuple(map(int, place)))
         for path in svg.iter("path")
@@ -105,7 +105,7 @@ def test_a_slide_is_drawn_cell_by_cell():
 @given(st.floats(1e-4, 50), st.integers(1, 60), st.integers(1, 60))
 def test_the_scale_bar_is_as_long_as_it_says(cell_mm, across, down):
     drawn = slide_map(cell_mm=cell_mm, columns=(0, across - 1), rows=(0, down - 1), colors=("123", "456"))
-    (svg,) = svgs(pictures_of(Pictures(slides=(drawn,)), ORDER), "map")
+    (svg,) = svgs(pictures_of(Plots(slides=(drawn,)), ORDER), "map")
     unit = float(re.search(r"scale\((.*?)\)", svg.find("g").get("transform"))[1])
     bar = next(path for path in svg.iter("path") if path.get("class") == "scalebar")
     pixels = float(re.search(r"L(\S+) ", bar.get("d"))[1])
@@ -117,12 +117,12 @@ def test_the_scale_bar_is_as_long_as_it_says(cell_mm, across, down):
 
 @pytest.mark.parametrize("cell_mm", [math.nan, 0.0, math.inf])
 def test_a_slide_of_unknown_scale_has_no_bar(cell_mm):
-    (svg,) = svgs(pictures_of(Pictures(slides=(slide_map(cell_mm=cell_mm),)), ORDER), "map")
+    (svg,) = svgs(pictures_of(Plots(slides=(slide_map(cell_mm=cell_mm),)), ORDER), "map")
     assert not list(svg.iter("text"))
 
 
 def expected(metric="knn_accuracy", encoder="teacher", value=0.7, tolerance=0.05):
-    return ExpectedFigure(
+    return PublishedValue(
         task="oral", metric=metric, encoder=encoder, value=value, tolerance=tolerance, source="Table 2"
     )
 

@@ -25,10 +25,10 @@ from g2l_core.results import (
     ConfusionMatrix,
     EncoderSummary,
     Estimate,
-    ExpectedFigure,
     Failure,
-    Pictures,
+    Plots,
     Projection,
+    PublishedValue,
     Report,
     Result,
     SlideMap,
@@ -87,11 +87,11 @@ def full():
         provenance={"command": "g2l bench a.toml", "g2l": "0.1.0"},
         notes=("3 slides of oral were distilled on.",),
         expected=(
-            ExpectedFigure(
+            PublishedValue(
                 task="oral", metric="knn_accuracy", encoder="Teacher", value=0.86, tolerance=0.01, source="Table 2"
             ),
         ),
-        pictures=Pictures(cka=(cka(),), projections=(projection(),), slides=(slide_map(),), confusions=(confusion(),)),
+        pictures=Plots(cka=(cka(),), projections=(projection(),), slides=(slide_map(),), confusions=(confusion(),)),
     )
 
 
@@ -155,7 +155,7 @@ records = st.fixed_dictionaries(
         "provenance": st.dictionaries(texts, texts, max_size=2),
         "notes": st.lists(texts, max_size=2).map(tuple),
         "expected": st.lists(
-            st.builds(ExpectedFigure, metric=metrics, value=floats, tolerance=floats, source=texts), max_size=2
+            st.builds(PublishedValue, metric=metrics, value=floats, tolerance=floats, source=texts), max_size=2
         ).map(tuple),
         "pictures": st.tuples(texts, texts, floats, floats, st.booleans()),
     }
@@ -173,8 +173,8 @@ def built(record):
 def drawn(task, name, one, other, is_empty):
     """Pictures of any names and numbers, or none."""
     if is_empty:
-        return Pictures()
-    return Pictures(
+        return Plots()
+    return Plots(
         cka=(cka(task=task, encoders=(name, f"{name}2"), values=((one, other), (other, one))),),
         projections=(
             projection(task=task, encoder=name, x=(one, other, 0.5), classes=("", name), shares=()),
