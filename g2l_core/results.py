@@ -213,4 +213,4 @@ class Report:
     notes: tuple[str, ...] = ()
     """What a reader must know before any result: test slides that the student was distilled on, copies found, ..."""
     expected: tuple[PublishedValue, ...] = ()
-    pictures: Pictures = Plots()
+    pictures: Plots = Plots()

@@ -58,7 +58,7 @@ class TaskOutcome:
     notes: list[str] = field(default_factory=list)
     """What a reader must know of the rows: copies, missing labels, slides that a student was distilled on."""
     expected: list[PublishedValue] = field(default_factory=list)
-    pictures: Pictures = field(default_factory=Plots)
+    pictures: Plots = field(default_factory=Plots)
 
     def __iadd__(self, other: "TaskOutcome") -> "TaskOutcome":
         """Add the outcome of another task."""

@@ -1,4 +1,4 @@
-"""Plots in proportion, axes that enclose their values, and colors that every eye can tell apart."""
+"""Pictures in proportion, axes that enclose their values, and colors that every eye can tell apart."""
 
 import html
 import math
