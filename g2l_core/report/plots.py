@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from io import StringIO
 from math import ceil, floor, inf, isfinite, log10
+from string import ascii_uppercase
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
@@ -32,9 +33,14 @@ if TYPE_CHECKING:
 WIDTH = 720
 _ROW, _TITLE, _GROUP_GAP, _LINE = 22, 26, 12, 21
 _CURVES_HEIGHT, _TOP, _BELOW = 270, 14, 52
-_LABEL_CHARS, _TITLE_CHARS = 24, 70
-_CHAR, _VALUE_CHAR = 8.8, 7.7
-"""Room for a letter of a name and for one of a value, in the type of narrow screens."""
+_LABEL_ROOM = 205
+_TYPE_SIZE = 17
+"""The size of the type on narrow screens."""
+_EMS = (
+    dict.fromkeys(ascii_uppercase, 0.7)
+    | dict.fromkeys("fijlrt.,:;'|!()[]- ", 0.32)
+    | dict.fromkeys("mwMW@%\u2026", 0.92)
+)
 _DRAWABLE = 1e12
 _CLASSES = frozenset(("grid", "rule", "neutral", "bar", "track", "mark", "tick", "title", "label", "value"))
 _SVG = "{http://www.w3.org/2000/svg}"
@@ -89,9 +95,18 @@ class _Texts(list[tuple[str, str]]):
     Matplotlib gets their numbers instead: it measures and parses what it draws, and a name may be anything.
     """
 
-    def add(self, text: str, chars: int = 1_000) -> str:
-        self.append((shortened(text, chars), text))
+    def add(self, text: str, room: float = WIDTH) -> str:
+        self.append((_fitted(text, room), text))
         return str(len(self) - 1)
+
+
+def _fitted(text: str, room: float = _LABEL_ROOM) -> str:
+    return next(short for chars in range(len(text), -1, -1) if _width(short := shortened(text, chars)) <= room)
+
+
+def _width(text: str) -> float:
+    """About the width of a text in the type of narrow screens, rather too much: the reader's font is unknown."""
+    return _TYPE_SIZE * sum(_EMS.get(letter, 0.57 if letter < "\u2e80" else 1.0) for letter in text)
 
 
 def forest(groups: Sequence[ForestGroup], *, neutral: float | None, label: str) -> Markup:
@@ -107,9 +122,9 @@ def forest(groups: Sequence[ForestGroup], *, neutral: float | None, label: str) 
     """
     rows = [row for group in groups for row in group.rows]
     bottom = sum(group.height() for group in groups)
-    aside = _VALUE_CHAR * max(len(row.aside) + 2 * bool(row.aside) for row in rows)
-    left = 34 + _CHAR * max(min(len(row.label), _LABEL_CHARS) for row in rows)
-    right = max(WIDTH - aside - _VALUE_CHAR * max(len(row.text) for row in rows) - 20, left + 40)
+    aside = max(_width(row.aside) + 14 * bool(row.aside) for row in rows)
+    left = 34 + max(_width(_fitted(row.label)) for row in rows)
+    right = max(WIDTH - aside - max(_width(row.text) for row in rows) - 12, left + 40)
     with _style():
         figure, axes, texts = *_figure(bottom + 30, left, right, 0, bottom), _Texts()
         axes.set_ylim(bottom, 0)
@@ -133,11 +148,11 @@ def _forest_group(axes: "Axes", group: ForestGroup, top: int, texts: _Texts, val
     def write(x: float, y: float, number: str, style: str, align: str = "left") -> None:
         _write(axes, x, y, number, style, beside, align)
 
-    write(0, top + _TITLE / 2 + 3, texts.add(group.title, _TITLE_CHARS), "title")
+    write(0, top + _TITLE / 2 + 3, texts.add(group.title), "title")
     for i, row in enumerate(group.rows):
         y = top + _TITLE + _ROW * (i + 0.5)
         _mark(axes, [6], [y], row.series, beside)
-        write(20, y, texts.add(row.label, _LABEL_CHARS), "label")
+        write(20, y, texts.add(row.label, _LABEL_ROOM), "label")
         write(values_end, y, texts.add(proper(row.text)), "value", "right")
         if row.aside:
             write(WIDTH, y, texts.add(row.aside), "value", "right")
@@ -168,8 +183,8 @@ def curves(
     height = max(_CURVES_HEIGHT, _LINE * len(lines) + _TOP)
     xs = sorted({x for line in lines for x, _ in line.points})
     places, names = ticks(_values((e for line in lines for _, e in line.points), neutral))
-    left = 14 + _VALUE_CHAR * max(map(len, names))
-    right = WIDTH - 30 - _CHAR * max(min(len(line.label), _LABEL_CHARS) for line in lines)
+    left = 10 + max(map(_width, names))
+    right = WIDTH - 36 - max(_width(_fitted(line.label)) for line in lines)
     with _style():
         figure, axes, texts = *_figure(height + _BELOW, left, right, _TOP, height), _Texts()
         _axis(axes.yaxis, places, map(texts.add, names), grid=True)
@@ -214,8 +229,8 @@ def _ends(axes: "Axes", lines: Sequence[Curve], texts: _Texts, top: float, right
     ]
     order = sorted(range(len(lines)), key=heights.__getitem__)
     for y, i in zip(apart([heights[i] for i in order], _LINE, top), order, strict=True):
-        _mark(axes, [right + 14], [y], lines[i].series, IdentityTransform())
-        _write(axes, right + 26, y, texts.add(lines[i].label, _LABEL_CHARS), "label", IdentityTransform())
+        _mark(axes, [right + 20], [y], lines[i].series, IdentityTransform())
+        _write(axes, right + 31, y, texts.add(lines[i].label, _LABEL_ROOM), "label", IdentityTransform())
 
 
 def apart(heights: Sequence[float], gap: float, top: float) -> list[float]:
@@ -241,10 +256,12 @@ def ticks(values: Iterable[float], room: float = inf) -> tuple[list[float], list
     if high - low < 1e-6 * size:
         low, high = low - size / 2, high + size / 2
     for bins in range(6, 0, -1):
-        places = [float(place) for place in MaxNLocator(bins, steps=[1, 2, 5, 10]).tick_values(low, high)]
+        places = [
+            float(place) for place in MaxNLocator(bins, steps=[1, 2, 5, 10], min_n_ticks=1).tick_values(low, high)
+        ]
         digits = max(0, -floor(log10(places[1] - places[0]) + 1e-9))
         names = [f"{place:z,.{digits}f}" if abs(place) < 1e7 else f"{place:.3g}" for place in places]
-        if len(names) * (max(map(len, names)) + 1) * _VALUE_CHAR <= room:
+        if (len(names) - 1) * (max(map(_width, names)) + 6) <= room:
             break
     return places, [proper(name) for name in names]
 
