@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 from time import perf_counter
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import cv2
 import numpy as np
 import torch
-from test_views import he_patch, torchvision_view
+from tests.patches.test_views import he_patch, torchvision_view
 
 from g2l_core.patches.views import ViewSpec, apply_view, sample_views
 

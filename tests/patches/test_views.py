@@ -188,7 +188,7 @@ def test_views_are_the_same_alone_in_batch_and_in_any_order():
 
 
 def test_views_are_the_same_in_another_process():
-    code = "import sys; sys.path.insert(0, 'tests'); from test_views import *\nprint(*some_hashes())"
+    code = "from tests.patches.test_views import *\nprint(*some_hashes())"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert [int(word) for word in run.stdout.split()] == some_hashes()
 
