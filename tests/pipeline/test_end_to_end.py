@@ -13,8 +13,6 @@ import zarr
 
 from pipeline.demo import DemoSettings, run_demo
 
-DEMO = DemoSettings(teacher="efficientnet-lite0@128", student="timm:mobilenetv3_small_100@128", steps=200)
-
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory) -> tuple[Path, str]:
@@ -23,7 +21,7 @@ def demo(tmp_path_factory) -> tuple[Path, str]:
     if done:
         return Path(done), Path(done).with_suffix(".txt").read_text()
     out = tmp_path_factory.mktemp("demo") / "demo"
-    return out, run_demo(out, None, DEMO)
+    return out, run_demo(out, None, DemoSettings())
 
 
 @pytest.mark.slow
