@@ -12,9 +12,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import cv2
 import numpy as np
 import torch
-from tests.patches.test_views import he_patch, torchvision_view
 
 from g2l_core.patches.views import ViewSpec, apply_view, sample_views
+from tests.patches.test_views import he_patch, torchvision_view
 
 VIEWS = 400
 ROUNDS = 5
