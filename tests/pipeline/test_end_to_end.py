@@ -34,7 +34,8 @@ def test_the_demo_brings_the_student_closer_on_held_out_patients(demo):
         for c in report["comparisons"]
         if c["encoder"].startswith("run-") and c["reference"].endswith("random0")
     }
-    assert gains["cka_debiased"]["low"] > 0
+    # Not the interval over four patients: rounding, and so the number of threads, moves its end across 0.
+    assert gains["cka_debiased"]["value"] > 0.2
     assert gains["knn_accuracy"]["value"] > 0.05
     assert "CKA to the teacher" in printed
     assert not report["failures"]
