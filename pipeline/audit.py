@@ -40,7 +40,7 @@ def audit_sources(
 
 
 def require_plausible(findings: Sequence[ScaleFinding], *, accept_mpp: bool) -> None:
-    """Refuse a cohort with doubtful scales, unless they are accepted. Print `scale.audit_table` first.
+    """Refuse a cohort with doubtful scales, unless they are accepted. Print `mpp.audit_table` first.
 
     Raises:
         MppError: There are findings.
