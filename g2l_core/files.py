@@ -1,5 +1,6 @@
 """Write files so that nobody ever sees half of one."""
 
+import errno
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,8 +30,35 @@ def replacing(path: Path, mode: str = "wb", **options: Any) -> Iterator[IO[Any]]
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+        sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk, where the file system lets a folder be waited for.
+
+    Raises:
+        OSError: The disk reports that it could not be written to.
+    """
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    except OSError as error:
+        if error.errno not in {errno.EINVAL, errno.ENOTSUP, errno.EBADF}:  # some network disks cannot
+            raise
+    finally:
+        os.close(opened)
+
+
+def write_bytes(path: Path, content: bytes | memoryview) -> None:
+    """Write a file, all of it or nothing.
+
+    Raises:
+        OSError: The folder cannot be written to, or the disk is full.
+    """
+    with replacing(path) as file:
+        file.write(content)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -59,5 +87,6 @@ def write_with(path: Path, write: Callable[[Path], object]) -> None:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
+        sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)

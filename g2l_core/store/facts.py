@@ -1,12 +1,13 @@
 """What a store keeps about itself, its slides, its encoders, and the runs that filled it, as frozen values.
 
-Each of them is a JSON object under the attribute `g2l` of a `zarr.json`. `from_json` reads what any version of
-format 1 wrote: a key that is absent gives the field's default, and a key that is not known is kept in `extra` and
-written back by `to_json`. docs/store-format.md describes the keys.
+The store's facts are the attribute `g2l` of its root's `zarr.json`, a slide's that of the slide's; `documents` reads
+and writes both. `from_json` reads what any version wrote: a key that is absent gives the field's default, and a key
+that is not known is kept in `extra` and written back by `to_json`. docs/store-format.md describes the keys.
 """
 
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
+from functools import cache
 from typing import Any, TypeVar
 
 AnyFacts = TypeVar("AnyFacts", bound="Facts")
@@ -28,7 +29,7 @@ class Facts:
     @classmethod
     def from_json(cls: type[AnyFacts], stored: Mapping[str, Any]) -> AnyFacts:
         """Read facts from plain values; lists become tuples."""
-        names = {_key(f): f.name for f in fields(cls) if f.name != "extra"}
+        names = _names(cls)  # type: ignore[arg-type]  # a class is hashable
         known = {names[key]: _frozen(value) for key, value in stored.items() if key in names}
         return cls(**known, extra={key: value for key, value in stored.items() if key not in names})
 
@@ -37,6 +38,12 @@ class Facts:
         values = {f: getattr(self, f.name) for f in fields(self) if f.name != "extra"}
         written = {_key(f): _plain(value) for f, value in values.items() if not _is_left_out(f, value)}
         return {**written, **self.extra}
+
+
+@cache
+def _names(kind: type[Facts]) -> dict[str, str]:
+    """Field names by JSON key."""
+    return {_key(f): f.name for f in fields(kind) if f.name != "extra"}
 
 
 def _key(known: "Field[Any]") -> str:
@@ -131,13 +138,55 @@ class StoreFacts(Facts):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ShardRecord(Facts):
+    """The completion record of one shard."""
+
+    rows: int
+    failed: int
+    """How many of its patches have no features."""
+    crc32c: int
+    """Checksum of its float16 values in C order."""
+    size: int | None = field(default=None, metadata=_SPARSE)
+    """Bytes of its file; 0 where it has none, as no patch has features. None in format 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureFacts(Facts):
+    """One encoder's features of one slide: what has been written of them."""
+
+    encoder: str = field(default="", metadata=_SPARSE)
+    """Key of the encoder."""
+    digest: str = field(default="", metadata=_SPARSE)
+    """Digest of the encoder that wrote them."""
+    n_views: int = field(default=0, metadata=_SPARSE)
+    """Views that the array has room for, the canonical one included."""
+    dim: int = field(default=0, metadata=_SPARSE)
+    """Width of a feature."""
+    shards: Mapping[str, ShardRecord] = field(default_factory=dict)
+    """The completion records, by `Shard.name`."""
+    complete: bool = False
+    """Whether every shard of every view is recorded."""
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> "FeatureFacts":
+        """Read the facts of a features array."""
+        shards = {name: ShardRecord.from_json(record) for name, record in stored.get("shards", {}).items()}
+        return super().from_json({**stored, "shards": shards})
+
+
+@dataclass(frozen=True, kw_only=True)
 class SlideFacts(Facts):
     """One slide, or one set of patch images. A failed one has only `source`, `status` and `reason`."""
 
+    slide_id: str = field(default="", metadata=_SPARSE)
+    """Its id, so that the document of another slide is noticed. Empty in format 1."""
     kind: str = field(default="", metadata=_SPARSE)
     """`slide`, or `patches` for a set of patch images."""
     fingerprint: str = field(default="", metadata=_SPARSE)
     """Tells whether the file is still the one that was cached."""
+    file_state: tuple[int, int] | None = field(default=None, metadata=_SPARSE)
+    """Bytes and modification time (ns) of the file when its fingerprint was taken: while both stay, it is not read
+    again."""
     mpp: float | None = field(default=None, metadata=_SPARSE)
     """Micrometers per level-0 pixel; None where it is not known."""
     mpp_source: str = field(default="", metadata=_SPARSE)
@@ -162,39 +211,18 @@ class SlideFacts(Facts):
     """Why stage one could not use it."""
     unreadable: Mapping[str, str] = field(default_factory=dict, metadata=_SPARSE)
     """Why patches could not be read, by row."""
+    tables: Mapping[str, Mapping[str, int]] = field(default_factory=dict, metadata=_SPARSE)
+    """crc32c of each block of the arrays other than the features, by array and block, see `tables.block_names`."""
+    features: Mapping[str, FeatureFacts] = field(default_factory=dict, metadata=_SPARSE)
+    """What has been written of each encoder's features, by its key."""
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> "SlideFacts":
+        """Read the facts of a slide."""
+        features = {key: FeatureFacts.from_json(facts) for key, facts in stored.get("features", {}).items()}
+        return super().from_json({**stored, "features": features})
 
     def to_json(self) -> dict[str, Any]:
         """The facts as plain values; a slide with patches always says its scale and its labels."""
         always = {"mpp": self.mpp, "labels": dict(self.labels)} if self.status == OK else {}
         return {**super().to_json(), **always}
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShardRecord(Facts):
-    """The completion record of one shard."""
-
-    rows: int
-    failed: int
-    """How many of its patches have no features."""
-    crc32c: int
-    """Checksum of its float16 values in C order."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class FeatureFacts(Facts):
-    """One encoder's features of one slide: what has been written of them."""
-
-    encoder: str = field(default="", metadata=_SPARSE)
-    """Key of the encoder."""
-    digest: str = field(default="", metadata=_SPARSE)
-    """Digest of the encoder that wrote them."""
-    shards: Mapping[str, ShardRecord] = field(default_factory=dict)
-    """The completion records, by `Shard.name`."""
-    complete: bool = False
-    """Whether every shard of every view is recorded."""
-
-    @classmethod
-    def from_json(cls, stored: Mapping[str, Any]) -> "FeatureFacts":
-        """Read the facts of a features array."""
-        shards = {name: ShardRecord.from_json(record) for name, record in stored.get("shards", {}).items()}
-        return super().from_json({**stored, "shards": shards})

@@ -1,27 +1,33 @@
 """Open a store, add encoders and slides to it, and find them again."""
 
-import json
+import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zarr
+from jaxtyping import UInt8
 
 from g2l_core.errors import StoreCorruptError, StoreError, StoreMismatchError, StoreMissingError, UnknownNameError
-from g2l_core.store import schema
+from g2l_core.files import sync_folder
+from g2l_core.store import catalogue, format1, schema
+from g2l_core.store.catalogue import Entry
+from g2l_core.store.documents import GROUP_FILE, read_group, write_group
 from g2l_core.store.facts import FAILED, EncoderFacts, ExtractionRunFacts, SlideFacts, StoreFacts
+from g2l_core.store.ids import why_conflicting, why_impossible
 from g2l_core.store.provenance import differences, software, utc_now
-from g2l_core.store.slide import Shard, StoredSlide, members, writing
+from g2l_core.store.slide import Shard, StoredSlide, writing
+from g2l_core.store.tables import block_checksums
+from g2l_core.store.zarr_files import create_array
 from g2l_core.types import Coords, ViewParams
 
 __all__ = ("FeatureStore", "Shard", "StoredSlide")
 
 KEPT_RUNS = 20
 """Calls of stage one that the store remembers."""
-
-READ_MODE, WRITE_MODE = "r", "r+"
 
 
 class FeatureStore:
@@ -32,10 +38,10 @@ class FeatureStore:
         facts: What it keeps about itself.
     """
 
-    def __init__(self, path: Path, root: zarr.Group) -> None:
-        self.path = path
-        self.facts = StoreFacts.from_json(root.attrs[schema.ATTRIBUTE])
-        self._root = root
+    def __init__(self, path: Path, facts: StoreFacts, *, writable: bool) -> None:
+        self.path, self.facts = path, facts
+        self._writable = writable
+        self._entries = catalogue.load(path)
 
     @classmethod
     def open(cls, path: Path | str, *, writable: bool = False) -> "FeatureStore":
@@ -47,21 +53,21 @@ class FeatureStore:
         """
         path = Path(path)
         try:
-            root = zarr.open_group(path, mode=WRITE_MODE if writable else READ_MODE, zarr_format=3)
+            stored = read_group(path, checked=False)
         except FileNotFoundError as error:
             raise StoreMissingError(f"there is no store at {path}; g2l cache-teacher makes one") from error
-        except OSError as error:
-            raise StoreError(f"cannot read the store {path}: {error.strerror or error}") from error
-        except json.JSONDecodeError as error:
-            raise StoreCorruptError(f"{path / 'zarr.json'} is damaged ({error}); restore it from a copy") from error
-        if schema.ATTRIBUTE not in root.attrs:
+        if stored is None:
             raise StoreError(f"{path} is a Zarr group but no G2L store: its attributes have no {schema.ATTRIBUTE!r}")
-        store_format = root.attrs[schema.ATTRIBUTE]["format"]
+        store_format = stored.get("format")
+        if not isinstance(store_format, int):
+            raise StoreCorruptError(f"{path / GROUP_FILE} is damaged: its format is {store_format!r}, no number")
         if store_format > schema.FORMAT:
             raise StoreError(
                 f"{path} has store format {store_format}; this version reads up to {schema.FORMAT}. Update G2L"
             )
-        return cls(path, root)
+        if store_format > format1.FORMAT:
+            stored = read_group(path, checked=True)
+        return cls(path, _store_facts(path, stored or {}), writable=writable)
 
     @classmethod
     def create(cls, path: Path | str, *, grid: Mapping[str, object], views: Mapping[str, object]) -> "FeatureStore":
@@ -74,17 +80,18 @@ class FeatureStore:
 
         Raises:
             StoreMismatchError: The store there was made with another grid or other views.
-            StoreError: The folder holds something else.
+            StoreError: The folder holds something else, or a store of format 1.
         """
         path = Path(path)
-        if (path / "zarr.json").exists():
+        if (path / GROUP_FILE).exists():
             store = cls.open(path, writable=True)
-            if any(store.slides()):
+            format1.refuse_writing(store.facts.format, path)
+            if store.slide_ids():
                 store.require_identity(grid=grid, views=views)
             else:  # there are no patches yet, so nothing is lost by other settings
                 store._set_facts(grid=dict(grid), views=dict(views), patch_status=dict(schema.STATUS))
             return store
-        if path.is_file() or (path.is_dir() and any(p.suffix != schema.LEFTOVER for p in path.iterdir())):
+        if path.is_file() or (path.is_dir() and any(not _is_side_file(p) for p in path.iterdir())):
             raise StoreError(f"{path} exists and is no store; give --store another folder")
         facts = StoreFacts(
             format=schema.FORMAT,
@@ -95,16 +102,17 @@ class FeatureStore:
             software=software(),
         )
         try:
-            root = zarr.create_group(path, zarr_format=3, attributes={schema.ATTRIBUTE: facts.to_json()})
+            path.mkdir(parents=True, exist_ok=True)
+            write_group(path, facts.to_json())
         except OSError as error:
             raise StoreError(f"cannot create a store at {path}: {error.strerror or error}") from error
-        return cls(path, root)
+        return cls(path, facts, writable=True)
 
     def _set_facts(self, **changes: Any) -> None:
         """Replace some facts, in the store first."""
         facts = replace(self.facts, **changes)
         with writing(str(self.path)):
-            self._root.attrs[schema.ATTRIBUTE] = facts.to_json()
+            write_group(self.path, facts.to_json())
         self.facts = facts
 
     def require_identity(self, *, grid: Mapping[str, object], views: Mapping[str, object]) -> None:
@@ -155,15 +163,25 @@ class FeatureStore:
         """Keep what a call of stage one did and how long its parts took; the last `KEPT_RUNS` are kept."""
         self._set_facts(runs=(*self.facts.runs, run)[-KEPT_RUNS:])
 
+    @property
+    def entries(self) -> Mapping[str, Entry]:
+        """What the file system has now of every slide, by id, sorted. See `catalogue.scan` for what this costs."""
+        self._entries = catalogue.scan(self.path, self.facts.format, self._entries)
+        return self._entries
+
     def slide_ids(self) -> list[str]:
-        """The ids of all slides that stage one has met, sorted, failed ones included."""
-        if "slides" not in self._root:
-            return []
-        return sorted(_slide_ids(self._root["slides"], self.path / "slides", ""))
+        """The ids of all slides that stage one has met, sorted, failed and damaged ones included."""
+        return list(self.entries)
 
     def slides(self) -> Iterator[StoredSlide]:
-        """The slides that have patches, sorted by id."""
-        return (s for s in map(self._stored, self.slide_ids()) if s.has_patches)
+        """The slides that have patches, sorted by id; those in `damaged` are left out."""
+        stored = (self._stored(slide_id, e.facts) for slide_id, e in self.entries.items() if e.facts is not None)
+        return (slide for slide in stored if slide.has_patches)
+
+    @property
+    def damaged(self) -> dict[str, str]:
+        """What is wrong with the document of each slide whose own cannot be used, by id. It names the file."""
+        return {slide_id: entry.damage for slide_id, entry in self.entries.items() if entry.damage}
 
     def complete_slides(self, encoder: str, *, view: int) -> list[StoredSlide]:
         """The slides that have patches, sorted by id. All of them must hold one view of an encoder whole.
@@ -171,9 +189,11 @@ class FeatureStore:
         Raises:
             UnknownNameError: The store does not know the encoder.
             StoreMissingError: There is no slide, or a slide's features are not complete.
+            StoreCorruptError: A slide is damaged.
         """
         if encoder not in self.encoders:
             raise UnknownNameError("encoder", encoder, self.encoders, f"The store is {self.path}.")
+        self.require_undamaged()
         slides = list(self.slides())
         if not slides:
             raise StoreMissingError(f"{self.path} has no slide with patches")
@@ -185,28 +205,88 @@ class FeatureStore:
             slide.require_complete(encoder, view)
         return slides
 
+    def require_undamaged(self) -> None:
+        """Refuse a store of which some slides cannot be used, for work that must not leave any out.
+
+        Raises:
+            StoreCorruptError: Some are damaged; names the first.
+        """
+        damaged = self.damaged
+        if damaged:
+            slide_id, damage = next(iter(damaged.items()))
+            more = f" ({len(damaged) - 1} more slides are damaged)" if len(damaged) > 1 else ""
+            raise StoreCorruptError(f"slide {slide_id}: {damage}{more}")
+
     def slide(self, slide_id: str) -> StoredSlide:
         """One slide.
 
         Raises:
             UnknownNameError: It is not in the store.
+            StoreCorruptError: Its document is damaged.
         """
-        if not self._has_met(slide_id):
+        entry = self._entry(slide_id)
+        if entry is None:
             raise UnknownNameError("slide", slide_id, self.slide_ids(), f"The store is {self.path}.")
-        return self._stored(slide_id)
+        if entry.facts is None:
+            raise StoreCorruptError(f"slide {slide_id}: {entry.damage}")
+        return self._stored(slide_id, entry.facts)
 
     def failed_slides(self) -> dict[str, str]:
         """Reason by id of every slide that could not be used."""
-        slides = map(self._stored, self.slide_ids())
-        return {s.slide_id: s.facts.reason for s in slides if not s.has_patches}
+        facts = {slide_id: entry.facts for slide_id, entry in self.entries.items() if entry.facts is not None}
+        return {slide_id: known.reason for slide_id, known in facts.items() if known.status == FAILED}
 
-    def _has_met(self, slide_id: str) -> bool:
-        """Whether a group is a slide whose facts are written, and neither a folder of slides nor left by a kill."""
-        path = f"slides/{slide_id}"
-        return path in self._root and schema.ATTRIBUTE in self._root[path].attrs
+    def good_by_block(self, slide: StoredSlide) -> UInt8[np.ndarray, " block"]:
+        """How many good patches each block of `REPLAY_ROWS` stored rows has: from the catalogue, or counted now.
 
-    def _stored(self, slide_id: str) -> StoredSlide:
-        return StoredSlide(slide_id, self._root[f"slides/{slide_id}"], self.path / "slides" / slide_id)
+        Raises:
+            StoreCorruptError: The slide's reason codes are not what was written.
+        """
+        entry = self._entries.get(slide.slide_id)
+        if entry is not None and entry.good is not None and entry.facts == slide.facts:
+            return entry.good
+        counts = catalogue.count_good(slide.patch_status)
+        if entry is not None and entry.facts == slide.facts:
+            self._entries[slide.slide_id] = replace(entry, good=counts)
+        return counts
+
+    def save_catalogue(self) -> None:
+        """Write the index of the slides, so that the store opens quickly next time. Failing to is no error."""
+        if self.facts.format == format1.FORMAT or not self._writable:
+            return
+        for slide in self.slides():
+            try:
+                self.good_by_block(slide)
+            except StoreCorruptError:
+                continue  # verify names it
+        try:
+            catalogue.save(self.path, self._entries)
+        except OSError:
+            return
+
+    def _entry(self, slide_id: str) -> Entry | None:
+        """One slide as it stands now."""
+        if why_impossible(slide_id):
+            return None
+        entry = catalogue.entry(self.path, slide_id, self.facts.format, self._entries.get(slide_id))
+        if entry is not None:
+            self._entries[slide_id] = entry
+        return entry
+
+    def _folder(self, slide_id: str) -> Path:
+        return self.path / "slides" / slide_id
+
+    def _stored(self, slide_id: str, facts: SlideFacts) -> StoredSlide:
+        return StoredSlide(
+            slide_id, facts, self._folder(slide_id), store_format=self.facts.format, writable=self._writable
+        )
+
+    def why_refused(self, slide_id: str) -> str:
+        """Why the store cannot take a new slide of this id; empty where it can, or has that very slide."""
+        known = self._entries if self._entries else self.entries
+        if slide_id in known:
+            return ""
+        return why_impossible(slide_id) or why_conflicting(slide_id, known.keys())
 
     def add_slide(
         self,
@@ -218,7 +298,7 @@ class FeatureStore:
         columns: Sequence[str],
         patch_ids: Sequence[str] | None,
     ) -> StoredSlide:
-        """Write a slide's patches. Until this returns, the slide counts as never met.
+        """Write a slide's patches: in a folder aside, which then takes its place in one step.
 
         Args:
             slide_id: Its id.
@@ -229,36 +309,119 @@ class FeatureStore:
             patch_ids: File names of patch images, None for a slide.
 
         Raises:
-            StoreError: The disk is full, or cannot be written to.
+            StoreError: The disk is full or cannot be written to, the id is impossible, or a slide with patches
+                stands there.
         """
         n, n_views = view_params.shape[:2]
-        with writing(f"slide {slide_id}"):
-            group = self._fresh_group(slide_id)
-            schema.create_coords(group, n)[:] = coords
-            schema.create_patch_status(group, n)
-            schema.create_view_params(group, n, n_views, list(columns))[:] = view_params
-            schema.create_pixel_hash(group, n, n_views)
-            if patch_ids is not None:
-                schema.create_patch_id(group, n)[:] = np.array(patch_ids, dtype=object)
-            group.attrs[schema.ATTRIBUTE] = replace(facts, n_patches=n, n_views=n_views).to_json()
-        return self._stored(slide_id)
+        arrays: dict[str, np.ndarray] = {
+            "coords": coords,
+            "patch_status": np.zeros(n, np.uint8),
+            "view_params": view_params,
+            "pixel_hash": np.zeros((n, n_views), np.uint64),
+        }
+        if patch_ids is not None:
+            arrays[schema.PATCH_ID] = np.array(patch_ids, dtype=object)
+        written = {name: arrays[name] for name in ("coords", "view_params", schema.PATCH_ID) if name in arrays}
+        tables = {name: block_checksums(values, name == "view_params") for name, values in written.items()}
+        facts = replace(facts, slide_id=slide_id, n_patches=n, n_views=n_views, tables=tables)
+        with writing(f"slide {slide_id}"), self._replacing(slide_id) as folder:
+            for name, values in arrays.items():
+                attributes = {"columns": list(columns)} if name == "view_params" else {}
+                is_text = name == schema.PATCH_ID
+                layout = schema.patch_id_layout(n) if is_text else schema.table_layout(name, n, n_views)
+                create_array(folder / name, layout, **attributes)[:] = values
+            write_group(folder, facts.to_json())
+        return self.slide(slide_id)
 
     def fail_slide(self, slide_id: str, source: str, reason: str) -> None:
-        """Record that a slide could not be used, and why; never over one that has patches."""
-        if self._has_met(slide_id) and self._stored(slide_id).has_patches:
+        """Record that a slide could not be used, and why; never over one that has patches, or is damaged.
+
+        Raises:
+            StoreError: The disk is full or cannot be written to, or the id is impossible.
+        """
+        entry = self._entry(slide_id)
+        if entry is not None and (entry.facts is None or entry.facts.status != FAILED):
             return
+        facts = SlideFacts(slide_id=slide_id, source=source, status=FAILED, reason=reason)
+        with writing(f"slide {slide_id}"), self._replacing(slide_id) as folder:
+            write_group(folder, facts.to_json())
+
+    @contextmanager
+    def _replacing(self, slide_id: str) -> Iterator[Path]:
+        """A folder aside that becomes the slide's when the block ends. Only a failed slide is ever replaced."""
+        refused = self.why_refused(slide_id)
+        if refused:
+            raise StoreError(f"slide {slide_id!r}: {refused}")
+        target, aside = self._folder(slide_id), self.path / "slides" / f"{os.getpid()}{schema.LEFTOVER}"
+        entry = self._entry(slide_id)
+        if entry is not None and (entry.facts is None or entry.facts.status != FAILED):
+            raise StoreError(f"slide {slide_id!r} is in the store already")
+        shutil.rmtree(aside, ignore_errors=True)
+        self._make_groups(target.parent)
+        aside.mkdir()
+        yield aside
+        if entry is not None:
+            (target / GROUP_FILE).unlink()
+        # A folder that is not empty is never replaced: the system refuses it, whatever was thought to be there.
+        aside.rename(target)
+        sync_folder(target.parent)
+        self._entry(slide_id)
+
+    def _make_groups(self, folder: Path) -> None:
+        """Make the groups down to a folder of slides."""
+        groups = [folder, *folder.parents][: len(folder.relative_to(self.path).parts)]
+        for group in reversed(groups):
+            if not (group / GROUP_FILE).exists():
+                write_group(group)
+
+    def remove_slide(self, slide_id: str) -> None:
+        """Delete a slide with everything that was cached of it, so that stage one meets it as a new one.
+
+        Raises:
+            StoreError: It cannot be deleted.
+        """
+        format1.refuse_writing(self.facts.format, self.path)
+        aside = self.path / "slides" / f"{os.getpid()}-removed{schema.LEFTOVER}"
         with writing(f"slide {slide_id}"):
-            group = self._fresh_group(slide_id)
-            group.attrs[schema.ATTRIBUTE] = SlideFacts(source=source, status=FAILED, reason=reason).to_json()
+            self._folder(slide_id).rename(aside)
+            shutil.rmtree(aside)
+        self._entries.pop(slide_id, None)
 
-    def _fresh_group(self, slide_id: str) -> zarr.Group:
-        return self._root.create_group(f"slides/{slide_id}", overwrite=True)
+    def restore_document(self, slide_id: str) -> bool:
+        """Put a slide's document back from the catalogue, if that has one; whether it had.
+
+        Raises:
+            StoreError: It cannot be written.
+        """
+        known = catalogue.load(self.path).get(slide_id)
+        if known is None or known.facts is None:
+            return False
+        with writing(f"slide {slide_id}"):
+            write_group(self._folder(slide_id), known.facts.to_json())
+        return True
+
+    def sweep(self) -> None:
+        """Delete the temporary files of killed writers. Only for the one who holds the store's lock."""
+        for path in leftovers(self.path):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
-def _slide_ids(group: zarr.Group, folder: Path, prefix: str) -> Iterator[str]:
-    for name in members(folder):
-        member = group[name]
-        if schema.ATTRIBUTE in member.attrs:
-            yield prefix + name
-        elif isinstance(member, zarr.Group):
-            yield from _slide_ids(member, folder / name, f"{prefix}{name}/")
+def leftovers(store: Path) -> list[Path]:
+    """The temporary files and folders of killed writers, sorted. Those of a writer at work are among them."""
+    found = sorted(store.rglob(f"*{schema.LEFTOVER}"))
+    return [path for path in found if not any(parent.name.endswith(schema.LEFTOVER) for parent in path.parents)]
+
+
+def _is_side_file(path: Path) -> bool:
+    """Whether a file is none of the store's content: a lock, an index, or left behind by a killed writer."""
+    return path.name.startswith(".") or path.suffix == schema.LEFTOVER
+
+
+def _store_facts(path: Path, stored: Mapping[str, Any]) -> StoreFacts:
+    try:
+        return StoreFacts.from_json(stored)
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        raise StoreCorruptError(f"{path / GROUP_FILE} is damaged: {error!r}. Restore it from a copy") from error

@@ -1,78 +1,115 @@
-"""Format version 1: names, dtypes, chunks and codecs of a store. docs/store-format.md mirrors this file."""
+"""Format version 2: names, dtypes, chunks and codecs of a store. docs/store-format.md mirrors this file."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from math import nan
+from typing import Any
 
-import zarr
 from zarr.abc.codec import Codec
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
-FORMAT = 1
+FORMAT = 2
 ATTRIBUTE = "g2l"
-"""The attribute of every group and array that holds G2L's facts."""
+"""The attribute of a group that holds G2L's facts."""
 
 SHARD_ROWS = 4096
 """Rows of one view in one file: the unit of writing, of resuming and of checksums."""
 
 CHUNK_ROWS = 256
-"""Rows read together at least; 768 KiB at 1536 dimensions."""
+"""Rows of features that are read together at least; 768 KiB at 1536 dimensions."""
+
+TABLE_FILE_BLOCKS, TABLE_FILE_VIEWS = 8, 8
+"""How many blocks of `SHARD_ROWS` rows, and of how many views, one file of a table holds: most slides have one file a
+table. A table's file is small and is replaced whole."""
+
+REPLAY_ROWS = 64
+"""Rows that distillation reads together: about a cell of the grid."""
 
 STATUS: Mapping[str, int] = {"ok": 0, "unreadable": 1, "pen": 2, "black": 3, "blurred": 4}
 """Reason codes of `patch_status`; a store lists its own in its root attributes."""
 
 LEFTOVER = ".partial"
-"""Ending of the temporary files of Zarr's local store; a killed writer leaves them behind, and they mean nothing."""
+"""Ending of temporary files and folders; a killed writer leaves them behind, and they mean nothing."""
 
 UNKNOWN_HASH = 0
 """`pixel_hash` of a view that nobody has rendered yet."""
 
 
-def create_coords(slide: zarr.Group, n: int) -> zarr.Array:
-    """int32 (n, 2)."""
-    return _table(slide, "coords", (n, 2), "int32", (SHARD_ROWS, 2))
+@dataclass(frozen=True)
+class TableSpec:
+    """An array of a slide other than its features: one entry a patch, or one a patch and view."""
+
+    dtype: str
+    has_views: bool
+    width: int | None = None
+    """Length of the last axis; None where an entry is one value."""
+
+    def shape(self, n: int, n_views: int) -> tuple[int, ...]:
+        """The shape for so many patches and views."""
+        views = (n_views,) if self.has_views else ()
+        return (n, *views, *(() if self.width is None else (self.width,)))
 
 
-def create_patch_status(slide: zarr.Group, n: int) -> zarr.Array:
-    """uint8 (n,)."""
-    return _table(slide, "patch_status", (n,), "uint8", (SHARD_ROWS,))
+TABLES: Mapping[str, TableSpec] = {
+    "coords": TableSpec("int32", has_views=False, width=2),
+    "patch_status": TableSpec("uint8", has_views=False),
+    "view_params": TableSpec("float32", has_views=True, width=12),
+    "pixel_hash": TableSpec("uint64", has_views=True),
+}
+"""The tables of every slide. Sets of patch images have `PATCH_ID` beside them: text (n,), their file names."""
+
+PATCH_ID = "patch_id"
+FEATURES = "features"
+"""The group of a slide that holds one array for each encoder."""
+
+_KEYS = {"name": "default", "separator": "."}
+"""Chunks are files `c.0.0` in the array's own folder, without a folder for each index."""
 
 
-def create_view_params(slide: zarr.Group, n: int, n_views: int, columns: list[str]) -> zarr.Array:
-    """float32 (n, views, parameters); one chunk a shard and view."""
-    array = _table(slide, "view_params", (n, n_views, len(columns)), "float32", (SHARD_ROWS, 1, len(columns)))
-    array.attrs["columns"] = columns
-    return array
+def table_layout(name: str, n: int, n_views: int) -> dict[str, Any]:
+    """The arguments of `zarr.create_array` for a table."""
+    spec = TABLES[name]
+    views = spec.has_views
+    chunk_tail = (() if not views else (1,)) + (() if spec.width is None else (spec.width,))
+    file_tail = (() if not views else (TABLE_FILE_VIEWS,)) + (() if spec.width is None else (spec.width,))
+    return {
+        "shape": spec.shape(n, n_views),
+        "dtype": spec.dtype,
+        "chunks": (SHARD_ROWS, *chunk_tail),
+        "shards": (SHARD_ROWS * TABLE_FILE_BLOCKS, *file_tail),
+        "compressors": _table_codecs(),
+        "fill_value": 0,
+        "chunk_key_encoding": _KEYS,
+    }
 
 
-def create_pixel_hash(slide: zarr.Group, n: int, n_views: int) -> zarr.Array:
-    """uint64 (n, views); one chunk a shard and view."""
-    return _table(slide, "pixel_hash", (n, n_views), "uint64", (SHARD_ROWS, 1))
-
-
-def create_patch_id(slide: zarr.Group, n: int) -> zarr.Array:
-    """Text (n,): file names of patch images."""
+def patch_id_layout(n: int) -> dict[str, Any]:
+    """The arguments of `zarr.create_array` for the file names of patch images."""
     chunks = (max(1, min(n, SHARD_ROWS)),)
-    return slide.create_array("patch_id", shape=(n,), dtype=str, chunks=chunks, compressors=_table_codecs())
+    return {
+        "shape": (n,),
+        "dtype": str,
+        "chunks": chunks,
+        "compressors": _table_codecs(),
+        "chunk_key_encoding": _KEYS,
+    }
 
 
-def create_features(slide: zarr.Group, encoder: str, n: int, n_views: int, dim: int) -> zarr.Array:
-    """float16 (n, views, dim), NaN where nothing is written; each chunk carries its crc32c.
+def features_layout(n: int, n_views: int, dim: int) -> dict[str, Any]:
+    """The arguments of `zarr.create_array` for an encoder's features.
 
-    Features do not compress (zstd gains 1.08 x), so they are stored plain.
+    They are float16 (n, views, dim), NaN where nothing is written; each chunk carries its crc32c. Features do not
+    compress (zstd gains 1.08 x), so they are stored plain.
     """
-    return slide.require_group("features").create_array(
-        encoder,
-        shape=(n, n_views, dim),
-        dtype="float16",
-        chunks=(CHUNK_ROWS, 1, dim),
-        shards=(SHARD_ROWS, 1, dim),
-        compressors=[Crc32cCodec()],
-        fill_value=nan,
-    )
-
-
-def _table(slide: zarr.Group, name: str, shape: tuple[int, ...], dtype: str, chunks: tuple[int, ...]) -> zarr.Array:
-    return slide.create_array(name, shape=shape, dtype=dtype, chunks=chunks, compressors=_table_codecs(), fill_value=0)
+    return {
+        "shape": (n, n_views, dim),
+        "dtype": "float16",
+        "chunks": (CHUNK_ROWS, 1, dim),
+        "shards": (SHARD_ROWS, 1, dim),
+        "compressors": [Crc32cCodec()],
+        "fill_value": nan,
+        "chunk_key_encoding": _KEYS,
+    }
 
 
 def _table_codecs() -> list[Codec]:

@@ -1,12 +1,13 @@
 """One slide of a store: its tables, its features, and which of their shards are complete.
 
-A shard is `SHARD_ROWS` rows of one view: one file, one writer. It counts only once its completion record (row
-count, checksum, failed patches) is in the features array's attributes, which are replaced atomically after the
-shard's file is. What is recorded is never recomputed; what is not recorded is.
+A shard is `SHARD_ROWS` rows of one view: one file, one writer. It counts only once its completion record (row count,
+checksum, failed patches) is in the slide's facts, which are replaced after the shard's file is on the disk. What is
+recorded is never computed again; what is not recorded is. Whatever is read is compared with the recorded checksums.
 """
 
 import errno
-from collections.abc import Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,9 +16,12 @@ from typing import Any
 import numpy as np
 import zarr
 
-from g2l_core.errors import StoreCorruptError, StoreError, StoreMissingError, UnknownNameError
-from g2l_core.store import schema
+from g2l_core.errors import G2LError, StoreCorruptError, StoreError, StoreMissingError, UnknownNameError
+from g2l_core.store import format1, schema
+from g2l_core.store.documents import read_slide, write_group
 from g2l_core.store.facts import OK, FeatureFacts, ShardRecord, SlideFacts
+from g2l_core.store.tables import block_checksums, block_name, changed_blocks, checksum, require_unchanged
+from g2l_core.store.zarr_files import create_array, open_array
 from g2l_core.types import Coords, Features, PatchStatus, PixelHash, ViewParams
 
 
@@ -32,7 +36,7 @@ class Shard:
     @property
     def name(self) -> str:
         """Its key in the completion records: row block and view."""
-        return f"{self.start // schema.SHARD_ROWS}.{self.view}"
+        return block_name(self.start, self.view)
 
 
 KEPT_REASONS = 100
@@ -44,13 +48,14 @@ class StoredSlide:
 
     Attributes:
         slide_id: Its id, with its folders.
-        facts: What stage one wrote about it.
+        facts: What the store says about it.
+        folder: Where it is.
     """
 
-    def __init__(self, slide_id: str, group: zarr.Group, folder: Path) -> None:
-        self.slide_id = slide_id
-        self.facts = SlideFacts.from_json(group.attrs[schema.ATTRIBUTE])
-        self._group, self._folder = group, folder
+    def __init__(self, slide_id: str, facts: SlideFacts, folder: Path, *, store_format: int, writable: bool) -> None:
+        self.slide_id, self.facts, self.folder = slide_id, facts, folder
+        self._format, self._writable = store_format, writable
+        self._arrays: dict[str, zarr.Array] = {}
 
     @property
     def has_patches(self) -> bool:
@@ -64,6 +69,8 @@ class StoredSlide:
     def labels(self) -> dict[str, str]:
         """patient_id, medical_center and whatever else the manifest gave for the whole slide."""
         return dict(self.facts.labels)
+
+    # -- the tables ---------------------------------------------------------------------------------------
 
     @property
     def coords(self) -> Coords:
@@ -88,7 +95,12 @@ class StoredSlide:
     @property
     def patch_ids(self) -> list[str] | None:
         """File names of patch images in stored order; None for a slide."""
-        return [str(name) for name in self.read_table("patch_id")] if "patch_id" in self._group else None
+        return [str(name) for name in self.read_table(schema.PATCH_ID)] if self.has_patch_ids else None
+
+    @property
+    def has_patch_ids(self) -> bool:
+        """Whether it is a set of patch images, which have file names."""
+        return self.facts.kind == "patches"
 
     @property
     def n_views(self) -> int:
@@ -96,21 +108,96 @@ class StoredSlide:
         return self.facts.n_views
 
     def read_table(self, name: str) -> Any:
-        """A whole array other than the features, by its name in the store. Checksums are checked.
+        """A whole array other than the features, by its name in the store. Checksums are compared.
 
         Raises:
             StoreCorruptError: It is not what was written.
         """
+        return self.read_block(name, 0, len(self))
+
+    def read_block(self, name: str, start: int, stop: int, *, view: int | None = None) -> Any:
+        """Rows [start, stop) of an array other than the features: of one view, or of all.
+
+        Args:
+            name: Its name in the store.
+            start: A multiple of `SHARD_ROWS`.
+            stop: The end of a block.
+            view: Which view; None reads all that are known, along the second axis.
+
+        Raises:
+            StoreCorruptError: It is not what was written.
+        """
+        views = slice(0, self.n_views) if view is None else slice(view, view + 1)
+        has_views = name in schema.TABLES and schema.TABLES[name].has_views
         with _reading(f"slide {self.slide_id}: {name}"):
-            return self.array(name)[:]
+            array = self.array(name)
+            values = array[start:stop, views] if has_views else array[start:stop]
+        self._require_shape(name, array.shape)
+        if self._changed(name, values, start, views.start):
+            self._reload()  # a writer may have replaced both since
+            require_unchanged(self.slide_id, name, self._changed(name, values, start, views.start))
+        return values[:, 0] if has_views and view is not None else values
+
+    def _changed(self, name: str, values: np.ndarray, start: int, first_view: int) -> list[str]:
+        recorded = self.facts.tables.get(name, {})
+        return changed_blocks(name, values, recorded, first_row=start, first_view=first_view)
+
+    def _require_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        spec = schema.TABLES.get(name)
+        least = (len(self),) if spec is None else spec.shape(len(self), self.n_views)
+        fits = len(shape) == len(least) and shape[0] == least[0]
+        if not fits or any(size < wanted for size, wanted in zip(shape, least, strict=True)):
+            raise StoreCorruptError(
+                f"slide {self.slide_id}: {name} has shape {shape}, but the slide has {len(self)} patches and "
+                f"{self.n_views} views. g2l store verify --repair mends or drops it"
+            )
+
+    def write_block(self, name: str, start: int, values: np.ndarray, *, view: int | None = None) -> dict[str, int]:
+        """Write a block of an array other than the features. It counts once its checksum is among the facts.
+
+        A recorded checksum is dropped first where the block changes: a kill then leaves a block that nobody vouches
+        for, never one that looks damaged.
+
+        Args:
+            name: Its name in the store.
+            start: First row, a multiple of `SHARD_ROWS`.
+            values: Its rows.
+            view: Which view, where the array has views.
+
+        Returns:
+            The block's checksum by its name, to be recorded.
+        """
+        block, crc = block_name(start, view), checksum(values)
+        recorded = self.facts.tables.get(name, {})
+        if recorded.get(block) == crc:
+            return {}
+        if block in recorded:
+            self._update(lambda facts: replace(facts, tables=_without(facts.tables, name, [block])))
+        rows = slice(start, start + len(values))
+        self.array(name)[rows if view is None else (rows, view)] = values
+        return {block: crc}
+
+    def extend_views(self, view_params: ViewParams) -> None:
+        """Add the parameters of further views after the stored ones. They count once `n_views` says so."""
+        known, n_views = self.n_views, self.n_views + view_params.shape[1]
+        with writing(f"views of slide {self.slide_id}"):
+            params, hashes = self.array("view_params"), self.array("pixel_hash")
+            hashes.resize((len(self), n_views))
+            params.resize((len(self), n_views, params.shape[2]))
+            params[:, known:] = view_params
+        new = {"view_params": block_checksums(view_params, True, first_view=known)}
+        self._update(lambda facts: replace(facts, n_views=n_views, tables=merged(facts.tables, new)))
+
+    # -- the facts ----------------------------------------------------------------------------------------
 
     def set_labels(self, labels: Mapping[str, str]) -> None:
         """Replace the labels of the slide."""
-        self._set_facts(labels=dict(labels))
+        self._update(lambda facts: replace(facts, labels=dict(labels)))
 
-    def set_source(self, path: Path, fingerprint: str) -> None:
+    def set_source(self, path: Path, fingerprint: str, file_state: tuple[int, int] | None = None) -> None:
         """Replace the file that the slide is read from."""
-        self._set_facts(source=str(path.resolve()), fingerprint=fingerprint)
+        source = str(path.resolve())
+        self._update(lambda facts: replace(facts, source=source, fingerprint=fingerprint, file_state=file_state))
 
     @property
     def unreadable(self) -> dict[int, str]:
@@ -121,61 +208,115 @@ class StoredSlide:
 
     def note_losses(self, reasons: Mapping[int, str]) -> None:
         """Keep why patches could not be read, by row."""
-        kept = {**self.facts.unreadable, **{str(row): reason for row, reason in reasons.items()}}
-        self._set_facts(unreadable=dict(list(kept.items())[-KEPT_REASONS:]))
+        new = {str(row): reason for row, reason in reasons.items()}
+
+        def noted(facts: SlideFacts) -> SlideFacts:
+            return replace(facts, unreadable=dict(list({**facts.unreadable, **new}.items())[-KEPT_REASONS:]))
+
+        self._update(noted)
 
     def forget(self, start: int) -> None:
         """Drop the completion records of all encoders and views of the shard that begins at row `start`.
 
         When patches that were unreadable can be read, everything that holds NaN for them has to be computed again.
         """
-        block = str(start // schema.SHARD_ROWS)
-        for encoder in self.encoder_keys:
-            facts = self.feature_facts(encoder)
-            kept = {name: record for name, record in facts.shards.items() if name.partition(".")[0] != block}
-            self.set_feature_facts(encoder, replace(facts, shards=kept, complete=False))
+        names = {shard.name for shard in self.shards(range(self.n_views)) if shard.start == start}
+        self._update(lambda facts: replace(facts, features={k: _dropped(f, names) for k, f in facts.features.items()}))
 
-    def extend_views(self, view_params: ViewParams) -> None:
-        """Add the parameters of further views after the stored ones. They count once `n_views` says so."""
-        params, hashes = self.array("view_params"), self.array("pixel_hash")
-        n_views = self.n_views + view_params.shape[1]
-        with writing(f"views of slide {self.slide_id}"):
-            hashes.resize((len(self), n_views))
-            params.resize((len(self), n_views, params.shape[2]))
-            params[:, self.n_views :] = view_params
-        self._set_facts(n_views=n_views)
+    def drop(self, encoder: str, shard: Shard) -> None:
+        """Drop a shard: its completion record, then its file. Stage one will compute it again."""
 
-    def _set_facts(self, **changes: Any) -> None:
-        """Replace some facts, in the store first."""
-        facts = replace(self.facts, **changes)
+        def without(facts: SlideFacts) -> SlideFacts:
+            return _with_features(facts, encoder, _dropped(facts.features[encoder], {shard.name}))
+
+        self._update(without)
+        self.shard_path(encoder, shard).unlink(missing_ok=True)
+
+    def drop_encoder(self, encoder: str) -> None:
+        """Drop all features of an encoder: their facts, then their files."""
+
+        def without(facts: SlideFacts) -> SlideFacts:
+            return replace(facts, features={key: kept for key, kept in facts.features.items() if key != encoder})
+
+        self._update(without)
+        self._arrays.pop(f"{schema.FEATURES}/{encoder}", None)
+        shutil.rmtree(self.folder / schema.FEATURES / encoder, ignore_errors=True)
+
+    def record(self, encoder: str, shard: Shard, record: ShardRecord, tables: Mapping[str, Mapping[str, int]]) -> None:
+        """Let a shard count, and the blocks of tables that were written with it."""
+        n_shards = len(self.shards([0]))
+
+        def recorded(facts: SlideFacts) -> SlideFacts:
+            of_encoder = facts.features[encoder]
+            shards = {**of_encoder.shards, shard.name: record}
+            is_complete = len(shards) == n_shards * of_encoder.n_views
+            facts = replace(facts, tables=merged(facts.tables, tables))
+            return _with_features(facts, encoder, replace(of_encoder, shards=shards, complete=is_complete))
+
+        self._update(recorded)
+
+    def _update(self, change: Callable[[SlideFacts], SlideFacts]) -> None:
+        """Change the facts, in the store first, from what stands there now: another object may have changed them."""
+        format1.refuse_writing(self._format, self.folder)
+        if not self._writable:
+            raise StoreError(f"slide {self.slide_id} was opened for reading only")
         with writing(f"slide {self.slide_id}"):
-            self._group.attrs[schema.ATTRIBUTE] = facts.to_json()
+            self._reload()
+            facts = change(self.facts)
+            write_group(self.folder, facts.to_json())
         self.facts = facts
 
-    def array(self, path: str) -> zarr.Array:
-        """A Zarr array of the slide by its path below the slide's group, such as `coords`; nothing is checked."""
-        return self._group[path]
+    def _reload(self) -> None:
+        self.facts = read_slide(self.folder, self.slide_id, self._format) or self.facts
 
-    def new_features(self, encoder: str, *, n_views: int, dim: int) -> zarr.Array:
-        """Make the array of an encoder that has none here, float16 (n, n_views, dim)."""
-        schema.create_features(self._group, encoder, len(self), n_views, dim)
-        return self.array(f"features/{encoder}")
+    # -- the features -------------------------------------------------------------------------------------
+
+    def array(self, path: str) -> zarr.Array:
+        """A Zarr array of the slide by its path below the slide's folder, such as `coords`; no content is checked."""
+        if path not in self._arrays:
+            self._arrays[path] = open_array(self.folder / path)
+        return self._arrays[path]
+
+    def require_features(self, encoder: str, *, digest: str, n_views: int, dim: int) -> None:
+        """Make the array of an encoder, float16 (n, n_views, dim), or give the one there room for so many views."""
+        path, known = f"{schema.FEATURES}/{encoder}", self.facts.features.get(encoder)
+        if known is not None and known.n_views >= n_views:
+            return
+        with writing(f"features of slide {self.slide_id}"):
+            if known is None:
+                write_group(self.folder / schema.FEATURES)
+                layout = schema.features_layout(len(self), n_views, dim)
+                self._arrays[path] = create_array(self.folder / path, layout)
+            else:
+                self.array(path).resize((len(self), n_views, dim))
+        facts = replace(known or FeatureFacts(encoder=encoder, digest=digest, dim=dim), n_views=n_views, complete=False)
+        self._update(lambda slide: _with_features(slide, encoder, facts))
 
     @property
     def encoder_keys(self) -> list[str]:
         """Keys of the encoders that have features of this slide, whole or not."""
-        folder = self._folder / "features"
-        return sorted(members(folder)) if folder.is_dir() else []
+        return sorted(self.facts.features)
+
+    def feature_facts(self, encoder: str) -> FeatureFacts:
+        """The digest of an encoder's features and all their completion records, whatever became of the files.
+
+        Raises:
+            UnknownNameError: That encoder has none here.
+        """
+        if encoder not in self.facts.features:
+            raise UnknownNameError("encoder", encoder, self.encoder_keys, f"Asked of slide {self.slide_id}.")
+        return self.facts.features[encoder]
 
     def features_array(self, encoder: str) -> zarr.Array:
         """The Zarr array of an encoder, float16 (n, views, dim), whatever has been written of it.
 
         Raises:
             UnknownNameError: That encoder has none here.
+            StoreCorruptError: It cannot be opened.
         """
-        if encoder not in self.encoder_keys:
-            raise UnknownNameError("encoder", encoder, self.encoder_keys, f"Asked of slide {self.slide_id}.")
-        return self.array(f"features/{encoder}")
+        self.feature_facts(encoder)
+        with _reading(f"slide {self.slide_id}: the array of {encoder}"):
+            return self.array(f"{schema.FEATURES}/{encoder}")
 
     def features(self, encoder: str, *, view: int = 0) -> Features:
         """The features of one view, float16 (n, dim), in stored order; NaN rows where patch_status is not 0.
@@ -189,15 +330,48 @@ class StoredSlide:
         return self.read_rows(encoder, 0, len(self), view=view)
 
     def read_rows(self, encoder: str, start: int, stop: int, *, view: int) -> Features:
-        """The features of rows [start, stop) of one view as they stand, float16 (rows, dim), checksums checked.
+        """The features of rows [start, stop) of one view as they stand, float16 (rows, dim).
+
+        The checksum of every chunk is compared, and that of every recorded shard that lies in these rows as a whole.
 
         Raises:
             UnknownNameError: The encoder has no features of this slide.
             StoreCorruptError: They are not what was written.
         """
+        features = self.read_unproven_rows(encoder, start, stop, view=view)
+        whole = [s for s in self.shards([view]) if start <= s.start and s.stop <= stop]
+        for shard in whole:
+            rows = features[shard.start - start : shard.stop - start]
+            damage = self.shard_damage(encoder, shard, rows)
+            if damage:
+                raise StoreCorruptError(
+                    f"slide {self.slide_id}: {encoder}, view {view}, rows {shard.start} to {shard.stop}: {damage}. "
+                    f"The file is {self.shard_path(encoder, shard)}. g2l store verify --repair drops it, and the "
+                    "caching command computes it again"
+                )
+        return features
+
+    def read_unproven_rows(self, encoder: str, start: int, stop: int, *, view: int) -> Features:
+        """As `read_rows`, but nothing is compared with completion records.
+
+        Raises:
+            UnknownNameError: The encoder has no features of this slide.
+            StoreCorruptError: A chunk cannot be read.
+        """
         array = self.features_array(encoder)
         with _reading(f"slide {self.slide_id}: rows {start} to {stop} of {encoder}, view {view},"):
             return np.asarray(array[start:stop, view])
+
+    def shard_damage(self, encoder: str, shard: Shard, features: Features) -> str:
+        """How the features of a shard differ from its completion record; empty where they do not, or have none."""
+        record = self.feature_facts(encoder).shards.get(shard.name)
+        found = checksum(features)
+        if record is not None and (len(features), found) != (record.rows, record.crc32c):
+            self._reload()  # a writer may have replaced both since
+            record = self.feature_facts(encoder).shards.get(shard.name)
+        if record is None or (len(features), found) == (record.rows, record.crc32c):
+            return ""
+        return f"{len(features)} rows of crc32c {found:08x}, recorded {record.rows} of {record.crc32c:08x}"
 
     def require_complete(self, encoder: str, view: int) -> None:
         """Refuse a view whose shards are not all recorded.
@@ -206,14 +380,14 @@ class StoredSlide:
             UnknownNameError: The encoder has no features of this slide.
             StoreMissingError: Some are not. The message names the slide, the encoder and the view.
         """
-        self.features_array(encoder)
-        records = self.records(encoder)
-        missing = [s for s in self.shards([view]) if s.name not in records]
+        self.feature_facts(encoder)
+        shards = self.shards([view])
+        records = self.records(encoder, [view])
+        missing = [s for s in shards if s.name not in records]
         if missing:
             raise StoreMissingError(
                 f"slide {self.slide_id}: view {view} of {encoder} is not complete "
-                f"({len(missing)} of {len(self.shards([view]))} shards missing). "
-                "Run the command that caches it again"
+                f"({len(missing)} of {len(shards)} shards missing). Run the command that caches it again"
             )
 
     def shards(self, views: Sequence[int]) -> list[Shard]:
@@ -221,61 +395,76 @@ class StoredSlide:
         starts = range(0, len(self), schema.SHARD_ROWS)
         return [Shard(a, min(a + schema.SHARD_ROWS, len(self)), v) for a in starts for v in views]
 
-    def records(self, encoder: str) -> dict[str, ShardRecord]:
+    def records(self, encoder: str, views: Sequence[int] | None = None) -> dict[str, ShardRecord]:
         """The completion records of an encoder's shards whose file is there, by shard name; empty where it has none.
 
-        So a damaged file is repaired by deleting it and running the caching command again.
+        A file of another size than the recorded one does not count, so a shard that was cut short is computed again.
+
+        Args:
+            encoder: Key of the encoder.
+            views: Of which views; None is all.
         """
-        if encoder not in self.encoder_keys:
+        facts = self.facts.features.get(encoder)
+        if facts is None:
             return {}
-        kept = self.feature_facts(encoder).shards
-        shards = [s for s in self.shards(range(self.features_array(encoder).shape[1])) if s.name in kept]
-        return {s.name: kept[s.name] for s in shards if self.has_file(encoder, s, kept[s.name])}
-
-    def feature_facts(self, encoder: str) -> FeatureFacts:
-        """The digest of an encoder's features and all their completion records, whatever became of the files.
-
-        Raises:
-            UnknownNameError: That encoder has none here.
-        """
-        return FeatureFacts.from_json(self.features_array(encoder).attrs.get(schema.ATTRIBUTE, {}))
-
-    def set_feature_facts(self, encoder: str, facts: FeatureFacts) -> None:
-        """Replace the digest and the completion records of an encoder's features.
-
-        Raises:
-            StoreError: The disk is full, or cannot be written to.
-        """
-        with writing(f"features of slide {self.slide_id}"):
-            self.features_array(encoder).attrs[schema.ATTRIBUTE] = facts.to_json()
+        shards = [s for s in self.shards(range(facts.n_views) if views is None else views) if s.name in facts.shards]
+        return {s.name: facts.shards[s.name] for s in shards if self.has_file(encoder, s, facts.shards[s.name])}
 
     def shard_path(self, encoder: str, shard: Shard) -> Path:
         """The file of a shard."""
-        block = shard.start // schema.SHARD_ROWS
-        return self._folder / "features" / encoder / "c" / str(block) / str(shard.view) / "0"
+        folder, block = self.folder / schema.FEATURES / encoder, shard.start // schema.SHARD_ROWS
+        if self._format == format1.FORMAT:
+            return format1.shard_path(folder, block, shard.view)
+        return folder / f"c.{block}.{shard.view}.0"
 
     def has_file(self, encoder: str, shard: Shard, record: ShardRecord) -> bool:
         """Whether a recorded shard's file is there; Zarr writes none where no patch was readable: all is fill value."""
-        path = self.shard_path(encoder, shard)
-        return record.failed == record.rows or (path.is_file() and path.stat().st_size > 0)
+        if record.failed == record.rows:
+            return True
+        try:
+            size = self.shard_path(encoder, shard).stat().st_size
+        except OSError:
+            return False
+        return size > 0 and record.size in {None, size}
 
 
-def members(folder: Path) -> list[str]:
-    """Names of the groups and arrays in a group's folder. Zarr's own listing warns about files of killed writers."""
-    return [path.name for path in folder.iterdir() if (path / "zarr.json").is_file()]
+def merged(tables: Mapping[str, Mapping[str, int]], new: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, int]]:
+    """Checksums of tables, with further ones of some blocks."""
+    return {
+        name: {**tables.get(name, {}), **new.get(name, {})} for name in [*tables, *(n for n in new if n not in tables)]
+    }
+
+
+def _without(tables: Mapping[str, Mapping[str, int]], name: str, blocks: Sequence[str]) -> dict[str, Mapping[str, int]]:
+    return {**tables, name: {block: crc for block, crc in tables.get(name, {}).items() if block not in blocks}}
+
+
+def _dropped(facts: FeatureFacts, shards: set[str]) -> FeatureFacts:
+    """Without the records of some shards."""
+    kept = {name: record for name, record in facts.shards.items() if name not in shards}
+    return replace(facts, shards=kept, complete=facts.complete and len(kept) == len(facts.shards))
+
+
+def _with_features(facts: SlideFacts, encoder: str, of_encoder: FeatureFacts) -> SlideFacts:
+    return replace(facts, features={**facts.features, encoder: of_encoder})
 
 
 @contextmanager
 def _reading(what: str) -> Iterator[None]:
-    """Translate the errors of Zarr's codecs and of the operating system about damaged files.
+    """Translate whatever Zarr, its codecs and the operating system raise about damaged files.
+
+    There is no list of these: a changed byte of an array's metadata has raised eleven kinds of exceptions.
 
     Raises:
         StoreCorruptError: The block raised one of them.
     """
     try:
         yield
-    except (ValueError, RuntimeError, KeyError, OSError) as error:  # the checksum raises ValueError, zstd RuntimeError
-        raise StoreCorruptError(f"{what} cannot be read: {error}. g2l store verify names the damaged files") from error
+    except G2LError:
+        raise
+    except Exception as error:
+        said = str(error) or type(error).__name__
+        raise StoreCorruptError(f"{what} cannot be read: {said}. g2l store verify names the damaged files") from error
 
 
 @contextmanager

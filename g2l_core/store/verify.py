@@ -1,20 +1,22 @@
-"""Check a store: every recorded shard is read again and compared with its completion record."""
+"""Check a store: everything that is recorded is read again and compared, and what is damaged can be dropped."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, UInt64
-from numcodecs.checksum32 import CRC32C
 
-from g2l_core.errors import StoreCorruptError
+from g2l_core.concurrency import run_ahead
+from g2l_core.errors import StoreCorruptError, StoreError
 from g2l_core.store import schema
+from g2l_core.store.catalogue import CATALOGUE
 from g2l_core.store.facts import ShardRecord
-from g2l_core.store.features import FeatureStore, Shard, StoredSlide
+from g2l_core.store.features import FeatureStore, Shard, StoredSlide, leftovers
 
-ADVICE = "delete that file and run the caching command again: it computes this shard alone"
+ADVICE = "g2l store verify --repair drops it, and the caching command computes this shard alone"
+THREADS = 4
+"""Slides that are read at a time: the disk is slower than the checksums."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +28,10 @@ class Problem:
     leftover: a temporary file of a killed writer, without meaning."""
     slide_id: str = ""
     encoder: str = ""
+    shard: Shard | None = None
+    """The shard that is damaged, where it is one."""
+    table: str = ""
+    """The array other than features that is damaged, where it is one."""
     what: str
     """A sentence for people: what was found, where, and what to do."""
 
@@ -34,46 +40,48 @@ class Problem:
         return f"{self.kind:8} {f'{place}: ' if place else ''}{self.what}"
 
 
+@dataclass(frozen=True)
+class Checked:
+    """One slide that has been read again, or the store as a whole, whose `slide_id` is empty."""
+
+    slide_id: str
+    problems: tuple[Problem, ...]
+
+
 def verify(store: FeatureStore) -> Iterator[Problem]:
     """Yield whatever is damaged, missing, failed or left over in a store. Reads every feature once.
 
     Args:
         store: Opened for reading is enough; nothing is changed.
     """
-    for path in leftovers(store):
-        yield Problem(kind="leftover", what=f"{path.relative_to(store.path)} of a killed writer; it may be deleted")
-    for slide_id, reason in store.failed_slides().items():
-        yield Problem(kind="failed", slide_id=slide_id, what=reason)
-    for slide in store.slides():
+    for checked in verify_slides(store):
+        yield from checked.problems
+
+
+def verify_slides(store: FeatureStore) -> Iterator[Checked]:
+    """Check the store as a whole, then slide by slide, so that a caller can show how far it is."""
+    left = [
+        Problem(kind="leftover", what=f"{path.relative_to(store.path)} of a killed writer; it may be deleted")
+        for path in leftovers(store.path)
+    ]
+    failed = [Problem(kind="failed", slide_id=i, what=reason) for i, reason in store.failed_slides().items()]
+    damaged = [Problem(kind="damaged", slide_id=i, what=damage) for i, damage in store.damaged.items()]
+    yield Checked("", (*left, *failed, *damaged))
+
+    def check(slide: StoredSlide) -> Checked:
         tables = list(_verify_tables(slide))
-        yield from tables
-        if not tables:
-            yield from _verify_features(store, slide)
+        return Checked(slide.slide_id, tuple(tables or _verify_features(store, slide)))
 
-
-def leftovers(store: FeatureStore) -> list[Path]:
-    """The temporary files of killed writers, sorted. Those of a writer at work are among them."""
-    return sorted(store.path.rglob(f"*{schema.LEFTOVER}"))
+    yield from run_ahead(check, store.slides(), workers=THREADS, lookahead=2 * THREADS)
 
 
 def _verify_tables(slide: StoredSlide) -> Iterator[Problem]:
-    """Check that the arrays other than the features are readable and of one length."""
-    n, v = len(slide), slide.n_views
-    min_shapes: dict[str, tuple[int, ...]] = {
-        "coords": (n, 2), "patch_status": (n,), "view_params": (n, v), "pixel_hash": (n, v)
-    }  # fmt: skip
-    if slide.facts.kind == "patches":
-        min_shapes["patch_id"] = (n,)
-    for name, min_shape in min_shapes.items():
+    """Check that the arrays other than the features are what was written."""
+    for name in [*schema.TABLES, *([schema.PATCH_ID] if slide.has_patch_ids else [])]:
         try:
-            shape = slide.read_table(name).shape
+            slide.read_table(name)
         except StoreCorruptError as error:
-            yield Problem(kind="damaged", slide_id=slide.slide_id, what=str(error))
-            continue
-        is_short = any(size < wanted for size, wanted in zip(shape, min_shape, strict=False))
-        if len(shape) < len(min_shape) or shape[0] != n or is_short:
-            text = f"{name} has shape {shape}, but the slide has {n} patches and {v} views. Cache it into a new store"
-            yield Problem(kind="damaged", slide_id=slide.slide_id, what=text)
+            yield Problem(kind="damaged", slide_id=slide.slide_id, table=name, what=str(error))
 
 
 def _verify_features(store: FeatureStore, slide: StoredSlide) -> Iterator[Problem]:
@@ -81,33 +89,43 @@ def _verify_features(store: FeatureStore, slide: StoredSlide) -> Iterator[Proble
         if encoder not in slide.encoder_keys:
             yield Problem(kind="missing", slide_id=slide.slide_id, encoder=encoder, what="no features yet")
             continue
-        for kind, what in _encoder_problems(store, slide, encoder):
-            yield Problem(kind=kind, slide_id=slide.slide_id, encoder=encoder, what=what)
+        yield from _encoder_problems(store, slide, encoder)
 
 
-def _encoder_problems(
-    store: FeatureStore, slide: StoredSlide, encoder: str
-) -> Iterator[tuple[Literal["damaged", "missing"], str]]:
-    """Yield (kind, what) for one encoder's features of one slide."""
-    array, facts = slide.features_array(encoder), slide.feature_facts(encoder)
+def _encoder_problems(store: FeatureStore, slide: StoredSlide, encoder: str) -> Iterator[Problem]:
+    """What is wrong with one encoder's features of one slide."""
+    facts = slide.feature_facts(encoder)
     digest = store.encoders[encoder].digest if encoder in store.encoders else None
+
+    def problem(kind: Literal["damaged", "missing"], what: str, shard: Shard | None = None) -> Problem:
+        return Problem(kind=kind, slide_id=slide.slide_id, encoder=encoder, shard=shard, what=what)
+
     if facts.digest and facts.digest != digest:
-        yield "damaged", f"written by an encoder of digest {facts.digest[:12]}, the store lists {str(digest)[:12]}"
-    if array.shape[0] != len(slide):
-        yield "damaged", f"{array.shape[0]} rows of features, but the slide has {len(slide)} patches"
+        yield problem(
+            "damaged", f"written by an encoder of digest {facts.digest[:12]}, the store lists {str(digest)[:12]}"
+        )
+    try:
+        shape = slide.features_array(encoder).shape
+    except StoreCorruptError as error:
+        yield problem("damaged", str(error))
+        return
+    if shape[0] != len(slide):
+        yield problem("damaged", f"{shape[0]} rows of features, but the slide has {len(slide)} patches")
         return
     good, hashes = slide.patch_status == schema.STATUS["ok"], slide.pixel_hash
-    for view in range(array.shape[1]):
+    for view in range(facts.n_views):
         shards = slide.shards([view])
         recorded = [s for s in shards if s.name in facts.shards]
         if len(recorded) < len(shards):
-            yield "missing", f"view {view}: {len(shards) - len(recorded)} of {len(shards)} shards are not written yet"
+            text = f"view {view}: {len(shards) - len(recorded)} of {len(shards)} shards are not written yet"
+            yield problem("missing", text)
         for shard in recorded:
             rows = slice(shard.start, shard.stop)
             what = _shard_damage(slide, encoder, shard, facts.shards[shard.name], good[rows], hashes[rows, view])
             if what:
                 path = slide.shard_path(encoder, shard).relative_to(store.path)
-                yield "damaged", f"view {view}, rows {rows.start} to {rows.stop}: {what}. The file is {path}; {ADVICE}"
+                place = f"view {view}, rows {rows.start} to {rows.stop}"
+                yield problem("damaged", f"{place}: {what}. The file is {path}; {ADVICE}", shard)
 
 
 def _shard_damage(
@@ -117,17 +135,60 @@ def _shard_damage(
     record: ShardRecord,
     good: Bool[np.ndarray, " row"],
     hashes: UInt64[np.ndarray, " row"],
-) -> str | None:
-    """What is wrong with a recorded shard, for people; None where nothing is."""
+) -> str:
+    """What is wrong with a recorded shard, for people; empty where nothing is."""
     if not slide.has_file(encoder, shard, record):
-        return "its file is absent or empty"
+        return "its file is absent, empty or of another size than was written"
     try:
-        features = slide.read_rows(encoder, shard.start, shard.stop, view=shard.view)
+        features = slide.read_unproven_rows(encoder, shard.start, shard.stop, view=shard.view)
     except StoreCorruptError as error:
         return f"its file cannot be read ({error.__cause__})"
-    checksum = int(CRC32C.checksum(np.ascontiguousarray(features)))
-    if (len(features), checksum) != (record.rows, record.crc32c):
-        return f"{len(features)} rows of crc32c {checksum:08x}, recorded {record.rows} of {record.crc32c:08x}"
+    damage = slide.shard_damage(encoder, shard, features)
+    if damage:
+        return damage
     if not np.isfinite(features[good]).all():
         return "features of readable patches are not finite"
-    return None if hashes[good].all() else "pixel hashes of its patches are absent"
+    return "" if hashes[good].all() else "pixel hashes of its patches are absent"
+
+
+def repair(store: FeatureStore, problem: Problem) -> str:
+    """Drop what a problem says is damaged, so that stage one computes it again and nothing else.
+
+    Of a slide whose document is damaged, the copy in the catalogue is put back if it passes its checksum; the next
+    `verify` compares the slide's arrays with it. Tables are the affair of those who can derive them, see
+    `extraction.repair`.
+
+    Args:
+        store: Opened for writing, and locked by the caller.
+        problem: What `verify` has found.
+
+    Returns:
+        What was done, for people; empty where nothing can be dropped.
+
+    Raises:
+        StoreError: The disk is full, or cannot be written to.
+    """
+    if problem.kind == "leftover":
+        store.sweep()
+        return "deleted"
+    if problem.kind != "damaged" or problem.table:
+        return ""
+    if problem.shard is not None:
+        store.slide(problem.slide_id).drop(problem.encoder, problem.shard)
+        return "dropped; the caching command computes it again"
+    if problem.encoder:
+        store.slide(problem.slide_id).drop_encoder(problem.encoder)
+        return f"all features of {problem.encoder} dropped; the caching command computes them again"
+    if store.restore_document(problem.slide_id):
+        return f"its document was put back from {CATALOGUE}; verify again"
+    store.remove_slide(problem.slide_id)
+    return "the slide was removed; the caching command caches it anew"
+
+
+def repair_all(store: FeatureStore, problems: list[Problem]) -> Iterator[tuple[Problem, str]]:
+    """Repair one problem after another; yields each with what was done, or why it could not be."""
+    for problem in problems:
+        try:
+            yield problem, repair(store, problem)
+        except StoreError as error:
+            yield problem, f"not repaired: {error}"

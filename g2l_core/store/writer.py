@@ -2,28 +2,25 @@
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
-import zarr
 from jaxtyping import Float16, Float32, UInt8, UInt64
-from numcodecs.checksum32 import CRC32C
 
 from g2l_core.errors import EncoderError, StoreMismatchError
 from g2l_core.store import schema
 from g2l_core.store.facts import ShardRecord
 from g2l_core.store.slide import Shard, StoredSlide, writing
+from g2l_core.store.tables import checksum
 from g2l_core.types import Features, PatchStatus
 
 
 class FeatureWriter:
     """Writes one encoder's features of one slide. One writer at a time."""
 
-    def __init__(self, slide: StoredSlide, encoder: str, array: zarr.Array) -> None:
+    def __init__(self, slide: StoredSlide, encoder: str) -> None:
         self.slide_id = slide.slide_id
         self._slide = slide
         self._encoder = encoder
-        self._array = array
 
     @classmethod
     def open(cls, slide: StoredSlide, encoder: str, *, digest: str, dim: int, n_views: int) -> "FeatureWriter":
@@ -39,22 +36,12 @@ class FeatureWriter:
         Raises:
             StoreError: The disk is full, or cannot be written to.
         """
-        with writing(f"features of slide {slide.slide_id}"):
-            if encoder not in slide.encoder_keys:
-                slide.new_features(encoder, n_views=n_views, dim=dim)
-            facts = slide.feature_facts(encoder)
-            is_narrow = slide.features_array(encoder).shape[1] < n_views
-            if is_narrow or not facts.encoder:  # no facts: the array is new, or a kill came before they were written
-                facts = replace(facts, encoder=encoder, digest=facts.digest or digest, complete=False)
-                slide.set_feature_facts(encoder, facts)
-            array = slide.features_array(encoder)  # opened after the facts are written, for resizing writes them too
-            if is_narrow:
-                array.resize((len(slide), n_views, dim))
-        return cls(slide, encoder, array)
+        slide.require_features(encoder, digest=digest, n_views=n_views, dim=dim)
+        return cls(slide, encoder)
 
     def missing(self, views: Sequence[int]) -> list[Shard]:
         """The shards of these views that have no completion record, in the order of their rows."""
-        records = self._slide.records(self._encoder)
+        records = self._slide.records(self._encoder, views)
         return [s for s in self._slide.shards(views) if s.name not in records]
 
     def write(
@@ -81,18 +68,14 @@ class FeatureWriter:
             warnings.simplefilter("ignore", RuntimeWarning)  # overflow becomes infinity, refused below
             stored = np.ascontiguousarray(features, dtype=np.float16)
         self._require_finite(shard, stored, status)
+        path = self._slide.shard_path(self._encoder, shard)
         with writing(f"features of slide {self.slide_id}"):
-            self._write_hashes(shard, hashes, status)
-            self._slide.array("patch_status")[shard.start : shard.stop] = status
-            self._array[shard.start : shard.stop, shard.view] = stored
-            self._record(shard, failed=int(np.count_nonzero(status)), checksum=int(CRC32C.checksum(stored)))
-
-    def _record(self, shard: Shard, *, failed: int, checksum: int) -> None:
-        facts = self._slide.feature_facts(self._encoder)
-        record = ShardRecord(rows=shard.stop - shard.start, failed=failed, crc32c=checksum)
-        shards = {**facts.shards, shard.name: record}
-        complete = len(shards) == len(self._slide.shards(range(self._array.shape[1])))
-        self._slide.set_feature_facts(self._encoder, replace(facts, shards=shards, complete=complete))
+            tables = self._write_tables(shard, hashes, status)
+            self._slide.features_array(self._encoder)[shard.start : shard.stop, shard.view] = stored
+            size = path.stat().st_size if path.exists() else 0
+        failed = int(np.count_nonzero(status))
+        record = ShardRecord(rows=shard.stop - shard.start, failed=failed, crc32c=checksum(stored), size=size)
+        self._slide.record(self._encoder, shard, record, tables)
 
     def _require_finite(self, shard: Shard, features: Features, status: PatchStatus) -> None:
         bad = np.flatnonzero(~np.isfinite(features).all(axis=1) & (status == schema.STATUS["ok"]))
@@ -101,15 +84,17 @@ class FeatureWriter:
 
     def not_finite(self, row: int, view: int) -> str:
         """The message about a patch whose features are NaN, infinite or too large for float16."""
-        x, y = self._slide.array("coords")[row]
+        x, y = self._slide.coords[row]
         return (
             f"{self._encoder} gave features that are not finite in float16 for row {row} at ({x}, {y}), view {view}. "
             "Nothing of this shard is stored. Try --precision fp32; if it stays, the weights are damaged"
         )
 
-    def _write_hashes(self, shard: Shard, hashes: UInt64[np.ndarray, " rows"], status: PatchStatus) -> None:
-        array = self._slide.array("pixel_hash")
-        stored = np.asarray(array[shard.start : shard.stop, shard.view])
+    def _write_tables(
+        self, shard: Shard, hashes: UInt64[np.ndarray, " rows"], status: PatchStatus
+    ) -> dict[str, dict[str, int]]:
+        """Write a shard's pixel hashes and reason codes; returns the checksums of the blocks that have changed."""
+        stored = self._slide.read_block("pixel_hash", shard.start, shard.stop, view=shard.view)
         other = (stored != hashes) & (stored != schema.UNKNOWN_HASH) & (status == schema.STATUS["ok"])
         if other.any():
             row = shard.start + int(np.flatnonzero(other)[0])
@@ -117,4 +102,8 @@ class FeatureWriter:
                 f"slide {self._slide.slide_id}, row {row}, view {shard.view}: the pixels are not those "
                 "cached before. Has the slide, OpenSlide or OpenCV changed? See g2l store info"
             )
-        array[shard.start : shard.stop, shard.view] = np.where(status == 0, hashes, stored)
+        known = np.where(status == 0, hashes, stored)
+        return {
+            "pixel_hash": self._slide.write_block("pixel_hash", shard.start, known, view=shard.view),
+            "patch_status": self._slide.write_block("patch_status", shard.start, status),
+        }

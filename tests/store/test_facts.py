@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-import zarr
 
+from g2l_core.store.documents import read_group, write_group
 from g2l_core.store.facts import EncoderFacts, ExtractionRunFacts, FeatureFacts, ShardRecord, SlideFacts, StoreFacts
 from g2l_core.store.features import FeatureStore
 
@@ -66,15 +66,15 @@ def test_absent_keys_have_defaults():
 
 
 def test_a_store_keeps_what_a_later_version_wrote_through_changes(toy):
-    root = zarr.open_group(toy.path)
-    root.attrs["g2l"] = {**root.attrs["g2l"], "later": 1}
-    slide = root["slides/a/x"]
-    slide.attrs["g2l"] = {**slide.attrs["g2l"], "later": 2}
+    write_group(toy.path, {**read_group(toy.path, checked=True), "later": 1})
+    folder = toy.path / "slides/a/x"
+    write_group(folder, {**read_group(folder, checked=True), "later": 2})
     store = FeatureStore.open(toy.path, writable=True)
     store.add_run(ExtractionRunFacts(patches=1))
     store.slide("a/x").set_labels({"grade": "1"})
     store.slide("a/x").forget(0)
-    root = zarr.open_group(toy.path, mode="r")
-    assert (root.attrs["g2l"]["later"], len(root.attrs["g2l"]["runs"])) == (1, 1)
-    assert (root["slides/a/x"].attrs["g2l"]["later"], root["slides/a/x"].attrs["g2l"]["labels"]) == (2, {"grade": "1"})
-    assert set(root["slides/a/x/features/toy"].attrs["g2l"]["shards"]) == {"1.0", "1.1"}
+    root = read_group(toy.path, checked=True)
+    assert (root["later"], len(root["runs"])) == (1, 1)
+    slide = read_group(folder, checked=True)
+    assert (slide["later"], slide["labels"]) == (2, {"grade": "1"})
+    assert set(slide["features"]["toy"]["shards"]) == {"1.0", "1.1"}

@@ -1,11 +1,14 @@
 """Stores that are written without slides and networks: what a store keeps does not depend on where it came from."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from g2l_core.patches.grid import GridSpec
 from g2l_core.patches.views import COLUMNS, ViewSpec, sample_views
 from g2l_core.store.facts import EncoderFacts, SlideFacts
 from g2l_core.store.features import FeatureStore
+from g2l_core.store.slide import merged
 from g2l_core.store.writer import FeatureWriter
 
 ENCODER, DIM = "toy", 6
@@ -51,3 +54,21 @@ def fill(slide, n_views=2, encoder=ENCODER, status=None):
         rows = slice(s.start, s.stop)
         writer.write(s, features[rows, s.view], hashes_of(n, 9)[rows, s.view], status[rows])
     return features
+
+
+def put_table(slide, name, values):
+    """Replace a whole table of a slide of one block, recorded as if stage one had written it."""
+    for view in range(values.shape[1]) if name in {"view_params", "pixel_hash"} else [None]:
+        new = {name: slide.write_block(name, 0, values if view is None else values[:, view], view=view)}
+        slide._update(lambda facts, new=new: replace(facts, tables=merged(facts.tables, new)))
+
+
+def change_facts(slide, **changes):
+    """Change what the store says of a slide, with a fitting checksum."""
+    slide._update(lambda facts: replace(facts, **changes))
+
+
+def change_features(slide, encoder, **changes):
+    """Change what the store says of an encoder's features of a slide."""
+    changed = replace(slide.facts.features[encoder], **changes)
+    change_facts(slide, features={**slide.facts.features, encoder: changed})

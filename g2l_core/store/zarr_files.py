@@ -1,0 +1,42 @@
+"""Zarr arrays in folders, written so that a file is on the disk before it takes the old one's place."""
+
+import asyncio
+from pathlib import Path
+
+import zarr
+from zarr.core.buffer import Buffer
+from zarr.storage import LocalStore
+
+from g2l_core.files import write_bytes
+
+
+class DurableStore(LocalStore):
+    """Zarr's local store, whose files survive a loss of power: Zarr's own neither syncs a file nor its folder."""
+
+    async def set(self, key: str, value: Buffer) -> None:
+        """Write a file."""
+        await asyncio.to_thread(self.set_sync, key, value)
+
+    def set_sync(self, key: str, value: Buffer) -> None:
+        """Write a file."""
+        self._check_writable()
+        path = self.root / key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(path, memoryview(value.as_buffer_like()))
+
+
+def open_array(folder: Path) -> zarr.Array:
+    """The array in a folder, for reading and writing."""
+    return zarr.open_array(DurableStore(folder), mode="r+", zarr_format=3)
+
+
+def create_array(folder: Path, layout: dict[str, object], **attributes: object) -> zarr.Array:
+    """Make an array in a folder, in the place of one that is there.
+
+    Args:
+        folder: Where; made if it is missing.
+        layout: As `schema.table_layout` and its kin give it.
+        attributes: The array's attributes.
+    """
+    store = DurableStore(folder)
+    return zarr.create_array(store, attributes=attributes or None, zarr_format=3, overwrite=True, **layout)
