@@ -51,6 +51,19 @@ def sync_folder(folder: Path) -> None:
         os.close(opened)
 
 
+def sync_tree(folder: Path) -> None:
+    """Wait until everything below a folder is on the disk, itself included.
+
+    Raises:
+        OSError: The disk reports that it could not be written to.
+    """
+    for root, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            with Path(root, name).open("rb") as file:
+                os.fsync(file.fileno())
+        sync_folder(Path(root))
+
+
 def write_bytes(path: Path, content: bytes | memoryview) -> None:
     """Write a file, all of it or nothing.
 

@@ -19,7 +19,7 @@ from g2l_core.distillation.held_out import HeldOutSet, read_held_out
 from g2l_core.distillation.loader import Reading, ReplayDataset
 from g2l_core.distillation.logs import read_log
 from g2l_core.distillation.objective import Objective, TargetStatistics
-from g2l_core.distillation.replay import ReplaySpec
+from g2l_core.distillation.replay import ReplaySpec, count_rows
 from g2l_core.distillation.target_statistics import target_statistics
 from g2l_core.distillation.training import TrainerHooks, TrainOutcome, train
 from g2l_core.distillation.validation import Curves, held_out_metrics, training_warnings
@@ -200,9 +200,9 @@ def _replayed_views(run: Run) -> int:
     slides = [run.store.slide(slide_id) for slide_id in {*run.split.train, *run.split.held_out}]
     key, views = run.teacher.key, run.settings.views
     if key is None:
-        stored = min(slide.view_params.shape[1] for slide in slides) - 1
+        stored = min(slide.n_views for slide in slides) - 1
         return stored if views is None else views
-    stored = min(slide.features_array(key).shape[1] for slide in slides) - 1
+    stored = min(slide.feature_facts(key).n_views for slide in slides) - 1
     wanted = views or max(stored, 1)
     if stored < wanted:
         there = f"{stored} augmented views, not {wanted}," if stored else "only the canonical view"
@@ -250,7 +250,7 @@ def run_record(run: Run, student: LoadedEncoder, replay: ReplaySpec) -> RunRecor
         ranks=run.group.world,
         held_out=run.split.description,
         rows={
-            side: {slide_id: len(rows) for slide_id, rows in part.items()}
+            side: count_rows(run.store, part)
             for side, part in (("train", run.split.train), ("held_out", run.split.held_out))
         },
         about={"store": str(run.store.path.resolve()), "software": software(), "device": str(run.group.device)},
@@ -324,7 +324,7 @@ def _finish(run: Run, outcome: TrainOutcome, state: RunState) -> None:
         student=run.student,
         settings=record.settings,
         train_slides=len(run.split.train),
-        train_patches=sum(map(len, run.split.train.values())),
+        train_patches=sum(count_rows(run.store, run.split.train).values()),
         held_out=run.split.description,
         step=step,
         before=validations[0],

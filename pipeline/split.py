@@ -7,7 +7,7 @@ from math import ceil
 import numpy as np
 from jaxtyping import Int64
 
-from g2l_core.distillation.replay import good_rows
+from g2l_core.distillation.replay import ChosenRows, good_rows
 from g2l_core.errors import UsageError
 from g2l_core.rng import keyed_generator
 from g2l_core.slides.manifest import fits, held_out_groups, parse_condition
@@ -23,8 +23,8 @@ Rows = dict[str, Int64[np.ndarray, " row"]]
 class Split:
     """Rows that train and rows that are held out, by slide id."""
 
-    train: Rows
-    held_out: Rows
+    train: ChosenRows
+    held_out: ChosenRows
     description: str
     """Describes what is held out."""
 
@@ -88,8 +88,8 @@ def _parse_fraction(text: str) -> float:
 
 
 def _by_slide(slides: Sequence[StoredSlide], held: set[str], description: str) -> Split:
-    train = {s.slide_id: good_rows(s) for s in slides if s.slide_id not in held}
-    held_out = {s.slide_id: good_rows(s) for s in slides if s.slide_id in held}
+    train: ChosenRows = {s.slide_id: None for s in slides if s.slide_id not in held}
+    held_out: ChosenRows = {s.slide_id: None for s in slides if s.slide_id in held}
     if not held_out or not train:
         raise UsageError(
             f"--hold-out takes {len(held_out)} of {len(slides)} slides: both sides need at least one ({description})"

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import zarr
 from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
@@ -19,6 +18,7 @@ from g2l_core.patches.views import ViewSpec
 from g2l_core.report.write import read_report
 from g2l_core.slides.fingerprint import fingerprint
 from g2l_core.store.features import FeatureStore
+from g2l_core.store.upgrade import upgrade
 from g2l_core.store.verify import verify
 from g2l_core.synthetic.cohort import CohortSpec, draw_cohort
 from pipeline.bench import run_bench
@@ -86,12 +86,13 @@ def test_the_run_goes_on_where_it_stopped(store, tmp_path):
     """From the checkpoint of step 2, on slides drawn again, to the weights that 0.1.0 ended with at step 4."""
     draw_cohort(tmp_path / "cohort", CohortSpec(patients=6, size_um=(768.0, 768.0)))
     shutil.rmtree(store / "slides" / "images")  # they came into the store after the run
+    assert len(list(upgrade(store))) == 7
     drawn = FeatureStore.open(cached_anew(tmp_path))
     for slide in FeatureStore.open(store, writable=True).slides():
         path = tmp_path / "cohort" / "slides" / f"{slide.slide_id}.tiff"
         slide.set_source(path, fingerprint(path))
         # Another processor rounds a few drawn pixels the other way.
-        zarr.open_array(store / "slides" / slide.slide_id / "pixel_hash")[:] = drawn.slide(slide.slide_id).pixel_hash
+        slide.put_table("pixel_hash", drawn.slide(slide.slide_id).pixel_hash)
     run = Path(shutil.copytree(GOLDEN / "run", tmp_path / "run"))
     arguments = f"distill --store {store} --teacher golden-teacher --student {student_spec(tmp_path)} --steps 4"
     done = CliRunner().invoke(
@@ -103,10 +104,10 @@ def test_the_run_goes_on_where_it_stopped(store, tmp_path):
     # weights. Against the way from step 2 to step 4 it must stay small.
     checkpoint = torch.load(run / "checkpoints" / "step-00000002.pt", weights_only=True)
     within = "student.network."
-    start = weights({name.removeprefix(within): w for name, w in checkpoint["model"].items() if name.startswith(within)})
-    before, after = (
-        weights(load_file(folder / "student" / "model.safetensors")) for folder in (GOLDEN / "run", run)
+    start = weights(
+        {name.removeprefix(within): w for name, w in checkpoint["model"].items() if name.startswith(within)}
     )
+    before, after = (weights(load_file(folder / "student" / "model.safetensors")) for folder in (GOLDEN / "run", run))
     assert start.shape == before.shape == after.shape
     assert np.linalg.norm(after - before) <= 0.25 * np.linalg.norm(before - start)
 

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float16, Int64, UInt8
+from jaxtyping import Float16, UInt8
 from torch.utils.data import IterableDataset, get_worker_info
 
 from g2l_core.concurrency import run_ahead
-from g2l_core.distillation.replay import ReplaySource, ReplaySpec
+from g2l_core.distillation.replay import ChosenRows, ReplaySource, ReplaySpec
 from g2l_core.distillation.sampling import BatchOrder, BlockRead
 from g2l_core.errors import UsageError
 from g2l_core.patches.pixel_cache import PixelCache
@@ -55,7 +55,7 @@ class ReplayDataset(IterableDataset[Batch]):
     def __init__(
         self,
         store: FeatureStore,
-        rows: Mapping[str, Int64[np.ndarray, " _"]],
+        rows: ChosenRows,
         spec: ReplaySpec,
         reading: Reading | None = None,
     ) -> None:
@@ -63,7 +63,7 @@ class ReplayDataset(IterableDataset[Batch]):
 
         Args:
             store: The store, with complete features of the teacher for views 1 to `spec.n_augmented`.
-            rows: Stored rows to train on, by slide id.
+            rows: Stored rows to train on, by slide id; None for all good rows of a slide.
             spec: What is replayed, and in which order.
             reading: How it is read.
 
@@ -79,10 +79,11 @@ class ReplayDataset(IterableDataset[Batch]):
         if rest or share < 1:
             raise UsageError(f"a batch of {spec.batch_size} cannot be parted among {world} ranks")
         self._source = ReplaySource(store, rows, spec, self._reading.pixel_cache)
-        block_rows = [len(block.rows) for block in self._source.blocks]
-        if sum(block_rows) < spec.batch_size:
+        block_rows = self._source.block_rows
+        total = int(block_rows.sum(dtype=np.int64))
+        if total < spec.batch_size:
             raise UsageError(
-                f"{sum(block_rows)} patches to train on are fewer than one batch of {spec.batch_size}: "
+                f"{total} patches to train on are fewer than one batch of {spec.batch_size}: "
                 "cache more slides, or lower --batch-size"
             )
         self._source.preload_targets(self._reading.targets_gb)

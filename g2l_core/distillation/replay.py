@@ -6,21 +6,23 @@ store recorded, so that a student never learns features of other pixels.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float16, Int64, UInt8, UInt64
 
 from g2l_core.errors import ReadError, StoreCorruptError, StoreMismatchError, UsageError
-from g2l_core.patches.grid import GridSpec, blocks
+from g2l_core.patches.grid import GridSpec
 from g2l_core.patches.identity import require_same_slide
 from g2l_core.patches.pixel_cache import PixelCache
 from g2l_core.patches.reader_pool import ReaderPool
 from g2l_core.patches.render import PatchReader, open_patches, render_block
 from g2l_core.patches.views import ViewSpec, sample_views
-from g2l_core.store.features import FeatureStore, StoredSlide
-from g2l_core.store.schema import STATUS, UNKNOWN_HASH
-from g2l_core.types import Level0Px, PixelHash, ViewParams
+from g2l_core.store import schema
+from g2l_core.store.features import FeatureStore, Shard, StoredSlide
+from g2l_core.store.schema import PATCH_ID, REPLAY_ROWS, STATUS, UNKNOWN_HASH
+from g2l_core.types import PixelHash, ViewParams
 
 Rows = Int64[np.ndarray, " row"]
 
@@ -56,63 +58,71 @@ class ReplaySpec:
             )
 
 
-class SlideTables:
-    """A slide's small tables. Making them checks that the slide's file is the one that was cached."""
+ChosenRows = Mapping[str, Rows | None]
+"""Stored rows by slide id; None stands for all good rows of a slide, which are counted but not listed."""
 
-    def __init__(self, stored: StoredSlide, grid: GridSpec, views: ViewSpec) -> None:
-        require_same_slide(stored, Path(stored.facts.source))
-        self.slide_id = stored.slide_id
-        self.stored = stored
-        self.params, self.hashes = stored.view_params, stored.pixel_hash
-        self.cells = blocks(stored.coords, Level0Px(stored.facts.patch_px_level0), grid)
-        self.targets: dict[int, np.ndarray] = {}
-        """Features by view, where they are held in memory."""
-        self._views, self._coords, self._patch_ids = views, stored.coords, stored.patch_ids
+OPEN_TABLES = 128
+"""Slides whose tables are held in memory; with five views and 10,000 patches, 3 MB each."""
+
+
+class SlideTables:
+    """A slide's small tables, read block by block when they are needed, each once."""
+
+    def __init__(self, stored: StoredSlide, views: ViewSpec) -> None:
+        self.slide_id, self.stored = stored.slide_id, stored
+        self._views = views
+        self._block = lru_cache(maxsize=64)(self._read_block)
+
+    def _read_block(self, name: str, start: int, view: int | None = None) -> np.ndarray:
+        stop = min(start + schema.SHARD_ROWS, len(self.stored))
+        return np.asarray(self.stored.read_block(name, start, stop, view=view))
+
+    def take(self, name: str, rows: Rows, view: int | None = None) -> np.ndarray:
+        """Some rows of a table, of one view where it has views."""
+        starts = rows // schema.SHARD_ROWS * schema.SHARD_ROWS
+        blocks = {start: self._block(name, start, view) for start in np.unique(starts).tolist()}
+        if len(blocks) == 1:
+            ((start, block),) = blocks.items()
+            return block[rows - start]
+        parts = [blocks[start][row - start] for start, row in zip(starts.tolist(), rows.tolist(), strict=True)]
+        return np.array(parts)
 
     def view_params(self, rows: Rows, views: Rows) -> ViewParams:
         """One view's parameters of each row: the stored ones, or drawn by the same rule where none are stored."""
-        stored = views < self.params.shape[1]
-        if stored.all():
-            return self.params[rows, views][:, None]
-        ids = None if self._patch_ids is None else [self._patch_ids[row] for row in rows.tolist()]
-        distinct = np.unique(views)
-        drawn = sample_views(self._views, self.slide_id, self._coords[rows], distinct.tolist(), ids)
-        params = drawn[np.arange(len(rows)), np.searchsorted(distinct, views)]
-        params[stored] = self.params[rows[stored], views[stored]]
-        return params[:, None]
+        distinct = np.unique(views).tolist()
+        by_view = {view: self._params_of(rows, view) for view in distinct}
+        return np.stack([by_view[view][i] for i, view in enumerate(views.tolist())])[:, None]
+
+    def _params_of(self, rows: Rows, view: int) -> np.ndarray:
+        if view < self.stored.n_views:
+            return self.take("view_params", rows, view)
+        ids = self.take(PATCH_ID, rows).tolist() if self.stored.has_patch_ids else None
+        return sample_views(self._views, self.slide_id, self.take("coords", rows), [view], ids)[:, 0]
 
     def known_hashes(self, rows: Rows, views: Rows) -> UInt64[np.ndarray, " row"]:
         """Pixel hashes of one view of each row, as extraction saw them; 0 where it did not see the view."""
-        stored = views < self.hashes.shape[1]
         hashes = np.zeros(len(rows), np.uint64)
-        hashes[stored] = self.hashes[rows[stored], views[stored]]
+        for view in np.unique(views).tolist():
+            if view < self.stored.n_views:
+                hashes[views == view] = self.take("pixel_hash", rows[views == view], view)
         return hashes
 
 
-@dataclass(frozen=True)
-class Block:
-    """A cell of a slide, with the rows of it that are replayed: they lie close together in the slide and the store."""
-
-    slide: SlideTables
-    rows: Rows
-    """Stored rows, increasing."""
-
-
 class ReplaySource:
-    """Renders rows of the store's slides, and reads the teacher's features of the same views."""
+    """Renders rows of the store's slides, and reads the teacher's features of the same views.
+
+    Attributes:
+        block_rows: How many rows each block has; a block is the chosen ones of `REPLAY_ROWS` stored rows of a slide.
+    """
 
     def __init__(
-        self,
-        store: FeatureStore,
-        rows: Mapping[str, Int64[np.ndarray, " _"]],
-        spec: ReplaySpec,
-        pixel_cache: PixelCache | None = None,
+        self, store: FeatureStore, rows: ChosenRows, spec: ReplaySpec, pixel_cache: PixelCache | None = None
     ) -> None:
-        """Open the slides, and check that all features are stored.
+        """Check that all features are stored and that the slides are there. Nothing of them is read yet.
 
         Args:
             store: The store, with the teacher's features of views 1 to `spec.n_augmented`.
-            rows: Stored rows to replay, by slide id.
+            rows: Stored rows to replay.
             spec: The teacher and the views.
             pixel_cache: Decoded patches are kept here between epochs and runs.
 
@@ -122,41 +132,41 @@ class ReplaySource:
         """
         grid = GridSpec.from_json(store.grid)
         self._spec, self._views = spec, ViewSpec.from_json(store.views)
-        self._rows: dict[str, Int64[np.ndarray, " _"]] = {}
-        self._slides: dict[str, SlideTables] = {}
-        for slide_id, chosen in sorted(rows.items()):
-            stored = store.slide(slide_id)
+        stored = {slide.slide_id: slide for slide in store.slides() if slide.slide_id in rows}
+        self._slides = [stored[slide_id] for slide_id in sorted(rows)]
+        self._rows = [_sorted(rows[slide.slide_id]) for slide in self._slides]
+        for slide in self._slides:
+            require_same_slide(slide, Path(slide.facts.source))
             if spec.encoder is not None:
                 for view in range(1, 1 + spec.n_augmented):
-                    stored.require_complete(spec.encoder, view)
-            self._slides[slide_id], self._rows[slide_id] = SlideTables(stored, grid, self._views), np.sort(chosen)
-        self._readers = ReaderPool(lambda slide_id: _open(self._slides[slide_id].stored, grid, pixel_cache))
-        self.blocks = [
-            Block(slide, self._rows[slide_id][start:stop])
-            for slide_id, slide in self._slides.items()
-            for start, stop in np.searchsorted(self._rows[slide_id], slide.cells).tolist()
-            if stop > start
-        ]
+                    slide.require_complete(spec.encoder, view)
+        sizes = [_block_rows(store, slide, chosen) for slide, chosen in zip(self._slides, self._rows, strict=True)]
+        self.block_rows = np.concatenate(sizes)
+        self._first_block = np.cumsum([0, *map(len, sizes)], dtype=np.int64)
+        self._tables = lru_cache(OPEN_TABLES)(lambda index: SlideTables(self._slides[index], self._views))
+        self._readers = ReaderPool(lambda index: _open(self._slides[int(index)], grid, pixel_cache))
+        self._held: dict[tuple[int, int], np.ndarray] = {}
+        self._proven: set[tuple[int, Shard]] = set()
 
     def preload_targets(self, max_gb: float) -> None:
         """Read all targets into memory if they are at most `max_gb` GB (1e9 bytes), and check that they are finite.
 
         Raises:
-            StoreCorruptError: They are not finite.
+            StoreCorruptError: They are not finite, or not what was written.
         """
         encoder, n_augmented = self._spec.encoder, self._spec.n_augmented
         if encoder is None:
             return
-        slides = self._slides.values()
-        width = next(iter(slides)).stored.features_array(encoder).shape[2]
-        if sum(len(slide.stored) for slide in slides) * n_augmented * width * 2 > 1e9 * max_gb:
+        width = self._slides[0].feature_facts(encoder).dim
+        if sum(map(len, self._slides)) * n_augmented * width * 2 > 1e9 * max_gb:
             return
-        for slide in slides:
-            rows = self._rows[slide.slide_id]
+        for index, slide in enumerate(self._slides):
+            chosen = self._rows[index]
+            rows = good_rows(slide) if chosen is None else chosen
             for view in range(1, 1 + n_augmented):
-                features = slide.stored.features(encoder, view=view)
+                features = slide.features(encoder, view=view)
                 require_finite(slide, encoder, rows, features[rows])
-                slide.targets[view] = features
+                self._held[index, view] = features
 
     def read(
         self, block: int, within: Rows, epoch: int
@@ -164,7 +174,7 @@ class ReplaySource:
         """Pixels and targets of some rows of a block, in the views that an epoch shows.
 
         Args:
-            block: Index in `blocks`.
+            block: Index of the block.
             within: Rows within the block, increasing.
             epoch: Number of the epoch.
 
@@ -174,29 +184,86 @@ class ReplaySource:
         Raises:
             ReadError: A patch cannot be read.
             StoreMismatchError: The pixels are not those that the teacher saw.
-            StoreCorruptError: The features are not finite.
+            StoreCorruptError: The features are not finite, or not what was written.
         """
-        slide, rows = self.blocks[block].slide, self.blocks[block].rows[within]
-        views = self._views_of_epoch(slide, rows, epoch)
-        params = slide.view_params(rows, views)
-        with self._readers.reading(slide.slide_id) as reader:
+        index = int(np.searchsorted(self._first_block, block, side="right")) - 1
+        tables = self._tables(index)
+        rows = self._rows_of(index, block - int(self._first_block[index]), tables)[within]
+        views = self._views_of_epoch(tables, rows, epoch)
+        params = tables.view_params(rows, views)
+        with self._readers.reading(str(index)) as reader:
             rendered = render_block(reader, rows.tolist(), params, np.zeros(len(rows), np.uint8), self._views)
         if rendered.reasons:
             raise ReadError(
-                f"slide {slide.slide_id}: a patch that stage one read cannot be read now, "
+                f"slide {tables.slide_id}: a patch that stage one read cannot be read now, "
                 f"{next(iter(rendered.reasons.values()))}"
             )
-        require_same_pixels(slide, rows, views, rendered.hashes)
+        require_same_pixels(tables, rows, views, rendered.hashes)
         if self._spec.encoder is None:
             return rendered.pixels[:, 0], np.empty((len(rows), 0), np.float16)
-        return rendered.pixels[:, 0], _read_targets(slide, self._spec.encoder, rows, views)
+        return rendered.pixels[:, 0], self._read_targets(index, self._spec.encoder, rows, views)
+
+    def _rows_of(self, index: int, block: int, tables: SlideTables) -> Rows:
+        """The chosen rows of a slide's block, increasing."""
+        first, chosen = block * REPLAY_ROWS, self._rows[index]
+        if chosen is not None:
+            start, stop = np.searchsorted(chosen, [first, first + REPLAY_ROWS]).tolist()
+            return chosen[start:stop]
+        candidates = np.arange(first, min(first + REPLAY_ROWS, len(self._slides[index])))
+        return candidates[tables.take("patch_status", candidates) == STATUS["ok"]]
 
     def _views_of_epoch(self, slide: SlideTables, rows: Rows, epoch: int) -> Rows:
         """The view of each row that an epoch shows: views are mixed, and none repeats before all were shown."""
         if not self._spec.n_augmented:
             return np.full(len(rows), 1 + epoch)
-        turn = (slide.hashes[rows, 0] + np.uint64(epoch)) % np.uint64(self._spec.n_augmented)
+        turn = (slide.take("pixel_hash", rows, 0) + np.uint64(epoch)) % np.uint64(self._spec.n_augmented)
         return 1 + turn.astype(np.int64)
+
+    def _read_targets(self, index: int, encoder: str, rows: Rows, views: Rows) -> Float16[np.ndarray, "row dim"]:
+        """The teacher's features of one view of each row: from memory, or by one contiguous read for each view."""
+        slide, start, stop = self._slides[index], int(rows.min()), int(rows.max()) + 1
+        targets = np.empty((len(rows), slide.feature_facts(encoder).dim), np.float16)
+        for view in np.unique(views).tolist():
+            in_view = views == view
+            if (index, view) in self._held:
+                targets[in_view] = self._held[index, view][rows[in_view]]
+                continue
+            self._prove(index, encoder, start, stop, view)
+            targets[in_view] = slide.read_unproven_rows(encoder, start, stop, view=view)[rows[in_view] - start]
+        require_finite(slide, encoder, rows, targets)
+        return targets
+
+    def _prove(self, index: int, encoder: str, start: int, stop: int, view: int) -> None:
+        """Compare the shards of some rows with their completion records, each once.
+
+        Later reads take a few of a shard's chunks, whose own checksums do not tell a shard from another slide's.
+        """
+        slide = self._slides[index]
+        for shard in slide.shards([view])[start // schema.SHARD_ROWS : (stop - 1) // schema.SHARD_ROWS + 1]:
+            if (index, shard) not in self._proven:
+                slide.read_rows(encoder, shard.start, shard.stop, view=view)
+                self._proven.add((index, shard))
+
+
+def _sorted(rows: Rows | None) -> Rows | None:
+    return None if rows is None else np.sort(rows)
+
+
+def _block_rows(store: FeatureStore, slide: StoredSlide, chosen: Rows | None) -> UInt8[np.ndarray, " block"]:
+    """How many chosen rows each block of a slide has."""
+    if chosen is None:
+        return store.good_by_block(slide)
+    n_blocks = -(-len(slide) // REPLAY_ROWS)
+    return np.bincount(chosen // REPLAY_ROWS, minlength=n_blocks).astype(np.uint8)
+
+
+def count_rows(store: FeatureStore, rows: ChosenRows) -> dict[str, int]:
+    """How many rows are chosen of each slide."""
+    slides = {slide.slide_id: slide for slide in store.slides() if slide.slide_id in rows}
+    return {
+        slide_id: int(store.good_by_block(slides[slide_id]).sum(dtype=np.int64)) if chosen is None else len(chosen)
+        for slide_id, chosen in rows.items()
+    }
 
 
 def _open(stored: StoredSlide, grid: GridSpec, cache: PixelCache | None) -> PatchReader:
@@ -205,20 +272,6 @@ def _open(stored: StoredSlide, grid: GridSpec, cache: PixelCache | None) -> Patc
         return open_patches(stored, grid)
     key = f"{stored.facts.fingerprint} {stored.slide_id} {grid}"
     return cache.wrap(lambda: open_patches(stored, grid), key, len(stored), grid.patch_px)
-
-
-def _read_targets(slide: SlideTables, encoder: str, rows: Rows, views: Rows) -> Float16[np.ndarray, "row dim"]:
-    """The teacher's features of one view of each row: from memory, or by one contiguous read for each view."""
-    start, stop = int(rows.min()), int(rows.max()) + 1
-    targets = np.empty((len(rows), slide.stored.features_array(encoder).shape[2]), np.float16)
-    for view in np.unique(views).tolist():
-        in_view = views == view
-        if view in slide.targets:
-            targets[in_view] = slide.targets[view][rows[in_view]]
-        else:
-            targets[in_view] = slide.stored.read_rows(encoder, start, stop, view=view)[rows[in_view] - start]
-    require_finite(slide, encoder, rows, targets)
-    return targets
 
 
 def require_same_pixels(slide: SlideTables, rows: Rows, views: Rows, hashes: PixelHash) -> None:
@@ -245,7 +298,7 @@ def require_same_pixels(slide: SlideTables, rows: Rows, views: Rows, hashes: Pix
 
 
 def require_finite(
-    slide: SlideTables, encoder: str, rows: Int64[np.ndarray, " _"], features: Float16[np.ndarray, "_ dim"]
+    slide: StoredSlide, encoder: str, rows: Int64[np.ndarray, " _"], features: Float16[np.ndarray, "_ dim"]
 ) -> None:
     """Check that stored features are finite.
 

@@ -1,21 +1,24 @@
 """Mean, deviation and a bank of a teacher's features over the training patches of a store."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import numpy as np
 import torch
-from jaxtyping import Float16, Int64
+from jaxtyping import Float16
 
 from g2l_core.distillation.objective import BANK_ROWS, TargetStatistics
+from g2l_core.distillation.replay import ChosenRows, good_rows
+from g2l_core.rng import keyed_generator
 from g2l_core.store.features import FeatureStore
 
 SAMPLE_ROWS = 1_000_000
 """More rows than this move a standard deviation by less than 0.1 %."""
 
+SAMPLE_SLIDES = 1_000
+"""Slides that the sample is of, at random where there are more."""
 
-def target_statistics(
-    store: FeatureStore, rows: Mapping[str, Int64[np.ndarray, " _"]], encoder: str, n_augmented: int
-) -> TargetStatistics:
+
+def target_statistics(store: FeatureStore, rows: ChosenRows, encoder: str, n_augmented: int) -> TargetStatistics:
     """Compute the statistics of the replayed views' features.
 
     Rows lie in a slide's store in the random order of its cells, so the first ones are a sample of the whole slide:
@@ -43,14 +46,18 @@ def target_statistics(
 
 
 def _first_rows(
-    store: FeatureStore, rows: Mapping[str, Int64[np.ndarray, " _"]], encoder: str, views: range, max_rows: int
+    store: FeatureStore, rows: ChosenRows, encoder: str, views: range, max_rows: int
 ) -> Iterator[Float16[np.ndarray, "row dim"]]:
     """Yield the features of every slide's first chosen rows, view by view, at most `max_rows` rows in all."""
-    per_slide = max(1, max_rows // (len(rows) * len(views)))
-    for slide_id, chosen in sorted(rows.items()):
-        first = np.sort(chosen)[:per_slide]
+    chosen_slides = sorted(rows)
+    if len(chosen_slides) > SAMPLE_SLIDES:
+        order = keyed_generator("target statistics").permutation(len(chosen_slides))[:SAMPLE_SLIDES]
+        chosen_slides = [chosen_slides[i] for i in np.sort(order)]
+    per_slide = max(1, max_rows // (len(chosen_slides) * len(views)))
+    for slide_id in chosen_slides:
+        slide, chosen = store.slide(slide_id), rows[slide_id]
+        first = (good_rows(slide) if chosen is None else np.sort(chosen))[:per_slide]
         if not len(first):
             continue
-        slide = store.slide(slide_id)
         for view in views:
             yield slide.read_rows(encoder, 0, int(first[-1]) + 1, view=view)[first]

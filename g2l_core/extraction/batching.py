@@ -84,8 +84,7 @@ class ShardBuffer:
         before = self.slide.patch_status[self.start : self.stop]
         if ((before == STATUS["unreadable"]) & (self.status == STATUS["ok"])).any():
             self.slide.forget(self.start)
-        for shard, features, hashes in zip(self.shards, self.features, self.hashes, strict=True):
-            self._writer.write(shard, features, hashes, self.status)
+        self._writer.write_views(self.shards, self.features, self.hashes, self.status)
 
 
 class Batcher:

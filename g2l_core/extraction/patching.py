@@ -12,7 +12,7 @@ from g2l_core.patches.grid import GridSpec, grid_coords, image_order, patch_side
 from g2l_core.patches.identity import images_fingerprint, require_same_slide
 from g2l_core.patches.render import read_image
 from g2l_core.patches.views import COLUMNS, ViewSpec, sample_views
-from g2l_core.slides.fingerprint import fingerprint
+from g2l_core.slides.fingerprint import file_state, fingerprint
 from g2l_core.slides.manifest import Source
 from g2l_core.slides.slide import Slide, open_slide
 from g2l_core.store.facts import SlideFacts
@@ -92,6 +92,7 @@ def _patch_slide(
         facts = SlideFacts(
             kind="slide",
             fingerprint=fingerprint(source.path),
+            file_state=file_state(source.path),
             mpp=float(slide.mpp),
             mpp_source=slide.mpp_source,
             level0_size=slide.level0_size,
@@ -195,8 +196,9 @@ def refresh_stored(
     require_same_slide(stored, source.path)
     if tissue is not None:
         _require_same_annotation(stored, tissue)
-    if str(source.path.resolve()) != stored.facts.source:
-        stored.set_source(source.path, stored.facts.fingerprint)
+    state = file_state(source.path)
+    if (str(source.path.resolve()), state) != (stored.facts.source, stored.facts.file_state):
+        stored.set_source(source.path, stored.facts.fingerprint, state)
     if source.labels and source.labels != stored.labels:
         stored.set_labels({**stored.labels, **source.labels})
     known = stored.n_views

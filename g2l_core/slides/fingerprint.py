@@ -26,6 +26,19 @@ def fingerprint(path: Path) -> str:
         raise ReadError(f"cannot read {path}: {error.strerror}") from error
 
 
+def file_state(path: Path) -> tuple[int, int] | None:
+    """Bytes and modification time (ns) of a file; None for a folder, whose time says little about its content.
+
+    Raises:
+        ReadError: It is absent, or cannot be asked for.
+    """
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise ReadError(f"cannot read {path}: {error.strerror}") from error
+    return None if path.is_dir() else (found.st_size, found.st_mtime_ns)
+
+
 def _file_fingerprint(path: Path) -> str:
     size = path.stat().st_size
     state = xxhash.xxh3_128(str(size).encode())

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +12,12 @@ import numpy as np
 from jaxtyping import UInt8
 
 from g2l_core.errors import StoreCorruptError, StoreError, StoreMismatchError, StoreMissingError, UnknownNameError
-from g2l_core.files import sync_folder
+from g2l_core.files import sync_folder, sync_tree
 from g2l_core.store import catalogue, format1, schema
 from g2l_core.store.catalogue import Entry
 from g2l_core.store.documents import GROUP_FILE, read_group, write_group
 from g2l_core.store.facts import FAILED, EncoderFacts, ExtractionRunFacts, SlideFacts, StoreFacts
-from g2l_core.store.ids import why_conflicting, why_impossible
+from g2l_core.store.ids import folders_of, refusals, why_impossible
 from g2l_core.store.provenance import differences, software, utc_now
 from g2l_core.store.slide import Shard, StoredSlide, writing
 from g2l_core.store.tables import block_checksums
@@ -281,12 +281,9 @@ class FeatureStore:
             slide_id, facts, self._folder(slide_id), store_format=self.facts.format, writable=self._writable
         )
 
-    def why_refused(self, slide_id: str) -> str:
-        """Why the store cannot take a new slide of this id; empty where it can, or has that very slide."""
-        known = self._entries if self._entries else self.entries
-        if slide_id in known:
-            return ""
-        return why_impossible(slide_id) or why_conflicting(slide_id, known.keys())
+    def refusals(self, slide_ids: Iterable[str]) -> dict[str, str]:
+        """Why the store cannot take new slides of these ids, by id. See `ids.refusals`."""
+        return refusals(slide_ids, self.entries.keys())
 
     def add_slide(
         self,
@@ -328,8 +325,8 @@ class FeatureStore:
             for name, values in arrays.items():
                 attributes = {"columns": list(columns)} if name == "view_params" else {}
                 is_text = name == schema.PATCH_ID
-                layout = schema.patch_id_layout(n) if is_text else schema.table_layout(name, n, n_views)
-                create_array(folder / name, layout, **attributes)[:] = values
+                layout = schema.patch_id_layout(n) if is_text else schema.table_layout(name, values.shape)
+                create_array(folder / name, layout, is_durable=False, **attributes)[:] = values
             write_group(folder, facts.to_json())
         return self.slide(slide_id)
 
@@ -349,8 +346,8 @@ class FeatureStore:
     @contextmanager
     def _replacing(self, slide_id: str) -> Iterator[Path]:
         """A folder aside that becomes the slide's when the block ends. Only a failed slide is ever replaced."""
-        refused = self.why_refused(slide_id)
-        if refused:
+        around = {folder for folder in folders_of(slide_id) if self._entry(folder) is not None}
+        for refused in refusals([slide_id], around).values():
             raise StoreError(f"slide {slide_id!r}: {refused}")
         target, aside = self._folder(slide_id), self.path / "slides" / f"{os.getpid()}{schema.LEFTOVER}"
         entry = self._entry(slide_id)
@@ -360,6 +357,7 @@ class FeatureStore:
         self._make_groups(target.parent)
         aside.mkdir()
         yield aside
+        sync_tree(aside)
         if entry is not None:
             (target / GROUP_FILE).unlink()
         # A folder that is not empty is never replaced: the system refuses it, whatever was thought to be there.

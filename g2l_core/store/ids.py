@@ -1,6 +1,6 @@
 """Which slide ids a store can hold: each is a path of folders below `slides/`."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 from g2l_core.store import schema
 
@@ -25,18 +25,40 @@ def why_impossible(slide_id: str) -> str:
     return ""
 
 
-def why_conflicting(slide_id: str, others: Collection[str]) -> str:
-    """Why a slide of this id cannot stand beside others; empty where it can.
+def refusals(slide_ids: Iterable[str], stored: Collection[str]) -> dict[str, str]:
+    """Why slides cannot be added to a store, by id; those that can, or are there, are not listed.
 
     A slide's folder holds its arrays, so no other slide can lie inside it, nor can it hold others.
 
     Args:
-        slide_id: The id of a slide that is not among the others.
-        others: Ids of slides; a set is fastest.
+        slide_ids: Ids of slides in the order in which they would be added.
+        stored: Ids of the slides that the store has.
+
+    Example:
+        >>> refusals(["a/x", "a", "a/y", "c"], ["b"])["a"]
+        "there is a slide 'a/x' already, and no slide can lie inside another"
+        >>> list(refusals(["b", "b/x", "coords"], ["b"]))
+        ['b/x', 'coords']
     """
+    taken = dict.fromkeys(stored)
+    folders = {folder: slide_id for slide_id in stored for folder in folders_of(slide_id)}
+    refused = {}
+    for slide_id in slide_ids:
+        if slide_id in taken:
+            continue
+        other = next((folder for folder in folders_of(slide_id) if folder in taken), folders.get(slide_id))
+        reason = why_impossible(slide_id)
+        if other is not None and not reason:
+            reason = f"there is a slide {other!r} already, and no slide can lie inside another"
+        if reason:
+            refused[slide_id] = reason
+        else:
+            taken[slide_id] = None
+            folders.update(dict.fromkeys(folders_of(slide_id), slide_id))
+    return refused
+
+
+def folders_of(slide_id: str) -> list[str]:
+    """The folders that an id goes through, outermost first."""
     parts = slide_id.split("/")
-    outer = next((above for i in range(1, len(parts)) if (above := "/".join(parts[:i])) in others), None)
-    if outer is not None:
-        return f"the store has a slide {outer!r}, and no slide can lie inside another"
-    inner = next((other for other in others if other.startswith(f"{slide_id}/")), None)
-    return "" if inner is None else f"the store has a slide {inner!r}, and no slide can lie inside another"
+    return ["/".join(parts[:i]) for i in range(1, len(parts))]

@@ -41,20 +41,15 @@ class TableSpec:
 
     dtype: str
     has_views: bool
-    width: int | None = None
-    """Length of the last axis; None where an entry is one value."""
-
-    def shape(self, n: int, n_views: int) -> tuple[int, ...]:
-        """The shape for so many patches and views."""
-        views = (n_views,) if self.has_views else ()
-        return (n, *views, *(() if self.width is None else (self.width,)))
+    is_wide: bool
+    """Whether an entry is a row of several values."""
 
 
 TABLES: Mapping[str, TableSpec] = {
-    "coords": TableSpec("int32", has_views=False, width=2),
-    "patch_status": TableSpec("uint8", has_views=False),
-    "view_params": TableSpec("float32", has_views=True, width=12),
-    "pixel_hash": TableSpec("uint64", has_views=True),
+    "coords": TableSpec("int32", has_views=False, is_wide=True),
+    "patch_status": TableSpec("uint8", has_views=False, is_wide=False),
+    "view_params": TableSpec("float32", has_views=True, is_wide=True),
+    "pixel_hash": TableSpec("uint64", has_views=True, is_wide=False),
 }
 """The tables of every slide. Sets of patch images have `PATCH_ID` beside them: text (n,), their file names."""
 
@@ -66,17 +61,15 @@ _KEYS = {"name": "default", "separator": "."}
 """Chunks are files `c.0.0` in the array's own folder, without a folder for each index."""
 
 
-def table_layout(name: str, n: int, n_views: int) -> dict[str, Any]:
-    """The arguments of `zarr.create_array` for a table."""
+def table_layout(name: str, shape: tuple[int, ...]) -> dict[str, Any]:
+    """The arguments of `zarr.create_array` for a table of a shape: (patch, view where there are views, value)."""
     spec = TABLES[name]
-    views = spec.has_views
-    chunk_tail = (() if not views else (1,)) + (() if spec.width is None else (spec.width,))
-    file_tail = (() if not views else (TABLE_FILE_VIEWS,)) + (() if spec.width is None else (spec.width,))
+    width = shape[-1:] if spec.is_wide else ()
     return {
-        "shape": spec.shape(n, n_views),
+        "shape": shape,
         "dtype": spec.dtype,
-        "chunks": (SHARD_ROWS, *chunk_tail),
-        "shards": (SHARD_ROWS * TABLE_FILE_BLOCKS, *file_tail),
+        "chunks": (SHARD_ROWS, *((1,) if spec.has_views else ()), *width),
+        "shards": (SHARD_ROWS * TABLE_FILE_BLOCKS, *((TABLE_FILE_VIEWS,) if spec.has_views else ()), *width),
         "compressors": _table_codecs(),
         "fill_value": 0,
         "chunk_key_encoding": _KEYS,

@@ -143,17 +143,15 @@ class StoredSlide:
         return changed_blocks(name, values, recorded, first_row=start, first_view=first_view)
 
     def _require_shape(self, name: str, shape: tuple[int, ...]) -> None:
-        spec = schema.TABLES.get(name)
-        least = (len(self),) if spec is None else spec.shape(len(self), self.n_views)
-        fits = len(shape) == len(least) and shape[0] == least[0]
-        if not fits or any(size < wanted for size, wanted in zip(shape, least, strict=True)):
+        has_views = name in schema.TABLES and schema.TABLES[name].has_views
+        if shape[:1] != (len(self),) or (has_views and (len(shape) < 2 or shape[1] < self.n_views)):
             raise StoreCorruptError(
                 f"slide {self.slide_id}: {name} has shape {shape}, but the slide has {len(self)} patches and "
                 f"{self.n_views} views. g2l store verify --repair mends or drops it"
             )
 
-    def write_block(self, name: str, start: int, values: np.ndarray, *, view: int | None = None) -> dict[str, int]:
-        """Write a block of an array other than the features. It counts once its checksum is among the facts.
+    def write_block(self, name: str, start: int, values: np.ndarray) -> dict[str, int]:
+        """Write a block of an array without views. It counts once its checksum is among the facts.
 
         A recorded checksum is dropped first where the block changes: a kill then leaves a block that nobody vouches
         for, never one that looks damaged.
@@ -162,20 +160,52 @@ class StoredSlide:
             name: Its name in the store.
             start: First row, a multiple of `SHARD_ROWS`.
             values: Its rows.
-            view: Which view, where the array has views.
 
         Returns:
-            The block's checksum by its name, to be recorded.
+            The block's checksum by its name, to be recorded; empty where it is recorded already.
         """
-        block, crc = block_name(start, view), checksum(values)
+        new = self._to_write(name, {block_name(start): checksum(values)})
+        if new:
+            self.array(name)[start : start + len(values)] = values
+        return new
+
+    def write_views(self, name: str, start: int, values: np.ndarray, views: Sequence[int]) -> dict[str, int]:
+        """As `write_block`, for some views of an array that has views; the first axis of the values is the view."""
+        rows = slice(start, start + values.shape[1])
+        found = {block_name(start, view): checksum(of_view) for view, of_view in zip(views, values, strict=True)}
+        new = self._to_write(name, found)
+        if new and list(views) == list(range(views[0], views[-1] + 1)):
+            self.array(name)[rows, views[0] : views[-1] + 1] = values.T
+        elif new:
+            for view, of_view in zip(views, values, strict=True):
+                self.array(name)[rows, view] = of_view
+        return new
+
+    def _to_write(self, name: str, checksums: Mapping[str, int]) -> dict[str, int]:
+        """Those of some blocks that are not recorded as they are; what is recorded of them otherwise is dropped."""
         recorded = self.facts.tables.get(name, {})
-        if recorded.get(block) == crc:
-            return {}
-        if block in recorded:
-            self._update(lambda facts: replace(facts, tables=_without(facts.tables, name, [block])))
-        rows = slice(start, start + len(values))
-        self.array(name)[rows if view is None else (rows, view)] = values
-        return {block: crc}
+        new = {block: crc for block, crc in checksums.items() if recorded.get(block) != crc}
+        if any(block in recorded for block in new):
+            self._update(lambda facts: replace(facts, tables=_without(facts.tables, name, list(new))))
+        return new
+
+    def put_table(self, name: str, values: np.ndarray) -> None:
+        """Replace a whole table, and record its checksums.
+
+        Args:
+            name: Its name in the store.
+            values: All of it, for the views that are known.
+
+        Raises:
+            StoreError: The disk is full, or cannot be written to.
+        """
+        has_views = name in schema.TABLES and schema.TABLES[name].has_views
+        with writing(f"{name} of slide {self.slide_id}"):
+            self._update(lambda facts: replace(facts, tables={k: v for k, v in facts.tables.items() if k != name}))
+            array = self.array(name)
+            array[(slice(None), slice(0, self.n_views)) if has_views else slice(None)] = values
+        new = {name: block_checksums(values, has_views)}
+        self._update(lambda facts: replace(facts, tables=merged(facts.tables, new)))
 
     def extend_views(self, view_params: ViewParams) -> None:
         """Add the parameters of further views after the stored ones. They count once `n_views` says so."""
@@ -242,18 +272,22 @@ class StoredSlide:
         self._arrays.pop(f"{schema.FEATURES}/{encoder}", None)
         shutil.rmtree(self.folder / schema.FEATURES / encoder, ignore_errors=True)
 
-    def record(self, encoder: str, shard: Shard, record: ShardRecord, tables: Mapping[str, Mapping[str, int]]) -> None:
-        """Let a shard count, and the blocks of tables that were written with it."""
+    def record(self, encoder: str, records: Mapping[str, ShardRecord], tables: Mapping[str, Mapping[str, int]]) -> None:
+        """Let shards count, by their names, and the blocks of tables that were written with them."""
         n_shards = len(self.shards([0]))
 
         def recorded(facts: SlideFacts) -> SlideFacts:
             of_encoder = facts.features[encoder]
-            shards = {**of_encoder.shards, shard.name: record}
+            shards = {**of_encoder.shards, **records}
             is_complete = len(shards) == n_shards * of_encoder.n_views
             facts = replace(facts, tables=merged(facts.tables, tables))
             return _with_features(facts, encoder, replace(of_encoder, shards=shards, complete=is_complete))
 
         self._update(recorded)
+
+    def put_records(self, encoder: str, of_encoder: FeatureFacts) -> None:
+        """Replace all completion records of an encoder, whose files are there."""
+        self._update(lambda facts: _with_features(facts, encoder, of_encoder))
 
     def _update(self, change: Callable[[SlideFacts], SlideFacts]) -> None:
         """Change the facts, in the store first, from what stands there now: another object may have changed them."""

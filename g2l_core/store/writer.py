@@ -51,10 +51,20 @@ class FeatureWriter:
         hashes: UInt64[np.ndarray, " rows"],
         status: UInt8[np.ndarray, " rows"],
     ) -> None:
-        """Write a shard, then its completion record.
+        """Write one shard, then its completion record. Arguments and errors as for `write_views`."""
+        self.write_views([shard], features[None], hashes[None], status)
+
+    def write_views(
+        self,
+        shards: Sequence[Shard],
+        features: Float32[np.ndarray, "view rows dim"] | Float16[np.ndarray, "view rows dim"],
+        hashes: UInt64[np.ndarray, "view rows"],
+        status: UInt8[np.ndarray, " rows"],
+    ) -> None:
+        """Write the shards of some rows in several views, then their completion records, all at once.
 
         Args:
-            shard: Which rows and view.
+            shards: Which rows and views; the rows are the same in all.
             features: Their features; NaN in rows whose status is not 0.
             hashes: Pixel hash of each row's view.
             status: Reason code of each row.
@@ -67,15 +77,29 @@ class FeatureWriter:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # overflow becomes infinity, refused below
             stored = np.ascontiguousarray(features, dtype=np.float16)
-        self._require_finite(shard, stored, status)
-        path = self._slide.shard_path(self._encoder, shard)
+        for shard, of_view in zip(shards, stored, strict=True):
+            self._require_finite(shard, of_view, status)
+        known = np.stack([self._known_hashes(s, h, status) for s, h in zip(shards, hashes, strict=True)])
+        rows = slice(shards[0].start, shards[0].stop)
         with writing(f"features of slide {self.slide_id}"):
-            tables = self._write_tables(shard, hashes, status)
-            self._slide.features_array(self._encoder)[shard.start : shard.stop, shard.view] = stored
-            size = path.stat().st_size if path.exists() else 0
-        failed = int(np.count_nonzero(status))
-        record = ShardRecord(rows=shard.stop - shard.start, failed=failed, crc32c=checksum(stored), size=size)
-        self._slide.record(self._encoder, shard, record, tables)
+            tables = {
+                "pixel_hash": self._slide.write_views("pixel_hash", rows.start, known, [s.view for s in shards]),
+                "patch_status": self._slide.write_block("patch_status", rows.start, status),
+            }
+            array = self._slide.features_array(self._encoder)
+            for shard, of_view in zip(shards, stored, strict=True):
+                array[rows, shard.view] = of_view
+            records = {s.name: self._record_of(s, f, status) for s, f in zip(shards, stored, strict=True)}
+        self._slide.record(self._encoder, records, tables)
+
+    def _record_of(self, shard: Shard, features: Features, status: PatchStatus) -> ShardRecord:
+        path = self._slide.shard_path(self._encoder, shard)
+        return ShardRecord(
+            rows=shard.stop - shard.start,
+            failed=int(np.count_nonzero(status)),
+            crc32c=checksum(features),
+            size=path.stat().st_size if path.exists() else 0,
+        )
 
     def _require_finite(self, shard: Shard, features: Features, status: PatchStatus) -> None:
         bad = np.flatnonzero(~np.isfinite(features).all(axis=1) & (status == schema.STATUS["ok"]))
@@ -90,10 +114,10 @@ class FeatureWriter:
             "Nothing of this shard is stored. Try --precision fp32; if it stays, the weights are damaged"
         )
 
-    def _write_tables(
+    def _known_hashes(
         self, shard: Shard, hashes: UInt64[np.ndarray, " rows"], status: PatchStatus
-    ) -> dict[str, dict[str, int]]:
-        """Write a shard's pixel hashes and reason codes; returns the checksums of the blocks that have changed."""
+    ) -> UInt64[np.ndarray, " rows"]:
+        """The hashes of a shard's pixels as far as any encoder has seen them."""
         stored = self._slide.read_block("pixel_hash", shard.start, shard.stop, view=shard.view)
         other = (stored != hashes) & (stored != schema.UNKNOWN_HASH) & (status == schema.STATUS["ok"])
         if other.any():
@@ -102,8 +126,4 @@ class FeatureWriter:
                 f"slide {self._slide.slide_id}, row {row}, view {shard.view}: the pixels are not those "
                 "cached before. Has the slide, OpenSlide or OpenCV changed? See g2l store info"
             )
-        known = np.where(status == 0, hashes, stored)
-        return {
-            "pixel_hash": self._slide.write_block("pixel_hash", shard.start, known, view=shard.view),
-            "patch_status": self._slide.write_block("patch_status", shard.start, status),
-        }
+        return np.where(status == 0, hashes, stored)

@@ -1,7 +1,9 @@
 """Zarr arrays in folders, written so that a file is on the disk before it takes the old one's place."""
 
 import asyncio
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import zarr
 from zarr.core.buffer import Buffer
@@ -30,13 +32,16 @@ def open_array(folder: Path) -> zarr.Array:
     return zarr.open_array(DurableStore(folder), mode="r+", zarr_format=3)
 
 
-def create_array(folder: Path, layout: dict[str, object], **attributes: object) -> zarr.Array:
+def create_array(
+    folder: Path, layout: Mapping[str, Any], *, is_durable: bool = True, **attributes: object
+) -> zarr.Array:
     """Make an array in a folder, in the place of one that is there.
 
     Args:
         folder: Where; made if it is missing.
         layout: As `schema.table_layout` and its kin give it.
+        is_durable: Whether what is written is on the disk when a write returns; if not, the caller syncs the files.
         attributes: The array's attributes.
     """
-    store = DurableStore(folder)
+    store = DurableStore(folder) if is_durable else LocalStore(folder)
     return zarr.create_array(store, attributes=attributes or None, zarr_format=3, overwrite=True, **layout)

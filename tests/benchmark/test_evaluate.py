@@ -16,6 +16,7 @@ from g2l_core.store import schema
 from g2l_core.store.facts import EncoderFacts
 from g2l_core.store.writer import FeatureWriter
 from tests.planted import PATCHES, PATIENTS, make_store, patch_labels, write_labels
+from tests.store.toy import put_features
 
 STRENGTH = {"teacher": (0.8, 0.0), "weak": (0.1, 0.8), "strong": (0.6, 0.1)}
 SPEC = TaskSpec(
@@ -187,7 +188,9 @@ def test_one_class_only(planted, tmp_path):
 
 def test_unreadable_patches_are_left_out(tmp_path):
     store = make_store(tmp_path / "s.zarr", {"teacher": (1, 0)})
-    store.slide("s0").array("patch_status")[:5] = schema.STATUS["unreadable"]
+    status = store.slide("s0").patch_status
+    status[:5] = schema.STATUS["unreadable"]
+    store.slide("s0").put_table("patch_status", status)
     write_labels(tmp_path / "labels.csv", patch_labels())
     assert len(gather([store], SPEC, tmp_path)) == PATIENTS * PATCHES - 5
 
@@ -267,7 +270,9 @@ def test_a_run_that_is_gone_cannot_tell_its_slides(tmp_path, content):
 
 def test_rows_that_are_not_finite_are_one_failure_of_their_encoder(tmp_path):
     store = make_store(tmp_path / "s.zarr", {"teacher": (1, 0), "weak": (0.5, 0)})
-    store.slide("s2").features_array("weak")[3, 0, 5] = np.nan
+    features = store.slide("s2").features("weak")
+    features[3, 5] = np.nan
+    put_features(store.slide("s2"), "weak", features)
     write_labels(tmp_path / "labels.csv", patch_labels())
     found = evaluate_task([store], SPEC, replace(BENCH, encoders=("teacher", "weak"), baseline=""), tmp_path)
     (failure,) = found.failures

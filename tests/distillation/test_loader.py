@@ -15,12 +15,14 @@ from torch.utils.data import DataLoader
 from g2l_core.distillation.held_out import read_held_out
 from g2l_core.distillation.loader import Reading, ReplayDataset
 from g2l_core.distillation.replay import ReplaySpec, good_rows
-from g2l_core.distillation.sampling import plan_epoch
+from g2l_core.distillation.sampling import SEGMENT_BLOCKS, BatchOrder, plan_segment
 from g2l_core.errors import StoreCorruptError, StoreMismatchError, StoreMissingError, UsageError
 from g2l_core.patches.pixel_cache import PixelCache
 from g2l_core.patches.reader_pool import ReaderPool
 from g2l_core.patches.views import pixel_hash
+from g2l_core.rng import keyed_generator
 from g2l_core.store.features import FeatureStore
+from tests.store.toy import change_facts
 
 KEY = "timm-mobilenetv3_small_050-64-random0"
 
@@ -39,17 +41,49 @@ def rows(store):
     return {slide.slide_id: good_rows(slide) for slide in store.slides()}
 
 
-def plan(block_rows, *, batch_size=8, pool=2, seed=0, epoch=0):
-    return plan_epoch(block_rows, batch_size=batch_size, pool_blocks=pool, seed=seed, epoch=epoch)
+def plan(block_rows, *, batch_size=8, pool=2, seed=0):
+    sizes = np.array(block_rows, np.uint8)
+    return plan_segment(sizes, batch_size=batch_size, pool_blocks=pool, rng=keyed_generator("epoch", seed))
 
 
-@given(st.lists(st.integers(1, 64), min_size=1, max_size=40), st.integers(1, 8), st.integers(2, 16), st.integers(0, 3))
-def test_an_epoch_draws_every_row_once(block_rows, pool, batch_size, epoch):
-    found = plan(block_rows, pool=pool, batch_size=batch_size, epoch=epoch)
-    drawn = [(int(found.order[p]), r) for batch in found.batches for p, r in batch.tolist()]
+def order_of(block_rows, *, batch_size=8, seed=0, share=slice(None), segment_blocks=SEGMENT_BLOCKS):
+    sizes = np.array(block_rows, np.uint8)
+    return BatchOrder(
+        sizes, batch_size=batch_size, pool_blocks=2, seed=seed, share=share, segment_blocks=segment_blocks
+    )
+
+
+@given(st.lists(st.integers(0, 64), min_size=1, max_size=40), st.integers(2, 16), st.integers(0, 3), st.integers(1, 50))
+def test_an_epoch_draws_every_row_once(block_rows, batch_size, epoch, segment_blocks):
+    """But for a remainder of each segment. Blocks of which nothing is chosen do no harm."""
+    order = order_of(block_rows, batch_size=batch_size, segment_blocks=segment_blocks)
+    per_epoch = order.batches_per_epoch
+    segments = -(-len(block_rows) // segment_blocks)
+    assert per_epoch == max(0, sum(block_rows) // batch_size - (segments - 1))
+    if not per_epoch:
+        return
+    reads = order.reads(epoch * per_epoch)
+    drawn = []
+    while len(drawn) < per_epoch * batch_size:
+        read = next(reads)
+        assert read.epoch == epoch
+        drawn += [(read.block, row) for row in read.rows.tolist()]
     everything = {(b, r) for b, n in enumerate(block_rows) for r in range(n)}
-    assert len(drawn) == len(set(drawn)) == sum(block_rows) // batch_size * batch_size
+    assert len(drawn) == len(set(drawn)) == per_epoch * batch_size
     assert set(drawn) <= everything
+    found = list(itertools.islice(order.batches(epoch * per_epoch), per_epoch + 1))
+    assert [batch.epoch for batch in found] == [epoch] * per_epoch + [epoch + 1]
+    assert [batch.position for batch in found] == list(range(epoch * per_epoch, (epoch + 1) * per_epoch + 1))
+
+
+@given(st.lists(st.integers(1, 64), min_size=5, max_size=40), st.integers(0, 200), st.integers(2, 50))
+def test_the_order_is_the_same_from_wherever_it_starts(block_rows, start, segment_blocks):
+    order = order_of(block_rows, segment_blocks=segment_blocks)
+    if order.batches_per_epoch:
+        whole = list(itertools.islice(order.batches(0), start + 3))
+        again = list(itertools.islice(order_of(block_rows, segment_blocks=segment_blocks).batches(start), 3))
+        assert [b.rows.tolist() for b in again] == [b.rows.tolist() for b in whole[start:]]
+        assert [b.epoch for b in again] == [b.epoch for b in whole[start:]]
 
 
 @given(st.lists(st.integers(1, 64), min_size=2, max_size=30), st.integers(0, 20), st.sampled_from([1, 2, 4]))
@@ -58,7 +92,7 @@ def test_a_plan_lists_what_a_rank_has_still_to_read(block_rows, steps, world):
     part = 8 // world
     read = []
     for rank in range(world):
-        reads = found.reads(steps, slice(rank * part, (rank + 1) * part))
+        reads = found.reads(slice(steps, None), slice(rank * part, (rank + 1) * part))
         assert [place for place, _ in reads] == sorted({place for place, _ in reads})
         assert all((np.diff(rows) > 0).all() for _, rows in reads)
         read += [(place, row) for place, rows in reads for row in rows.tolist()]
@@ -69,8 +103,7 @@ def test_a_plan_lists_what_a_rank_has_still_to_read(block_rows, steps, world):
 def test_a_batch_is_drawn_from_a_pool_of_so_many_blocks(block_rows, pool):
     """Nothing is drawn before the blocks ahead of it have shrunk to the pool: places lie close to the oldest left."""
     found = plan(block_rows, pool=pool)
-    sizes = np.asarray(block_rows)[found.order]
-    left = {(p, r) for p, n in enumerate(sizes.tolist()) for r in range(n)}
+    left = {(p, r) for p, n in enumerate(block_rows) for r in range(n)}
     for batch in found.batches:
         furthest = int(batch[:, 0].max())
         waiting = sum(1 for p, _ in left if p < furthest)
@@ -85,9 +118,13 @@ def test_a_pool_of_256_blocks_mixes_a_batch():
 
 
 def test_epochs_and_seeds_differ():
-    plans = [plan([64] * 20, seed=s, epoch=e).batches[0].tolist() for s, e in ((0, 0), (0, 1), (1, 0))]
-    assert len({str(found) for found in plans}) == 3
-    assert plan([64] * 20).batches[0].tolist() == plans[0]
+    orders = [order_of([64] * 20, seed=seed) for seed in (0, 0, 1)]
+    starts = [0, orders[0].batches_per_epoch, 0]
+    firsts = [
+        sorted((order.reads(start).__next__().block, *next(order.batches(start)).rows[0].tolist()))
+        for order, start in zip(orders, starts, strict=True)
+    ]
+    assert len({str(found) for found in firsts}) == 3
 
 
 def first(loader, count, start=0):
@@ -139,32 +176,49 @@ def copy(cached_store, tmp_path):
     return shutil.copytree(cached_store, tmp_path / "copy.zarr")
 
 
-def slide_group(path):
-    return zarr.open_group(path)["slides/p01-1"]
+def first_slide(path):
+    return FeatureStore.open(path, writable=True).slide("p01-1")
 
 
 def test_other_pixels_are_refused(copy, rows):
-    slide_group(copy)["pixel_hash"][:, 1:] = 7
+    slide = first_slide(copy)
+    hashes = slide.pixel_hash
+    hashes[:, 1:] = 7
+    slide.put_table("pixel_hash", hashes)
     loader = ReplayDataset(FeatureStore.open(copy), {"p01-1": rows["p01-1"]}, spec())
     with pytest.raises(StoreMismatchError, match=r"slide p01-1, row \d+, view [12]: the pixels are not those"):
         next(loader.batches())
 
 
-def test_nan_targets_are_refused(copy, rows):
-    slide_group(copy)[f"features/{KEY}"][:, 1:, 3] = np.nan
+@pytest.mark.parametrize("value", [np.nan, 1.0])
+def test_other_targets_than_were_written_are_refused(copy, rows, value):
+    zarr.open_group(copy)[f"slides/p01-1/features/{KEY}"][:, 1:, 3] = value
     chosen = {"p01-1": rows["p01-1"]}
-    with pytest.raises(StoreCorruptError, match="p01-1.*not finite"):
+    with pytest.raises(StoreCorruptError, match="p01-1.*recorded"):
         ReplayDataset(FeatureStore.open(copy), chosen, spec())
     loader = ReplayDataset(FeatureStore.open(copy), chosen, spec(), Reading(targets_gb=0))
-    with pytest.raises(StoreCorruptError, match="p01-1.*not finite"):
+    with pytest.raises(StoreCorruptError, match="p01-1.*recorded"):
         next(loader.batches())
 
 
+def test_shards_that_were_swapped_are_refused(copy, rows):
+    one, other = (copy / f"slides/{slide_id}/features/{KEY}/c.0.1.0" for slide_id in ("p01-1", "p02-1"))
+    content = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(content)
+    with pytest.raises((StoreCorruptError, StoreMissingError), match=r"p0[12]-1"):
+        next(ReplayDataset(FeatureStore.open(copy), rows, spec(), Reading(targets_gb=0)).batches())
+
+
 def test_a_changed_slide_is_refused(copy, rows):
-    group = slide_group(copy)
-    group.attrs["g2l"] = {**group.attrs["g2l"], "fingerprint": "0" * 32}
+    change_facts(first_slide(copy), fingerprint="0" * 32, file_state=None)
     with pytest.raises(StoreMismatchError, match="p01-1.*is not the file that was cached"):
         ReplayDataset(FeatureStore.open(copy), rows, spec())
+
+
+def test_all_good_rows_need_not_be_listed(store, rows):
+    listed = first(ReplayDataset(store, rows, spec(), Reading(workers=2)), 12)
+    assert same_batches(first(ReplayDataset(store, dict.fromkeys(rows), spec()), 12), listed)
 
 
 def test_missing_views_are_refused(store, rows):

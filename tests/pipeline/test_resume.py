@@ -11,6 +11,7 @@ import pytest
 import zarr
 
 from g2l_core.extraction.batching import IN_FLIGHT
+from g2l_core.store import schema
 from g2l_core.store.features import FeatureStore
 from g2l_core.store.verify import verify
 from tests.pipeline.stage_one_process import BATCH_SIZE, N_VIEWS, SHARD_ROWS, start
@@ -48,11 +49,10 @@ def kill_during(process, reached, delay):
 def recorded_shards(store):
     """Inode and time of change of every shard file that has a completion record."""
     found = {}
-    for path in store.glob(f"slides/*/features/{KEY}"):
-        if (path / "zarr.json").exists():
-            records = json.loads((path / "zarr.json").read_text())["attributes"].get("g2l", {"shards": {}})["shards"]
-            for name in records:
-                file = path / "c" / name.replace(".", "/") / "0"
+    for slide in FeatureStore.open(store).slides() if (store / "zarr.json").exists() else []:
+        for shard in slide.shards(range(slide.n_views)):
+            if KEY in slide.encoder_keys and shard.name in slide.feature_facts(KEY).shards:
+                file = slide.shard_path(KEY, shard)
                 found[file] = (file.stat().st_ino, file.stat().st_mtime_ns)
     return found
 
@@ -71,8 +71,7 @@ def require_equal_arrays(left, right):
 
 @pytest.mark.slow
 def test_kill_nine_and_the_same_command_again(cohort, tmp_path, monkeypatch):
-    from g2l_core.store import schema
-
+    monkeypatch.setattr(schema, "SHARD_ROWS", SHARD_ROWS)
     whole, killed, log = tmp_path / "whole.zarr", tmp_path / "killed.zarr", tmp_path / "log"
     reference = to_the_end(cohort, whole, tmp_path / "whole.log")
     assert reference["complete"]
@@ -96,7 +95,6 @@ def test_kill_nine_and_the_same_command_again(cohort, tmp_path, monkeypatch):
     assert before.items() <= recorded_shards(killed).items()
     require_equal_arrays(killed, whole)
 
-    monkeypatch.setattr(schema, "SHARD_ROWS", SHARD_ROWS)
     assert {problem.kind for problem in verify(FeatureStore.open(killed))} <= {"leftover"}
     # A kill costs what was encoded of one unfinished shard set, the batches in flight and the one in work; each
     # run pads one batch.

@@ -496,4 +496,4 @@ def test_death_at_any_write_changes_nothing(tmp_path, small_shards):
             assert content(path) == wanted, f"killed at write {write}"
         else:
             break
-    assert 30 < write < 100
+    assert 20 < write < 100

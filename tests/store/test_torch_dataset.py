@@ -11,7 +11,6 @@ from torch.utils.data import DataLoader
 from g2l_core.errors import ManifestError, StoreMissingError, UnknownNameError
 from g2l_core.store.features import FeatureStore
 from g2l_core.store.torch_dataset import SlideFeatures
-from tests.store.toy import put_table
 
 KEY = "timm-mobilenetv3_small_050-64-random0"
 
@@ -49,7 +48,7 @@ def test_unreadable_patches_are_left_out(cached_store, tmp_path):
     stored = FeatureStore.open(copy, writable=True).slide("p01-1")
     status = stored.patch_status
     status[1] = 1
-    put_table(stored, "patch_status", status)
+    stored.put_table("patch_status", status)
     slide = zarr.open_group(copy)["slides/p01-1"]
     item = SlideFeatures(copy, KEY)[0]
     kept = np.delete(np.arange(slide["coords"].shape[0]), 1)

@@ -78,7 +78,7 @@ def test_absent_pixel_hashes(toy):
     slide = FeatureStore.open(toy.path, writable=True).slide("a/x")
     last = slide.pixel_hash[16:, 1].copy()
     last[2] = 0
-    new = {"pixel_hash": slide.write_block("pixel_hash", 16, last, view=1)}
+    new = {"pixel_hash": slide.write_views("pixel_hash", 16, last[None], [1])}
     change_facts(slide, tables=merged(slide.facts.tables, new))
     assert "view 1, rows 16 to 20: pixel hashes of its patches are absent" in only(toy).what
 

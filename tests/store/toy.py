@@ -8,7 +8,7 @@ from g2l_core.patches.grid import GridSpec
 from g2l_core.patches.views import COLUMNS, ViewSpec, sample_views
 from g2l_core.store.facts import EncoderFacts, SlideFacts
 from g2l_core.store.features import FeatureStore
-from g2l_core.store.slide import merged
+from g2l_core.store.tables import checksum
 from g2l_core.store.writer import FeatureWriter
 
 ENCODER, DIM = "toy", 6
@@ -56,13 +56,6 @@ def fill(slide, n_views=2, encoder=ENCODER, status=None):
     return features
 
 
-def put_table(slide, name, values):
-    """Replace a whole table of a slide of one block, recorded as if stage one had written it."""
-    for view in range(values.shape[1]) if name in {"view_params", "pixel_hash"} else [None]:
-        new = {name: slide.write_block(name, 0, values if view is None else values[:, view], view=view)}
-        slide._update(lambda facts, new=new: replace(facts, tables=merged(facts.tables, new)))
-
-
 def change_facts(slide, **changes):
     """Change what the store says of a slide, with a fitting checksum."""
     slide._update(lambda facts: replace(facts, **changes))
@@ -72,3 +65,12 @@ def change_features(slide, encoder, **changes):
     """Change what the store says of an encoder's features of a slide."""
     changed = replace(slide.facts.features[encoder], **changes)
     change_facts(slide, features={**slide.facts.features, encoder: changed})
+
+
+def put_features(slide, encoder, values, view=0):
+    """Replace one view's features of an encoder, with fitting completion records."""
+    slide.features_array(encoder)[:, view] = values
+    shards = dict(slide.facts.features[encoder].shards)
+    for shard in slide.shards([view]):
+        shards[shard.name] = replace(shards[shard.name], crc32c=checksum(values[shard.start : shard.stop]))
+    change_features(slide, encoder, shards=shards)
