@@ -74,22 +74,23 @@ def plan_segment(
         rng: Draws the batches.
         first_place: The place of the first block.
     """
-    # Every row as (place, row within the block).
     places = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
     ends = np.cumsum(sizes, dtype=np.int64)
     within = (np.arange(len(places)) - np.repeat(ends - sizes, sizes)).astype(np.int32)
-    rows = np.stack([places, within], axis=1)
-    steps = len(rows) // batch_size
+    steps = len(places) // batch_size
     batches = np.empty((steps, batch_size, 2), np.int32)
-    pool, taken = rows[:0], 0
+    # The pool holds indices into `places` and `within`, of which every row of the segment is one.
+    pool, taken = np.empty(0, np.int32), 0
     for step in range(steps):
         # Fill the pool with whole blocks, then take a random batch out of it.
-        while taken < len(rows) and len(pool) < pool_blocks * REPLAY_ROWS:
-            end = int(ends[rows[taken, 0]])
-            pool, taken = np.concatenate([pool, rows[taken:end]]), end
+        while taken < len(places) and len(pool) < pool_blocks * REPLAY_ROWS:
+            end = int(ends[places[taken]])
+            pool, taken = np.concatenate([pool, np.arange(taken, end, dtype=np.int32)]), end
         picks = rng.choice(len(pool), batch_size, replace=False)
-        batches[step] = pool[picks]
-        pool = np.delete(pool, picks, axis=0)
+        batches[step, :, 0], batches[step, :, 1] = places[pool[picks]], within[pool[picks]]
+        stays = np.ones(len(pool), bool)
+        stays[picks] = False
+        pool = pool[stays]
     batches[..., 0] += first_place
     return SegmentPlan(first_place=first_place, batches=batches)
 
