@@ -73,21 +73,12 @@ def list_slides(path: Path) -> None:
 
 
 def loader(path: Path) -> None:
-    from g2l_core.distillation.loader import ReplayDataset
+    from g2l_core.distillation.loader import Reading, ReplayDataset
     from g2l_core.distillation.replay import ReplaySpec
 
     store = FeatureStore.open(path)
     dataset = ReplayDataset(store, dict.fromkeys(store.slide_ids()), ReplaySpec(encoder=ENCODER, n_augmented=VIEWS - 1))
     assert next(dataset._order.batches(0)).position == 0  # and the first batches are planned
-
-
-def gather(path: Path) -> None:
-    from g2l_core.benchmark.rows import gather as gather_rows
-    from g2l_core.benchmark.spec import TaskSpec
-
-    store = FeatureStore.open(path)
-    rows = gather_rows([store], TaskSpec(name="t", metrics=("knn",), label="medical_center"), path)
-    assert len(rows)
 
 
 MEASURED = {"first index": index, "list": list_slides, "loader ready": loader}
