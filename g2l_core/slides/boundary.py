@@ -37,7 +37,7 @@ def slide_errors(kind: type[SlideError]) -> Iterator[None]:
         _log.debug("a slide fails", exc_info=True)
         place = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{Path(place.filename).name}, line {place.lineno}"
-        raise kind(f"{type(error).__name__} in {where}: {str(error) or 'no more is said'}") from error
+        raise kind(f"{type(error).__name__} in {where}: {' '.join(str(error).split()) or 'no more is said'}") from error
 
 
 def within(seconds: float | None, function: Callable[[], Outcome], what: str) -> Outcome:

@@ -197,7 +197,7 @@ def _find_image(folder: Path) -> tuple[Path, Mapping[str, Any]] | None:
             folder = folder / "0"
             attributes = _attributes(folder)
         multiscales = attributes.get("multiscales")
-        return (folder, multiscales[0]) if multiscales else None
+        return (folder, {**multiscales[0]}) if multiscales else None
     except OSError as error:
         raise NotASlideError(f"its metadata cannot be read: {error}") from error
     except _MALFORMED as error:

@@ -127,7 +127,8 @@ def open_handle(path: Path) -> SlideHandle:
     except openslide.OpenSlideUnsupportedFormatError:
         return _open_image(path)
     except openslide.OpenSlideError as error:
-        raise NotASlideError(f"OpenSlide cannot open it ({error}); is the file complete?") from error
+        reason = " ".join(str(error).split())
+        raise NotASlideError(f"OpenSlide cannot open it ({reason}); is the file complete?") from error
     try:
         _require_decodable(slide)
     except ReadError as error:

@@ -184,7 +184,8 @@ class Slide:
             pixels = np.asarray(handle.read_region(origin, level, size))
         except (openslide.OpenSlideError, OSError, ValueError) as error:
             self._reopen(handle)
-            raise ReadError(f"cannot decode {size[0]} x {size[1]} px at {origin}, level {level}: {error}") from error
+            reason = " ".join(str(error).split())  # OpenSlide passes on the lines of its libraries
+            raise ReadError(f"cannot decode {size[0]} x {size[1]} px at {origin}, level {level}: {reason}") from error
         if pixels[..., 3].min() == 255:
             return np.ascontiguousarray(pixels[..., :3])
         canvas = Image.new("RGBA", size, (*self._background, 255))
