@@ -182,6 +182,7 @@ def test_a_slide_that_ends_the_process_is_named_by_the_next(site, tmp_path, kind
     assert {slide.slide_id for slide in FeatureStore.open(tmp_path / "s.zarr").slides()} == {"good", "good2"}
 
 
+@pytest.mark.slow
 def test_a_slide_that_ends_the_process_stays_out_until_it_is_retried(site, tmp_path):
     folder, store = traps(tmp_path / "in", bad="segfault patch", good="fine"), tmp_path / "s.zarr"
     killed_and_named(site, folder, store, "SIGSEGV")
@@ -199,6 +200,7 @@ def test_a_slide_that_ends_the_process_stays_out_until_it_is_retried(site, tmp_p
         assert np.isfinite(slide.features(slide.encoder_keys[0], view=0)).all()
 
 
+@pytest.mark.slow
 def test_an_innocent_slide_is_not_lost_by_kills(site, tmp_path):
     folder, store = traps(tmp_path / "in", good="fine", good2="fine", good3="fine"), tmp_path / "s.zarr"
     (tmp_path / "slow").touch()
