@@ -1,8 +1,11 @@
-"""Write files so that nobody ever sees half of one."""
+"""Write files so that nobody ever sees half of one, and read text that anybody may have written."""
 
 import errno
+import json
 import os
-from collections.abc import Callable, Iterator
+import re
+import tomllib
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -103,3 +106,54 @@ def write_with(path: Path, write: Callable[[Path], object]) -> None:
         sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What a JSON text says.
+
+    Raises:
+        ValueError: It is no JSON, or nested too deeply.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """What a TOML text says.
+
+    Raises:
+        ValueError: It is no TOML, or nested too deeply.
+    """
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+_FORMULA = re.compile(r"'*[=+\-@\t\r]")
+_QUOTED = re.compile(r"'+[=+\-@\t\r]")
+
+
+def csv_row(row: Iterable[object]) -> list[object]:
+    """Cells for a CSV file. Text that a spreadsheet would run as a formula gets an apostrophe; numbers stay.
+
+    `csv_value` gives such a text back as it was.
+    """
+    return [
+        f"'{cell}" if isinstance(cell, str) and _FORMULA.match(cell) and not _is_number(cell) else cell for cell in row
+    ]
+
+
+def csv_value(cell: str) -> str:
+    """The text of a cell that `csv_row` made."""
+    return cell[1:] if _QUOTED.match(cell) else cell
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,10 @@ from g2l_core.extraction.repair import adopt_repaired
 from g2l_core.patches.artifacts import count_artifacts
 from g2l_core.patches.grid import GridSpec
 from g2l_core.patches.views import ViewSpec
+from g2l_core.slides.boundary import within
 from g2l_core.slides.manifest import Source, read_sources
 from g2l_core.slides.mpp import audit_table
+from g2l_core.slides.under_way import UnderWay
 from g2l_core.store.facts import ExtractionRunFacts
 from g2l_core.store.features import FeatureStore
 from g2l_core.store.locks import LOCKS, locked
@@ -25,6 +28,7 @@ from g2l_core.tissue.methods import TissueMethod
 from g2l_core.tissue.overview import overview_folder
 from pipeline.audit import audit_sources, require_plausible
 from pipeline.extract import encode_slides
+from pipeline.killers import Trial, without_killers
 from pipeline.progress import ProgressLine, clock, say
 from pipeline.settings import ExtractionSettings
 
@@ -73,30 +77,34 @@ def run_extraction(
     sources = read_sources(inputs)
     for spec in encoder_specs if not settings.force_mpp else ():
         require_mpp(spec, grid.mpp)
-    audit_new(sources, store_path, settings)
+    trial = without_killers(sources, store_path, grid, settings)
+    audit_new(trial.sources, store_path, settings)
     store = FeatureStore.create(store_path, grid=grid.to_json(), views=views.to_json())
     with locked(store_path / LOCKS / "writer", wait_s=0, holder="another g2l command writes into it"):
-        return _fill(store, sources, encoder_specs, grid, views, settings, tissue)
+        return _fill(store, trial, encoder_specs, grid, views, settings, tissue)
 
 
 def _fill(
     store: FeatureStore,
-    sources: Sequence[Source],
+    trial: Trial,
     encoder_specs: Sequence[EncoderSpec],
     grid: GridSpec,
     views: ViewSpec,
     settings: ExtractionSettings,
     tissue: TissueMethod | None,
 ) -> ExtractionSummary:
+    sources: Sequence[Source] = trial.sources
     if settings.retry_failed:
-        wanted = lost_slides(store)
+        wanted = lost_slides(store) | trial.acquitted
         sources = [source for source in sources if source.slide_id in wanted]
     encoders = [
         load_encoder(spec, device=settings.device, precision=settings.encoder_precision) for spec in encoder_specs
     ]
     for encoder in encoders:
         store.add_encoder(encoder.key, encoder.facts)
-    failed = patch_cohort(store, sources, grid, views, settings, tissue)
+    for slide_id, reason in trial.blamed.items():
+        store.fail_slide(slide_id, str(trial.paths[slide_id]), reason)
+    failed = trial.blamed | patch_cohort(store, sources, grid, views, settings, tissue)
     ready = [source.slide_id for source in sources if source.slide_id not in failed]
     progress = encode_cohort(store, ready, encoders, settings)
     note_run(store, encoders, progress, settings)
@@ -126,7 +134,13 @@ def audit_new(sources: Sequence[Source], store_path: Path, settings: ExtractionS
     if (store_path / "zarr.json").exists():
         known = {slide.slide_id for slide in FeatureStore.open(store_path).slides()}
     new = [source for source in sources if source.slide_id not in known]
-    facts, findings, _ = audit_sources(new, mpp_override=settings.mpp_override, workers=settings.workers)
+    facts, findings, _ = audit_sources(
+        new,
+        mpp_override=settings.mpp_override,
+        workers=settings.workers,
+        watch=UnderWay(store_path),
+        timeout=settings.slide_timeout,
+    )
     if facts:
         say(audit_table(facts, findings))
     require_plausible(findings, accept_mpp=settings.accept_mpp)
@@ -175,8 +189,12 @@ def patch_cohort(
         if source.slide_id in known:
             try:
                 if settings.retry_failed:
-                    adopt_repaired(known[source.slide_id], source.path, grid, views)
-                refresh_stored(known[source.slide_id], source, views, n_views, tissue)
+                    within(
+                        settings.slide_timeout,
+                        partial(adopt_repaired, known[source.slide_id], source.path, grid, views),
+                        "comparing it with what was cached",
+                    )
+                refresh_stored(known[source.slide_id], source, views, n_views, tissue, settings.slide_timeout)
             except (SlideError, StoreMismatchError) as error:
                 failed[source.slide_id] = str(error)
     new = [source for source in sources if source.slide_id not in known]
@@ -187,6 +205,8 @@ def patch_cohort(
         workers=settings.workers,
         tissue=tissue,
         qc=overview_folder(store.path) if settings.pictures else None,
+        watch=UnderWay(store.path),
+        timeout=settings.slide_timeout,
     )
     with ProgressLine("tissue", "slides") as line:
         for done, outcome in enumerate(outcomes, start=1):

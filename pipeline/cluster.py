@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from time import perf_counter
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from g2l_core.encoders.loading import LoadedEncoder, load_encoder
 from g2l_core.encoders.resolve import spec_from_json
+from g2l_core.encoders.trust import code_of, with_trusted_code
 from g2l_core.errors import EncoderError, G2LError, UsageError
 from g2l_core.extraction.extract import ExtractionProgress, missing_patches
 from g2l_core.store.facts import EncoderFacts
@@ -65,6 +67,8 @@ def encode_on_workers(
         workers = max(1, len(client.nthreads()))
         groups = make_groups(missing, workers * GROUPS_PER_WORKER, 4 * settings.batch_size)
         facts = [encoder.facts for encoder in encoders]
+        own = {code_of(e.spec).partition(":")[0] for e in encoders} - {""}  # loaded here, so typed or trusted
+        settings = replace(settings, trust_code=tuple(own))
         for group, outcome in _run(client, groups, store, facts, settings):
             _add(total, group, outcome, workers)
             total.elapsed = perf_counter() - begin
@@ -163,7 +167,8 @@ def _resident(facts: Sequence[EncoderFacts], settings: ExtractionSettings) -> li
         del _RESIDENT[digest]
     for wanted in facts:
         if wanted.digest not in _RESIDENT:
-            spec, device = spec_from_json(wanted.to_json()), _own_device(settings.device)
+            spec = spec_from_json(wanted.to_json(), "the calling process")
+            spec, device = with_trusted_code(spec, settings.trust_code), _own_device(settings.device)
             encoder = load_encoder(spec, device=device, precision=wanted.precision)
             if encoder.digest != wanted.digest:
                 raise EncoderError(f"a worker has other weights of {wanted.name} than the calling process")

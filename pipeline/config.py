@@ -1,12 +1,12 @@
 """Recipes and sweeps: TOML files of the options of `g2l distill`, checked against the specs that declare them."""
 
-import tomllib
 from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from g2l_core.errors import UnknownNameError, UsageError
+from g2l_core.files import parse_toml
 from g2l_core.options import Entry, build, entries
 from pipeline.settings import DistillSettings, Recipe
 
@@ -31,8 +31,8 @@ def read_toml(path: Path) -> dict[str, Any]:
         UsageError: It cannot be read.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        return parse_toml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise UsageError(f"cannot read {path}: {error}") from error
 
 

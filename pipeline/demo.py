@@ -9,6 +9,7 @@ from textwrap import fill
 from g2l_core.distillation.spec import OptimSpec, TrainSettings
 from g2l_core.encoders.resolve import EncoderSpec, resolve_encoder
 from g2l_core.errors import UsageError
+from g2l_core.files import csv_row
 from g2l_core.patches.grid import GridSpec
 from g2l_core.patches.views import ViewSpec
 from g2l_core.results import Comparison, Report, Result
@@ -208,6 +209,6 @@ def _method(results: Sequence[Result], after: str) -> str:
 
 def _write_csv(path: Path, rows: Sequence[dict[str, str]]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+        writer = csv.writer(file)
+        writer.writerow(csv_row(rows[0]))
+        writer.writerows(csv_row(row.values()) for row in rows)

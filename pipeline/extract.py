@@ -31,6 +31,7 @@ def encode_slides(
             report=report,
             retry_unreadable=settings.retry_failed,
             stage=stage,
+            timeout=settings.slide_timeout,
         )
 
 

@@ -71,7 +71,14 @@ def make_plan(
     """Find the patches of all sources on their thumbnails, and measure reading and encoding on some of them."""
     patched: list[tuple[Source, PatchedSlide]] = []
     failed: dict[str, str] = {}
-    outcomes = patch_sources(sources, grid, mpp_override=settings.mpp_override, workers=settings.workers, tissue=tissue)
+    outcomes = patch_sources(
+        sources,
+        grid,
+        mpp_override=settings.mpp_override,
+        workers=settings.workers,
+        tissue=tissue,
+        timeout=settings.slide_timeout,
+    )
     with ProgressLine("tissue", "slides") as line:
         for done, outcome in enumerate(outcomes, start=1):
             if outcome.patched is not None:

@@ -1,12 +1,13 @@
 """`g2l store verify --recompute N`: encode random rows again, and compare them with what the store holds."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from g2l_core.encoders.loading import LoadedEncoder, encode_all, load_encoder
 from g2l_core.encoders.resolve import spec_from_json
+from g2l_core.encoders.trust import with_trusted_code
 from g2l_core.errors import SlideError
 from g2l_core.patches.grid import GridSpec
 from g2l_core.patches.render import open_patches, render_block
@@ -35,7 +36,9 @@ class Recomputed:
     problems: tuple[Problem, ...]
 
 
-def recompute(store: FeatureStore, n: int, *, seed: int, device: str, batch_size: int = 32) -> Iterator[Recomputed]:
+def recompute(
+    store: FeatureStore, n: int, *, seed: int, device: str, batch_size: int = 32, trusted: Collection[str] = ()
+) -> Iterator[Recomputed]:
     """Encode `n` random stored (patch, view) pairs of every encoder again, from pixels that are read again.
 
     Args:
@@ -44,12 +47,14 @@ def recompute(store: FeatureStore, n: int, *, seed: int, device: str, batch_size
         seed: Random seed.
         device: auto, cpu or cuda.
         batch_size: Views encoded together.
+        trusted: Modules whose code may run if the store names it.
 
     Raises:
-        EncoderError: The encoder's weights are no longer available.
+        EncoderError: The encoder's weights are no longer available, or the store names code that is not trusted.
     """
     for key, facts in store.encoders.items():
-        encoder = load_encoder(spec_from_json(facts.to_json()), device=device, precision=facts.precision)
+        spec = with_trusted_code(spec_from_json(facts.to_json(), str(store.path / "zarr.json")), trusted)
+        encoder = load_encoder(spec, device=device, precision=facts.precision)
         if encoder.digest != facts.digest:
             what = f"its digest is {encoder.digest[:12]} now, {facts.digest[:12]} in the store: other weights"
             problem = Problem(kind="damaged", encoder=key, what=what)

@@ -9,7 +9,7 @@ from typing import Any
 from g2l_core.distillation.training import TrainOutcome
 from g2l_core.encoders.resolve import RUN_RECORD
 from g2l_core.errors import RunError
-from g2l_core.files import write_text
+from g2l_core.files import parse_json, write_text
 from g2l_core.store.facts import EncoderFacts, Facts
 from g2l_core.store.provenance import differences
 
@@ -117,6 +117,6 @@ def read_run(folder: Path) -> RunRecord:
     """
     path = folder / RUN_RECORD
     try:
-        return RunRecord.from_json(json.loads(path.read_text(encoding="utf-8")))
+        return RunRecord.from_json(parse_json(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{path} is no record of g2l distill: {error}") from error

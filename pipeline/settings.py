@@ -9,6 +9,8 @@ from g2l_core.options import DATA, ENCODER, MACHINE, OUTPUT, PATCHES, SLIDES, TR
 
 KEPT = ("last", "best")
 
+TRUST_CODE = "A module that may run although a file names it: a store, run folder, spec file, recipe; repeatable."
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractionSettings:
@@ -25,6 +27,7 @@ class ExtractionSettings:
     )
     compile: bool = option(False, panel=ENCODER, help="Compile the network: faster on a GPU, half a minute to start.")
     batch_size: int = option(32, min=1, panel=ENCODER, help="Views encoded together.")
+    trust_code: tuple[str, ...] = option((), panel=ENCODER, help=TRUST_CODE)
     device: str = option("auto", panel=MACHINE, help="auto, cpu or cuda.")
     workers: int = option(2, min=1, panel=MACHINE, help="Threads that read and augment.")
     local_workers: int = option(
@@ -37,6 +40,12 @@ class ExtractionSettings:
     stage_gb: float = option(50.0, min=0.001, panel=MACHINE, help="Maximum GB (1e9 bytes) of such copies at a time.")
     pictures: bool = option(
         True, panel=OUTPUT, help="Draw each slide's tissue and kept patches, and write GeoJSON, beside the store."
+    )
+    slide_timeout: float | None = option(
+        None,
+        min=0.001,
+        panel=SLIDES,
+        help="Seconds after which a slide fails if opening it, its tissue, or 64 patches take longer; none by default.",
     )
     retry_failed: bool = option(
         False, panel=SLIDES, help="Process only slides that failed and patches that could not be read."
@@ -103,6 +112,7 @@ class DistillHow:
     """How stage two runs. None of it changes the student, except for the device."""
 
     resume: bool = option(False, help="Go on with the run in --out.")
+    trust_code: tuple[str, ...] = option((), panel=ENCODER, help=TRUST_CODE)
     device: str = option("auto", panel=MACHINE, help="auto, cpu or cuda.")
     workers: int = option(2, min=1, panel=MACHINE, help="Threads that read and augment.")
     targets_gb: float = option(4.0, panel=MACHINE, help="Targets of up to so many GB are held in memory.")

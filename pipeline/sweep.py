@@ -12,6 +12,7 @@ from typing import Any
 from g2l_core.distillation.spec import ALPHA_LOSSES
 from g2l_core.encoders.resolve import RUN_RECORD, resolve_encoder
 from g2l_core.errors import G2LError, RunError, UsageError
+from g2l_core.files import csv_row, parse_toml
 from g2l_core.report.page import render
 from g2l_core.report.plots import curves
 from pipeline.config import NAMES, check_option, find_recipe, read_toml, settings_of
@@ -105,11 +106,9 @@ def read_sweep(name: str, changes: Sequence[str]) -> Sweep:
 
 def _value(text: str) -> Any:
     """A value as TOML reads it; a bare word is text."""
-    import tomllib
-
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        return parse_toml(f"value = {text}")["value"]
+    except ValueError:
         return text
 
 
@@ -121,7 +120,7 @@ def run_sweep(
     Raises:
         G2LError: Nothing could be started.
     """
-    spec = resolve_encoder(student, weights=weights)
+    spec = resolve_encoder(student, weights=weights, trusted=how.trust_code)
     runs = sweep.runs()
     for run in runs:  # what cannot be used is refused before the first run starts
         settings_of({**sweep.base, **run})
@@ -195,11 +194,12 @@ def _write(result: SweepResult, out: Path) -> None:
     with (out / RESULTS).open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(
-            [*varied, "run", "steps", *(f"{name}_{when}" for name in HELD_OUT for when in ("before", "after"))]
+            [*csv_row(varied), "run", "steps", *(f"{name}_{when}" for name in HELD_OUT for when in ("before", "after"))]
         )
         for run in result.finished:
             figures = [values[name] for name in HELD_OUT for values in (run.before, run.after)]
-            writer.writerow([*(run.varied.get(name, "") for name in varied), run.folder, run.steps, *figures])
+            cells = (*(run.varied.get(name, "") for name in varied), run.folder, run.steps, *figures)
+            writer.writerow(csv_row(cells))
     (out / PAGE).write_text(_page(result), encoding="utf-8")
 
 

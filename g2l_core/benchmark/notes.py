@@ -1,6 +1,5 @@
 """What a reader of a task's results must know of its rows: copies, missing labels, slides used in distillation."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import numpy as np
 from g2l_core.benchmark.rows import TaskRows, stored_encoders
 from g2l_core.benchmark.spec import TaskSpec
 from g2l_core.encoders.resolve import RUN_RECORD
+from g2l_core.files import parse_json
 from g2l_core.store.facts import EncoderFacts
 from g2l_core.store.features import FeatureStore
 
@@ -61,7 +61,7 @@ def _distilled(key: str, facts: EncoderFacts, tested: set[str]) -> list[str]:
         return []
     path = Path(student).parent / RUN_RECORD
     try:
-        trained = set(json.loads(path.read_text(encoding="utf-8"))["rows"]["train"])
+        trained = set(parse_json(path.read_text(encoding="utf-8"))["rows"]["train"])
     except (OSError, ValueError, KeyError, TypeError):
         return [f"{path} is not there to tell whether {key} was distilled on slides that it is tested on"]
     shared = sorted(tested & trained)

@@ -1,6 +1,5 @@
 """Read task files: one TOML table for each task, whose keys are the fields of `TaskSpec` and its options."""
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import is_dataclass
 from functools import cache
@@ -12,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from g2l_core.benchmark.spec import TaskSpec
 from g2l_core.errors import G2LError, TaskError, UnknownNameError, UsageError
+from g2l_core.files import parse_toml
 from g2l_core.results import PublishedValue
 
 _KINDS = {
@@ -30,8 +30,8 @@ def task_tables(path: Path) -> tuple[str, dict[str, Mapping[str, Any]]]:
         UsageError: The file is not TOML, or has no task.
     """
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        content = parse_toml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise UsageError(f"cannot read the task file {path}: {error}") from error
     unknown = set(content) - {"title", "tasks"}
     tables = content.get("tasks")

@@ -13,7 +13,7 @@ from g2l_core.datasets.layout import wrong
 from g2l_core.datasets.pixels import write_png
 from g2l_core.datasets.spec import Dataset, Record
 from g2l_core.errors import ManifestError, UsageError
-from g2l_core.files import replacing
+from g2l_core.files import csv_row, replacing
 
 FIRST = ("slide_id", "path", "patch_id", "mpp", "dataset", "patient_id", "medical_center")
 
@@ -141,6 +141,6 @@ def _write(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
     others = [c for c in used if c not in FIRST and c != "split"]
     columns = [*own, *others, *(["split"] if "split" in used else [])]
     with replacing(path, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(csv_row(columns))
+        writer.writerows(csv_row(row.get(column, "") for column in columns) for row in rows)

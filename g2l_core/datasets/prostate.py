@@ -1,6 +1,5 @@
 """Prostate: Gleason (Arvaniti), AGGC22, CHIMERA, PANDA."""
 
-import json
 import re
 from functools import partial
 from pathlib import Path
@@ -9,6 +8,7 @@ from g2l_core.datasets.layout import base_folder, files, some, table, wrong
 from g2l_core.datasets.pixels import cells_of, fitted
 from g2l_core.datasets.spec import Reading, Record
 from g2l_core.errors import ManifestError
+from g2l_core.files import parse_json
 
 GLEASON = ("benign", "gleason 3", "gleason 4", "gleason 5")
 GLEASON_NAME = re.compile(r"(?P<core>(?P<array>ZT\d+)_\w+?)_patch_\d+_class_(?P<class>[0-3])\.jpg")
@@ -89,7 +89,7 @@ def read_chimera(root: Path) -> Reading:
 def _chimera_patient(base: Path, patient: str) -> dict[str, str]:
     path = base / "clinical_data" / f"{patient}.json"
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
+        facts = parse_json(path.read_text(encoding="utf-8"))
         event = float(facts["BCR"])
         bcr, months = CHIMERA_BCR[event], f"{float(facts['time_to_follow-up/BCR']):g}"
     except (OSError, ValueError, KeyError, TypeError) as error:

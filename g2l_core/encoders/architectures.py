@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from g2l_core.encoders.timm_compat import import_timm
-from g2l_core.errors import EncoderError, UnknownNameError
+from g2l_core.errors import EncoderError, UnknownNameError, UsageError
 
 
 class ConvStem(nn.Module):
@@ -67,6 +67,9 @@ def _layers() -> dict[str, Any]:
 LAYERS = ("SwiGLUPacked", "SiLU", "ConvStem", "LayerNorm(1e-12)")
 """The names that arguments ending in `_layer` may have."""
 
+LOADING = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
+"""Arguments of `timm.create_model` that read files or the hub. A spec's weights come from its `weights` alone."""
+
 
 def build_architecture(architecture: str, arguments: Mapping[str, Any], seed: int) -> nn.Module:
     """Build the network without classifier, on the CPU. Its random weights depend only on the seed.
@@ -79,11 +82,14 @@ def build_architecture(architecture: str, arguments: Mapping[str, Any], seed: in
     Raises:
         EncoderError: The function cannot be found or called, or returns no torch module.
         UnknownNameError: There is no layer of that name.
+        UsageError: An argument would load other weights.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if ":" in architecture:
             return call_function(architecture, arguments)
+        if refused := sorted(set(arguments) & set(LOADING)):
+            raise UsageError(f"{architecture}: the argument {refused[0]} loads files; name weights with `weights`")
         return import_timm().create_model(architecture, num_classes=0, **_with_layers(arguments))
 
 

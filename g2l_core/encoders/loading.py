@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from g2l_core.encoders.architectures import build_architecture
 from g2l_core.encoders.patch_encoder import PatchEncoder
 from g2l_core.encoders.resolve import EncoderSpec, encoder_key, spec_to_json
+from g2l_core.encoders.trust import code_of, require_trusted
 from g2l_core.encoders.weight_layouts import state_dict_in_timm_layout
 from g2l_core.encoders.weights import read_tensors, state_digest, weights_file
 from g2l_core.errors import EncoderError, UnknownNameError, UsageError
@@ -131,8 +132,9 @@ def build_network(spec: EncoderSpec) -> nn.Module:
     """Build the network with its weights, on the CPU, in float32, without classifier.
 
     Raises:
-        EncoderError: The weights cannot be read or do not fit.
+        EncoderError: The weights cannot be read or do not fit, or a file names code that was not trusted.
     """
+    require_trusted(code_of(spec), spec.named_in)
     source = spec.source
     network = build_architecture(spec.architecture, spec.arguments, int(source.where) if spec.is_untrained else 0)
     if source.kind not in {"random", "module"}:

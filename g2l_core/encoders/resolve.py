@@ -4,9 +4,8 @@ Nothing here needs torch; `loading` builds the networks. Teacher and student are
 folder of `g2l distill` is an encoder like any other.
 """
 
-import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,9 @@ from typing import Any
 from g2l_core.encoders.registry import TABLE
 from g2l_core.encoders.spec import POOLINGS, EncoderSpec, WeightsSource, spec_from_json, spec_to_json
 from g2l_core.encoders.spec_file import read_encoder_file
+from g2l_core.encoders.trust import require_trusted, with_trusted_code
 from g2l_core.errors import EncoderError, UnknownNameError, UsageError
+from g2l_core.files import parse_json
 from g2l_core.store.facts import EncoderFacts
 
 __all__ = [
@@ -34,7 +35,14 @@ def normalized(name: str) -> str:
     return re.sub(r"[^a-z0-9@]", "", name.lower())
 
 
-def resolve_encoder(text: str, *, weights: str | None = None, seed_hint: bool = True) -> EncoderSpec:
+def resolve_encoder(
+    text: str,
+    *,
+    weights: str | None = None,
+    seed_hint: bool = True,
+    named_in: str = "",
+    trusted: Collection[str] | None = (),
+) -> EncoderSpec:
     """Find the spec of the encoder that a user names.
 
     Args:
@@ -42,17 +50,20 @@ def resolve_encoder(text: str, *, weights: str | None = None, seed_hint: bool = 
             it sets another input size, and `+POOLING` another pooling, as in `virchow2@448+cls`.
         weights: Replaces the encoder's own weights: `random:SEED`, a file, or `hub:REPOSITORY[@REVISION][#FILE]`.
         seed_hint: Whether the message for missing weights mentions random ones.
+        named_in: The file that `text` comes from; empty if the user wrote it.
+        trusted: Modules whose code may run if a file names it. With None the spec is only to be looked at.
 
     Raises:
         UnknownNameError: No encoder or pooling has that name. The message suggests the nearest.
         UsageError: A timm architecture without weights, a malformed size, or a spec file that cannot be used.
-        EncoderError: A run folder is not complete, or a function cannot be used.
+        EncoderError: A run folder is not complete, a function cannot be used, or a file names code of a module that
+            is not trusted.
     """
     if is_run_folder(text):
-        return run_encoder(Path(text))
+        return with_trusted_code(run_encoder(Path(text)), trusted)
     base, pooling = _split_pooling(text)
     name, _, size = base.rpartition("@") if re.search(r"@[^@/]*$", base) else (base, "", "")
-    spec = _base_spec(name)
+    spec = with_trusted_code(_base_spec(name, named_in, trusted), trusted)
     if "@" in base and name != base:
         spec = _with_input_px(spec, size)
     if pooling:
@@ -73,13 +84,13 @@ def _split_pooling(text: str) -> tuple[str, str]:
     return (base, pooling) if plus else (text, "")
 
 
-def _base_spec(name: str) -> EncoderSpec:
+def _base_spec(name: str, named_in: str, trusted: Collection[str] | None) -> EncoderSpec:
     if name.lower().startswith("timm:"):
         return _timm_spec(name)
     if name.lower().endswith(".toml"):
         return read_encoder_file(Path(name))
     if _FUNCTION.match(name):
-        return _function_spec(name)
+        return _function_spec(name, named_in, trusted)
     return _table_spec(name)
 
 
@@ -103,12 +114,13 @@ def _timm_spec(name: str) -> EncoderSpec:
     return EncoderSpec(name=f"timm:{architecture}", weights="", **timm_preprocessing(architecture))
 
 
-def _function_spec(text: str) -> EncoderSpec:
+def _function_spec(text: str, named_in: str, trusted: Collection[str] | None) -> EncoderSpec:
     """The spec of a module that a function returns, with the preprocessing in the module's attributes.
 
     Raises:
         EncoderError: The function cannot be used, or its module has no `mean`, `std` or `input_px`.
     """
+    require_trusted(text, named_in, trusted or ())
     from g2l_core.encoders.architectures import call_function
 
     network = call_function(text, {})
@@ -163,17 +175,25 @@ def run_encoder(folder: Path) -> EncoderSpec:
     """The student of a run folder as an encoder.
 
     Raises:
-        EncoderError: The run has no finished student.
+        EncoderError: The run has no finished student, or its record cannot be read.
     """
     student = (folder / STUDENT_FOLDER).resolve()
-    return spec_from_json({**_student_record(folder), "name": folder.resolve().name, "weights": f"run:{student}"})
+    record = student / STUDENT_RECORD
+    fields = {**_student_record(folder), "name": folder.resolve().name, "weights": f"run:{student}"}
+    try:
+        return spec_from_json(fields, str(record))
+    except (TypeError, ValueError, AttributeError) as error:
+        raise EncoderError(f"{record} describes no encoder: {error}. Run g2l distill --resume again") from error
 
 
 def _student_record(folder: Path) -> dict[str, Any]:
     record = folder / STUDENT_FOLDER / STUDENT_RECORD
     if not record.is_file():
         raise EncoderError(f"{folder} has no finished student; run g2l distill --resume --out {folder}")
-    fields: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
+    try:
+        fields: dict[str, Any] = {**parse_json(record.read_text(encoding="utf-8"))}
+    except (OSError, ValueError, TypeError) as error:
+        raise EncoderError(f"cannot read {record}: {error}. Run g2l distill --resume --out {folder}") from error
     return fields
 
 

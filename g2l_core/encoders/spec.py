@@ -88,6 +88,9 @@ class EncoderSpec:
     gated: bool = False
     trained_on: str = ""
     """What it was trained on, for reports."""
+    named_in: str = field(default="", compare=False)
+    """The file that describes it and may be somebody else's; empty if the user named it. It is not written anywhere,
+    and code that such a file names is not run (`trust`)."""
 
     def __post_init__(self) -> None:
         """Refuse an encoder that cannot be built.
@@ -126,10 +129,16 @@ class EncoderSpec:
         return not wanted or any(abs(mpp - known) <= MPP_TOLERANCE * known for known in wanted)
 
 
-def spec_from_json(fields: Mapping[str, Any]) -> EncoderSpec:
-    """The spec that `spec_to_json` wrote. Unknown keys are ignored."""
+def spec_from_json(fields: Mapping[str, Any], named_in: str = "a stored description") -> EncoderSpec:
+    """The spec that `spec_to_json` wrote. Unknown keys are ignored.
+
+    Args:
+        fields: The spec as plain values.
+        named_in: The file that they come from.
+    """
     fields = {("license" if key == STORED_LICENSE else key): value for key, value in fields.items()}
     known: dict[str, Any] = {k: v for k, v in fields.items() if k in EncoderSpec.__dataclass_fields__}
+    known["named_in"] = named_in
     known |= {k: tuple(known[k]) for k in ("mean", "std", "also_mpp") if k in known}
     return EncoderSpec(**known)
 
@@ -137,4 +146,6 @@ def spec_from_json(fields: Mapping[str, Any]) -> EncoderSpec:
 def spec_to_json(spec: EncoderSpec) -> dict[str, Any]:
     """The spec as values that JSON can hold."""
     lists = {"mean": list(spec.mean), "std": list(spec.std), "also_mpp": list(spec.also_mpp)}
-    return {(STORED_LICENSE if k == "license" else k): v for k, v in {**asdict(spec), **lists}.items()}
+    fields = {**asdict(spec), **lists}
+    del fields["named_in"]
+    return {(STORED_LICENSE if k == "license" else k): v for k, v in fields.items()}

@@ -1,6 +1,5 @@
 """Read the spec file of a lab's own encoder: a TOML file of about ten lines."""
 
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -9,6 +8,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from g2l_core.encoders.spec import PRECISIONS, STORED_LICENSE, EncoderSpec
 from g2l_core.errors import UnknownNameError, UsageError
+from g2l_core.files import parse_toml
 
 _KEYS = (
     "name", "architecture", "arguments", "weights", "layout", "input_px", "mean", "std", "interpolation", "pooling",
@@ -36,8 +36,8 @@ def read_encoder_file(path: Path) -> EncoderSpec:
             the key.
     """
     try:
-        fields = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        fields = parse_toml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise UsageError(f"cannot read the encoder's spec file {path}: {error}") from error
     if STORED_LICENSE in fields:  # the key's older spelling
         fields["license"] = fields.pop(STORED_LICENSE)
@@ -46,7 +46,7 @@ def read_encoder_file(path: Path) -> EncoderSpec:
         raise UsageError(f"{path}: missing {', '.join(missing)}; a spec file needs {', '.join(_NEEDED)}")
     if fields.get("card_precision", "fp32") not in PRECISIONS[1:]:
         raise UnknownNameError("card_precision", fields["card_precision"], PRECISIONS[1:])
-    return EncoderSpec(**{"name": path.stem, **fields, "weights": _weights(path, fields)})
+    return EncoderSpec(**{"name": path.stem, **fields, "weights": _weights(path, fields), "named_in": str(path)})
 
 
 def _checked(path: Path, key: str, value: object) -> Any:

@@ -2,6 +2,7 @@
 
 import shutil
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from g2l_core.encoders.loading import LoadedEncoder, load_encoder
 from g2l_core.encoders.patch_encoder import PatchEncoder
 from g2l_core.encoders.resolve import STUDENT_FOLDER, EncoderSpec, run_encoder, spec_to_json
 from g2l_core.encoders.student_folder import write_json
+from g2l_core.encoders.trust import with_trusted_code
 from g2l_core.encoders.weight_layouts import state_dict_in_transformers_layout
 from g2l_core.errors import EncoderError, RunError, UnknownNameError, UsageError
 
@@ -32,7 +34,7 @@ class NormalizedEncoder(nn.Module):
         return self.encoder.pooled(images)
 
 
-def export_student(run: Path, form: str, out: Path) -> Path:
+def export_student(run: Path, form: str, out: Path, trusted: Collection[str] = ()) -> Path:
     """Write the student of a run for other programs.
 
     Args:
@@ -40,6 +42,7 @@ def export_student(run: Path, form: str, out: Path) -> Path:
         form: timm (a folder for `local-dir:` or the hub), torchscript, onnx, or transformers (only a DINOv2 with
             registers, in Hibou's own layout).
         out: The folder to make.
+        trusted: Modules whose code may run if the run's record names it.
 
     Raises:
         UnknownNameError: There is no such format.
@@ -55,7 +58,7 @@ def export_student(run: Path, form: str, out: Path) -> Path:
     if form == "timm":
         shutil.copytree(run / STUDENT_FOLDER, out)
         return out
-    encoder = load_encoder(spec, device="cpu", precision="fp32")
+    encoder = load_encoder(with_trusted_code(spec, trusted), device="cpu", precision="fp32")
     temporary = out.with_name(out.name + ".partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

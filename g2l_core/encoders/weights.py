@@ -93,7 +93,7 @@ def weights_file(spec: EncoderSpec) -> Path:
 
 def _package_file(spec: EncoderSpec) -> Path:
     package = spec.source.where
-    module = importlib.util.find_spec(package)
+    module = importlib.util.find_spec(package) if package.isidentifier() else None  # a dotted name imports its parent
     files = sorted(Path(module.origin).parent.glob(spec.source.file)) if module and module.origin else []
     if not files:
         raise EncoderError(f"{spec.name} needs the package {package.replace('_', '-')}: pip install it")

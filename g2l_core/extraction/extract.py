@@ -25,6 +25,7 @@ one or two for large slides, one a slide for small ones, each no larger than its
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 
@@ -32,14 +33,16 @@ import numpy as np
 
 from g2l_core.concurrency import run_ahead
 from g2l_core.encoders.loading import LoadedEncoder
-from g2l_core.errors import EncoderError, SlideError, StoreMismatchError
+from g2l_core.errors import EncoderError, ReadError, SlideError, StoreMismatchError
 from g2l_core.extraction.batching import Batcher, ShardBuffer
 from g2l_core.patches.artifacts import ArtifactSpec
 from g2l_core.patches.grid import GridSpec
 from g2l_core.patches.grid import blocks as row_blocks
 from g2l_core.patches.render import PatchReader, RenderedBlock, open_patches, render_block
 from g2l_core.patches.views import ViewSpec
+from g2l_core.slides.boundary import within
 from g2l_core.slides.staging import Stage
+from g2l_core.slides.under_way import UnderWay
 from g2l_core.store.features import FeatureStore, StoredSlide
 from g2l_core.store.schema import STATUS
 from g2l_core.store.writer import FeatureWriter
@@ -93,6 +96,25 @@ class _Block:
     """Where the features of the rows gather, one an encoder; all blocks of a shard share them."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Reading:
+    """How slides are opened."""
+
+    watch: UnderWay
+    timeout: float | None
+    stage: Stage | None
+
+    def open(self, slide: StoredSlide, grid: GridSpec, source: Path) -> PatchReader:
+        """Open a slide, or its copy, for reading.
+
+        Raises:
+            SlideError: It cannot be opened.
+        """
+        path = self.stage.path_of(source) if self.stage else source
+        with self.watch.reading(slide.slide_id):
+            return within(self.timeout, lambda: open_patches(slide, grid, path), "opening it")
+
+
 def missing_patches(
     store: FeatureStore,
     slide_ids: Sequence[str],
@@ -126,6 +148,7 @@ def extract_features(
     report: Callable[[ExtractionProgress], None],
     retry_unreadable: bool = False,
     stage: Stage | None = None,
+    timeout: float | None = None,
 ) -> ExtractionProgress:
     """Encode whatever these slides still miss, each patch read and augmented once for all encoders.
 
@@ -139,6 +162,7 @@ def extract_features(
         report: Called after every block with the progress so far.
         retry_unreadable: Whether to try the patches again that could not be read before.
         stage: Where slides are copied to before they are read; None reads them where they are.
+        timeout: Seconds that opening a slide, or reading a block of its patches, may take; then the slide fails.
 
     Returns:
         The final progress, with every slide and patch that failed.
@@ -147,18 +171,35 @@ def extract_features(
     total = missing_patches(store, slide_ids, encoders, n_views, retry_unreadable=retry_unreadable)
     progress = ExtractionProgress(patches_total=total)
 
-    def render(block: _Block) -> tuple[_Block, RenderedBlock]:
-        rows = block.rows.tolist()
-        return block, render_block(block.reader, rows, block.params, block.status, views, block.artifacts)
+    watch, lost = UnderWay(store.path), set[StoredSlide]()
+
+    def render(block: _Block) -> tuple[_Block, RenderedBlock | SlideError]:
+        reading = partial(
+            render_block, block.reader, block.rows.tolist(), block.params, block.status, views, block.artifacts
+        )
+        try:
+            if block.slide in lost:
+                raise ReadError("it has failed already")
+            with watch.reading(block.slide.slide_id):
+                return block, within(timeout, reading, f"reading {len(block.rows)} patches")
+        except SlideError as error:
+            return block, error
 
     with ThreadPoolExecutor(1, thread_name_prefix="g2l-encode") as thread:
         batchers = {e.key: Batcher(e, batch_size, views.crop_px, thread) for e in encoders}
         unfinished: list[ShardBuffer] = []
-        blocks = _blocks(store, slide_ids, encoders, n_views, progress, retry_unreadable, stage)
+        reading = _Reading(watch=watch, timeout=timeout, stage=stage)
+        blocks = _blocks(store, slide_ids, encoders, n_views, progress, retry_unreadable, reading)
         begin = waiting_since = perf_counter()
         last: StoredSlide | None = None
         for block, rendered in run_ahead(render, blocks, workers=workers, lookahead=2 * workers + 1):
             progress.seconds["wait"] += perf_counter() - waiting_since
+            if isinstance(rendered, SlideError):
+                lost.add(block.slide)
+                progress.failed_slides.setdefault(block.slide.slide_id, str(rendered))
+                unfinished = [buffer for buffer in unfinished if buffer.slide is not block.slide]
+                waiting_since = perf_counter()
+                continue
             _note(block, rendered, progress)
             unfinished += [buffer for buffer in block.buffers if buffer not in unfinished]
             for buffer in block.buffers:
@@ -188,9 +229,10 @@ def _blocks(
     n_views: int,
     progress: ExtractionProgress,
     retry_unreadable: bool,
-    stage: Stage | None,
+    reading: _Reading,
 ) -> Iterator[_Block]:
     """All blocks that miss something, slide by slide and shard by shard; the rest of a slide that fails is skipped."""
+    stage = reading.stage
     grid = GridSpec.from_json(store.grid)
     for slide in map(store.slide, slide_ids):
         source = Path(slide.facts.source)
@@ -200,7 +242,7 @@ def _blocks(
         artifacts = ArtifactSpec(names=grid.artifacts, mpp=grid.mpp) if slide.facts.kind == "slide" else None
         for buffers in _shard_buffers(slide, encoders, n_views, retry_unreadable):
             try:
-                reader = reader or open_patches(slide, grid, stage.path_of(source) if stage else source)
+                reader = reader or reading.open(slide, grid, source)
             except SlideError as error:
                 progress.failed_slides[slide.slide_id] = str(error)
                 if stage:

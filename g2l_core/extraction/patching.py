@@ -1,7 +1,9 @@
 """Find the patches of a slide: its scale, its tissue, the grid, the parameters of views. Reads small scales only."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +14,11 @@ from g2l_core.patches.grid import GridSpec, grid_coords, image_order, patch_side
 from g2l_core.patches.identity import images_fingerprint, require_same_slide
 from g2l_core.patches.render import read_image
 from g2l_core.patches.views import COLUMNS, ViewSpec, sample_views
+from g2l_core.slides.boundary import slide_errors, within
 from g2l_core.slides.fingerprint import file_state, fingerprint
 from g2l_core.slides.manifest import Source
 from g2l_core.slides.slide import Slide, open_slide
+from g2l_core.slides.under_way import UnderWay
 from g2l_core.store.facts import SlideFacts
 from g2l_core.store.features import FeatureStore, StoredSlide
 from g2l_core.tissue.methods import FoundTissue, TissueMethod, resolve_tissue
@@ -158,15 +162,20 @@ def patch_sources(
     workers: int,
     tissue: TissueMethod | None = None,
     qc: Path | None = None,
+    watch: UnderWay | None = None,
+    timeout: float | None = None,
 ) -> Iterator[PatchingOutcome]:
     """Find the patches of many sources in threads, in order. If a source cannot be used, only that source fails.
 
-    The arguments are those of `patch_source`.
+    The arguments are those of `patch_source`, and `workers`, the number of threads; `watch`, where each source is
+    marked while it is read; and `timeout`, the seconds that one source may take.
     """
 
     def patch(source: Source) -> PatchingOutcome:
         try:
-            return PatchingOutcome(source=source, patched=patch_source(source, grid, mpp_override, tissue, qc))
+            with slide_errors(SlideError), watch.reading(source.slide_id) if watch else nullcontext():
+                find = partial(patch_source, source, grid, mpp_override, tissue, qc)
+                return PatchingOutcome(source=source, patched=within(timeout, find, "finding its patches"))
         except SlideError as error:
             return PatchingOutcome(source=source, error=error)
 
@@ -185,7 +194,12 @@ def store_patched(
 
 
 def refresh_stored(
-    stored: StoredSlide, source: Source, views: ViewSpec, n_views: int, tissue: TissueMethod | None = None
+    stored: StoredSlide,
+    source: Source,
+    views: ViewSpec,
+    n_views: int,
+    tissue: TissueMethod | None = None,
+    timeout: float | None = None,
 ) -> StoredSlide:
     """Update a slide that is in the store already: its place, its labels, and the parameters of further views.
 
@@ -193,7 +207,7 @@ def refresh_stored(
         StoreMismatchError: The file is not the one that was cached, or its annotation has changed.
         ReadError: It cannot be read.
     """
-    require_same_slide(stored, source.path)
+    within(timeout, lambda: require_same_slide(stored, source.path), "comparing it with what was cached")
     if tissue is not None:
         _require_same_annotation(stored, tissue)
     state = file_state(source.path)

@@ -1,7 +1,9 @@
 """From a stored patch to the pixels of its views: the one path that extraction and distillation share."""
 
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from time import perf_counter
 from typing import Protocol, runtime_checkable
@@ -9,11 +11,14 @@ from typing import Protocol, runtime_checkable
 import cv2
 import numpy as np
 from jaxtyping import UInt8, UInt64
+from PIL import Image
 
 from g2l_core.errors import ReadError
 from g2l_core.patches.artifacts import ArtifactSpec, artifact_of
 from g2l_core.patches.grid import GridSpec
 from g2l_core.patches.views import ViewSpec, apply_views, pixel_hash
+from g2l_core.slides.boundary import slide_errors
+from g2l_core.slides.limits import require_file_or_folder
 from g2l_core.slides.slide import Slide, open_slide
 from g2l_core.store.features import StoredSlide
 from g2l_core.store.schema import STATUS
@@ -44,7 +49,8 @@ class SlidePatches:
     def read(self, row: int) -> Rgb:
         """The square at the coordinates of the row, resampled once."""
         x, y = self._coords[row].tolist()
-        return self._slide.read_patch(x, y, self._side, self._patch_px)
+        with slide_errors(ReadError):
+            return self._slide.read_patch(x, y, self._side, self._patch_px)
 
     def close(self) -> None:
         """Close the slide."""
@@ -59,7 +65,8 @@ class ImagePatches:
 
     def read(self, row: int) -> Rgb:
         """The image of the row. It must have the store's patch size, for nothing is resampled."""
-        return read_image(self._folder / self._names[row], self._patch_px)
+        with slide_errors(ReadError):
+            return read_image(self._folder / self._names[row], self._patch_px)
 
     def close(self) -> None:
         """Do nothing, for no file stays open."""
@@ -71,17 +78,21 @@ def read_image(path: Path, patch_px: int) -> Rgb:
     Raises:
         ReadError: It cannot be decoded, or has another size.
     """
+    require_file_or_folder(path)
     try:
-        encoded = np.fromfile(path, np.uint8)
+        encoded = path.read_bytes()
     except OSError as error:
         raise ReadError(f"cannot read {path}: {error.strerror}") from error
-    image = cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB) if len(encoded) else None
-    if image is None:
+    try:
+        with Image.open(BytesIO(encoded)) as header:  # reads no pixels
+            size = header.size
+    except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
+        raise ReadError(f"{path} is no image that Pillow knows: {error}") from error
+    if size != (patch_px, patch_px):
+        raise ReadError(f"{path} is {size[0]} x {size[1]} px, the store's patches {patch_px} x {patch_px}")
+    image = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR_RGB)
+    if image is None or image.shape != (patch_px, patch_px, 3):
         raise ReadError(f"{path} is no image that OpenCV decodes")
-    if image.shape != (patch_px, patch_px, 3):
-        raise ReadError(
-            f"{path} is {image.shape[1]} x {image.shape[0]} px, the store's patches {patch_px} x {patch_px}"
-        )
     return image
 
 

@@ -5,7 +5,6 @@
 
 import csv
 import io
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from math import isnan
@@ -17,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from g2l_core.errors import RunError
-from g2l_core.files import replacing
+from g2l_core.files import csv_row, parse_json, replacing
 from g2l_core.report.html import page
 from g2l_core.report.json import FORMAT, json_text, report_of
 from g2l_core.report.markdown import markdown
@@ -75,7 +74,7 @@ def read_report(folder: Path) -> Report:
     """
     path = folder / "results.json"
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RunError(f"no report can be read from {path}: {error.strerror}; give a folder of `g2l bench`") from error
     except ValueError as error:
@@ -93,9 +92,9 @@ def _csv_text(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """NaN and None are empty cells; floats are written by repr."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(header)
+    writer.writerow(csv_row(header))
     for row in rows:
-        writer.writerow(["" if isinstance(cell, float) and isnan(cell) else cell for cell in row])
+        writer.writerow(csv_row("" if isinstance(cell, float) and isnan(cell) else cell for cell in row))
     return buffer.getvalue()
 
 

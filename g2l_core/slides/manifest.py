@@ -7,7 +7,7 @@ A *source* is one slide, or the patch images that belong together. Its id keeps 
 import logging
 import os
 import re
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -16,7 +16,9 @@ from math import ceil, isfinite
 from pathlib import Path
 
 from g2l_core.errors import ManifestError, UsageError
+from g2l_core.files import csv_value
 from g2l_core.rng import keyed_generator
+from g2l_core.slides.limits import require_file_or_folder
 from g2l_core.slides.ome_zarr import SUFFIX, is_ome_zarr
 from g2l_core.slides.readers import IMAGE_SUFFIXES, dicom_series, slide_suffixes
 from g2l_core.types import SlideId
@@ -57,6 +59,7 @@ def read_sources(inputs: Sequence[Path]) -> list[Source]:
 
     Raises:
         UsageError: An input does not exist.
+        ReadError: An input is a pipe, a socket or a device.
         ManifestError: An input holds nothing usable, or two sources would share an id.
     """
     sources = [source for path in inputs for source in _sources_of(path)]
@@ -67,6 +70,7 @@ def read_sources(inputs: Sequence[Path]) -> list[Source]:
 def _sources_of(path: Path) -> list[Source]:
     if not path.exists():
         raise UsageError(f"no such file or folder: {path}")
+    require_file_or_folder(path)
     if path.suffix.lower() in {".csv", ".tsv"}:
         return _from_manifest(path)
     if path.is_dir() and not is_ome_zarr(path):
@@ -103,13 +107,23 @@ def _files_below(folder: Path) -> Iterator[Path]:
     """The files of a folder and its sub-folders, broken links, and folders that are or should be slides.
 
     Everything that looks like a slide is listed, so that a slide that cannot be opened fails by its name. Folders that
-    end in .zarr are not searched.
+    end in .zarr are not searched. Every other folder is searched once, by its own path if it is not linked alone.
     """
-    for root, folders, names in os.walk(folder):
-        yield from (Path(root, name) for name in names if not name.startswith("."))
-        below = [Path(root, name) for name in folders if not name.startswith(".")]
-        yield from (path for path in below if is_ome_zarr(path) or _is_hollow(path))
-        folders[:] = [name for name in folders if not name.lower().endswith(SUFFIX)]
+    searched = set[tuple[int, int]]()
+    waiting = deque([folder])
+    while waiting:
+        for root, folders, names in os.walk(waiting.popleft()):
+            inode = Path(root).stat()
+            identity = inode.st_dev, inode.st_ino
+            if identity in searched:
+                folders.clear()
+                continue
+            searched.add(identity)
+            yield from (Path(root, name) for name in names if not name.startswith("."))
+            below = [Path(root, name) for name in sorted(folders) if not name.startswith(".")]
+            yield from (path for path in below if is_ome_zarr(path) or _is_hollow(path))
+            folders[:] = [name for name in folders if not name.lower().endswith(SUFFIX)]
+            waiting += (path for path in below if path.is_symlink() and path.name in folders)
 
 
 def _one_a_series(paths: Iterable[Path]) -> Iterator[Path]:
@@ -231,7 +245,7 @@ def read_table(path: Path) -> list[dict[str, str]]:
             raise _wrong_width(path, int(wide[2]), int(wide[3]), int(wide[1])) from None
         raise ManifestError(f"{path} is no table of comma- or tab-separated values: {error}") from error
     names, *rows = table.itertuples(index=False, name=None)
-    header = [_canonical_column(name) for name in names]
+    header = [_canonical_column(csv_value(name.strip())) for name in names]
     if len(set(header)) < len(header):
         raise ManifestError(f"{path} has two columns of one meaning: {', '.join(names)}")
     return list(_records(header, rows, path))
@@ -264,7 +278,7 @@ def _records(header: list[str], rows: Iterable[tuple[str | None, ...]], path: Pa
             continue  # spreadsheets leave lines of commas behind
         if len(fields) != len(header):
             raise _wrong_width(path, number, len(fields), len(header))
-        yield dict(zip(header, fields, strict=True))
+        yield dict(zip(header, map(csv_value, fields), strict=True))
 
 
 def _wrong_width(path: Path, line: int, fields: int, expected: int) -> ManifestError:

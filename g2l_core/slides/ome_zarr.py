@@ -4,16 +4,19 @@ The format: https://ngff.openmicroscopy.org/0.4 and /0.5. The layout of bioforma
 label into numbered groups, is followed to group 0.
 """
 
-import json
 import zlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from functools import cache
+from math import prod
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from g2l_core.errors import NotASlideError
+from g2l_core.errors import NotASlideError, ReadError
+from g2l_core.files import parse_json
+from g2l_core.slides.limits import require_bytes, require_file_or_folder, require_pixels
 
 SUFFIX = ".zarr"
 METADATA_NAMES = frozenset({"zarr.json", ".zattrs", ".zgroup", ".zarray", ".zmetadata"})
@@ -106,11 +109,72 @@ def open_ome_zarr(path: Path) -> OmeZarr:
     except _MALFORMED as error:
         raise NotASlideError(f"its multiscales are not those of OME-Zarr 0.4 or 0.5: {error!r}") from error
     try:
-        levels = [zarr.open_array(str(group / name), mode="r") for name in names]
-    except (OSError, *_MALFORMED) as error:
-        raise NotASlideError(f"its levels {', '.join(names)} cannot be opened: {error}") from error
+        inside = group.relative_to(path)
+        store = _folder_store()(path.resolve(), read_only=True)
+        levels = [zarr.open_array(store, path=(inside / _relative(name)).as_posix(), mode="r") for name in names]
+    except (OSError, RecursionError, *_MALFORMED) as error:
+        raise NotASlideError(f"its levels {', '.join(map(str, names))} cannot be opened: {error}") from error
     _require_rgb(levels, axes)
+    for array in levels:
+        try:
+            require_pixels(prod(array.chunks) // 3, 1, f"a chunk of its level {array.path}")
+        except ReadError as error:
+            raise NotASlideError(str(error)) from error
     return OmeZarr(levels, axes, properties)
+
+
+def _relative(name: str) -> PurePosixPath:
+    """The path of a level below the group of the image.
+
+    Raises:
+        ValueError: It leads out of it.
+    """
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"the path {name!r} leads out of the slide's folder")
+    return path
+
+
+def _require_inside(root: Path, key: str) -> None:
+    """Refuse a file of the slide that is a link out of its folder, no plain file, or too large to be read.
+
+    Raises:
+        ValueError: It is one of these.
+    """
+    path = root / key
+    if not path.resolve().is_relative_to(root):
+        raise ValueError(f"{path} is a link out of the slide's folder")
+    try:
+        require_file_or_folder(path)
+        if path.exists():
+            require_bytes(path)
+    except ReadError as error:
+        raise ValueError(str(error)) from error
+
+
+@cache
+def _folder_store() -> type:
+    """The class of stores that read a slide's folder, and nothing outside of it."""
+    from zarr.storage import LocalStore
+
+    class FolderStore(LocalStore):
+        """A folder whose links may not lead out of it."""
+
+        async def get(self, key: str, *arguments: Any, **options: Any) -> Any:
+            _require_inside(self.root, key)
+            return await super().get(key, *arguments, **options)
+
+        def get_sync(self, key: str, *arguments: Any, **options: Any) -> Any:
+            _require_inside(self.root, key)
+            return super().get_sync(key, *arguments, **options)
+
+        async def get_partial_values(self, prototype: Any, key_ranges: Any) -> Any:
+            ranges = list(key_ranges)
+            for key, _ in ranges:
+                _require_inside(self.root, key)
+            return await super().get_partial_values(prototype, ranges)
+
+    return FolderStore
 
 
 def _require_rgb(levels: Sequence[Any], axes: Sequence[str]) -> None:
@@ -133,7 +197,7 @@ def _find_image(folder: Path) -> tuple[Path, Mapping[str, Any]] | None:
             folder = folder / "0"
             attributes = _attributes(folder)
         multiscales = attributes.get("multiscales")
-        return (folder, multiscales[0]) if multiscales else None
+        return (folder, {**multiscales[0]}) if multiscales else None
     except OSError as error:
         raise NotASlideError(f"its metadata cannot be read: {error}") from error
     except _MALFORMED as error:
@@ -143,10 +207,15 @@ def _find_image(folder: Path) -> tuple[Path, Mapping[str, Any]] | None:
 def _attributes(group: Path) -> dict[str, Any]:
     """The OME attributes of a Zarr group, empty if it has none: `.zattrs`, or `ome` in `zarr.json`."""
     if (group / "zarr.json").exists():
-        return json.loads((group / "zarr.json").read_bytes()).get("attributes", {}).get("ome", {})
+        return _json(group / "zarr.json").get("attributes", {}).get("ome", {})
     if (group / ".zattrs").exists():
-        return json.loads((group / ".zattrs").read_bytes())
+        return _json(group / ".zattrs")
     return {}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    _require_inside(path.parent.resolve(), path.name)
+    return parse_json(path.read_bytes())
 
 
 def _mpp_properties(image: Mapping[str, Any]) -> dict[str, str]:

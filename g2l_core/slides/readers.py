@@ -12,7 +12,8 @@ from typing import Protocol, runtime_checkable
 import openslide
 from PIL import Image, UnidentifiedImageError
 
-from g2l_core.errors import NotASlideError, UsageError
+from g2l_core.errors import NotASlideError, ReadError, UsageError
+from g2l_core.slides.limits import opened_image, require_file_or_folder, require_pixels
 from g2l_core.slides.ome_zarr import is_ome_zarr, open_ome_zarr
 
 SLIDE_SUFFIXES = frozenset(".svs .tif .tiff .ndpi .mrxs .scn .bif .vms .vmu .svslide .dcm .qptiff .czi .avs".split())
@@ -105,9 +106,13 @@ def open_handle(path: Path) -> SlideHandle:
     """Open a slide with the first reader that knows it.
 
     Raises:
-        NotASlideError: No reader knows it, or the file is broken.
+        NotASlideError: No reader knows it, the file is broken or no file, or its tiles are too large to be decoded.
         UsageError: A plug-in cannot be imported.
     """
+    try:
+        require_file_or_folder(path)
+    except ReadError as error:
+        raise NotASlideError(str(error)) from error
     for name, reader in installed_readers():
         try:
             handle = reader(path)
@@ -118,11 +123,26 @@ def open_handle(path: Path) -> SlideHandle:
     if is_ome_zarr(path):
         return open_ome_zarr(path)
     try:
-        return openslide.OpenSlide(path)
+        slide = openslide.OpenSlide(path)
     except openslide.OpenSlideUnsupportedFormatError:
         return _open_image(path)
     except openslide.OpenSlideError as error:
-        raise NotASlideError(f"OpenSlide cannot open it ({error}); is the file complete?") from error
+        reason = " ".join(str(error).split())
+        raise NotASlideError(f"OpenSlide cannot open it ({reason}); is the file complete?") from error
+    try:
+        _require_decodable(slide)
+    except ReadError as error:
+        slide.close()
+        raise NotASlideError(str(error)) from error
+    return slide
+
+
+def _require_decodable(slide: openslide.OpenSlide) -> None:
+    """Refuse tiles that are too large: OpenSlide ends the whole process where it finds no memory for one."""
+    for level in range(slide.level_count):
+        width, height = (slide.properties.get(f"openslide.level[{level}].tile-{side}") for side in ("width", "height"))
+        if width and height:
+            require_pixels(int(width), int(height), f"a tile of its level {level}")
 
 
 def dicom_series(path: Path) -> str:
@@ -131,16 +151,17 @@ def dicom_series(path: Path) -> str:
     The levels of a slide are the files of one series in one folder. OpenSlide opens all of them by any of them.
     """
     try:
+        require_file_or_folder(path)
         with openslide.OpenSlide(path) as slide:
             return str(slide.properties.get("dicom.SeriesInstanceUID", ""))
-    except openslide.OpenSlideError:
+    except (openslide.OpenSlideError, ReadError):
         return ""
 
 
 def _open_image(path: Path) -> SlideHandle:
     """A plain image, decoded at once: Pillow's lazy decoding mixes up pixels when two threads begin it."""
     try:
-        with Image.open(path) as image:
+        with opened_image(path) as image:
             image.load()
     except UnidentifiedImageError as error:
         raise NotASlideError(
@@ -149,7 +170,9 @@ def _open_image(path: Path) -> SlideHandle:
         ) from error
     except OSError as error:
         raise NotASlideError(f"it cannot be read: {error.strerror or error}") from error
-    except (ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except ReadError as error:
+        raise NotASlideError(str(error)) from error
+    except (ValueError, SyntaxError) as error:
         raise NotASlideError(f"Pillow cannot decode it ({error}); is the file complete?") from error
     if image.mode[0] in "IF":
         raise NotASlideError(f"its samples have more than 8 bits (Pillow's mode {image.mode}): convert it to 8-bit RGB")

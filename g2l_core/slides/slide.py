@@ -11,6 +11,8 @@ import openslide
 from PIL import Image
 
 from g2l_core.errors import MppError, NotASlideError, ReadError
+from g2l_core.slides.boundary import slide_errors
+from g2l_core.slides.limits import require_pixels
 from g2l_core.slides.mpp import Scale, ScaleFacts, find_scale, objective_power
 from g2l_core.slides.readers import SlideHandle, open_handle
 from g2l_core.slides.tiff_tiles import VENDORS, TilePyramid, open_tiles
@@ -128,6 +130,7 @@ class Slide:
         frame = self.thumbnail_frame(mpp)
         level, factor = self._thumbnail_scale(mpp)
         x, y, width, height = window or (0, 0, *frame.size)
+        require_pixels(width, height, f"its thumbnail at {mpp:g} um/px")
         image = np.empty((height, width, 3), np.uint8)
         step = max(1, THUMBNAIL_BLOCK_PX // factor)
         for top in range(0, height, step):
@@ -181,7 +184,8 @@ class Slide:
             pixels = np.asarray(handle.read_region(origin, level, size))
         except (openslide.OpenSlideError, OSError, ValueError) as error:
             self._reopen(handle)
-            raise ReadError(f"cannot decode {size[0]} x {size[1]} px at {origin}, level {level}: {error}") from error
+            reason = " ".join(str(error).split())  # OpenSlide passes on the lines of its libraries
+            raise ReadError(f"cannot decode {size[0]} x {size[1]} px at {origin}, level {level}: {reason}") from error
         if pixels[..., 3].min() == 255:
             return np.ascontiguousarray(pixels[..., :3])
         canvas = Image.new("RGBA", size, (*self._background, 255))
@@ -209,30 +213,32 @@ def open_slide(
         own_tiles: Decode tiles of TIFF and SVS files directly. False reads all through OpenSlide, with the same pixels.
 
     Raises:
-        NotASlideError: No reader opens the file.
+        NotASlideError: No reader opens the file, or its header gives what no reader expects.
         MppError: No source gives plausible micrometers per pixel.
     """
-    handle, scale = _open_scaled(path, manifest_mpp, mpp_override)
-    tiles = None
-    if own_tiles and handle.properties.get(openslide.PROPERTY_NAME_VENDOR) in VENDORS:
-        tiles = open_tiles(path, handle.level_dimensions)
-    return Slide(path, handle, scale.mpp, scale.source, tiles)
+    with slide_errors(NotASlideError):
+        handle, scale = _open_scaled(path, manifest_mpp, mpp_override)
+        tiles = None
+        if own_tiles and handle.properties.get(openslide.PROPERTY_NAME_VENDOR) in VENDORS:
+            tiles = open_tiles(path, handle.level_dimensions)
+        return Slide(path, handle, scale.mpp, scale.source, tiles)
 
 
 def read_scale(
     path: Path, slide_id: str, *, manifest_mpp: float | None = None, mpp_override: float | None = None
 ) -> ScaleFacts:
     """Read a slide's scale from its header. Arguments and errors are those of `open_slide`."""
-    handle, scale = _open_scaled(path, manifest_mpp, mpp_override)
-    facts = ScaleFacts(
-        slide_id=slide_id,
-        scale=scale,
-        objective_power=objective_power(handle.properties),
-        manifest_mpp=manifest_mpp,
-        level0_size=handle.dimensions,
-    )
-    handle.close()
-    return facts
+    with slide_errors(NotASlideError):
+        handle, scale = _open_scaled(path, manifest_mpp, mpp_override)
+        facts = ScaleFacts(
+            slide_id=slide_id,
+            scale=scale,
+            objective_power=objective_power(handle.properties),
+            manifest_mpp=manifest_mpp,
+            level0_size=handle.dimensions,
+        )
+        handle.close()
+        return facts
 
 
 def _open_scaled(path: Path, manifest_mpp: float | None, mpp_override: float | None) -> tuple[SlideHandle, Scale]:

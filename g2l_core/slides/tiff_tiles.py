@@ -33,7 +33,10 @@ VENDORS = frozenset({"aperio", "generic-tiff"})
 JPEG, JPEG2000_RGB = 7, 33005
 YCBCR, RGB = 6, 2
 
-_UNREADABLE = (ValueError, RuntimeError, OSError, KeyError, IndexError, TypeError, tifffile.TiffFileError)
+_UNREADABLE = (
+    ValueError, RuntimeError, OSError, KeyError, IndexError, TypeError, OverflowError, MemoryError,
+    tifffile.TiffFileError,
+)  # fmt: skip
 """What tifffile and imagecodecs raise on bytes that they cannot read."""
 
 
@@ -45,7 +48,7 @@ class _Level:
     tile: tuple[int, int]
     offsets: np.ndarray
     counts: np.ndarray
-    decode: Callable[[bytes], np.ndarray]
+    decode: Callable[[bytes, Rgb], np.ndarray]
 
     @property
     def columns(self) -> int:
@@ -126,10 +129,9 @@ class TilePyramid:
             content = os.pread(self._file, int(page.counts[index]), int(page.offsets[index]))
             if len(content) < page.counts[index]:
                 return None  # libjpeg would fill in what is missing
-            tile = page.decode(content)
+            return page.decode(content, np.empty((page.tile[1], page.tile[0], 3), np.uint8))
         except _UNREADABLE:
             return None
-        return tile if tile.shape == (page.tile[1], page.tile[0], 3) and tile.dtype == np.uint8 else None
 
 
 def open_tiles(
@@ -178,14 +180,19 @@ def _level(pages: Sequence[Any], size: tuple[int, int]) -> _Level | None:
     )
 
 
-def _decoder(page: Any) -> Callable[[bytes], np.ndarray] | None:
-    """The function that decodes the page's tiles; None for a format that only OpenSlide reads."""
+def _decoder(page: Any) -> Callable[[bytes, Rgb], np.ndarray] | None:
+    """The function that decodes the page's tiles; None for a format that only OpenSlide reads.
+
+    It decodes into an array of the tile's size, and refuses by its header an image of any other size.
+    """
     if page.samplesperpixel != 3 or page.bitspersample != 8 or page.planarconfig != 1 or page.tiledepth != 1:
         return None
     compression, photometric = int(page.compression), int(page.photometric)
     if compression == JPEG and photometric in {YCBCR, RGB}:
         tables, space = page.jpegtables, "YCBCR" if photometric == YCBCR else "RGB"
-        return lambda data: imagecodecs.jpeg8_decode(data, tables=tables, colorspace=space, outcolorspace="RGB")
+        return lambda data, tile: imagecodecs.jpeg8_decode(
+            data, tables=tables, colorspace=space, outcolorspace="RGB", out=tile
+        )
     if compression == JPEG2000_RGB and photometric == RGB:
-        return imagecodecs.jpeg2k_decode
+        return lambda data, tile: imagecodecs.jpeg2k_decode(data, out=tile)
     return None

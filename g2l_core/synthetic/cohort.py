@@ -19,6 +19,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from g2l_core.errors import ReadError, UsageError
+from g2l_core.files import csv_row
 from g2l_core.synthetic.tissue import CLASSES, MAP_UM, ClassMap, Look, draw_field
 from g2l_core.types import Coords, Rgb
 
@@ -258,7 +259,7 @@ def draw_cohort(folder: Path, spec: CohortSpec) -> Path:
     with manifest.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("slide_id", "path", "patient_id", "medical_center"))
-        writer.writerows(rows)
+        writer.writerows(map(csv_row, rows))
     return manifest
 
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from g2l_core.errors import ReadError
+from g2l_core.slides.limits import opened_image, require_bytes
 from g2l_core.slides.slide import Frame
 from g2l_core.tissue.geojson import mask_of, read_areas
 from g2l_core.types import TissueMask
@@ -86,10 +86,10 @@ def read_annotation(folder: Path, slide_id: str, level0_size: tuple[int, int], f
 def _mask_of_image(path: Path, level0_size: tuple[int, int], frame: Frame) -> TissueMask:
     """The image's pixel at the center of each mask pixel: true where any color, or the palette's index, is not 0."""
     try:
-        with Image.open(path) as image:
+        with opened_image(path) as image:
             has_alpha = image.mode in {"LA", "RGBA"}
             values = np.asarray(image.convert(image.mode[:-1]) if has_alpha else image)  # alpha does not mean tissue
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError) as error:
         raise ReadError(f"Pillow cannot read it: {error}") from error
     height, width = values.shape[:2]
     across, down = level0_size[0] / width, level0_size[1] / height
@@ -107,6 +107,8 @@ def _mask_of_image(path: Path, level0_size: tuple[int, int], frame: Frame) -> Ti
 
 def _bytes(path: Path) -> bytes:
     try:
+        if path.suffix != ".png":
+            require_bytes(path)
         return path.read_bytes()
     except OSError as error:
         raise ReadError(f"cannot read {path}: {error.strerror}") from error

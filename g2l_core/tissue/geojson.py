@@ -4,7 +4,6 @@ Both directions are exact: outlines run along the edges of a mask's pixels, and 
 does. So a mask that is written, and read again at its own scale, is the same mask.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
@@ -14,6 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from g2l_core.errors import ReadError
+from g2l_core.files import parse_json
 from g2l_core.types import TissueMask
 
 EXCLUDED = ("ignore*", "artefact*", "artifact*", "pen", "pen *", "background")
@@ -142,7 +142,7 @@ def read_areas(text: str) -> list[tuple[list[Ring], bool]]:
         ReadError: It is not such a document, or has a feature that encloses nothing.
     """
     try:
-        document = json.loads(text)
+        document = parse_json(text)
     except ValueError as error:
         raise ReadError(f"it is no JSON: {error}") from error
     return [

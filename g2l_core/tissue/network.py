@@ -6,7 +6,6 @@ GrandQC's tissue model needs `mpp = 10.0` and `tissue_classes = [0]`.
 
 import hashlib
 import json
-import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from jaxtyping import Float32
 from pydantic import Field, NonNegativeInt, PositiveFloat, TypeAdapter, ValidationError
 
 from g2l_core.errors import UsageError
+from g2l_core.files import parse_toml
 from g2l_core.slides.slide import Frame, Slide
 from g2l_core.store.provenance import canonical_json
 from g2l_core.tissue.thresholds import THUMBNAIL_MPP
@@ -161,7 +161,7 @@ def _read_settings(path: Path) -> NetworkSettings:
     if not path.exists():
         return NetworkSettings()
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = parse_toml(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(f"--tissue: cannot read {path}: {error}") from error
     known = get_type_hints(NetworkSettings, include_extras=True)

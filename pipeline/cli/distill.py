@@ -8,10 +8,11 @@ import typer
 
 from g2l_core.options import ENCODER
 from pipeline.cli import EXIT_DONE, EXIT_SOME_FAILED
-from pipeline.cli.options import Weights, from_specs
+from pipeline.cli.options import TrustCode, Weights, from_specs
 from pipeline.settings import DistillHow, Recipe
 
 if TYPE_CHECKING:
+    from g2l_core.encoders.resolve import EncoderSpec
     from pipeline.distill import DistillSummary
 
 Folder = Annotated[Path, typer.Option(help="The feature store.", show_default=False)]
@@ -57,14 +58,20 @@ def distill(
     torchrun --nproc-per-node N -m pipeline.cli distill ...
     """
     from g2l_core.encoders.resolve import resolve_encoder
-    from pipeline.config import settings_of
+    from pipeline.config import read_recipe, settings_of
     from pipeline.distill import run_distill
+
+    recipe = read_recipe(config) if config else {}
+
+    def resolved(role: str, name: str, weights: str | None) -> "EncoderSpec":
+        named_in = f"the recipe {config}" if recipe.get(role) == name else ""
+        return resolve_encoder(name, weights=weights, named_in=named_in, trusted=how.trust_code)
 
     settings, epochs = settings_of(options)
     summary = run_distill(
         store,
-        resolve_encoder(teacher, weights=teacher_weights) if settings.online else teacher,
-        resolve_encoder(student, weights=weights),
+        resolved("teacher", teacher, teacher_weights) if settings.online else teacher,
+        resolved("student", student, weights),
         out,
         settings,
         epochs=epochs,
@@ -120,9 +127,10 @@ def export_student(
     out: Annotated[
         Path | None, typer.Option(help="The folder to make; RUN-FORMAT if not given.", show_default=False)
     ] = None,
+    trust_code: TrustCode = None,
 ) -> None:
     """Write a run's student for other programs, with its model card, checked against the student."""
     from g2l_core.encoders.student_export import export_student as export
 
     target = out or run.with_name(f"{run.resolve().name}-{form}")
-    typer.echo(f"{export(run, form, target)}: {form}, with README.md (the model card)")
+    typer.echo(f"{export(run, form, target, trust_code or ())}: {form}, with README.md (the model card)")

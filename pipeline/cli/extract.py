@@ -48,7 +48,7 @@ def cache_teacher(
 
     tissue = resolve_tissue(grid.tissue)
     grid = replace(grid, tissue=tissue.identity)
-    specs = [resolve_encoder(teacher, weights=weights)]
+    specs = [resolve_encoder(teacher, weights=weights, trusted=settings.trust_code)]
     if dry_run:
         raise typer.Exit(print_plan(inputs, specs, grid, tissue, views, settings, EPOCHS, as_json))
     raise typer.Exit(_extract(inputs, store, specs, grid, tissue, views, settings, as_json))
@@ -82,7 +82,7 @@ def embed(
     method = resolve_tissue(tissue) if tissue else None
     if method and method.identity != grid.tissue:
         raise UsageError(f"--tissue {tissue}: the store's tissue method is {grid.tissue!r}, not {method.identity!r}")
-    specs = [resolve_encoder(name, weights=weights) for name in encoder]
+    specs = [resolve_encoder(name, weights=weights, trusted=settings.trust_code) for name in encoder]
     if len(specs) > 1 and weights is not None:
         raise UsageError("--weights speaks of one encoder; embed them one after the other")
     views = ViewSpec.from_json(existing.views)

@@ -3,6 +3,7 @@
 Commands import their stage when they run, so that help is quick.
 """
 
+import logging
 import os
 import signal
 import sys
@@ -48,6 +49,9 @@ def settings(
 ) -> None:
     """Options before the command."""
     sys.excepthook = sys.__excepthook__ if debug else explain
+    if debug:
+        logging.basicConfig()
+        logging.getLogger("g2l_core").setLevel(logging.DEBUG)
 
 
 def explain(kind: type[BaseException], error: BaseException, _trace: TracebackType | None) -> None:
@@ -75,6 +79,8 @@ def interrupt(_signal: int, _frame: FrameType | None) -> None:
     As after `kill -9`, what is recorded is kept; an orderly shutdown would wait for batches under way in other
     threads, or tear Zarr's event loop from under them.
     """
+    if marks := sys.modules.get("g2l_core.slides.under_way"):
+        marks.forget_own()
     typer.echo("\ninterrupted; what is recorded is kept, and the same call goes on from there", err=True)
     sys.stdout.flush()
     sys.stderr.flush()

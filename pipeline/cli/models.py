@@ -18,5 +18,6 @@ def models(
     if name is None:
         lines = encoder_lines()
     else:
-        lines = setting_lines(resolve_encoder(name, weights="random:0" if name.lower().startswith("timm:") else None))
+        weights = "random:0" if name.lower().startswith("timm:") else None
+        lines = setting_lines(resolve_encoder(name, weights=weights, trusted=None))
     typer.echo("\n".join(lines))

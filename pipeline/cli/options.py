@@ -11,6 +11,7 @@ import typer
 from typer.models import OptionInfo
 
 from g2l_core.options import ENCODER, OUTPUT, PANELS, Entry, build, entries
+from pipeline.settings import TRUST_CODE
 
 Command = Callable[..., None]
 
@@ -28,6 +29,9 @@ Weights = Annotated[
         help="In place of the encoder's own weights: a file, hub:REPOSITORY@REVISION, or random:SEED.",
         rich_help_panel=ENCODER,
     ),
+]
+TrustCode = Annotated[
+    list[str] | None, typer.Option(help=TRUST_CODE, metavar="TEXT", rich_help_panel=ENCODER, show_default=False)
 ]
 Seed = Annotated[int, typer.Option(help="Random seed.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the summary as JSON on stdout.", rich_help_panel=OUTPUT)]

@@ -46,7 +46,7 @@ def plan(
     from g2l_core.tissue.methods import resolve_tissue
 
     tissue = resolve_tissue(grid.tissue)
-    specs = [resolve_encoder(name, weights=weights) for name in teacher]
+    specs = [resolve_encoder(name, weights=weights, trusted=settings.trust_code) for name in teacher]
     grid = replace(grid, tissue=tissue.identity)
     raise typer.Exit(print_plan(inputs, specs, grid, tissue, views, settings, epochs, as_json))
 
@@ -68,7 +68,9 @@ def print_plan(
     from pipeline.plan import make_plan, plan_json, plan_text
 
     sources = read_sources(inputs)
-    facts, findings, _ = audit_sources(sources, mpp_override=settings.mpp_override, workers=settings.workers)
+    facts, findings, _ = audit_sources(
+        sources, mpp_override=settings.mpp_override, workers=settings.workers, timeout=settings.slide_timeout
+    )
     if facts:
         typer.echo(audit_table(facts, findings), err=True)
     made = make_plan(sources, specs, grid, views, settings, tissue=tissue, epochs=epochs)

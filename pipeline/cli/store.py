@@ -1,5 +1,6 @@
 """`g2l store ...`: look at a store, check it, hand its features to other tools. Imports no torch."""
 
+from collections.abc import Collection
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -7,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline.cli import EXIT_DONE, EXIT_SOME_FAILED
-from pipeline.cli.options import Seed, from_specs
+from pipeline.cli.options import Seed, TrustCode, from_specs
 
 if TYPE_CHECKING:
     from g2l_core.store.features import FeatureStore
@@ -83,6 +84,7 @@ def verify(
     ] = 0,
     seed: Seed = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    trust_code: TrustCode = None,
 ) -> None:
     """Re-read every shard and compare it with its completion record.
 
@@ -94,7 +96,7 @@ def verify(
     opened = FeatureStore.open(store)
     problems = list(problems_of(opened))
     if recompute:
-        problems += _recompute(opened, recompute, seed, device)
+        problems += _recompute(opened, recompute, seed, device, trust_code or ())
     for problem in problems:
         typer.echo(str(problem))
     wrong = sum(problem.kind != "leftover" for problem in problems)
@@ -102,12 +104,12 @@ def verify(
     raise typer.Exit(EXIT_SOME_FAILED if wrong else EXIT_DONE)
 
 
-def _recompute(store: "FeatureStore", n: int, seed: int, device: str) -> "list[Problem]":
+def _recompute(store: "FeatureStore", n: int, seed: int, device: str, trusted: Collection[str]) -> "list[Problem]":
     from pipeline.recompute import MIN_COSINE
     from pipeline.recompute import recompute as encode_again
 
     problems: list[Problem] = []
-    for result in encode_again(store, n, seed=seed, device=device):
+    for result in encode_again(store, n, seed=seed, device=device, trusted=trusted):
         typer.echo(
             f"{result.encoder}: {result.compared} rows encoded again, least cosine {result.min_cosine:.6f} "
             f"(expected {MIN_COSINE})"

@@ -1,0 +1,96 @@
+"""What may be decoded: limits that a file's header is held against, so that a small file cannot fill the memory.
+
+Each limit can be raised with an environment variable, which the error names.
+"""
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from PIL import Image
+
+from g2l_core.errors import ReadError, UsageError
+
+PIXELS = "G2L_MAX_IMAGE_PIXELS"
+JSON_BYTES = "G2L_MAX_JSON_BYTES"
+
+DEFAULTS = {PIXELS: 1 << 28, JSON_BYTES: 1 << 28}
+"""16,384 squared pixels of one image, tile, chunk or thumbnail, and 256 MiB of JSON."""
+
+_KINDS = {stat.S_ISFIFO: "named pipe", stat.S_ISSOCK: "socket", stat.S_ISCHR: "device", stat.S_ISBLK: "device"}
+
+
+def limit(variable: str) -> int:
+    """The limit that an environment variable sets, or its default.
+
+    Raises:
+        UsageError: The variable is not a whole number above 0.
+    """
+    text = os.environ.get(variable, "")
+    if text and (not text.isdecimal() or not int(text)):
+        raise UsageError(f"{variable}={text}: expected a whole number above 0")
+    return int(text or DEFAULTS[variable])
+
+
+def require_pixels(width: int, height: int, what: str) -> None:
+    """Refuse an image that is too large to be decoded at once.
+
+    Raises:
+        ReadError: It has no pixels, or more than the limit.
+    """
+    if width < 1 or height < 1:
+        raise ReadError(f"{what} has {width:,} x {height:,} px by its header; is the file damaged?")
+    if width * height > limit(PIXELS):
+        raise ReadError(
+            f"{what} has {width:,} x {height:,} px by its header, more than {limit(PIXELS):,} px at once are not "
+            f"decoded. If the file is sound, set {PIXELS} to more"
+        )
+
+
+def require_bytes(path: Path, variable: str = JSON_BYTES) -> None:
+    """Refuse a file that is too large to be parsed.
+
+    Raises:
+        ReadError: It is larger than the limit.
+        OSError: It cannot be looked at.
+    """
+    size = path.stat().st_size
+    if size > limit(variable):
+        raise ReadError(
+            f"{path} has {size:,} bytes, more than {limit(variable):,} are not read. "
+            f"If it is sound, set {variable} to more"
+        )
+
+
+def require_file_or_folder(path: Path) -> None:
+    """Refuse a pipe, a socket or a device, on which a program could wait for ever. Nothing happens if there is nothing.
+
+    Raises:
+        ReadError: It is one of them.
+    """
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return  # whoever opens it says why
+    for is_kind, name in _KINDS.items():
+        if is_kind(mode):
+            raise ReadError(f"{path} is a {name}; expected a file or a folder")
+
+
+@contextmanager
+def opened_image(path: Path) -> Iterator[Image.Image]:
+    """An image whose header Pillow has read, if it may be decoded.
+
+    Raises:
+        ReadError: It has no pixels, or more than the limit.
+        OSError: It cannot be read, or is no image.
+    """
+    Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, limit(PIXELS))  # Pillow's own limit is half of ours
+    try:
+        with Image.open(path) as image:
+            require_pixels(*image.size, "it")
+            yield image
+    except Image.DecompressionBombError as error:
+        raise ReadError(f"{error} If the file is sound, set {PIXELS} to more") from error
