@@ -73,7 +73,7 @@ def list_slides(path: Path) -> None:
 
 
 def loader(path: Path) -> None:
-    from g2l_core.distillation.loader import Reading, ReplayDataset
+    from g2l_core.distillation.loader import ReplayDataset
     from g2l_core.distillation.replay import ReplaySpec
 
     store = FeatureStore.open(path)

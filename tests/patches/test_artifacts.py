@@ -15,6 +15,7 @@ from g2l_core.patches.grid import ARTIFACTS, GridSpec, parse_artifacts
 from g2l_core.patches.views import ViewSpec
 from g2l_core.slides.manifest import read_sources
 from g2l_core.slides.slide import open_slide
+from g2l_core.store.documents import read_group, write_group
 from g2l_core.store.features import FeatureStore
 from g2l_core.store.schema import STATUS
 from g2l_core.store.verify import verify
@@ -231,15 +232,11 @@ def test_patch_images_are_never_filtered(tmp_path):
 
 
 def test_a_store_older_than_the_filters_goes_on_without_them(spoilt_slide, tmp_path):
-    import json
-
     cache(spoilt_slide, tmp_path / "s.zarr", tissue="none", artifacts=())
-    root = tmp_path / "s.zarr/zarr.json"
-    document = json.loads(root.read_text())
-    facts = document["attributes"]["g2l"]
+    facts = read_group(tmp_path / "s.zarr", checked=True)
     del facts["grid"]["artefacts"]
     facts["patch_status"] = {"ok": 0, "unreadable": 1}
-    root.write_text(json.dumps(document))
+    write_group(tmp_path / "s.zarr", facts)
     grid = GridSpec.from_json(FeatureStore.open(tmp_path / "s.zarr").grid)
     assert grid.artifacts == ()
     assert cache(spoilt_slide, tmp_path / "s.zarr", tissue="none", artifacts=grid.artifacts).encoded == 0

@@ -4,9 +4,9 @@ import shutil
 
 import numpy as np
 import pytest
-import zarr
 from typer.testing import CliRunner
 
+from g2l_core.store.documents import read_group, write_group
 from g2l_core.store.features import FeatureStore
 from pipeline.cli.main import app
 from pipeline.recompute import recompute
@@ -59,9 +59,8 @@ def test_slides_that_have_gone_or_changed(store, cohort, tmp_path):
 
 
 def test_other_weights(store):
-    root = zarr.open_group(store)
-    facts = dict(root.attrs["g2l"])
+    facts = read_group(store, checked=True)
     facts["encoders"][KEY]["weights"] = "random:7"
-    root.attrs["g2l"] = facts
+    write_group(store, facts)
     (problem,) = again(store).problems
     assert "other weights" in problem.what
