@@ -8,6 +8,7 @@ import numpy as np
 
 from g2l_core.encoders.loading import LoadedEncoder, load_encoder, require_mpp
 from g2l_core.encoders.resolve import EncoderSpec
+from g2l_core.encoders.weights import require_weights
 from g2l_core.errors import SlideError, StoreMismatchError
 from g2l_core.extraction.extract import ExtractionProgress
 from g2l_core.extraction.patching import patch_sources, refresh_stored, store_patched
@@ -73,16 +74,19 @@ def run_extraction(
     sources = read_sources(inputs)
     for spec in encoder_specs if not settings.force_mpp else ():
         require_mpp(spec, grid.mpp)
+    for spec in encoder_specs:
+        require_weights(spec)
     audit_new(sources, store_path, settings)
+    encoders = load_encoders(encoder_specs, settings)  # before the store: a failure leaves no empty one behind
     store = FeatureStore.create(store_path, grid=grid.to_json(), views=views.to_json())
     with locked(store_path / LOCKS / "writer", wait_s=0, holder="another g2l command writes into it"):
-        return _fill(store, sources, encoder_specs, grid, views, settings, tissue)
+        return _fill(store, sources, encoders, grid, views, settings, tissue)
 
 
 def _fill(
     store: FeatureStore,
     sources: Sequence[Source],
-    encoder_specs: Sequence[EncoderSpec],
+    encoders: Sequence[LoadedEncoder],
     grid: GridSpec,
     views: ViewSpec,
     settings: ExtractionSettings,
@@ -91,9 +95,6 @@ def _fill(
     if settings.retry_failed:
         wanted = lost_slides(store)
         sources = [source for source in sources if source.slide_id in wanted]
-    encoders = [
-        load_encoder(spec, device=settings.device, precision=settings.encoder_precision) for spec in encoder_specs
-    ]
     for encoder in encoders:
         store.add_encoder(encoder.key, encoder.facts)
     failed = patch_cohort(store, sources, grid, views, settings, tissue)
@@ -114,6 +115,11 @@ def _fill(
         seconds=progress.seconds,
         elapsed=progress.elapsed,
     )
+
+
+def load_encoders(specs: Sequence[EncoderSpec], settings: ExtractionSettings) -> list[LoadedEncoder]:
+    """Load the encoders as the settings have it."""
+    return [load_encoder(spec, device=settings.device, precision=settings.encoder_precision) for spec in specs]
 
 
 def audit_new(sources: Sequence[Source], store_path: Path, settings: ExtractionSettings) -> None:
