@@ -56,7 +56,7 @@ def hub_etag(spec: EncoderSpec) -> str:
             if error.response.status_code < HTTPStatus.INTERNAL_SERVER_ERROR:
                 raise
             raise errors.LocalEntryNotFoundError(str(error)) from error
-        except _transport_errors() as error:
+        except _hub_errors() as error:
             raise errors.LocalEntryNotFoundError(str(error)) from error
 
     return _of_hub(spec, ask)
@@ -108,17 +108,17 @@ def _of_hub(spec: EncoderSpec, get: Callable[[str], Answer]) -> Answer:
             raise EncoderError(f"{spec.name}: {_unreachable(spec)}") from error
         except errors.EntryNotFoundError:
             continue
-        except (*_transport_errors(), ValueError) as error:
+        except _hub_errors() as error:
             raise EncoderError(f"{spec.name}: {_refusal(error, spec)}") from error
     lacking = f"no {spec.source.file}" if spec.source.file else f"neither {' nor '.join(FILE_NAMES)}"
     raise EncoderError(f"{spec.name}: {spec.source.where} has {lacking}")
 
 
-def _transport_errors() -> tuple[type[Exception], ...]:
-    """Errors of a broken connection, which the client lets through, and its own, which have the same base."""
+def _hub_errors() -> tuple[type[Exception], ...]:
+    """Errors of the client, and those of its transport, such as a broken connection: it lets them through."""
     from huggingface_hub import errors
 
-    return (*errors.HfHubHTTPError.__bases__, OSError)
+    return (*errors.HfHubHTTPError.__bases__, OSError, ValueError)
 
 
 @contextmanager
