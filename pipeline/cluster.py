@@ -51,12 +51,8 @@ def encode_on_workers(
         UsageError: dask.distributed is not installed, or no scheduler answers.
         G2LError: A worker met what stops the whole run: a full disk, other weights.
     """
-    missing = {
-        slide_id: missing_patches(
-            store, [slide_id], encoders, 1 + settings.views, retry_unreadable=settings.retry_failed
-        )
-        for slide_id in slide_ids
-    }
+    keys, again = [encoder.key for encoder in encoders], settings.retry_failed
+    missing = {i: missing_patches(store, [i], keys, 1 + settings.views, retry_unreadable=again) for i in slide_ids}
     total = ExtractionProgress(patches_total=sum(missing.values()))
     if not total.patches_total:
         return total

@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import logging
 import pickle
+import re
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -20,6 +22,8 @@ from g2l_core.encoders.spec import EncoderSpec
 from g2l_core.errors import EncoderError
 
 Answer = TypeVar("Answer")
+
+_LOCAL_KINDS = frozenset({"file", "run", "package"})
 
 FILE_NAMES = ("model.safetensors", "pytorch_model.bin")
 
@@ -38,6 +42,42 @@ def require_weights(spec: EncoderSpec) -> None:
             hub_etag(spec)
     elif spec.source.kind in _LOCAL_KINDS and not (path := weights_file(spec)).is_file():
         raise EncoderError(f"{spec.name}: there is no weights file {path}")
+
+
+def weights_content(spec: EncoderSpec) -> str | None:
+    """What tells, without loading them, whether the weights behind a spec are those of before.
+
+    Returns:
+        A checksum of the file, or what the hub calls its content. Empty where the spec itself says all: random weights,
+        a commit of a repository. None where only loading tells: weights that a function brings.
+
+    Raises:
+        EncoderError: The file is gone, or the hub does not tell.
+    """
+    source = spec.source
+    match source.kind:
+        case "random":
+            return ""
+        case "hub":
+            return "" if _COMMIT.fullmatch(source.revision) else f"etag {hub_etag(spec)}"
+        case kind if kind in _LOCAL_KINDS:
+            return f"xxh3-128 {_checksum(weights_file(spec), spec.name)}"
+        case _:
+            return None
+
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def _checksum(path: Path, name: str) -> str:
+    state = xxhash.xxh3_128()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(1 << 24):
+                state.update(block)
+    except OSError as error:
+        raise EncoderError(f"{name}: cannot read {path}: {error.strerror}") from error
+    return state.hexdigest()
 
 
 def hub_etag(spec: EncoderSpec) -> str:
@@ -204,9 +244,6 @@ def weights_file(spec: EncoderSpec) -> Path:
             return _package_file(spec)
         case _:
             return hub_file(spec)
-
-
-_LOCAL_KINDS = ("file", "run", "package")
 
 
 def _package_file(spec: EncoderSpec) -> Path:
