@@ -29,6 +29,7 @@ from pipeline.extract import encode_slides
 from pipeline.progress import ProgressLine, clock, say
 from pipeline.recognize import recognize, same_slide
 from pipeline.settings import ExtractionSettings
+from pipeline.slide_locks import await_lost_workers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,7 @@ class ExtractionSummary:
     slides: int
     patches: int
     encoded: int
-    """Patches that this call had to encode; 0 if everything was stored already."""
+    """Patches that this call encoded; 0 if everything was stored already, or everything failed."""
     failed_slides: dict[str, str]
     unreadable: dict[str, list[str]]
     left_out: dict[str, int]
@@ -105,12 +106,14 @@ def _encode(
 ) -> ExtractionSummary:
     progress = encode_cohort(store, ready, encoders, settings) if encoders else ExtractionProgress()
     note_run(store, encoders, progress, settings)
+    unfinished = [slide_id for slide_id in ready if slide_id in progress.failed_slides]
+    still_missing = count_missing(store, unfinished, keys, settings)
     return ExtractionSummary(
         store=store.path,
         encoders=tuple(keys),
         slides=len(ready),
         patches=sum(len(store.slide(slide_id)) for slide_id in ready),
-        encoded=progress.patches_total,
+        encoded=max(0, progress.patches_total - still_missing),
         failed_slides=failed | progress.failed_slides,
         unreadable={slide_id: lost for slide_id in ready if (lost := list(store.slide(slide_id).unreadable.values()))},
         left_out=count_artifacts(
@@ -291,7 +294,10 @@ def encode_cohort(
 
             progress = encode_on_workers(store, slide_ids, encoders, settings, report)
         else:
-            progress = encode_slides(store, slide_ids, encoders, settings, report)
+            held_back = await_lost_workers(store.path, slide_ids, settings.slide_timeout)
+            free = [slide_id for slide_id in slide_ids if slide_id not in held_back]
+            progress = encode_slides(store, free, encoders, settings, report)
+            progress.failed_slides |= held_back
     if progress.patches_total:
         say(time_spent(progress))
     return progress

@@ -38,6 +38,12 @@ class ExtractionSettings:
     pictures: bool = option(
         True, panel=OUTPUT, help="Draw each slide's tissue and kept patches, and write GeoJSON, beside the store."
     )
+    slide_timeout: float | None = option(
+        None,
+        min=0.001,
+        panel=SLIDES,
+        help="Seconds after which a slide fails if opening it, its tissue, or 64 patches take longer; none by default.",
+    )
     retry_failed: bool = option(
         False, panel=SLIDES, help="Process only slides that failed and patches that could not be read."
     )
