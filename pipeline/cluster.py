@@ -286,7 +286,11 @@ def _client(settings: ExtractionSettings) -> "Iterator[Client]":
         from distributed import Client, LocalCluster
     except ImportError as error:
         raise UsageError("--local-workers and --scheduler need dask.distributed: pip install 'g2l[cluster]'") from error
-    for name in ("distributed", "asyncio"):  # whose tracebacks say less than the one line that ends the run
+    for name in (
+        "distributed",
+        "distributed.client",
+        "asyncio",
+    ):  # whose tracebacks say less than the one line that ends the run
         logging.getLogger(name).setLevel(logging.CRITICAL)
     own: dict[str, float] = {"distributed.scheduler.allowed-failures": DEATHS - 1}
     if settings.slide_timeout is not None:
