@@ -30,7 +30,8 @@ def recognize(store: FeatureStore, sources: Sequence[Source], *, workers: int) -
     names and sizes alone, which other slides may have too. One that lies elsewhere takes the stored id only if it
     brings labels for it, and is refused otherwise.
     """
-    met = {slide_id: store.slide(slide_id) for slide_id in store.slide_ids()}
+    met = {slide.slide_id: slide for slide in store.slides()}
+    met |= {slide_id: store.slide(slide_id) for slide_id in store.failed_slides()}
     ids = _by_place(met, sources)
     elsewhere = [s for s in sources if s.slide_id not in ids and s.slide_id not in met and s.path.is_file()]
     refused: dict[str, str] = {}

@@ -74,6 +74,16 @@ def test_one_file_under_two_ids_costs_the_second(data, tmp_path):
     assert FeatureStore.open(store).failed_slides() == {}
 
 
+def test_an_id_that_the_store_cannot_take_costs_that_slide(data, tmp_path):
+    store = tmp_path / "s.zarr"
+    assert cache(data / "a", store, *FEW).returncode == 0
+    rows = [(data / "b/p02-1.tiff", "p01-1/inner"), (data / "b/p03-1.tiff", "other")]
+    refused(
+        cache(manifest(tmp_path / "m.csv", rows, "path,slide_id"), store, *FEW), "p01-1/inner", "lie inside", code=1
+    )
+    assert sorted(labels(store)) == ["other", "p01-1"]
+
+
 def test_rows_of_one_file_under_two_ids_are_refused(data, tmp_path):
     source = manifest(tmp_path / "m.csv", [("data/a/p01-1.tiff", "x"), (data / "a/p01-1.tiff", "y")], "path,slide_id")
     refused(cache(source, tmp_path / "s.zarr", *FEW), "m.csv", "p01-1.tiff under two slide_id, 'x' and 'y'")
