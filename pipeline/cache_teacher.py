@@ -252,7 +252,7 @@ def patch_cohort(
             except (SlideError, StoreMismatchError) as error:
                 failed[source.slide_id] = str(error)
     new = [source for source in sources if source.slide_id not in known]
-    failed |= {source.slide_id: why for source in new if (why := store.why_refused(source.slide_id))}
+    failed |= store.refusals(source.slide_id for source in new)
     new = [source for source in new if source.slide_id not in failed]
     stored = {slide.facts.fingerprint: slide_id for slide_id, slide in known.items()}
     outcomes = patch_sources(

@@ -12,7 +12,7 @@ from pathlib import Path
 from g2l_core.concurrency import run_ahead
 from g2l_core.errors import ReadError, UsageError
 from g2l_core.patches.identity import current_fingerprint
-from g2l_core.slides.fingerprint import fingerprint
+from g2l_core.slides.fingerprint import file_state, fingerprint
 from g2l_core.slides.manifest import files_below
 from g2l_core.slides.readers import slide_suffixes
 from g2l_core.store.features import FeatureStore, StoredSlide
@@ -72,7 +72,7 @@ def relocate(path: Path, folder: Path, *, dry_run: bool) -> Relocation:
         for slide_id, place in () if dry_run else found.items():
             slide = store.slide(slide_id)
             if slide.facts.source != str(place):
-                slide.set_source(place, slide.facts.fingerprint)
+                slide.set_source(place, slide.facts.fingerprint, file_state(place))
     missing = {slide.slide_id: slide.facts.source for slide in gone if slide.slide_id not in kept}
     return Relocation(found=found, kept=kept, ambiguous=ambiguous, missing=missing)
 

@@ -52,19 +52,24 @@ def _images_in(folder: Path) -> list[str]:
     return [p.name for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")]
 
 
+def _is_untouched(stored: StoredSlide, path: Path) -> bool:
+    known, place = stored.facts.file_state, str(path.resolve())
+    return known is not None and place == stored.facts.source and file_state(path) == known
+
+
 def require_same_slide(stored: StoredSlide, path: Path, names: Sequence[str] = ()) -> None:
     """Refuse a slide whose file has changed since stage one. The arguments are those of `current_fingerprint`.
 
-    A file of the size and the time of change that it had then is not read again: the fingerprints of 100,000 slides
-    are 300 GB of reading.
+    A file in its place, of the size and the time of change that it had then, is not read again: the fingerprints of
+    100,000 slides are 300 GB of reading.
 
     Raises:
         StoreMismatchError: Its fingerprint differs.
         ReadError: It cannot be read.
     """
-    if stored.facts.file_state is not None and file_state(path) == stored.facts.file_state:
-        return
     try:
+        if _is_untouched(stored, path):
+            return
         current = current_fingerprint(stored, path, names)
     except ReadError as error:
         if not isinstance(error.__cause__, FileNotFoundError):
