@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from g2l_core.encoders.loading import LoadedEncoder, load_encoder, require_mpp
+from g2l_core.encoders.loading import LoadedEncoder, load_encoder, require_mpp, stored_facts, stored_key
 from g2l_core.encoders.resolve import EncoderSpec
+from g2l_core.encoders.weights import require_weights
 from g2l_core.errors import SlideError, StoreMismatchError
-from g2l_core.extraction.extract import ExtractionProgress
+from g2l_core.extraction.extract import ExtractionProgress, missing_patches
 from g2l_core.extraction.patching import patch_sources, refresh_stored, store_patched
 from g2l_core.extraction.repair import adopt_repaired
 from g2l_core.patches.artifacts import count_artifacts
@@ -30,7 +31,9 @@ from pipeline.audit import audit_sources, require_plausible
 from pipeline.extract import encode_slides
 from pipeline.killers import Trial, without_killers
 from pipeline.progress import ProgressLine, clock, say
+from pipeline.recognize import recognize, same_slide
 from pipeline.settings import ExtractionSettings
+from pipeline.slide_locks import await_lost_workers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +45,7 @@ class ExtractionSummary:
     slides: int
     patches: int
     encoded: int
-    """Patches that this call had to encode; 0 if everything was stored already."""
+    """Patches that this call encoded; 0 if everything was stored already, or everything failed."""
     failed_slides: dict[str, str]
     unreadable: dict[str, list[str]]
     left_out: dict[str, int]
@@ -74,46 +77,57 @@ def run_extraction(
     Raises:
         G2LError: Nothing could be started: bad inputs, settings or encoders.
     """
-    sources = read_sources(inputs)
     for spec in encoder_specs if not settings.force_mpp else ():
         require_mpp(spec, grid.mpp)
-    trial = without_killers(sources, store_path, grid, settings)
-    audit_new(trial.sources, store_path, settings)
-    store = FeatureStore.create(store_path, grid=grid.to_json(), views=views.to_json())
     with locked(store_path / LOCKS / "writer", wait_s=0, holder="another g2l command writes into it"):
-        return _fill(store, trial, encoder_specs, grid, views, settings, tissue)
+        sources, refused = recognized_sources(inputs, store_path, settings)
+        trial = without_killers(sources, store_path, grid, settings)
+        keys = stored_keys(store_path, encoder_specs, settings)
+        needed = encoder_specs if has_work(trial.sources, store_path, keys, settings) else ()
+        for spec in needed:
+            require_weights(spec)
+        audit_new(trial.sources, store_path, settings)
+        encoders = load_encoders(needed, settings)  # before the store: a failure leaves no empty one behind
+        store = FeatureStore.create(store_path, grid=grid.to_json(), views=views.to_json())
+        store.sweep()
+        add_encoders(store, encoders)
+        sources = list(trial.sources)
+        if settings.retry_failed:
+            wanted = lost_slides(store) | trial.acquitted
+            sources = [source for source in sources if source.slide_id in wanted]
+        failed = refused | blame(store, trial) | patch_cohort(store, sources, grid, views, settings, tissue)
+        ready = [source.slide_id for source in sources if source.slide_id not in failed]
+        if not encoders and count_missing(store, ready, keys, settings):
+            encoders = load_encoders(encoder_specs, settings)
+            add_encoders(store, encoders)
+        return _encode(store, ready, failed, [encoder.key for encoder in encoders] or keys, encoders, settings)
 
 
-def _fill(
-    store: FeatureStore,
-    trial: Trial,
-    encoder_specs: Sequence[EncoderSpec],
-    grid: GridSpec,
-    views: ViewSpec,
-    settings: ExtractionSettings,
-    tissue: TissueMethod | None,
-) -> ExtractionSummary:
-    sources: Sequence[Source] = trial.sources
-    if settings.retry_failed:
-        wanted = lost_slides(store) | trial.acquitted
-        sources = [source for source in sources if source.slide_id in wanted]
-    encoders = [
-        load_encoder(spec, device=settings.device, precision=settings.encoder_precision) for spec in encoder_specs
-    ]
-    for encoder in encoders:
-        store.add_encoder(encoder.key, encoder.facts)
+def blame(store: FeatureStore, trial: Trial) -> dict[str, str]:
+    """Record the slides that ended processes as failed, and return their reasons."""
     for slide_id, reason in trial.blamed.items():
         store.fail_slide(slide_id, str(trial.paths[slide_id]), reason)
-    failed = trial.blamed | patch_cohort(store, sources, grid, views, settings, tissue)
-    ready = [source.slide_id for source in sources if source.slide_id not in failed]
-    progress = encode_cohort(store, ready, encoders, settings)
+    return trial.blamed
+
+
+def _encode(
+    store: FeatureStore,
+    ready: Sequence[str],
+    failed: dict[str, str],
+    keys: Sequence[str],
+    encoders: Sequence[LoadedEncoder],
+    settings: ExtractionSettings,
+) -> ExtractionSummary:
+    progress = encode_cohort(store, ready, encoders, settings) if encoders else ExtractionProgress()
     note_run(store, encoders, progress, settings)
+    unfinished = [slide_id for slide_id in ready if slide_id in progress.failed_slides]
+    still_missing = count_missing(store, unfinished, keys, settings)
     return ExtractionSummary(
         store=store.path,
-        encoders=tuple(encoder.key for encoder in encoders),
+        encoders=tuple(keys),
         slides=len(ready),
         patches=sum(len(store.slide(slide_id)) for slide_id in ready),
-        encoded=progress.patches_total,
+        encoded=max(0, progress.patches_total - still_missing),
         failed_slides=failed | progress.failed_slides,
         unreadable={slide_id: lost for slide_id in ready if (lost := list(store.slide(slide_id).unreadable.values()))},
         left_out=count_artifacts(
@@ -122,6 +136,70 @@ def _fill(
         seconds=progress.seconds,
         elapsed=progress.elapsed,
     )
+
+
+def recognized_sources(
+    inputs: Sequence[Path], store_path: Path, settings: ExtractionSettings
+) -> tuple[list[Source], dict[str, str]]:
+    """The sources that the inputs name, under the ids that the store has for them, and why others are left out."""
+    sources = read_sources(inputs)
+    if (store := _stored(store_path)) is None:
+        return sources, {}
+    found = recognize(store, sources, workers=settings.workers)
+    if found.renamed:
+        asked, slide_id = next(iter(found.renamed.items()))
+        say(f"{len(found.renamed)} slides are stored under another id and keep it, such as {asked}: {slide_id}")
+    return list(found.sources), dict(found.refused)
+
+
+def _stored(path: Path) -> FeatureStore | None:
+    return FeatureStore.open(path) if (path / "zarr.json").exists() else None
+
+
+def stored_keys(store_path: Path, specs: Sequence[EncoderSpec], settings: ExtractionSettings) -> list[str]:
+    """The keys of the encoders in the store; none if one of them is not there, or if only its weights can tell."""
+    if (store := _stored(store_path)) is None:
+        return []
+    device, precision = settings.device, settings.encoder_precision
+    keys = [stored_key(spec, store.encoders, device=device, precision=precision) for spec in specs]
+    return [] if None in keys else [key for key in keys if key]
+
+
+def has_work(sources: Sequence[Source], store_path: Path, keys: Sequence[str], settings: ExtractionSettings) -> bool:
+    """Whether something is to be encoded, as far as that is known before slides are opened.
+
+    Slides that failed before are no work: they are tried again, but without need for the weights, as they may well fail
+    again.
+    """
+    store = _stored(store_path)
+    if store is None or not keys:
+        return True
+    stored, asked = {slide.slide_id for slide in store.slides()}, {source.slide_id for source in sources}
+    if not settings.retry_failed and asked - stored - store.failed_slides().keys():
+        return True
+    return count_missing(store, sorted(asked & stored), keys, settings) > 0
+
+
+def count_missing(
+    store: FeatureStore, slide_ids: Sequence[str], keys: Sequence[str], settings: ExtractionSettings
+) -> int:
+    """How many patches of these slides are to be encoded."""
+    return missing_patches(store, slide_ids, keys, 1 + settings.views, retry_unreadable=settings.retry_failed)
+
+
+def add_encoders(store: FeatureStore, encoders: Sequence[LoadedEncoder]) -> None:
+    """Make encoders known to the store.
+
+    Raises:
+        StoreMismatchError: Another encoder has the key of one of them.
+    """
+    for encoder in encoders:
+        store.add_encoder(encoder.key, encoder.facts if encoder.key in store.encoders else stored_facts(encoder))
+
+
+def load_encoders(specs: Sequence[EncoderSpec], settings: ExtractionSettings) -> list[LoadedEncoder]:
+    """Load the encoders as the settings have it."""
+    return [load_encoder(spec, device=settings.device, precision=settings.encoder_precision) for spec in specs]
 
 
 def audit_new(sources: Sequence[Source], store_path: Path, settings: ExtractionSettings) -> None:
@@ -198,6 +276,9 @@ def patch_cohort(
             except (SlideError, StoreMismatchError) as error:
                 failed[source.slide_id] = str(error)
     new = [source for source in sources if source.slide_id not in known]
+    failed |= store.refusals(source.slide_id for source in new)
+    new = [source for source in new if source.slide_id not in failed]
+    stored = {slide.facts.fingerprint: slide_id for slide_id, slide in known.items()}
     outcomes = patch_sources(
         new,
         grid,
@@ -210,13 +291,17 @@ def patch_cohort(
     )
     with ProgressLine("tissue", "slides") as line:
         for done, outcome in enumerate(outcomes, start=1):
-            if outcome.patched is not None:
-                store_patched(store, outcome.source, outcome.patched, views, n_views)
-                for remark in outcome.patched.remarks:
-                    say(remark)
+            source, patched = outcome.source, outcome.patched
+            if patched is None:
+                failed[source.slide_id] = str(outcome.error)
+                store.fail_slide(source.slide_id, str(source.path.resolve()), str(outcome.error))
+            elif source.path.is_file() and (same := stored.get(patched.facts.fingerprint)) is not None:
+                failed[source.slide_id] = same_slide(source.path, same)
             else:
-                failed[outcome.source.slide_id] = str(outcome.error)
-                store.fail_slide(outcome.source.slide_id, str(outcome.source.path.resolve()), str(outcome.error))
+                stored[patched.facts.fingerprint] = source.slide_id
+                store_patched(store, source, patched, views, n_views)
+                for remark in patched.remarks:
+                    say(remark)
             line.update(done, len(new))
     return failed
 
@@ -237,7 +322,10 @@ def encode_cohort(
 
             progress = encode_on_workers(store, slide_ids, encoders, settings, report)
         else:
-            progress = encode_slides(store, slide_ids, encoders, settings, report)
+            held_back = await_lost_workers(store.path, slide_ids, settings.slide_timeout)
+            free = [slide_id for slide_id in slide_ids if slide_id not in held_back]
+            progress = encode_slides(store, free, encoders, settings, report)
+            progress.failed_slides |= held_back
     if progress.patches_total:
         say(time_spent(progress))
     return progress

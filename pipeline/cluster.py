@@ -1,19 +1,22 @@
 """Stage one's encoding on dask workers: processes of this machine, or those of a scheduler that runs already.
 
 The unit of work is a group of slides. A worker encodes it as a single process would, into the same store. A worker
-that dies costs only time: dask gives its group to another, which goes on after the last recorded shard. A lock on
-every slide keeps a worker that the scheduler has lost, but that still lives, from writing while its successor does.
+that dies costs only time: dask gives its group to another, which goes on after the last recorded shard. If several die
+of one group, its slides are tried one by one, so that only the slide that kills them is lost.
+
+A lock on every slide keeps a worker that the scheduler has lost, but that still lives, from writing while its successor
+does. A worker whose caller has gone stops at the next block of patches.
 """
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from hashlib import sha256
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from g2l_core.encoders.loading import LoadedEncoder, load_encoder
 from g2l_core.encoders.resolve import spec_from_json
@@ -22,22 +25,29 @@ from g2l_core.errors import EncoderError, G2LError, UsageError
 from g2l_core.extraction.extract import ExtractionProgress, missing_patches
 from g2l_core.store.facts import EncoderFacts
 from g2l_core.store.features import FeatureStore
-from g2l_core.store.locks import LOCKS, locked
 from pipeline.extract import encode_slides
 from pipeline.settings import ExtractionSettings
+from pipeline.slide_locks import locked_slides
 
 if TYPE_CHECKING:
-    from distributed import Client
+    from distributed import Client, Future
 
 GROUPS_PER_WORKER = 6
 """Smaller groups idle less at the end, larger ones fill more batches."""
 
 DEATHS = 3
-"""How many workers may die of a group before its slides count as failed."""
+"""How many workers may die of a group of this machine before its slides are tried one by one; other schedulers have
+their own setting, `distributed.scheduler.allowed-failures`."""
 
 CONNECT_S = 10
-LOST_WORKER_S = 600.0
-"""How long a group waits for a slide that a lost worker still writes."""
+POLL_S = 2.0
+"""How often the scheduler is asked whether it has workers, while none of them reports."""
+
+NO_WORKER_S = 120.0
+"""How long a scheduler may have no worker before the run ends."""
+
+SHORTEST_TTL_S = 30.0
+"""How long a worker of this machine may be silent at least: it is while it imports torch."""
 
 
 def encode_on_workers(
@@ -53,12 +63,8 @@ def encode_on_workers(
         UsageError: dask.distributed is not installed, or no scheduler answers.
         G2LError: A worker met what stops the whole run: a full disk, other weights.
     """
-    missing = {
-        slide_id: missing_patches(
-            store, [slide_id], encoders, 1 + settings.views, retry_unreadable=settings.retry_failed
-        )
-        for slide_id in slide_ids
-    }
+    keys, again = [encoder.key for encoder in encoders], settings.retry_failed
+    missing = {i: missing_patches(store, [i], keys, 1 + settings.views, retry_unreadable=again) for i in slide_ids}
     total = ExtractionProgress(patches_total=sum(missing.values()))
     if not total.patches_total:
         return total
@@ -70,9 +76,12 @@ def encode_on_workers(
         own = {code_of(e.spec).partition(":")[0] for e in encoders} - {""}  # loaded here, so typed or trusted
         settings = replace(settings, trust_code=tuple(own))
         for group, outcome in _run(client, groups, store, facts, settings):
-            _add(total, group, outcome, workers)
+            _add(total, group, outcome, missing, workers)
             total.elapsed = perf_counter() - begin
             report(total)
+    lost = [slide_id for slide_id in total.failed_slides if missing.get(slide_id)]
+    still = missing_patches(store, lost, keys, 1 + settings.views, retry_unreadable=again)
+    total.patches_done = total.patches_total - still
     return total
 
 
@@ -99,32 +108,107 @@ def _run(
     facts: Sequence[EncoderFacts],
     settings: ExtractionSettings,
 ) -> Iterator[tuple[Sequence[str], "ExtractionProgress | str"]]:
-    """Yield each group with its progress, or with the reason why its workers died, as they end."""
-    from distributed import KilledWorker, as_completed
+    """Yield each group with its progress, as they end; then each slide of the groups whose workers died, one by one.
 
-    path = store.path.resolve()
-    futures = {
-        client.submit(encode_group, path, group, facts, settings, pure=False, priority=-place): group
-        for place, group in enumerate(groups)
-    }
-    for future in as_completed(list(futures)):
-        group = futures[future]
+    A reason in place of the progress says why workers died of a slide.
+
+    Raises:
+        G2LError: A worker met what stops the whole run, or there is no scheduler or no worker any more.
+    """
+    path, where = store.path.resolve(), settings.scheduler or "of this machine"
+
+    def submit(group: Sequence[str], priority: int = 0) -> "Future[Any]":
+        return client.submit(encode_group, path, group, facts, settings, pure=False, priority=priority)
+
+    waiting = {submit(group, -place): group for place, group in enumerate(groups)}
+    suspects: deque[str] = deque()
+    while waiting or suspects:
+        if not waiting:  # a worker that dies takes all tasks with it that it was given: nothing else may be under way
+            alone = [suspects.popleft()]
+            waiting = {submit(alone): alone}
+        for future in _ended(client, list(waiting), where):
+            group = waiting.pop(future)
+            outcome, fatal = _outcome(future, where)
+            if fatal:
+                raise G2LError(fatal)
+            if isinstance(outcome, str) and (len(group) > 1 or waiting):
+                suspects += group
+            else:
+                yield group, outcome
+
+
+def _outcome(future: "Future[Any]", where: str) -> tuple["ExtractionProgress | str", str]:
+    """What became of a group, or why it failed; and why everything must stop, empty if it need not.
+
+    Raises:
+        G2LError: The scheduler is lost.
+    """
+    from distributed import KilledWorker
+
+    try:
+        return future.result()
+    except KilledWorker:
+        return "workers died of it, for want of memory perhaps; see the logs of the scheduler", ""
+    except Exception as error:
+        if future.cancelled():
+            raise _no_scheduler(where) from error
+        return f"{type(error).__name__} in a worker: {error}", ""
+
+
+def _ended(client: "Client", futures: Sequence["Future[Any]"], where: str) -> list["Future[Any]"]:
+    """The futures that have ended, at least one.
+
+    Raises:
+        G2LError: The scheduler is lost, or has had no worker for `NO_WORKER_S`.
+    """
+    from concurrent.futures import CancelledError
+
+    from distributed import wait
+
+    alone_since: float | None = None
+    while True:
         try:
-            outcome, fatal = future.result()
-        except KilledWorker:
-            yield group, f"{DEATHS} workers died of it, for want of memory perhaps; see the scheduler's logs"
-            continue
-        if fatal:
-            raise G2LError(fatal)
-        yield group, outcome
+            return list(wait(futures, timeout=POLL_S, return_when="FIRST_COMPLETED").done)
+        except TimeoutError:
+            pass
+        except CancelledError as error:
+            raise _no_scheduler(where) from error
+        try:
+            has_workers = bool(client.status == "running" and client.nthreads())
+        except (OSError, CancelledError, TimeoutError) as error:
+            raise _no_scheduler(where) from error
+        if client.status != "running":
+            raise _no_scheduler(where)
+        alone_since = None if has_workers else alone_since or perf_counter()
+        if alone_since and perf_counter() - alone_since > NO_WORKER_S:
+            raise G2LError(
+                f"the dask scheduler {where} has had no worker for {NO_WORKER_S:.0f} s: all of them died or were "
+                f"ended. Start new ones and {_AGAIN}"
+            )
 
 
-def _add(total: ExtractionProgress, group: Sequence[str], outcome: "ExtractionProgress | str", workers: int) -> None:
-    """Add what a group did to the total. Seconds are divided by the workers, so that utilization stays below 1."""
+_AGAIN = "run the same command again: what is recorded is kept"
+
+
+def _no_scheduler(where: str) -> G2LError:
+    return G2LError(f"the dask scheduler {where} is gone. Start it again and {_AGAIN}")
+
+
+def _add(
+    total: ExtractionProgress,
+    group: Sequence[str],
+    outcome: "ExtractionProgress | str",
+    missing: Mapping[str, int],
+    workers: int,
+) -> None:
+    """Add what a group did to the total. Seconds are divided by the workers, so that utilization stays below 1.
+
+    What a dead worker recorded is not in the progress of its successor, so patches are counted by what was missing.
+    """
     if isinstance(outcome, str):
         total.failed_slides |= dict.fromkeys(group, outcome)
         return
-    total.patches_done += outcome.patches_done
+    total.patches_done += sum(missing[slide_id] for slide_id in group if slide_id not in outcome.failed_slides)
     total.failed_slides |= outcome.failed_slides
     total.unreadable |= outcome.unreadable
     for part, seconds in outcome.seconds.items():
@@ -147,15 +231,27 @@ def encode_group(
     """
     try:
         encoders = _resident(facts, settings)
-        store = FeatureStore.open(path, writable=True)
-        with ExitStack() as held:
-            for slide_id in sorted(slide_ids):
-                name = sha256(slide_id.encode()).hexdigest()[:16]
-                holder = f"a lost worker still writes slide {slide_id}"
-                held.enter_context(locked(path / LOCKS / name, wait_s=LOST_WORKER_S, holder=holder))
-            return encode_slides(store, slide_ids, encoders, settings, lambda _: None), ""
+        with locked_slides(path, slide_ids, settings.slide_timeout) as (ready, held_back):
+            store = FeatureStore.open(path, writable=True)  # behind the locks, so that what is recorded stays so
+            progress = encode_slides(store, ready, encoders, settings, _stop_if_unwanted)
     except G2LError as error:
         return ExtractionProgress(), str(error)  # errors of other processes do not all survive pickling
+    progress.failed_slides |= held_back
+    return progress, ""
+
+
+def _stop_if_unwanted(_: ExtractionProgress) -> None:
+    """End the task if it is no longer wanted: its caller or the scheduler has died, or another worker was given it.
+
+    Raises:
+        G2LError: Nobody wants it.
+    """
+    from distributed import Status, get_worker
+
+    worker = get_worker()
+    task = worker.state.tasks.get(worker.get_current_task())
+    if worker.status != Status.running or task is None or task.state == "cancelled":
+        raise G2LError("the run that asked for these slides is gone")
 
 
 _RESIDENT: dict[str, LoadedEncoder] = {}
@@ -195,8 +291,16 @@ def _client(settings: ExtractionSettings) -> "Iterator[Client]":
         from distributed import Client, LocalCluster
     except ImportError as error:
         raise UsageError("--local-workers and --scheduler need dask.distributed: pip install 'g2l[cluster]'") from error
-    logging.getLogger("distributed").setLevel(logging.ERROR)
-    with dask.config.set({"distributed.scheduler.allowed-failures": DEATHS - 1}):
+    for name in (
+        "distributed",
+        "distributed.client",
+        "asyncio",
+    ):  # whose tracebacks say less than the one line that ends the run
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    own: dict[str, float] = {"distributed.scheduler.allowed-failures": DEATHS - 1}
+    if settings.slide_timeout is not None:
+        own["distributed.scheduler.worker-ttl"] = max(settings.slide_timeout, SHORTEST_TTL_S)
+    with dask.config.set(own):
         if settings.scheduler:
             try:
                 client = Client(settings.scheduler, timeout=CONNECT_S)

@@ -41,9 +41,7 @@ def _stage(
     """Copies of the slides that still have something to be read, ahead of their turn; None where none are asked for."""
     if settings.stage_dir is None:
         return nullcontext()
-    n_views, again = 1 + settings.views, settings.retry_failed
-    slides = [
-        store.slide(i) for i in slide_ids if missing_patches(store, [i], encoders, n_views, retry_unreadable=again)
-    ]
+    keys, n_views, again = [encoder.key for encoder in encoders], 1 + settings.views, settings.retry_failed
+    slides = [store.slide(i) for i in slide_ids if missing_patches(store, [i], keys, n_views, retry_unreadable=again)]
     paths = [Path(slide.facts.source) for slide in slides if slide.patch_ids is None]
     return Stage(settings.stage_dir, int(settings.stage_gb * 1e9), paths, say)

@@ -9,6 +9,7 @@ import numpy as np
 
 from g2l_core.encoders.loading import LoadedEncoder, encode, encode_all, load_encoder
 from g2l_core.encoders.resolve import EncoderSpec
+from g2l_core.encoders.weights import require_weights
 from g2l_core.errors import EncoderError, SlideError
 from g2l_core.extraction.patching import PatchedSlide, patch_sources
 from g2l_core.patches.grid import GridSpec, blocks
@@ -90,6 +91,8 @@ def make_plan(
     speeds, why_not = None, "no patch to measure with"
     if patched:
         try:
+            for spec in encoder_specs:
+                require_weights(spec)
             encoders = [
                 load_encoder(s, device=settings.device, precision=settings.encoder_precision) for s in encoder_specs
             ]

@@ -1,15 +1,18 @@
 """`g2l store verify --recompute N`: encode random rows again, and compare them with what the store holds."""
 
 from collections.abc import Collection, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from g2l_core.encoders.loading import LoadedEncoder, encode_all, load_encoder
 from g2l_core.encoders.resolve import spec_from_json
 from g2l_core.encoders.trust import with_trusted_code
-from g2l_core.errors import SlideError
+from g2l_core.errors import SlideError, StoreMismatchError
 from g2l_core.patches.grid import GridSpec
+from g2l_core.patches.identity import require_same_slide
 from g2l_core.patches.render import open_patches, render_block
 from g2l_core.patches.views import ViewSpec
 from g2l_core.rng import keyed_generator
@@ -97,6 +100,8 @@ def _compare(
 ) -> tuple[list[float], list[str]]:
     """Cosines of stored and recomputed features of one slide's pairs, and a sentence for everything that is wrong."""
     grid, views = GridSpec.from_json(store.grid), ViewSpec.from_json(store.views)
+    with suppress(StoreMismatchError):  # a file that is not the same may still show the same pixels
+        require_same_slide(slide, Path(slide.facts.source))
     reader, params, hashes = open_patches(slide, grid), slide.view_params, slide.pixel_hash
     pixels, wrong = [], []
     for row, view in pairs.tolist():

@@ -4,7 +4,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from g2l_core.encoders.patch_encoder import PatchEncoder
 from g2l_core.encoders.resolve import EncoderSpec, encoder_key, spec_to_json
 from g2l_core.encoders.trust import code_of, require_trusted
 from g2l_core.encoders.weight_layouts import state_dict_in_timm_layout
-from g2l_core.encoders.weights import read_tensors, state_digest, weights_file
+from g2l_core.encoders.weights import read_tensors, state_digest, weights_content, weights_file
 from g2l_core.errors import EncoderError, UnknownNameError, UsageError
 from g2l_core.store.facts import EncoderFacts
 from g2l_core.store.provenance import digest
@@ -85,6 +85,49 @@ def load_encoder(spec: EncoderSpec, *, device: str = "auto", precision: str = "a
         digest=spec_digest(spec, weights_digest, precision),
         device=target,
     )
+
+
+WEIGHTS_CONTENT = "weights_content"
+"""Key of `weights.weights_content` in what a store keeps of an encoder."""
+
+
+def stored_facts(encoder: LoadedEncoder) -> EncoderFacts:
+    """What a store keeps of an encoder, with what tells later whether its weights are still the same."""
+    try:
+        content = weights_content(encoder.spec)
+    except EncoderError:
+        content = None
+    facts = encoder.facts
+    return replace(facts, extra={**facts.extra, WEIGHTS_CONTENT: content}) if content else facts
+
+
+def stored_key(
+    spec: EncoderSpec, stored: Mapping[str, EncoderFacts], *, device: str = "auto", precision: str = "auto"
+) -> str | None:
+    """The key of the stored encoder that `load_encoder` would give, found without loading it.
+
+    Returns:
+        None where it is not stored, or where only loading tells.
+
+    Raises:
+        UsageError: The device or precision is unknown or not available.
+    """
+    precision = choose_precision(spec, choose_device(device), precision)
+    fitting = [
+        key
+        for key, facts in stored.items()
+        if (facts.weights, facts.precision) == (spec.weights, precision)
+        and facts.digest == spec_digest(spec, facts.weights_digest, precision)
+        and key == encoder_key(spec, facts.digest)
+    ]
+    if not fitting:
+        return None
+    try:
+        content = weights_content(spec)
+    except EncoderError:
+        return None
+    same = [key for key in fitting if stored[key].extra.get(WEIGHTS_CONTENT, "") == content]
+    return same[0] if same else None
 
 
 def spec_digest(spec: EncoderSpec, weights_digest: str, precision: str) -> str:

@@ -2,12 +2,18 @@
 
 import hashlib
 import importlib.util
+import logging
 import pickle
+import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from http import HTTPStatus
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -15,7 +21,85 @@ from torch import Tensor
 from g2l_core.encoders.spec import EncoderSpec
 from g2l_core.errors import EncoderError
 
+Answer = TypeVar("Answer")
+
+_LOCAL_KINDS = frozenset({"file", "run", "package"})
+
 FILE_NAMES = ("model.safetensors", "pytorch_model.bin")
+
+
+def require_weights(spec: EncoderSpec) -> None:
+    """Refuse an encoder whose weights cannot be had. Nothing is downloaded and no weights are read.
+
+    Of a repository that is not in the hub's cache, the metadata of the weights file is asked for once: this needs the
+    hub, the repository, the revision, the file, and access.
+
+    Raises:
+        EncoderError: There is no such file, or the hub does not give it. The message says why and what to do.
+    """
+    if spec.source.kind == "hub":
+        if _cached_file(spec) is None:
+            hub_etag(spec)
+    elif spec.source.kind in _LOCAL_KINDS and not (path := weights_file(spec)).is_file():
+        raise EncoderError(f"{spec.name}: there is no weights file {path}")
+
+
+def weights_content(spec: EncoderSpec) -> str | None:
+    """What tells, without loading them, whether the weights behind a spec are those of before.
+
+    Returns:
+        A checksum of the file, or what the hub calls its content. Empty where the spec itself says all: random weights,
+        a commit of a repository. None where only loading tells: weights that a function brings.
+
+    Raises:
+        EncoderError: The file is gone, or the hub does not tell.
+    """
+    source = spec.source
+    match source.kind:
+        case "random":
+            return ""
+        case "hub":
+            return "" if _COMMIT.fullmatch(source.revision) else f"etag {hub_etag(spec)}"
+        case kind if kind in _LOCAL_KINDS:
+            return f"xxh3-128 {_checksum(weights_file(spec), spec.name)}"
+        case _:
+            return None
+
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def _checksum(path: Path, name: str) -> str:
+    state = xxhash.xxh3_128()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(1 << 24):
+                state.update(block)
+    except OSError as error:
+        raise EncoderError(f"{name}: cannot read {path}: {error.strerror}") from error
+    return state.hexdigest()
+
+
+def hub_etag(spec: EncoderSpec) -> str:
+    """What the hub calls the content of a repository's weights file, asked for with one request and no retry.
+
+    Raises:
+        EncoderError: The hub does not give the file. The message says why and what to do.
+    """
+    from huggingface_hub import errors, get_hf_file_metadata, hf_hub_url
+
+    def ask(name: str) -> str:
+        address = hf_hub_url(spec.source.where, name, revision=spec.source.revision or None)
+        try:
+            return str(get_hf_file_metadata(address).etag)
+        except errors.HfHubHTTPError as error:
+            if error.response.status_code < HTTPStatus.INTERNAL_SERVER_ERROR:
+                raise
+            raise errors.LocalEntryNotFoundError(str(error)) from error
+        except _hub_errors() as error:
+            raise errors.LocalEntryNotFoundError(str(error)) from error
+
+    return _of_hub(spec, ask)
 
 
 def hub_file(spec: EncoderSpec) -> Path:
@@ -26,45 +110,116 @@ def hub_file(spec: EncoderSpec) -> Path:
     Raises:
         EncoderError: The file cannot be downloaded. The message says why and what to do.
     """
-    from huggingface_hub import errors, hf_hub_download
+    from huggingface_hub import hf_hub_download
 
-    repository, revision, file_name = spec.source.where, spec.source.revision, spec.source.file
-    # The client lets errors of its transport through, such as a broken connection. Its own errors have the same base.
-    refusals: tuple[type[Exception], ...] = (*errors.HfHubHTTPError.__bases__, OSError, ValueError)
-    names = (file_name,) if file_name else FILE_NAMES
-    for name in names:
+    source = spec.source
+    return _of_hub(spec, lambda name: Path(hf_hub_download(source.where, name, revision=source.revision or None)))
+
+
+def _cached_file(spec: EncoderSpec) -> Path | None:
+    """The weights file in the hub's cache; None if it is not there."""
+    from huggingface_hub import try_to_load_from_cache
+
+    source = spec.source
+    for name in _file_names(spec):
+        found = try_to_load_from_cache(source.where, name, revision=source.revision or None)
+        if isinstance(found, str):
+            return Path(found)
+    return None
+
+
+def _file_names(spec: EncoderSpec) -> tuple[str, ...]:
+    return (spec.source.file,) if spec.source.file else FILE_NAMES
+
+
+def _of_hub(spec: EncoderSpec, get: Callable[[str], Answer]) -> Answer:
+    """What `get` gives for the first weights file that the repository has, by name.
+
+    Raises:
+        EncoderError: It has none, or the hub refuses.
+    """
+    from huggingface_hub import errors
+
+    for name in _file_names(spec):
         try:
-            return Path(hf_hub_download(repository, name, revision=revision or None))
+            with _without_retry_lines():
+                return get(name)
         except errors.LocalEntryNotFoundError as error:
-            raise EncoderError(
-                f"{spec.name}: the hub cannot be reached and {repository} is not in the cache"
-                + (f" at revision {revision}" if revision else "")
-                + ". Connect once, or give --weights FILE"
-            ) from error
+            raise EncoderError(f"{spec.name}: {_unreachable(spec)}") from error
         except errors.EntryNotFoundError:
             continue
-        except refusals as error:
-            raise EncoderError(f"{spec.name}: {_refusal(error, repository, revision)}") from error
-    lacking = f"no {file_name}" if file_name else f"neither {' nor '.join(FILE_NAMES)}"
-    raise EncoderError(f"{spec.name}: {repository} has {lacking}")
+        except _hub_errors() as error:
+            raise EncoderError(f"{spec.name}: {_refusal(error, spec)}") from error
+    lacking = f"no {spec.source.file}" if spec.source.file else f"neither {' nor '.join(FILE_NAMES)}"
+    raise EncoderError(f"{spec.name}: {spec.source.where} has {lacking}")
 
 
-def _refusal(error: Exception, repository: str, revision: str) -> str:
+def _hub_errors() -> tuple[type[Exception], ...]:
+    """Errors of the client, and those of its transport, such as a broken connection: it lets them through."""
+    from huggingface_hub import errors
+
+    return (*errors.HfHubHTTPError.__bases__, OSError, ValueError)
+
+
+@contextmanager
+def _without_retry_lines() -> Iterator[None]:
+    """Keep the client from logging each of its retries; in the end it succeeds, or raises why it did not."""
+    log = logging.getLogger("huggingface_hub")
+    level = log.level
+    log.setLevel(max(level, logging.ERROR))
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+def _unreachable(spec: EncoderSpec) -> str:
+    from huggingface_hub import constants
+
+    source = spec.source
+    revision = f" at revision {source.revision}" if source.revision else ""
+    return (
+        f"the hub cannot be reached and {source.where} is not in the cache{revision}. Connect once "
+        f"({constants.ENDPOINT}/{source.where}), or give --weights FILE"
+    )
+
+
+def _refusal(error: Exception, spec: EncoderSpec) -> str:
     """Why the hub does not give a file and what to do, in one line."""
-    from huggingface_hub import constants, errors
+    from huggingface_hub import constants, errors, get_token
 
+    repository, revision = spec.source.where, spec.source.revision
+    page = f"{constants.ENDPOINT}/{repository}"
+    status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
     match error:
+        case errors.GatedRepoError() if get_token():
+            return (
+                f"access to {repository} is gated, and the account of your token (HF_TOKEN or `hf auth login`) has "
+                f"none. Accept its license at {page} with that account, and wait until access is granted"
+            )
         case errors.GatedRepoError():
             return (
-                f"access to {repository} is gated. Accept its license at {constants.ENDPOINT}/{repository}, "
+                f"access to {repository} is gated. Accept its license at {page}, "
                 "then set HF_TOKEN (or run `hf auth login`)"
             )
         case errors.RepositoryNotFoundError():
-            return f"the hub has no {repository}, or it is private: then set HF_TOKEN (or run `hf auth login`)"
+            return (
+                f"the hub has no {repository}, or it is private: then set HF_TOKEN (or run `hf auth login`) to a token "
+                f"that opens {page}"
+            )
         case errors.RevisionNotFoundError():
             return f"the hub's {repository} has no revision {revision!r}"
+        case errors.HfHubHTTPError() if status in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}:
+            return (
+                f"the hub refuses {repository} (HTTP {status:d}): set HF_TOKEN (or run `hf auth login`) to a token "
+                f"that opens {page}"
+            )
         case _:
-            return f"cannot download {repository}: {str(error).partition(chr(10))[0] or type(error).__name__}"
+            return f"cannot download {repository}: {_first_line(error)}"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 _UNREADABLE = (
@@ -116,7 +271,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             "Give safetensors, or a torch file of a plain state dict"
         ) from error
     except _UNREADABLE as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
+        reason = _first_line(error)
         raise EncoderError(
             f"{path} is no weights file that can be read (safetensors, or a torch file of tensors): {reason}"
         ) from error

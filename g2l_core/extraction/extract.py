@@ -118,7 +118,7 @@ class _Reading:
 def missing_patches(
     store: FeatureStore,
     slide_ids: Sequence[str],
-    encoders: Sequence[LoadedEncoder],
+    encoder_keys: Sequence[str],
     n_views: int,
     *,
     retry_unreadable: bool = False,
@@ -127,8 +127,8 @@ def missing_patches(
     total = 0
     for slide in map(store.slide, slide_ids):
         rows = np.zeros(len(slide), bool)
-        for encoder in encoders:
-            records = slide.records(encoder.key)
+        for key in encoder_keys:
+            records = slide.records(key)
             for shard in slide.shards(range(n_views)):
                 rows[shard.start : shard.stop] |= shard.name not in records
         if retry_unreadable:
@@ -168,7 +168,8 @@ def extract_features(
         The final progress, with every slide and patch that failed.
     """
     views = ViewSpec.from_json(store.views)
-    total = missing_patches(store, slide_ids, encoders, n_views, retry_unreadable=retry_unreadable)
+    keys = [encoder.key for encoder in encoders]
+    total = missing_patches(store, slide_ids, keys, n_views, retry_unreadable=retry_unreadable)
     progress = ExtractionProgress(patches_total=total)
 
     watch, lost = UnderWay(store.path), set[StoredSlide]()

@@ -132,9 +132,10 @@ def _patch_images(source: Source, grid: GridSpec, mpp_override: float | None) ->
     names = source.patch_ids
     _require_first_image(source, grid)
     order = image_order(len(names), grid, source.slide_id)[: grid.max_patches]
+    patch_ids = tuple(names[i] for i in order)
     facts = SlideFacts(
         kind="patches",
-        fingerprint=images_fingerprint(source.path, names),
+        fingerprint=images_fingerprint(source.path, patch_ids),
         mpp=source.mpp if source.mpp is not None else mpp_override,
         mpp_source="manifest" if source.mpp is not None else "override" if mpp_override else "not known",
         level0_size=(grid.patch_px, grid.patch_px),
@@ -142,7 +143,6 @@ def _patch_images(source: Source, grid: GridSpec, mpp_override: float | None) ->
         source=str(source.path.resolve()),
         labels=dict(source.labels),
     )
-    patch_ids = tuple(names[i] for i in order)
     return PatchedSlide(facts=facts, coords=np.zeros((len(order), 2), np.int32), patch_ids=patch_ids)
 
 
@@ -207,12 +207,15 @@ def refresh_stored(
         StoreMismatchError: The file is not the one that was cached, or its annotation has changed.
         ReadError: It cannot be read.
     """
-    within(timeout, lambda: require_same_slide(stored, source.path), "comparing it with what was cached")
+    ids = source.patch_ids
+    within(timeout, lambda: require_same_slide(stored, source.path, ids), "comparing it with what was cached")
     if tissue is not None:
         _require_same_annotation(stored, tissue)
-    state = file_state(source.path)
-    if (str(source.path.resolve()), state) != (stored.facts.source, stored.facts.file_state):
-        stored.set_source(source.path, stored.facts.fingerprint, state)
+    kept, state = stored.patch_ids, file_state(source.path)
+    current = stored.facts.fingerprint if kept is None else images_fingerprint(source.path, kept)
+    now = str(source.path.resolve()), current, state
+    if now != (stored.facts.source, stored.facts.fingerprint, stored.facts.file_state):
+        stored.set_source(source.path, current, state)
     if source.labels and source.labels != stored.labels:
         stored.set_labels({**stored.labels, **source.labels})
     known = stored.n_views

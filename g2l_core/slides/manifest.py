@@ -1,7 +1,8 @@
 """Find the slides and patch images that inputs name (files, folders, manifests), and read label tables.
 
-A *source* is one slide, or the patch images that belong together. Its id keeps the folder it lies in, so that
-`a/x.svs` and `b/x.svs` stay apart.
+A *source* is one slide, or the patch images that belong together. Its id is its path relative to the folder that was
+given, or to the common folder of a manifest's rows, so that `a/x.svs` and `b/x.svs` stay apart, and that a slide has
+one id whether a folder or a manifest names it.
 """
 
 import logging
@@ -79,7 +80,7 @@ def _sources_of(path: Path) -> list[Source]:
 
 
 def _from_folder(folder: Path) -> list[Source]:
-    files = sorted(_files_below(folder))
+    files = sorted(files_below(folder))
     suffixes = slide_suffixes() | {SUFFIX}
     slides = list(_one_a_series(p for p in files if p.suffix.lower() in suffixes))
     if slides:
@@ -103,7 +104,7 @@ def _from_folder(folder: Path) -> list[Source]:
     ]
 
 
-def _files_below(folder: Path) -> Iterator[Path]:
+def files_below(folder: Path) -> Iterator[Path]:
     """The files of a folder and its sub-folders, broken links, and folders that are or should be slides.
 
     Everything that looks like a slide is listed, so that a slide that cannot be opened fails by its name. Folders that
@@ -152,25 +153,37 @@ def _from_manifest(path: Path) -> list[Source]:
         raise ManifestError(
             f"{path} needs a header line with a column path (or {', '.join(COLUMN_ALIASES['path'][1:])}) and rows"
         )
-    groups: dict[SlideId, list[dict[str, str]]] = defaultdict(list)
+    rows = [dict(items) for items in dict.fromkeys(tuple(row.items()) for row in rows)]
     for row in rows:
         if not row["path"]:
             raise ManifestError(
                 f"{path} has a row without a path: {', '.join(value for value in row.values() if value)}"
             )
-        groups[_manifest_id(row, path)].append(row)
+    places = [_place(row["path"], path) for row in rows]
+    common = Path(os.path.commonpath([place.parent for place in places]))
+    groups: dict[SlideId, list[dict[str, str]]] = defaultdict(list)
+    ids: dict[Path, SlideId] = {}
+    for row, place in zip(rows, places, strict=True):
+        slide_id = SlideId(row.get("slide_id") or _id_of_place(place, common, path))
+        if (other := ids.setdefault(place, slide_id)) != slide_id:
+            raise ManifestError(f"{path} names {place} under two slide_id, {other!r} and {slide_id!r}: keep one row")
+        groups[slide_id].append(row)
     return [_manifest_source(slide_id, group, path) for slide_id, group in groups.items()]
 
 
-def _manifest_id(row: Mapping[str, str], manifest: Path) -> SlideId:
-    if row.get("slide_id"):
-        return SlideId(row["slide_id"])
-    file = Path(row["path"])
-    relative = file.relative_to(manifest.parent) if file.is_relative_to(manifest.parent) else file
-    parts = [part for part in relative.parts if part not in {"..", relative.anchor}]
-    if file.suffix.lower() in IMAGE_SUFFIXES:
-        return SlideId("/".join(parts[:-1]) or manifest.stem)
-    return _id_of(Path(*parts))
+def _place(text: str, manifest: Path) -> Path:
+    """Where a row's file is, as an absolute path without `..`."""
+    return Path(os.path.normpath(manifest.absolute().parent / text))
+
+
+def _id_of_place(place: Path, common: Path, manifest: Path) -> SlideId:
+    """The id of a row that gives none: of patch images, it is the one of their folder."""
+    relative = place.relative_to(common)
+    if place.suffix.lower() not in IMAGE_SUFFIXES:
+        return _id_of(relative)
+    if relative.parts[:-1]:
+        return SlideId(relative.parent.as_posix())
+    return SlideId(manifest.stem if common == _place("", manifest) else common.name)
 
 
 def _manifest_source(slide_id: SlideId, rows: Sequence[Mapping[str, str]], manifest: Path) -> Source:

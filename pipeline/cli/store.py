@@ -119,6 +119,31 @@ def _recompute(store: "FeatureStore", n: int, seed: int, device: str, trusted: C
 
 
 @app.command()
+def relocate(
+    store: StorePath,
+    folder: Annotated[Path, typer.Argument(help="Where the slides are now, at any depth.", show_default=False)],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what would be found.")] = False,
+) -> None:
+    """Point a store at its slides in another folder. They are known by their fingerprints; no weights are needed.
+
+    Exit code 1 if slides are missing, or if several files may be one.
+    """
+    from pipeline.relocate import relocate as find_again
+    from pipeline.tables import stdout_width, table_text
+
+    now = find_again(store, folder, dry_run=dry_run)
+    rows = [("found", slide_id, str(place)) for slide_id, place in now.found.items()]
+    rows += [("as before", slide_id, "not below the folder, but where it was") for slide_id in now.kept]
+    rows += [("ambiguous", slide_id, " or ".join(map(str, places))) for slide_id, places in now.ambiguous.items()]
+    rows += [("missing", slide_id, f"was {place}") for slide_id, place in now.missing.items()]
+    if rows:
+        typer.echo(table_text(rows, width=stdout_width()))
+    counts = f"{len(now.found)} found, {len(now.kept)} as before, {len(now.ambiguous)} ambiguous, {len(now.missing)}"
+    typer.echo(f"{store}: {counts} missing" + ("; nothing is changed, as --dry-run asks" if dry_run else ""))
+    raise typer.Exit(EXIT_DONE if now.is_complete else EXIT_SOME_FAILED)
+
+
+@app.command()
 @from_specs()
 def export(
     store: StorePath,

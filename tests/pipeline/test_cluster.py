@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +21,11 @@ from g2l_core.store.verify import verify
 from pipeline.cluster import make_groups
 from tests.conftest import TEACHER
 from tests.extraction.test_extract import break_tile
-from tests.pipeline.test_cli import G2L, KEY, refused
+from tests.pipeline.test_cli import G2L, KEY, cache, refused
 from tests.pipeline.test_resume import require_equal_arrays
 
 ROOT = Path(__file__).resolve().parents[2]
-VIEWS = "12"
+VIEWS = "8"
 
 
 def cache_process(source, store, *more, views=VIEWS):
@@ -40,46 +39,68 @@ def cache_process(source, store, *more, views=VIEWS):
 
 def ended(process):
     out, told = process.communicate(timeout=180)
-    assert "Traceback" not in told
+    assert "Traceback" not in told, told
     return subprocess.CompletedProcess(process.args, process.returncode, out, told)
 
 
 @pytest.fixture(scope="module")
 def reference(cohort, tmp_path_factory):
     path = tmp_path_factory.mktemp("reference") / "s.zarr"
-    done = ended(cache_process(cohort, path))
+    done = cache(cohort, path, "--views", VIEWS, "--batch-size", "8", "--workers", "1")
     assert done.returncode == 0, done.stderr
     return path
 
 
-@contextmanager
-def scheduler_with_workers(folder, n):
-    """A real scheduler and real worker processes on loopback; their process ids are those of the workers."""
-    file = folder / "scheduler.json"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    quiet = {"env": environment, "cwd": ROOT, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    command = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", "0"]
-    scheduler = subprocess.Popen([*command, "--scheduler-file", str(file), "--no-dashboard"], **quiet)
-    processes = [scheduler]
-    try:
-        while not file.exists():
-            assert scheduler.poll() is None
+class Cluster:
+    """A real scheduler and real worker processes on loopback. Its workers end with it."""
+
+    def __init__(self, folder, **settings):
+        self.folder, self.processes = folder, []
+        self.settings = {f"DASK_DISTRIBUTED__{name.upper()}": value for name, value in settings.items()}
+        file = folder / "scheduler.json"
+        self.scheduler = self._start("scheduler", "--host", "127.0.0.1", "--port", "0", "--scheduler-file", str(file))
+        while not (file.exists() and (text := file.read_text())):
+            assert self.scheduler.poll() is None
             time.sleep(0.05)
-        while not (text := file.read_text()):
-            time.sleep(0.05)
-        address = json.loads(text)["address"]
-        worker = [sys.executable, "-m", "distributed.cli.dask_worker", address, "--no-nanny", "--nthreads", "1"]
-        worker += ["--no-dashboard", "--local-directory", str(folder)]
-        processes += [subprocess.Popen(worker, **quiet) for _ in range(n)]
+        self.address = json.loads(text)["address"]
+
+    def _start(self, program, *arguments):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **self.settings}
+        quiet = {"env": environment, "cwd": ROOT, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        command = [sys.executable, "-m", f"distributed.cli.dask_{program}", *arguments, "--no-dashboard"]
+        self.processes.append(subprocess.Popen(command, **quiet))
+        return self.processes[-1]
+
+    def add_workers(self, n, *more):
+        """Start workers with one thread each, and wait until they are there."""
         from distributed import Client
 
-        with Client(address, timeout=30) as client:
-            client.wait_for_workers(n, timeout=60)
-        yield address, processes[1:]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+        options = ["--nthreads", "1", "--local-directory", str(self.folder), *more]
+        with Client(self.address, timeout=30) as client:
+            added = [self._start("worker", self.address, *options) for _ in range(n)]
+            client.wait_for_workers(len(client.nthreads()) + n, timeout=60)
+        return added
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for process in reversed(self.processes):
+            process.terminate()  # a nanny ends its worker, which a kill would leave behind
+        for process in self.processes:
+            try:
+                process.wait(5)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """One scheduler with two workers for all tests that leave them alive."""
+    with Cluster(tmp_path_factory.mktemp("cluster")) as made:
+        made.add_workers(2, "--no-nanny")
+        yield made
 
 
 def require_equal_stores(found, wanted):
@@ -89,39 +110,38 @@ def require_equal_stores(found, wanted):
 
 @pytest.mark.slow
 def test_local_workers_give_the_same_bits(cohort, reference, tmp_path):
-    done = ended(cache_process(cohort, tmp_path / "s.zarr", "--local-workers", "2"))
+    done = cache(cohort, tmp_path / "s.zarr", "--views", VIEWS, "--batch-size", "8", "--local-workers", "2")
     assert done.returncode == 0, done.stderr
     require_equal_stores(tmp_path / "s.zarr", reference)
     assert "encoder" in done.stderr
-    again = ended(cache_process(cohort, tmp_path / "s.zarr", "--local-workers", "2"))
+    again = cache(cohort, tmp_path / "s.zarr", "--views", VIEWS, "--local-workers", "2")
     assert "all of them were stored already" in again.stdout
 
 
 @pytest.mark.slow
-def test_a_worker_killed_in_the_middle_of_a_slide_costs_nothing_but_time(cohort, reference, tmp_path):
+def test_a_worker_killed_in_the_middle_of_a_slide_costs_nothing_but_time(cohort, reference, cluster, tmp_path):
     store = tmp_path / "s.zarr"
-    with scheduler_with_workers(tmp_path, 2) as (address, workers):
-        running = cache_process(cohort, store, "--scheduler", address)
-        while not list(store.glob(f"slides/*/features/{KEY}/zarr.json")):
-            assert running.poll() is None
-            time.sleep(0.02)
-        time.sleep(0.3)
-        workers[0].send_signal(signal.SIGKILL)
-        assert running.poll() is None  # it was not over yet
-        done = ended(running)
+    (third,) = cluster.add_workers(1, "--no-nanny")
+    running = cache_process(cohort, store, "--scheduler", cluster.address)
+    while not list(store.glob(f"slides/*/features/{KEY}/zarr.json")):
+        assert running.poll() is None
+        time.sleep(0.02)
+    time.sleep(0.3)
+    third.send_signal(signal.SIGKILL)
+    assert running.poll() is None  # it was not over yet
+    done = ended(running)
     assert done.returncode == 0, done.stderr
     require_equal_stores(store, reference)
 
 
 @pytest.mark.slow
-def test_what_a_worker_loses_is_named(cohort, tmp_path):
+def test_what_a_worker_loses_is_named(cohort, cluster, tmp_path):
     folder, store = tmp_path / "slides", tmp_path / "s.zarr"
     folder.mkdir()
     for name in ("p01-1", "p02-1"):
         shutil.copy(cohort.parent / f"slides/{name}.tiff", folder)
     break_tile(folder / "p01-1.tiff", 1, 2)
-    with scheduler_with_workers(tmp_path, 1) as (address, _):
-        done = ended(cache_process(folder, store, "--tissue", "none", "--scheduler", address, views="0"))
+    done = cache(folder, store, "--views", "0", "--tissue", "none", "--scheduler", cluster.address)
     assert done.returncode == 1, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("failed")]
     assert "p01-1: 1 patches: row" in line
@@ -130,10 +150,10 @@ def test_what_a_worker_loses_is_named(cohort, tmp_path):
 
 def test_there_is_no_scheduler(cohort, tmp_path):
     begin = time.monotonic()
-    done = ended(cache_process(cohort, tmp_path / "s.zarr", "--scheduler", "tcp://127.0.0.1:1", views="0"))
+    done = cache(cohort, tmp_path / "s.zarr", "--scheduler", "tcp://127.0.0.1:1", "--views", "0")
     refused(done, "--scheduler tcp://127.0.0.1:1", "no dask scheduler answers")
     assert time.monotonic() - begin < 60
-    done = ended(cache_process(cohort, tmp_path / "s.zarr", "--scheduler", "tcp://h:1", "--local-workers", "2"))
+    done = cache(cohort, tmp_path / "s.zarr", "--scheduler", "tcp://h:1", "--local-workers", "2")
     refused(done, "give one of them")
 
 
@@ -179,7 +199,7 @@ def test_a_lock_is_held_by_one_and_freed_by_death(tmp_path):
 
 def test_two_commands_do_not_write_into_one_store(cohort, tmp_path):
     store = tmp_path / "s.zarr"
-    assert ended(cache_process(cohort, store, "--max-patches", "1", views="0")).returncode == 0
+    assert cache(cohort, store, "--max-patches", "1", "--views", "0").returncode == 0
     with locked(store / LOCKS / "writer", wait_s=0, holder="the first"):
-        refused(ended(cache_process(cohort, store, "--max-patches", "1", views="1")), "another g2l command")
+        refused(cache(cohort, store, "--max-patches", "1", "--views", "1"), "another g2l command")
     assert np.array_equal(FeatureStore.open(store).slide("p01-1").n_views, 1)

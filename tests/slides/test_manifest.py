@@ -159,11 +159,11 @@ def test_manifest_with_g2ls_own_columns(tmp_path):
 @pytest.mark.parametrize(
     ("header", "row", "expected"),
     [
-        ("wsi,mpp", "s/a.svs,0.5", ("s/a", 0.5, {})),
+        ("wsi,mpp", "s/a.svs,0.5", ("a", 0.5, {})),
         ("sample_id,image_path,spacing_at_level_0", "S1,s/a.svs,0.2528", ("S1", 0.2528, {})),
-        ("case_id,slide_path", "TCGA-1,s/a.svs", ("s/a", None, {"patient_id": "TCGA-1"})),
+        ("case_id,slide_path", "TCGA-1,s/a.svs", ("a", None, {"patient_id": "TCGA-1"})),
         ("Slide_ID,Filename,Site,Grade", "S1,s/a.svs,A,3", ("S1", None, {"medical_center": "A", "Grade": "3"})),
-        ("path", "s/a.svs", ("s/a", None, {})),
+        ("path", "s/a.svs", ("a", None, {})),
     ],
 )  # fmt: skip
 def test_manifests_of_other_tools(tmp_path, header, row, expected):
@@ -172,16 +172,32 @@ def test_manifests_of_other_tools(tmp_path, header, row, expected):
     assert source.path == tmp_path / "s/a.svs"
 
 
-def test_ids_of_paths_outside_the_manifests_folder(tmp_path):
-    here = tmp_path / "lists"
-    here.mkdir()
-    manifest = write(here / "m.csv", f"path\n../data/a.svs\n{here}/b.svs\n/mnt/slides/c.svs\n")
+def test_a_folder_and_every_manifest_of_it_give_the_same_ids(tmp_path):
+    slides, lists = tmp_path / "data/slides", tmp_path / "lists"
+    for name in ("a/x.svs", "b/x.svs", "b/deep/y.svs"):
+        touch(slides, name)
+    lists.mkdir()
+    expected = {"a/x": slides / "a/x.svs", "b/x": slides / "b/x.svs", "b/deep/y": slides / "b/deep/y.svs"}
+    for folder, prefix in ((lists, "../data/slides/"), (tmp_path, "data/slides/"), (slides, ""), (lists, f"{slides}/")):
+        rows = "".join(f"{prefix}{path.relative_to(slides)},x\n" for path in expected.values())
+        manifest = write(folder / "m.csv", f"path,label\n{rows}")
+        by_id = {source.slide_id: source.path.resolve() for source in read_sources([manifest])}
+        manifest.unlink()
+        assert by_id == {source.slide_id: source.path for source in read_sources([slides])} == expected
+
+
+def test_rows_on_several_disks_have_ids_from_the_root(tmp_path):
+    manifest = write(tmp_path / "m.csv", "path\na.svs\n/mnt/slides/c.svs\n")
+    here = tmp_path.relative_to("/").as_posix()
     by_id = {source.slide_id: source.path for source in read_sources([manifest])}
-    assert by_id == {
-        "b": here / "b.svs",
-        "data/a": here / "../data/a.svs",
-        "mnt/slides/c": Path("/mnt/slides/c.svs"),
-    }
+    assert by_id == {f"{here}/a": tmp_path / "a.svs", "mnt/slides/c": Path("/mnt/slides/c.svs")}
+
+
+def test_equal_rows_count_once(tmp_path):
+    (source,) = read_sources([write(tmp_path / "m.csv", "path,label\na.svs,x\na.svs,x\n")])
+    assert (source.slide_id, source.labels) == ("a", {"label": "x"})
+    (source,) = read_sources([write(tmp_path / "m.csv", "path,slide_id\na.png,S\na.png,S\n")])
+    assert source.patch_ids == ("a.png",)
 
 
 def test_a_value_in_patch_id_makes_tiff_files_patch_images(tmp_path):
@@ -236,7 +252,8 @@ def test_patch_images_of_a_manifest_are_grouped_by_slide_or_folder(tmp_path):
         ("path,case_id\n,P1\n", "has a row without a path: P1"),
         ("path,slide_id\na.svs,S\nb.svs,S\n", "names slide_id 'S' more than once: .*a.svs, .*b.svs"),
         ("path,slide_id\na.svs,S\nb.png,S\n", "names slide_id 'S' more than once"),
-        ("path,slide_id\na.png,S\na.png,S\n", "names a.png more than once"),
+        ("path,slide_id,class\na.png,S,x\na.png,S,y\n", "names a.png more than once"),
+        ("path,slide_id\na.svs,S\nb/../a.svs,T\n", "names .*/a.svs under two slide_id, 'S' and 'T': keep one row"),
         ("path,slide_id,mpp\na.png,S,0.5\nb.png,S,0.25\n", "rows of 'S' give different mpp: 0.25, 0.5"),
         ("path,slide_id\na.svs,../S\n", "not a plain relative path"),
         ("path,slide_id\na.svs,S\nb.svs,S/T\n", "'S' is also the folder of 'S/T'"),
