@@ -73,9 +73,9 @@ def run_extraction(
     sources = read_sources(inputs)
     for spec in encoder_specs if not settings.force_mpp else ():
         require_mpp(spec, grid.mpp)
-    audit_new(sources, store_path, settings)
-    store = FeatureStore.create(store_path, grid=grid.to_json(), views=views.to_json())
     with locked(store_path / LOCKS / "writer", wait_s=0, holder="another g2l command writes into it"):
+        audit_new(sources, store_path, settings)
+        store = FeatureStore.create(store_path, grid=grid.to_json(), views=views.to_json())
         return _fill(store, sources, encoder_specs, grid, views, settings, tissue)
 
 

@@ -62,8 +62,8 @@ def _distilled(key: str, facts: EncoderFacts, tested: set[str]) -> list[str]:
     path = Path(student).parent / RUN_RECORD
     try:
         trained = set(json.loads(path.read_text(encoding="utf-8"))["rows"]["train"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return [f"{path} is not there to tell whether {key} was distilled on slides that it is tested on"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return [f"{path} cannot be read to tell whether {key} was distilled on slides that it is tested on"]
     shared = sorted(tested & trained)
     if not shared:
         return []

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from g2l_core.errors import UnknownNameError, UsageError
+from g2l_core.store.provenance import digest
 
 POOLINGS = ("native", "cls", "mean", "cls_mean", "tokens")
 """`native` is the pooling of the architecture's own head. `mean` leaves out class and register tokens. `tokens` is one
@@ -138,3 +139,11 @@ def spec_to_json(spec: EncoderSpec) -> dict[str, Any]:
     """The spec as values that JSON can hold."""
     lists = {"mean": list(spec.mean), "std": list(spec.std), "also_mpp": list(spec.also_mpp)}
     return {(STORED_LICENSE if k == "license" else k): v for k, v in {**asdict(spec), **lists}.items()}
+
+
+def spec_digest(spec: EncoderSpec, weights_digest: str, precision: str) -> str:
+    """sha256 of everything that decides an encoder's features."""
+    deciding = ("architecture", "arguments", "input_px", "mean", "std", "interpolation", "pooling")
+    fields = spec_to_json(spec)
+    settings = {"weights": weights_digest, "precision": precision, "resampling": "pillow"}
+    return digest({**{f: fields[f] for f in deciding}, **settings})

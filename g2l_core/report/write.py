@@ -78,7 +78,7 @@ def read_report(folder: Path) -> Report:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RunError(f"no report can be read from {path}: {error.strerror}; give a folder of `g2l bench`") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RunError(f"{path} is not JSON ({error}); write the report again") from error
     found = raw.get("format") if isinstance(raw, dict) else None
     if found != FORMAT:
