@@ -123,7 +123,8 @@ MACHINE_FAULTS: Mapping[int, str] = {
 """What to do about errors of the operating system that are no fault of the program."""
 
 _WRITING = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
-_ERRNO_IN_TEXT = re.compile(r"\b(?:os error|errno =|Errno) (\d+)")
+_CODES = {os.strerror(code): code for code in MACHINE_FAULTS}
+_IN_TEXT = re.compile("|".join(map(re.escape, _CODES)))
 
 
 def machine_fault(error: BaseException) -> OSError | None:
@@ -133,8 +134,8 @@ def machine_fault(error: BaseException) -> OSError | None:
     """
     link: BaseException | None = error
     while link is not None:
-        found = _ERRNO_IN_TEXT.search(str(link))
-        code: int = getattr(link, "errno", None) or (int(found[1]) if found else 0)
+        found = _IN_TEXT.search(str(link))
+        code: int = getattr(link, "errno", None) or (_CODES[found[0]] if found else 0)
         if code in MACHINE_FAULTS:
             return link if isinstance(link, OSError) and link.filename else OSError(code, os.strerror(code))
         link = link.__cause__ or link.__context__
@@ -147,6 +148,14 @@ def machine_fault_text(error: OSError, where: object = "") -> str:
     verb = "write" if code in _WRITING else "use"
     advice = f"{MACHINE_FAULTS[code]} and run the same command again: what is complete is kept"
     return f"cannot {verb} {place}: {error.strerror}; {advice}"
+
+
+def with_remedy(text: str) -> str:
+    """A message, and what to do about too many open files where that is behind it and is not said yet."""
+    remedy = MACHINE_FAULTS[errno.EMFILE]
+    if os.strerror(errno.EMFILE) not in text or remedy in text:
+        return text
+    return f"{text} {remedy.capitalize()} and run the same command again"
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import Any
 
 from g2l_core.distillation.spec import ALPHA_LOSSES
 from g2l_core.encoders.resolve import RUN_RECORD, resolve_encoder
-from g2l_core.errors import G2LError, RunError, UsageError, writing
+from g2l_core.errors import G2LError, RunError, UsageError, with_remedy, writing
 from g2l_core.files import replacing, write_text
 from g2l_core.report.page import render
 from g2l_core.report.plots import curves
@@ -141,8 +141,8 @@ def run_sweep(
                     done = _finished(folder, run)
                 finished += [done] if done else []
             except G2LError as error:
-                failed[folder.name] = str(error)
-                say(f"failed  {folder.name}: {error}")
+                failed[folder.name] = with_remedy(str(error))
+                say(f"failed  {folder.name}: {failed[folder.name]}")
         if not finished:
             raise RunError(f"no run of the sweep finished: {next(iter(failed.values()))}")
         result = SweepResult(sweep=sweep, finished=tuple(finished), failed=failed)

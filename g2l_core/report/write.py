@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from g2l_core.errors import RunError
+from g2l_core.errors import RunError, writing
 from g2l_core.files import replacing
 from g2l_core.report.html import page
 from g2l_core.report.json import FORMAT, json_text, report_of
@@ -53,8 +53,8 @@ def write_report(report: Report, folder: Path) -> list[Path]:
         "report.html": page(report),
     }
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with ExitStack() as finished:
+        with writing(folder), ExitStack() as finished:
+            folder.mkdir(parents=True, exist_ok=True)
             for name, text in texts.items():
                 file = finished.enter_context(replacing(folder / name))
                 # Names from a file system may hold lone surrogates, which UTF-8 cannot.

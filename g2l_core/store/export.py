@@ -12,7 +12,7 @@ import h5py
 import numpy as np
 
 from g2l_core.errors import StoreError, writing
-from g2l_core.files import write_with
+from g2l_core.files import replacing
 from g2l_core.store import schema
 from g2l_core.store.features import FeatureStore, StoredSlide
 from g2l_core.store.locks import locked_output
@@ -93,15 +93,16 @@ def magnification(mpp: float) -> int | float:
 
 def _write_h5(path: Path, datasets: Mapping[str, tuple[np.ndarray, Mapping[str, Any]]]) -> None:
     """Write an HDF5 file of datasets with attributes, all of it or nothing."""
-
-    def write(temporary: Path) -> None:
-        with h5py.File(temporary, "w") as file:
-            for name, (values, attributes) in datasets.items():
-                file.create_dataset(name, data=values).attrs.update(attributes)
-
+    # HDF5 cannot close a file that it could not write, so it writes into memory.
+    with h5py.File(path.name, "w", driver="core", backing_store=False) as hdf5:
+        for name, (values, attributes) in datasets.items():
+            hdf5.create_dataset(name, data=values).attrs.update(attributes)
+        hdf5.flush()
+        image = hdf5.id.get_file_image()
     try:
         with writing(path, StoreError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_with(path, write)
+            with replacing(path) as file:
+                file.write(image)
     except OSError as error:
         raise StoreError(f"cannot write {path}: {error.strerror or error}") from error

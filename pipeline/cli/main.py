@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from g2l_core import __version__
-from g2l_core.errors import G2LError, machine_fault, machine_fault_text
+from g2l_core.errors import G2LError, machine_fault, machine_fault_text, with_remedy
 from pipeline.cli import (
     EXIT_CODES,
     EXIT_INTERNAL,
@@ -70,7 +70,7 @@ def explain(kind: type[BaseException], error: BaseException, trace: TracebackTyp
     """One clear line in place of a traceback."""
     fault = machine_fault(error)
     if issubclass(kind, G2LError):
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {with_remedy(str(error))}", err=True)
     elif fault:
         typer.echo(f"error: {machine_fault_text(fault, 'a file')}", err=True)
     else:
