@@ -22,7 +22,11 @@ A message says what was expected, what came, where, and what to do. The command 
 Errors of other libraries are translated once, in the module that calls them.
 """
 
-from collections.abc import Iterable
+import errno
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 
@@ -101,3 +105,76 @@ class TaskError(G2LError):
 
 class LeakError(TaskError):
     """Training and test part of a task share a patient."""
+
+
+_FREE, _ALLOW = "free space", "allow it"
+
+MACHINE_FAULTS: Mapping[int, str] = {
+    errno.ENOSPC: _FREE,
+    errno.EDQUOT: "free space, or have the quota raised",
+    errno.EFBIG: "raise the limit of file sizes (ulimit -f), or free space",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "close other programs, which hold all files that this machine can have open",
+    errno.EROFS: "make it writable",
+    errno.EACCES: _ALLOW,
+    errno.EPERM: _ALLOW,
+    errno.EIO: "check the disk",
+}
+"""What to do about errors of the operating system that are no fault of the program."""
+
+_WRITING = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
+_CODES = {os.strerror(code): code for code in MACHINE_FAULTS}
+_IN_TEXT = re.compile("|".join(map(re.escape, _CODES)))
+
+
+def machine_fault(error: BaseException) -> OSError | None:
+    """The error of `MACHINE_FAULTS` that is behind an error, if there is one.
+
+    torch, HDF5 and safetensors raise errors of their own in its place: then it is the context, or is in the text.
+    """
+    link: BaseException | None = error
+    while link is not None:
+        found = _IN_TEXT.search(str(link))
+        code: int = getattr(link, "errno", None) or (_CODES[found[0]] if found else 0)
+        if code in MACHINE_FAULTS:
+            return link if isinstance(link, OSError) and link.filename else OSError(code, os.strerror(code))
+        link = link.__cause__ or link.__context__
+    return None
+
+
+def machine_fault_text(error: OSError, where: object = "") -> str:
+    """What happened, where, and what to do."""
+    code, place = error.errno or 0, error.filename or where
+    verb = "write" if code in _WRITING else "use"
+    advice = f"{MACHINE_FAULTS[code]} and run the same command again: what is complete is kept"
+    return f"cannot {verb} {place}: {error.strerror}; {advice}"
+
+
+def with_remedy(text: str) -> str:
+    """A message, and what to do about too many open files where that is behind it and is not said yet."""
+    remedy = MACHINE_FAULTS[errno.EMFILE]
+    if os.strerror(errno.EMFILE) not in text or remedy in text:
+        return text
+    return f"{text} {remedy.capitalize()} and run the same command again"
+
+
+@contextmanager
+def writing(where: object, refusal: type[G2LError] = RunError) -> Iterator[None]:
+    """Translate whatever a library raises where the disk is full, or cannot be written to, or too many files are open.
+
+    Args:
+        where: What is written, for people.
+        refusal: The kind of error to raise.
+
+    Raises:
+        G2LError: The block raised such an error; it is of the kind `refusal`.
+    """
+    try:
+        yield
+    except G2LError:
+        raise
+    except Exception as error:
+        fault = machine_fault(error)
+        if fault is None:
+            raise
+        raise refusal(machine_fault_text(fault, where)) from error

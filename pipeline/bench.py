@@ -11,12 +11,13 @@ from g2l_core.benchmark.evaluate import BenchSpec, TaskOutcome, adjusted_over_ta
 from g2l_core.benchmark.rows import stored_encoders
 from g2l_core.benchmark.task_file import read_task, task_tables
 from g2l_core.encoders.resolve import find_stored, spec_from_json
-from g2l_core.errors import TaskError, UsageError
+from g2l_core.errors import EncoderError, TaskError, UsageError, writing
 from g2l_core.report.tables import headline, listed, meaning_of
 from g2l_core.report.write import write_report
 from g2l_core.results import EncoderSummary, Failure, Report, Result
 from g2l_core.store.facts import EncoderFacts
 from g2l_core.store.features import FeatureStore
+from g2l_core.store.locks import locked_output
 from g2l_core.store.provenance import digest, software
 
 SHIPPED = Path(__file__).parent / "tasks"
@@ -48,11 +49,25 @@ def run_bench(
     Raises:
         G2LError: Nothing could be started. A task that fails is a `Failure` of the report instead.
     """
+    with writing(out), locked_output(out):
+        return _run_bench(tasks_path, store_paths, encoders, out, baseline, draws, seed, device)
+
+
+def _run_bench(
+    tasks_path: Path,
+    store_paths: Sequence[Path],
+    encoders: Sequence[str],
+    out: Path,
+    baseline: str,
+    draws: int,
+    seed: int,
+    device: str,
+) -> Report:
     tasks_file, folder = find_tasks(tasks_path)
     title, tables = task_tables(tasks_file)
     stores = [FeatureStore.open(path) for path in store_paths]
     known = stored_encoders(stores)
-    keys = tuple(find_stored(text, known) for text in encoders)
+    keys, damaged = find_encoders(encoders, known)
     bench = BenchSpec(
         encoders=keys,
         baseline=find_stored(baseline, known) if baseline else "",
@@ -62,7 +77,9 @@ def run_bench(
     )
     if len(set(keys)) < len(keys):
         raise UsageError(f"--encoders names one encoder twice: {', '.join(keys)}")
-    outcome = TaskOutcome()
+    outcome = TaskOutcome(
+        failures=[Failure(task=name, reason=why, encoder=text) for name in tables for text, why in damaged.items()]
+    )
     for name, table in tables.items():
         outcome += _evaluate(tasks_file, name, table, stores, bench, folder)
     report = Report(
@@ -79,6 +96,23 @@ def run_bench(
     )
     write_report(report, out)
     return report
+
+
+def find_encoders(texts: Sequence[str], known: Mapping[str, EncoderFacts]) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The keys of the stored encoders that a user names, and why run folders among them cannot be read.
+
+    Raises:
+        G2LError: A name is unknown or means several, or the first, which the others are compared with, cannot be read.
+    """
+    keys, damaged = [], {}
+    for text in texts:
+        try:
+            keys.append(find_stored(text, known))
+        except EncoderError as error:
+            if not keys:
+                raise
+            damaged[text] = str(error)
+    return tuple(keys), damaged
 
 
 def _evaluate(
@@ -175,8 +209,25 @@ def provenance(asked: Path, tasks_file: Path, stores: Sequence[FeatureStore]) ->
         "tasks": f"{asked} (sha256 {digest(tasks_file.read_text(encoding='utf-8'))[:12]})",
     }
     for i, store in enumerate(stores):
-        facts[f"store {i + 1}"] = f"{store.path} (sha256 of its specs {digest(store.facts.to_json())[:12]})"
+        facts[f"store {i + 1}"] = f"{store.path} (sha256 of its content {content_digest(store)[:12]})"
     return facts | {f"version of {name}": version for name, version in software().items()}
+
+
+def content_digest(store: FeatureStore) -> str:
+    """sha256 of what decides a store's results: grid, views, encoders, and of each slide its pixels and labels.
+
+    It leaves out where slides lie, when the store was made, and how often it was added to.
+    """
+    deciding = ("kind", "fingerprint", "mpp", "tissue_sha256", "n_patches", "labels", "unreadable")
+    slides = {slide.slide_id: slide.facts.to_json() for slide in store.slides()}
+    return digest(
+        {
+            "grid": store.grid,
+            "views": store.views,
+            "encoders": {key: facts.digest for key, facts in store.encoders.items()},
+            "slides": {slide_id: {name: facts.get(name) for name in deciding} for slide_id, facts in slides.items()},
+        }
+    )
 
 
 def refuse_no_results(report: Report) -> None:

@@ -15,6 +15,7 @@ from g2l_core.patches.views import ViewSpec
 from g2l_core.results import Comparison, Report, Result
 from g2l_core.slides.manifest import read_table
 from g2l_core.store.features import FeatureStore
+from g2l_core.store.locks import holds_only_locks, locked_output
 from g2l_core.synthetic.cohort import CohortSpec, draw_cohort, label_patches
 from pipeline.bench import refuse_no_results, run_bench
 from pipeline.cache_teacher import run_extraction
@@ -49,11 +50,15 @@ def run_demo(out: Path, slides: Path | None, settings: DemoSettings) -> str:
         settings: The rest.
 
     Raises:
-        UsageError: `out` is not empty.
+        G2LError: `out` is not empty, or in use; or a stage fails.
     """
-    if out.exists() and any(out.iterdir()):
+    with locked_output(out):
+        return _run_demo(out, slides, settings)
+
+
+def _run_demo(out: Path, slides: Path | None, settings: DemoSettings) -> str:
+    if not holds_only_locks(out):
         raise UsageError(f"{out} is not empty: the demo makes everything anew. Remove it, or give another --out")
-    out.mkdir(parents=True, exist_ok=True)
     before = resolve_encoder(settings.student, weights=f"random:{settings.seed}")
     teacher = resolve_encoder(settings.teacher)
     cohort = _user_cohort(slides) if slides else _drawn_cohort(out, settings.seed)

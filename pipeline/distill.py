@@ -5,11 +5,11 @@ student. The teacher's network is loaded only with --online.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from safetensors.torch import save_file
 from torch import Tensor
 
 from g2l_core.distillation.checkpoints import RunState, restore_best
@@ -17,7 +17,7 @@ from g2l_core.distillation.distiller import Distiller, checkpoint_gradients
 from g2l_core.distillation.distributed import ProcessGroup, init_distributed
 from g2l_core.distillation.held_out import HeldOutSet, read_held_out
 from g2l_core.distillation.loader import Reading, ReplayDataset
-from g2l_core.distillation.logs import read_log
+from g2l_core.distillation.logs import read_log, row_of_step
 from g2l_core.distillation.objective import Objective, TargetStatistics
 from g2l_core.distillation.replay import ReplaySpec, count_rows
 from g2l_core.distillation.target_statistics import target_statistics
@@ -25,20 +25,24 @@ from g2l_core.distillation.training import TrainerHooks, TrainOutcome, train
 from g2l_core.distillation.validation import Curves, held_out_metrics, training_warnings
 from g2l_core.encoders.loading import DTYPES, LoadedEncoder, choose_device, encode_all, features_of, load_encoder
 from g2l_core.encoders.resolve import EncoderSpec, find_stored
-from g2l_core.encoders.student_folder import ModelCard, write_student
-from g2l_core.errors import StoreMissingError, UsageError
+from g2l_core.encoders.student_folder import ModelCard, write_student, write_tensors
+from g2l_core.errors import StoreMissingError, UsageError, writing
 from g2l_core.files import write_text
 from g2l_core.patches.pixel_cache import PixelCache
 from g2l_core.store.facts import EncoderFacts
 from g2l_core.store.features import FeatureStore
+from g2l_core.store.locks import locked_output
 from g2l_core.store.provenance import software
 from pipeline.progress import ProgressLine, say
-from pipeline.run_page import training_page
+from pipeline.run_page import HELD_OUT, training_page
 from pipeline.runs import RunRecord, RunResult, open_run, read_run, write_run
 from pipeline.settings import DistillHow, DistillSettings
 from pipeline.split import Split, split_store
 
 VALIDATION_PATCHES = 2048
+VALIDATIONS, STEPS = "validation.csv", "log.csv"
+READ_OF_STEPS = ("loss_per_element", "seconds", "seconds_waiting")
+"""The columns of `STEPS` that are read again."""
 CURVES_PAGE = "curves.html"
 
 
@@ -115,7 +119,11 @@ def run_distill(
         G2LError: Something does not fit, and nothing has been trained; or training failed.
     """
     machine = how or DistillHow()
-    with init_distributed(choose_device(machine.device)) as group:
+    with (
+        init_distributed(choose_device(machine.device)) as group,
+        writing(out),
+        locked_output(out) if group.is_main else nullcontext(),
+    ):
         store = FeatureStore.open(store_path)
         run = Run(
             store=store,
@@ -145,13 +153,13 @@ def _distill(run: Run, epochs: int | None) -> DistillSummary:
     run.group.wait()
     if run.group.is_main:
         _finish(run, outcome, state)
-    validations = read_log(run.out / "validation.csv")
+    validations = _validations(run.out)
     return DistillSummary(
         out=run.out,
         steps=outcome.steps,
         stopped_early=outcome.stopped_early,
         held_out=run.split.description,
-        before=validations[0],
+        before=_values_at(run.out, 0),
         after=validations[-1],
         share_waiting=_share_waiting(run.out),
         warnings=outcome.warnings,
@@ -279,6 +287,7 @@ def _train(
         validate=lambda model: held_out_metrics(model, held_out, student.device, run.settings.batch_size),
         warn=lambda state, folder: _warn(state, folder, settings.steps),
         report=report,
+        note=lambda text: say(f"note  {text}") if group.is_main else None,
         teacher=_live_features(run.teacher.live) if run.teacher.live else None,
     )
     with ProgressLine("distill", "steps") as line:
@@ -300,9 +309,10 @@ def _live_features(teacher: LoadedEncoder) -> Callable[[Tensor], Tensor]:
 def _warn(state: RunState, folder: Path, steps: int) -> None:
     """Print each kind of warning about the curves once."""
     curves = Curves(
-        validations=read_log(folder / "validation.csv"),
-        losses=[row["loss_per_element"] for row in read_log(folder / "log.csv")],
+        validations=_validations(folder),
+        losses=[row["loss_per_element"] for row in read_log(folder / STEPS, READ_OF_STEPS)],
         steps=steps,
+        is_over=state.stopped or state.step == steps,
     )
     for warning in training_warnings(curves):
         kind = warning.partition(" ")[0]
@@ -312,12 +322,15 @@ def _warn(state: RunState, folder: Path, steps: int) -> None:
 
 
 def _finish(run: Run, outcome: TrainOutcome, state: RunState) -> None:
-    """Write the student with its model card, the projector, the result into run.json, and the page of curves."""
+    """Write the student with its model card, the projector, the page of curves, and last the result into run.json."""
     out, record = run.out, read_run(run.out)
-    distiller, step = state.eval_model, state.step
-    if run.settings.keep == "best":
-        step = restore_best(out, distiller) or 0
-    validations = {int(row["step"]): row for row in read_log(out / "validation.csv")}
+    distiller, step, kept = state.eval_model, state.step, run.settings.keep
+    if kept == "best":
+        best = restore_best(out, distiller, lambda text: say(f"note  {text}"))
+        step, kept = (state.step, "last") if best is None else (best, kept)
+        if best is None:
+            say("warning  the best weights cannot be read: the last ones are kept")
+    before, after = _values_at(out, 0), _values_at(out, step)
     card = ModelCard(
         name=out.resolve().name,
         teacher=run.teacher.facts.to_json(),
@@ -327,29 +340,43 @@ def _finish(run: Run, outcome: TrainOutcome, state: RunState) -> None:
         train_patches=sum(count_rows(run.store, run.split.train).values()),
         held_out=run.split.description,
         step=step,
-        before=validations[0],
-        after=validations[step],
+        before=before,
+        after=after,
+        warnings=outcome.warnings,
     )
     trained_on = f"{run.student.describe_weights()}; distilled from {run.teacher.name}"
     exported = write_student(out, distiller.student, run.student, trained_on=trained_on, card=card)
     tensors = {name: t.detach().cpu().contiguous() for name, t in distiller.projector.state_dict().items()}
-    save_file(tensors, out / "projector.safetensors")
+    write_tensors(out / "projector.safetensors", tensors)
     result = RunResult(
         outcome=outcome,
-        before=validations[0],
-        after=validations[step],
+        before=before,
+        after=after,
         exported=exported,
-        kept=run.settings.keep,
+        kept=kept,
         kept_step=step,
         share_waiting=_share_waiting(out),
     )
     record = replace(record, result=result)
-    write_run(out, record)
     write_text(out / CURVES_PAGE, training_page(card.name, out, record, result))
+    write_run(out, record)
+
+
+def _validations(folder: Path) -> list[dict[str, float]]:
+    return read_log(folder / VALIDATIONS, HELD_OUT)
+
+
+def _values_at(folder: Path, step: int) -> dict[str, float]:
+    """The held-out metric values of one step.
+
+    Raises:
+        RunError: There are none.
+    """
+    return dict(row_of_step(folder / VALIDATIONS, _validations(folder), step))
 
 
 def _share_waiting(out: Path) -> float:
     """Fraction of the training time spent waiting for data, without the first step, which fills the pool."""
-    rows = read_log(out / "log.csv")[1:]
+    rows = read_log(out / STEPS, READ_OF_STEPS)[1:]
     seconds = sum(row["seconds"] for row in rows)
     return sum(row["seconds_waiting"] for row in rows) / seconds if seconds else 0.0

@@ -3,15 +3,20 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from g2l_core.distillation.training import TrainOutcome
 from g2l_core.encoders.resolve import RUN_RECORD
-from g2l_core.errors import RunError
+from g2l_core.errors import RunError, writing
 from g2l_core.files import parse_json, write_text
 from g2l_core.store.facts import EncoderFacts, Facts
+from g2l_core.store.locks import holds_only_locks
 from g2l_core.store.provenance import differences
+
+SEAL = "sha256"
+"""The key of the digest of all other keys of run.json; older versions did not write it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +100,7 @@ def open_run(folder: Path, record: RunRecord, *, resume: bool) -> None:
         if changed:
             raise RunError(f"{folder} was begun with other settings: {'; '.join(changed)}. Use them, or another --out")
         return
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and not (folder.is_dir() and holds_only_locks(folder)):
         raise RunError(f"{folder} exists and is no run of g2l distill; give another --out")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -105,8 +110,19 @@ def open_run(folder: Path, record: RunRecord, *, resume: bool) -> None:
 
 
 def write_run(folder: Path, record: RunRecord) -> None:
-    """Write run.json, all of it or nothing."""
-    write_text(folder / RUN_RECORD, json.dumps(record.to_json(), indent=2, sort_keys=True) + "\n")
+    """Write run.json, all of it or nothing.
+
+    Raises:
+        RunError: The disk is full, or cannot be written to.
+    """
+    content = record.to_json()
+    with writing(folder / RUN_RECORD):
+        sealed = {**content, SEAL: _digest(content)}
+        write_text(folder / RUN_RECORD, json.dumps(sealed, indent=2, sort_keys=True) + "\n")
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def read_run(folder: Path) -> RunRecord:
@@ -117,6 +133,36 @@ def read_run(folder: Path) -> RunRecord:
     """
     path = folder / RUN_RECORD
     try:
-        return RunRecord.from_json(parse_json(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RunError(f"{path} is no record of g2l distill: {error}") from error
+        content = {**parse_json(path.read_text(encoding="utf-8"))}
+        seal = content.pop(SEAL, None)
+        if seal not in (None, _digest(content)):
+            raise ValueError("its content is not what its digest says")
+        record = RunRecord.from_json(content)
+        _require_kinds(record)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise RunError(
+            f"{path} is no record of g2l distill ({type(error).__name__}: {error}): restore it from a copy, "
+            "or remove the folder and distill again"
+        ) from error
+    return record
+
+
+def _require_kinds(record: RunRecord) -> None:
+    """Refuse values of other types than the fields have: whoever reads a record relies on them.
+
+    Raises:
+        ValueError: A value is of another type.
+    """
+    from pydantic import TypeAdapter
+
+    settings: TypeAdapter[Any] = TypeAdapter(dict[str, Any])
+    for mapping in (record.settings, record.store, record.replay, record.about):
+        settings.validate_python(mapping, strict=True)
+    TypeAdapter(dict[str, dict[str, int]]).validate_python(record.rows, strict=True)
+    for text in (record.held_out, record.teacher.name, record.student.name, record.teacher.digest):
+        TypeAdapter(str).validate_python(text, strict=True)
+    if record.result is not None:
+        values: TypeAdapter[Any] = TypeAdapter(dict[str, float])
+        for mapping in (record.result.before, record.result.after):
+            values.validate_python(mapping, strict=True)
+        TypeAdapter(int).validate_python(record.result.outcome.steps, strict=True)

@@ -11,10 +11,11 @@ from typing import Any
 
 from g2l_core.distillation.spec import ALPHA_LOSSES
 from g2l_core.encoders.resolve import RUN_RECORD, resolve_encoder
-from g2l_core.errors import G2LError, RunError, UsageError
-from g2l_core.files import csv_row, parse_toml
+from g2l_core.errors import G2LError, RunError, UsageError, with_remedy, writing
+from g2l_core.files import csv_row, parse_toml, replacing, write_text
 from g2l_core.report.page import render
 from g2l_core.report.plots import curves
+from g2l_core.store.locks import locked_output
 from pipeline.config import NAMES, check_option, find_recipe, read_toml, settings_of
 from pipeline.distill import run_distill
 from pipeline.progress import say
@@ -124,24 +125,27 @@ def run_sweep(
     runs = sweep.runs()
     for run in runs:  # what cannot be used is refused before the first run starts
         settings_of({**sweep.base, **run})
-    out.mkdir(parents=True, exist_ok=True)
-    failed: dict[str, str] = {}
-    for i, run in enumerate(runs, start=1):
-        folder = out / name_of(run)
-        if _finished(folder, run) is None:
-            say(f"run {i}/{len(runs)}  {folder.name}")
-            settings, epochs = settings_of({**sweep.base, **run})
+    with writing(out), locked_output(out):
+        finished: list[RunResult] = []
+        failed: dict[str, str] = {}
+        for i, run in enumerate(runs, start=1):
+            folder = out / name_of(run)
             try:
-                run_distill(store, teacher, spec, folder, settings, epochs=epochs, how=how)
+                done = _finished(folder, run)
+                if done is None:
+                    say(f"run {i}/{len(runs)}  {folder.name}")
+                    settings, epochs = settings_of({**sweep.base, **run})
+                    run_distill(store, teacher, spec, folder, settings, epochs=epochs, how=how)
+                    done = _finished(folder, run)
+                finished += [done] if done else []
             except G2LError as error:
-                failed[folder.name] = str(error)
-                say(f"failed  {folder.name}: {error}")
-    finished = [done for run in runs if (done := _finished(out / name_of(run), run))]
-    if not finished:
-        raise RunError(f"no run of the sweep finished: {next(iter(failed.values()))}")
-    result = SweepResult(sweep=sweep, finished=tuple(finished), failed=failed)
-    _write(result, out)
-    return result
+                failed[folder.name] = with_remedy(str(error))
+                say(f"failed  {folder.name}: {failed[folder.name]}")
+        if not finished:
+            raise RunError(f"no run of the sweep finished: {next(iter(failed.values()))}")
+        result = SweepResult(sweep=sweep, finished=tuple(finished), failed=failed)
+        _write(result, out)
+        return result
 
 
 def name_of(run: Mapping[str, Any]) -> str:
@@ -153,6 +157,8 @@ def _finished(folder: Path, run: Mapping[str, Any]) -> RunResult | None:
     result = read_run(folder).result if (folder / RUN_RECORD).is_file() else None
     if result is None:
         return None
+    if missing := [name for name in HELD_OUT if name not in result.before or name not in result.after]:
+        raise RunError(f"{folder / RUN_RECORD} lacks {', '.join(missing)}: remove the folder and sweep again")
     return RunResult(
         varied=run, folder=folder.name, before=result.before, after=result.after, steps=result.outcome.steps
     )
@@ -191,7 +197,7 @@ def _words(key: Sequence[tuple[str, Any]]) -> str:
 
 def _write(result: SweepResult, out: Path) -> None:
     varied = list(result.sweep.grid)
-    with (out / RESULTS).open("w", newline="", encoding="utf-8") as file:
+    with replacing(out / RESULTS, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(
             [*csv_row(varied), "run", "steps", *(f"{name}_{when}" for name in HELD_OUT for when in ("before", "after"))]
@@ -200,7 +206,7 @@ def _write(result: SweepResult, out: Path) -> None:
             figures = [values[name] for name in HELD_OUT for values in (run.before, run.after)]
             cells = (*(run.varied.get(name, "") for name in varied), run.folder, run.steps, *figures)
             writer.writerow(csv_row(cells))
-    (out / PAGE).write_text(_page(result), encoding="utf-8")
+    write_text(out / PAGE, _page(result))
 
 
 def _page(result: SweepResult) -> str:

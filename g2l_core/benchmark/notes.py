@@ -63,7 +63,7 @@ def _distilled(key: str, facts: EncoderFacts, tested: set[str]) -> list[str]:
     try:
         trained = set(parse_json(path.read_text(encoding="utf-8"))["rows"]["train"])
     except (OSError, ValueError, KeyError, TypeError):
-        return [f"{path} is not there to tell whether {key} was distilled on slides that it is tested on"]
+        return [f"{path} cannot be read to tell whether {key} was distilled on slides that it is tested on"]
     shared = sorted(tested & trained)
     if not shared:
         return []

@@ -32,7 +32,7 @@ def task_tables(path: Path) -> tuple[str, dict[str, Mapping[str, Any]]]:
     try:
         content = parse_toml(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UsageError(f"cannot read the task file {path}: {error}") from error
+        raise UsageError(f"cannot read the task file {path}, which must be TOML: {error}") from error
     unknown = set(content) - {"title", "tasks"}
     tables = content.get("tasks")
     if unknown or not isinstance(tables, dict) or not tables or not all(isinstance(t, dict) for t in tables.values()):

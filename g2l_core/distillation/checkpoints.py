@@ -1,19 +1,31 @@
-"""A run's state on disk. Checkpoints are written atomically; the last two and the best are kept."""
+"""A run's state on disk. Checkpoints are written atomically; the last two and the best are kept.
 
+A checkpoint is a file of `torch.save`, which reads it, followed by `SEAL` and the sha256 of all bytes before. So a
+single flipped bit is noticed. The checkpoints of older versions have no digest, nor the key `sealed` that asks for it.
+"""
+
+import hashlib
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 
 from g2l_core.distillation.distiller import Average, Distiller
 from g2l_core.distillation.optim import EarlyStop
-from g2l_core.errors import RunError
+from g2l_core.errors import RunError, writing
 from g2l_core.files import replacing
 
 KEPT = 2
 BEST = "best.pt"
+SEAL = b"g2l sha256"
+_TAIL = len(SEAL) + hashlib.sha256().digest_size
+_AT_A_TIME = 1 << 24
+
+Note = Callable[[str], None]
+"""Is called with what the user must know."""
 
 
 @dataclass
@@ -66,54 +78,116 @@ def save_best(folder: Path, state: RunState) -> None:
     _write(folder / "checkpoints" / BEST, {"step": state.step, "model": state.eval_model.state_dict()})
 
 
+class _Hashed:
+    """A file that is written from begin to end, and the sha256 of what was written."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self.sha = file, hashlib.sha256()
+
+    def write(self, content: memoryview | bytes) -> int:
+        self.sha.update(content)
+        return self._file.write(content)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
 def _write(path: Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(exist_ok=True)
-    try:
+    with writing(path):
+        path.parent.mkdir(exist_ok=True)
         with replacing(path) as file:
-            torch.save(content, file)
-    except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror}. Free space, then go on with --resume") from error
+            hashed = _Hashed(file)
+            torch.save({**content, "sealed": True}, cast("IO[bytes]", hashed))
+            file.write(SEAL + hashed.sha.digest())
 
 
-def restore(folder: Path, state: RunState) -> None:
-    """Load the newest checkpoint that can be read into `state`; change nothing where there is none."""
-    for path in sorted((folder / "checkpoints").glob("step-*.pt"), reverse=True):
-        content = _read(path)
-        if content is None:
-            continue
-        state.distiller.load_state_dict(content["model"])
-        if state.average:
-            state.average.network.load_state_dict(content["average"])
-        state.optimizer.load_state_dict(content["optimizer"])
-        state.early_stop.recent = deque(content["early_stop"]["recent"])
-        state.early_stop.above = content["early_stop"]["above"]
-        state.step, state.stopped, state.loss = content["step"], content["stopped"], content["loss"]
-        state.best, state.best_step, state.warnings = content["best"], content["best_step"], content["said"]
-        torch.set_rng_state(content["rng"])
-        if content["rng_cuda"]:
-            torch.cuda.set_rng_state_all(content["rng_cuda"])
-        return
+def restore(folder: Path, state: RunState, note: Note) -> None:
+    """Load the newest checkpoint that is whole into `state`; change nothing where there is none.
+
+    Args:
+        folder: The run folder.
+        state: Gets everything that the checkpoint holds.
+        note: Is told of each checkpoint that is passed over, and of one that has no digest.
+
+    Raises:
+        RunError: There are checkpoints, and none of them can be used.
+    """
+    paths = sorted((folder / "checkpoints").glob("step-*.pt"), reverse=True)
+    for path in paths:
+        if _load(path, lambda content: _take(state, content), note):
+            return
+    if paths:
+        raise RunError(
+            f"none of the {len(paths)} checkpoints in {folder / 'checkpoints'} can be used: restore one from a copy, "
+            "or begin again with another --out"
+        )
 
 
-def restore_best(folder: Path, distiller: Distiller) -> int | None:
+def _take(state: RunState, content: dict[str, Any]) -> None:
+    state.distiller.load_state_dict(content["model"])
+    if state.average:
+        state.average.network.load_state_dict(content["average"])
+    state.optimizer.load_state_dict(content["optimizer"])
+    state.early_stop.recent = deque(content["early_stop"]["recent"])
+    state.early_stop.above = content["early_stop"]["above"]
+    state.step, state.stopped, state.loss = content["step"], content["stopped"], content["loss"]
+    state.best, state.best_step, state.warnings = content["best"], content["best_step"], content["said"]
+    torch.set_rng_state(content["rng"])
+    if content["rng_cuda"]:
+        torch.cuda.set_rng_state_all(content["rng_cuda"])
+
+
+def restore_best(folder: Path, distiller: Distiller, note: Note) -> int | None:
     """Load the best weights into `distiller`.
 
     Returns:
-        Their step; None, with `distiller` unchanged, where there is no best checkpoint that can be read.
+        Their step; None where there is no best checkpoint that is whole, of which `note` is told.
     """
     path = folder / "checkpoints" / BEST
-    content = _read(path) if path.exists() else None
-    if content is None:
-        return None
-    distiller.load_state_dict(content["model"])
-    step: int = content["step"]
-    return step
+    steps: list[int] = []
+
+    def take(content: dict[str, Any]) -> None:
+        distiller.load_state_dict(content["model"])
+        steps.append(content["step"])
+
+    return steps[0] if _load(path, take, note) else None
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    """A checkpoint's content; None where a lost disk tore it, so that the one before it must be used."""
+def _load(path: Path, take: Callable[[dict[str, Any]], None], note: Note) -> bool:
+    """Whether `take` could take a checkpoint's content. Reading a damaged file can raise anything."""
     try:
+        is_sealed = _require_whole(path)
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError):
-        return None
-    return content
+        if content.get("sealed") and not is_sealed:
+            raise RunError("its digest is missing")
+        take(content)
+    except Exception as error:  # noqa: BLE001
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        note(f"the checkpoint {path} cannot be used and is passed over: {reason}")
+        return False
+    if not is_sealed:
+        note(f"the checkpoint {path} is of an older version and has no digest: it is used unchecked")
+    return True
+
+
+def _require_whole(path: Path) -> bool:
+    """Whether a file ends in its digest.
+
+    Raises:
+        RunError: It does, and is not what was written.
+    """
+    size = path.stat().st_size - _TAIL
+    with path.open("rb") as file:
+        file.seek(max(0, size))
+        tail = file.read()
+        if not tail.startswith(SEAL):
+            return False
+        file.seek(0)
+        sha = hashlib.sha256()
+        while size > 0:
+            block = file.read(min(_AT_A_TIME, size))
+            sha.update(block)
+            size -= len(block)
+    if sha.digest() != tail[len(SEAL) :]:
+        raise RunError("its content is not what its digest says")
+    return True

@@ -45,6 +45,8 @@ class TrainerHooks:
     """Called after every validation with the state and the run folder."""
     report: Callable[[int, float], None]
     """Called after every step with its number and loss."""
+    note: Callable[[str], None] = lambda _text: None
+    """Called with what the user must know of the checkpoints."""
     teacher: Callable[[Tensor], Tensor] | None = None
     """A teacher that runs live, from pixels on the device to features. None takes the batch's stored features."""
 
@@ -101,13 +103,16 @@ def train(
         How training ended, and the state that it ended in.
 
     Raises:
-        RunError: The loss is not finite, or a checkpoint cannot be written.
+        RunError: The loss is not finite, no checkpoint of a begun run can be used, a log is damaged, or the folder
+            cannot be written to.
     """
     torch.manual_seed(settings.seed)  # dropout and drop path, where a student has them
-    state = _begin(distiller, settings, folder)
+    state = _begin(distiller, settings, folder, hooks)
     group = hooks.group
     step_module = group.wrap(DistillationStep(distiller, objective, hooks).to(group.device))
     logs = TrainingLogs(folder, state.step) if group.is_main else None
+    if logs and logs.lost:
+        hooks.note(f"{folder / 'log.csv'} has lost {logs.lost:,} of {state.step:,} steps: its curve has a gap")
     if state.step == 0 and logs:
         _validate(state, logs, settings, folder, hooks)
     prepared = _prepare(hooks.batches(state.step * settings.optim.accumulate), group.device)
@@ -134,7 +139,7 @@ def train(
     return outcome, state
 
 
-def _begin(distiller: Distiller, settings: TrainSettings, folder: Path) -> RunState:
+def _begin(distiller: Distiller, settings: TrainSettings, folder: Path, hooks: TrainerHooks) -> RunState:
     optim = settings.optim
     state = RunState(
         distiller=distiller,
@@ -142,7 +147,7 @@ def _begin(distiller: Distiller, settings: TrainSettings, folder: Path) -> RunSt
         early_stop=EarlyStop(optim.early_stop_window, optim.early_stop_patience),
         average=Average(distiller, optim.ema) if optim.ema else None,
     )
-    restore(folder, state)
+    restore(folder, state, hooks.note)
     return state
 
 

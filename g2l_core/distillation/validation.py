@@ -23,6 +23,8 @@ DEAD = 1e-3
 STALLED_VALIDATIONS = 5
 STALLED_GAIN = 0.005
 DIVERGED_VALIDATIONS = 3
+LOSS_PARTS = 10
+"""The first and the last of so many parts of a run are compared to see whether its loss fell."""
 
 
 def held_out_metrics(
@@ -107,6 +109,8 @@ class Curves:
     """The comparable loss of every step."""
     steps: int
     """Steps of the whole run."""
+    is_over: bool = False
+    """Whether the run has ended."""
 
 
 def training_warnings(curves: Curves) -> list[str]:
@@ -115,7 +119,9 @@ def training_warnings(curves: Curves) -> list[str]:
     - CKA stalls: it is below 0.9 and has not gained 0.005 over the last five validations. This is checked in the run's
       first three quarters, since the annealed learning rate leaves no room for a gain later.
     - Training and held-out curves diverge: over the last three validations the training loss fell, and the held-out
-      explained variance fell each time.
+      explained variance fell each time. What was not learned cannot be learned by heart, so CKA must have gained 0.005
+      before.
+    - The run ended with a CKA that is not above the one before training, or with a loss that has not fallen.
     """
     warnings = []
     cka = [row["cka_debiased"] for row in curves.validations]
@@ -127,10 +133,35 @@ def training_warnings(curves: Curves) -> list[str]:
                 f"CKA to the teacher has stalled at {cka[-1]:.3f} for {STALLED_VALIDATIONS} validations: "
                 "more slides, more views or a larger student may help"
             )
-    if _diverged(curves):
+    if _has_learned(cka) and _diverged(curves):
         warnings.append(
             f"training loss falls while held-out R^2 has fallen {DIVERGED_VALIDATIONS} times in a row: "
             "the student learns its training slides by heart; more slides or views help, or checkpoints/best.pt"
+        )
+    return warnings + (_ends_without_gain(curves) if curves.is_over else [])
+
+
+def _has_learned(cka: Sequence[float]) -> bool:
+    return bool(cka) and max(cka) >= cka[0] + STALLED_GAIN
+
+
+def _ends_without_gain(curves: Curves) -> list[str]:
+    warnings = []
+    cka = {int(row["step"]): row["cka_debiased"] for row in curves.validations}
+    steps = list(cka)
+    if len(cka) > 1 and not cka[steps[-1]] > cka[steps[0]]:
+        best = max(steps, key=lambda step: (cka[step] == cka[step], cka[step]))
+        what = "nothing was learned" if best == steps[0] else "what was learned is lost again"
+        warnings.append(
+            f"{what}: CKA to the teacher was {cka[steps[0]]:.3f} before training and is {cka[steps[-1]]:.3f} at the "
+            f"end, best at step {best:,}. Lower --lr, or check the teacher's features with g2l store verify"
+        )
+    part = len(curves.losses) // LOSS_PARTS
+    first, last = (float(np.mean(span)) if part else 0.0 for span in (curves.losses[:part], curves.losses[-part:]))
+    if part and not last < first:
+        warnings.append(
+            f"loss has not fallen: {first:.3f} over the first {part:,} steps, {last:.3f} over the last. "
+            "Change --lr, or train for more steps"
         )
     return warnings
 

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,13 +14,20 @@ from torch import Tensor, nn
 
 from g2l_core.encoders.architectures import build_architecture
 from g2l_core.encoders.patch_encoder import PatchEncoder
-from g2l_core.encoders.resolve import EncoderSpec, encoder_key, spec_to_json
+from g2l_core.encoders.resolve import (
+    RESTORE,
+    STUDENT_RECORD,
+    EncoderSpec,
+    encoder_key,
+    read_student_record,
+    spec_to_json,
+)
+from g2l_core.encoders.spec import spec_digest
 from g2l_core.encoders.trust import code_of, require_trusted
 from g2l_core.encoders.weight_layouts import state_dict_in_timm_layout
 from g2l_core.encoders.weights import read_tensors, state_digest, weights_content, weights_file
 from g2l_core.errors import EncoderError, UnknownNameError, UsageError
 from g2l_core.store.facts import EncoderFacts
-from g2l_core.store.provenance import digest
 
 COMPILED = "+compile"
 """Suffix of a precision with torch.compile, which changes features by about 1e-6 in float32."""
@@ -62,13 +70,16 @@ def load_encoder(spec: EncoderSpec, *, device: str = "auto", precision: str = "a
         precision: auto (fp32 on CPU, the card's on a GPU), fp32, bf16 or fp16; each may end in `+compile`.
 
     Raises:
-        EncoderError: The weights cannot be read or do not fit, or the number of features is not the card's.
+        EncoderError: The weights cannot be read or do not fit, the number of features is not the card's, or a student's
+            weights are not those that its record names.
         UsageError: The device or precision is unknown or not available.
     """
     target = choose_device(device)
     precision = choose_precision(spec, target, precision)
     network = build_network(spec)
     weights_digest = state_digest(network.state_dict())
+    if spec.source.kind == "run":
+        _require_recorded(Path(spec.source.where), weights_digest)
     module = PatchEncoder(network, spec).eval().requires_grad_(False)
     module = module.to(target).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     dim = _feature_size(module, target)
@@ -130,12 +141,14 @@ def stored_key(
     return same[0] if same else None
 
 
-def spec_digest(spec: EncoderSpec, weights_digest: str, precision: str) -> str:
-    """sha256 of everything that decides an encoder's features."""
-    deciding = ("architecture", "arguments", "input_px", "mean", "std", "interpolation", "pooling")
-    fields = spec_to_json(spec)
-    settings = {"weights": weights_digest, "precision": precision, "resampling": "pillow"}
-    return digest({**{f: fields[f] for f in deciding}, **settings})
+def _require_recorded(student: Path, weights_digest: str) -> None:
+    """Refuse a student whose weights are not those that were written."""
+    recorded = read_student_record(student / STUDENT_RECORD)["weights_digest"]
+    if weights_digest != recorded:
+        raise EncoderError(
+            f"{student / 'model.safetensors'} does not hold the weights that {STUDENT_RECORD} names: their digest is "
+            f"{weights_digest[:12]}, not {recorded[:12]}. {RESTORE}"
+        )
 
 
 def choose_device(device: str) -> torch.device:

@@ -11,21 +11,25 @@ from pathlib import Path
 from typing import Any
 
 from g2l_core.encoders.registry import TABLE
-from g2l_core.encoders.spec import POOLINGS, EncoderSpec, WeightsSource, spec_from_json, spec_to_json
+from g2l_core.encoders.spec import POOLINGS, EncoderSpec, WeightsSource, spec_digest, spec_from_json, spec_to_json
 from g2l_core.encoders.spec_file import read_encoder_file
 from g2l_core.encoders.trust import require_trusted, with_trusted_code
-from g2l_core.errors import EncoderError, UnknownNameError, UsageError
+from g2l_core.errors import EncoderError, G2LError, UnknownNameError, UsageError
 from g2l_core.files import parse_json
 from g2l_core.store.facts import EncoderFacts
+from g2l_core.store.provenance import digest
 
 __all__ = [
     "RUN_RECORD", "STUDENT_FOLDER", "STUDENT_RECORD", "TABLE", "EncoderSpec", "encoder_key", "find_stored",
     "is_run_folder", "normalized", "resolve_encoder", "run_encoder", "spec_from_json", "spec_to_json",
 ]  # fmt: skip
 
+RESTORE = "Restore it from a copy, or write the student again with g2l distill --resume"
 RUN_RECORD = "run.json"
 STUDENT_FOLDER = "student"
 STUDENT_RECORD = "encoder.json"
+RECORD_DIGEST = "record_digest"
+"""The key of the digest of all other keys of encoder.json; older versions did not write it."""
 
 _FUNCTION = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
 
@@ -190,10 +194,26 @@ def _student_record(folder: Path) -> dict[str, Any]:
     record = folder / STUDENT_FOLDER / STUDENT_RECORD
     if not record.is_file():
         raise EncoderError(f"{folder} has no finished student; run g2l distill --resume --out {folder}")
+    return read_student_record(record)
+
+
+def read_student_record(path: Path) -> dict[str, Any]:
+    """The content of a student's encoder.json: its spec, and the digests of its weights and of the encoder.
+
+    Raises:
+        EncoderError: The file is damaged.
+    """
     try:
-        fields: dict[str, Any] = {**parse_json(record.read_text(encoding="utf-8"))}
-    except (OSError, ValueError, TypeError) as error:
-        raise EncoderError(f"cannot read {record}: {error}. Run g2l distill --resume --out {folder}") from error
+        fields: dict[str, Any] = {**parse_json(path.read_text(encoding="utf-8"))}
+        spec = spec_from_json(fields)
+        found = {"digest": spec_digest(spec, fields["weights_digest"], "fp32")}
+        if RECORD_DIGEST in fields:
+            found[RECORD_DIGEST] = digest({key: value for key, value in fields.items() if key != RECORD_DIGEST})
+        changed = [key for key, value in found.items() if fields[key] != value]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, G2LError) as error:
+        raise EncoderError(f"{path} is no record of a student ({type(error).__name__}: {error}): {RESTORE}") from error
+    if changed:
+        raise EncoderError(f"{path} is not as g2l distill wrote it: its digest is another one. {RESTORE}")
     return fields
 
 

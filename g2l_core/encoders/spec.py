@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from g2l_core.errors import UnknownNameError, UsageError
+from g2l_core.store.provenance import digest
 
 POOLINGS = ("native", "cls", "mean", "cls_mean", "tokens")
 """`native` is the pooling of the architecture's own head. `mean` leaves out class and register tokens. `tokens` is one
@@ -149,3 +150,11 @@ def spec_to_json(spec: EncoderSpec) -> dict[str, Any]:
     fields = {**asdict(spec), **lists}
     del fields["named_in"]
     return {(STORED_LICENSE if k == "license" else k): v for k, v in fields.items()}
+
+
+def spec_digest(spec: EncoderSpec, weights_digest: str, precision: str) -> str:
+    """sha256 of everything that decides an encoder's features."""
+    deciding = ("architecture", "arguments", "input_px", "mean", "std", "interpolation", "pooling")
+    fields = spec_to_json(spec)
+    settings = {"weights": weights_digest, "precision": precision, "resampling": "pillow"}
+    return digest({**{f: fields[f] for f in deciding}, **settings})

@@ -1,21 +1,24 @@
 """Export a student to other programs' formats. Each export is checked against the student before it is kept."""
 
+import io
+import json
 import shutil
 import warnings
 from collections.abc import Collection
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from g2l_core.encoders.loading import LoadedEncoder, load_encoder
 from g2l_core.encoders.patch_encoder import PatchEncoder
-from g2l_core.encoders.resolve import STUDENT_FOLDER, EncoderSpec, run_encoder, spec_to_json
-from g2l_core.encoders.student_folder import write_json
+from g2l_core.encoders.resolve import RESTORE, STUDENT_FOLDER, STUDENT_RECORD, EncoderSpec, run_encoder, spec_to_json
+from g2l_core.encoders.student_folder import timm_config, write_json, write_tensors
 from g2l_core.encoders.trust import with_trusted_code
 from g2l_core.encoders.weight_layouts import state_dict_in_transformers_layout
-from g2l_core.errors import EncoderError, RunError, UnknownNameError, UsageError
+from g2l_core.errors import EncoderError, RunError, UnknownNameError, UsageError, writing
+from g2l_core.files import replacing
+from g2l_core.store.locks import locked_output
 
 FORMATS = ("timm", "torchscript", "onnx", "transformers")
 TOLERANCE = 1e-4
@@ -46,27 +49,40 @@ def export_student(run: Path, form: str, out: Path, trusted: Collection[str] = (
 
     Raises:
         UnknownNameError: There is no such format.
-        RunError: `out` exists.
+        RunError: `out` exists, is being written, or cannot be written to.
         EncoderError: The format cannot hold the student, or the export does not give its features.
         UsageError: A package is missing.
     """
     if form not in FORMATS:
         raise UnknownNameError("format", form, FORMATS)
-    if out.exists():
-        raise RunError(f"{out} exists; give another --out")
-    spec = run_encoder(run)
-    if form == "timm":
-        shutil.copytree(run / STUDENT_FOLDER, out)
-        return out
-    encoder = load_encoder(with_trusted_code(spec, trusted), device="cpu", precision="fp32")
-    temporary = out.with_name(out.name + ".partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    {"torchscript": _torchscript, "onnx": _onnx, "transformers": _transformers}[form](encoder, temporary)
-    write_json(temporary / "preprocessing.json", preprocessing(spec))
-    shutil.copy(run / STUDENT_FOLDER / "README.md", temporary / "README.md")
-    temporary.rename(out)
+    unfinished = out.with_name(out.name + ".partial")
+    with writing(out), locked_output(unfinished):
+        if out.exists():
+            raise RunError(f"{out} exists; give another --out")
+        encoder = load_encoder(with_trusted_code(run_encoder(run), trusted), device="cpu", precision="fp32")
+        temporary = unfinished / "student"
+        shutil.rmtree(temporary, ignore_errors=True)
+        if form == "timm":
+            _timm(encoder, run, temporary)
+        else:
+            temporary.mkdir()
+            {"torchscript": _torchscript, "onnx": _onnx, "transformers": _transformers}[form](encoder, temporary)
+            write_json(temporary / "preprocessing.json", preprocessing(encoder.spec))
+            shutil.copy(run / STUDENT_FOLDER / "README.md", temporary / "README.md")
+        temporary.rename(out)
     return out
+
+
+def _timm(encoder: LoadedEncoder, run: Path, folder: Path) -> None:
+    """Copy the student's folder, whose weights were checked when they were loaded."""
+    shutil.copytree(run / STUDENT_FOLDER, folder)
+    path = run / STUDENT_FOLDER / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8")) if ":" not in encoder.spec.architecture else None
+    except (OSError, ValueError, RecursionError) as error:
+        raise EncoderError(f"{path} cannot be read ({error}). {RESTORE}") from error
+    if config is not None and config != timm_config(encoder.module.network, encoder.spec):
+        raise EncoderError(f"{path} does not describe the student of {STUDENT_RECORD}. {RESTORE}")
 
 
 def preprocessing(spec: EncoderSpec) -> dict[str, object]:
@@ -100,7 +116,10 @@ def _torchscript(encoder: LoadedEncoder, folder: Path) -> None:
     with warnings.catch_warnings(), torch.inference_mode():
         warnings.simplefilter("ignore")  # tracing warns of every shape that is a Python number
         traced = torch.jit.trace(NormalizedEncoder(encoder.module), images)
-        torch.jit.save(traced, folder / "model.pt")
+        buffer = io.BytesIO()  # on a full disk torch.jit.save ends the process
+        torch.jit.save(traced, buffer)
+        with replacing(folder / "model.pt") as file:
+            file.write(buffer.getbuffer())
         loaded = torch.jit.load(folder / "model.pt")
         _require_same(loaded(images), encoder, images, "torchscript")
         three = torch.cat([images, images[:1]])
@@ -162,4 +181,4 @@ def _transformers(encoder: LoadedEncoder, folder: Path) -> None:
             "do_convert_rgb": True,
         },
     )  # fmt: skip
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    write_tensors(folder / "model.safetensors", tensors)

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
-from g2l_core.encoders.loading import spec_digest
 from g2l_core.encoders.patch_encoder import PatchEncoder
-from g2l_core.encoders.resolve import STUDENT_FOLDER, STUDENT_RECORD, EncoderSpec, spec_to_json
-from g2l_core.encoders.spec import STORED_LICENSE
+from g2l_core.encoders.resolve import RECORD_DIGEST, STUDENT_FOLDER, STUDENT_RECORD, EncoderSpec, spec_to_json
+from g2l_core.encoders.spec import STORED_LICENSE, spec_digest
 from g2l_core.encoders.timm_compat import import_timm
 from g2l_core.encoders.weights import state_digest
-from g2l_core.files import write_text
+from g2l_core.files import sync_folder, write_text, write_with
+from g2l_core.store.provenance import digest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +35,8 @@ class ModelCard:
     step: int
     before: Mapping[str, float]
     after: Mapping[str, float]
+    warnings: tuple[str, ...] = ()
+    """What the curves of the run warned of."""
 
 
 def write_student(
@@ -50,7 +52,7 @@ def write_student(
         card: The content of README.md, the hub's model card.
 
     Returns:
-        The content of encoder.json: the spec, the digest of the tensors, and that of the encoder in float32.
+        The content of encoder.json: the spec, the digests of the tensors, of the encoder in float32, and of all that.
     """
     network = module.network.cpu()
     tensors = {name: tensor.detach().contiguous() for name, tensor in network.state_dict().items()}
@@ -61,17 +63,24 @@ def write_student(
         "weights_digest": weights_digest,
         "digest": spec_digest(spec, weights_digest, "fp32"),
     }
+    record[RECORD_DIGEST] = digest(record)
     temporary = run / f"{STUDENT_FOLDER}.partial"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
-    save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+    write_tensors(temporary / "model.safetensors", tensors)
     write_json(temporary / STUDENT_RECORD, record)
     if ":" not in spec.architecture:
         write_json(temporary / "config.json", timm_config(network, spec))
     write_text(temporary / "README.md", model_card(card, spec))
     shutil.rmtree(run / STUDENT_FOLDER, ignore_errors=True)
     temporary.rename(run / STUDENT_FOLDER)
+    sync_folder(run)
     return record
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors as safetensors, all of them or nothing."""
+    write_with(path, lambda temporary: save_file(dict(tensors), temporary, metadata={"format": "pt"}))
 
 
 def timm_config(network: nn.Module, spec: EncoderSpec) -> dict[str, Any]:
@@ -117,6 +126,7 @@ def model_card(card: ModelCard, spec: EncoderSpec) -> str:
         f"A patch encoder for H&E slides, distilled by G2L (arXiv 2510.11176): {student.name} learned the features of",
         f"{teacher['name']}. Input {spec.input_px} px{scale}, pooling {spec.pooling}.",
         "",
+        *(line for warning in card.warnings for line in (f"**Warning**: {warning}.", "")),
         "```python",
         *usage(spec),
         "```",

@@ -1,5 +1,6 @@
 """A pool of slide readers, for more slides than may be open at a time."""
 
+import resource
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,7 +10,12 @@ from threading import Lock
 from g2l_core.patches.render import PatchReader
 
 MAX_OPEN = 256
-"""Each open slide holds a file handle or three; 1,024 is a common limit of a process."""
+
+
+def default_max_open() -> int:
+    """How many slides may stay open: each holds a file or three, and the limit of this process must hold for all."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MAX_OPEN if soft == resource.RLIM_INFINITY else max(1, min(MAX_OPEN, soft // 4))
 
 
 @dataclass
@@ -21,14 +27,15 @@ class _Entry:
 class ReaderPool:
     """Opens slides when they are read, and closes those that were read longest ago. Safe in several threads."""
 
-    def __init__(self, open_reader: Callable[[str], PatchReader], max_open: int = MAX_OPEN) -> None:
+    def __init__(self, open_reader: Callable[[str], PatchReader], max_open: int | None = None) -> None:
         """Make an empty pool.
 
         Args:
             open_reader: Opens a slide by its id.
-            max_open: How many stay open while nobody reads them.
+            max_open: How many stay open while nobody reads them; None takes what the process may have open.
         """
-        self._open_reader, self._max_open, self._lock = open_reader, max_open, Lock()
+        self._open_reader, self._lock = open_reader, Lock()
+        self._max_open = max_open if max_open is not None else default_max_open()
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
 
     @contextmanager

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from g2l_core.errors import RunError
+from g2l_core.errors import RunError, writing
 from g2l_core.files import csv_row, parse_json, replacing
 from g2l_core.report.html import page
 from g2l_core.report.json import FORMAT, json_text, report_of
@@ -52,8 +52,8 @@ def write_report(report: Report, folder: Path) -> list[Path]:
         "report.html": page(report),
     }
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with ExitStack() as finished:
+        with writing(folder), ExitStack() as finished:
+            folder.mkdir(parents=True, exist_ok=True)
             for name, text in texts.items():
                 file = finished.enter_context(replacing(folder / name))
                 # Names from a file system may hold lone surrogates, which UTF-8 cannot.
@@ -77,7 +77,7 @@ def read_report(folder: Path) -> Report:
         raw = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RunError(f"no report can be read from {path}: {error.strerror}; give a folder of `g2l bench`") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RunError(f"{path} is not JSON ({error}); write the report again") from error
     found = raw.get("format") if isinstance(raw, dict) else None
     if found != FORMAT:

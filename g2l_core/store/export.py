@@ -11,10 +11,11 @@ from typing import Any
 import h5py
 import numpy as np
 
-from g2l_core.errors import StoreError
-from g2l_core.files import write_with
+from g2l_core.errors import StoreError, writing
+from g2l_core.files import replacing
 from g2l_core.store import schema
 from g2l_core.store.features import FeatureStore, StoredSlide
+from g2l_core.store.locks import locked_output
 
 POWERS = (1.25, 2.5, 5, 10, 20, 40, 80)
 """Objectives that have a name; a magnification within 5 % of one is called so, as a scanner's 0.243 um/px is 40x."""
@@ -42,7 +43,13 @@ def export_trident(store: FeatureStore, encoder: str, folder: Path, *, view: int
         UnknownNameError: The store does not know the encoder.
         StoreMissingError: A slide's features are not complete.
         StoreError: The store holds sets of patch images, which have no coordinates, or the files cannot be written.
+        RunError: Another command writes into the folder, or it cannot be made.
     """
+    with locked_output(folder):
+        return _export(store, encoder, folder, view)
+
+
+def _export(store: FeatureStore, encoder: str, folder: Path, view: int) -> list[Path]:
     slides = store.complete_slides(encoder, view=view)
     for slide in slides:
         if slide.facts.kind != "slide":
@@ -86,14 +93,16 @@ def magnification(mpp: float) -> int | float:
 
 def _write_h5(path: Path, datasets: Mapping[str, tuple[np.ndarray, Mapping[str, Any]]]) -> None:
     """Write an HDF5 file of datasets with attributes, all of it or nothing."""
-
-    def write(temporary: Path) -> None:
-        with h5py.File(temporary, "w") as file:
-            for name, (values, attributes) in datasets.items():
-                file.create_dataset(name, data=values).attrs.update(attributes)
-
+    # HDF5 cannot close a file that it could not write, so it writes into memory.
+    with h5py.File(path.name, "w", driver="core", backing_store=False) as hdf5:
+        for name, (values, attributes) in datasets.items():
+            hdf5.create_dataset(name, data=values).attrs.update(attributes)
+        hdf5.flush()
+        image = hdf5.id.get_file_image()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_with(path, write)
+        with writing(path, StoreError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as file:
+                file.write(image)
     except OSError as error:
         raise StoreError(f"cannot write {path}: {error.strerror or error}") from error

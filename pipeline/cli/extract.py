@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from g2l_core.errors import UsageError
+from g2l_core.errors import UsageError, with_remedy
 from g2l_core.options import OUTPUT, PATCHES
 from g2l_core.patches.spec import GridSpec, ViewSpec
 from pipeline.cli import EXIT_DONE, EXIT_SOME_FAILED
@@ -133,6 +133,6 @@ def _list_losses(*losses: dict[str, str]) -> None:
     """Name on stderr everything that was lost, with its reason."""
     for group in losses:
         for slide_id, reason in list(group.items())[:SHOWN_REASONS]:
-            typer.echo(f"failed  {slide_id}: {reason}", err=True)
+            typer.echo(f"failed  {slide_id}: {with_remedy(reason)}", err=True)
         if len(group) > SHOWN_REASONS:
             typer.echo(f"failed  and {len(group) - SHOWN_REASONS} more; g2l store info lists all", err=True)

@@ -7,18 +7,34 @@ import logging
 import os
 import signal
 import sys
+import traceback
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Annotated
 
 import typer
 
 from g2l_core import __version__
-from g2l_core.errors import G2LError
-from pipeline.cli import EXIT_INTERRUPTED, EXIT_REFUSED, bench, datasets, demo, distill, extract, models, plan, store
+from g2l_core.errors import G2LError, machine_fault, machine_fault_text, with_remedy
+from pipeline.cli import (
+    EXIT_CODES,
+    EXIT_INTERNAL,
+    EXIT_INTERRUPTED,
+    EXIT_REFUSED,
+    bench,
+    datasets,
+    demo,
+    distill,
+    extract,
+    models,
+    plan,
+    store,
+)  # fmt: skip
 
 app = typer.Typer(
     name="g2l",
     help="Cache a giga-scale pathology teacher once, distill a cancer-specific student, benchmark both.",
+    epilog="Exit codes: " + "; ".join(f"{code} {meaning.split(';')[0]}" for code, meaning in EXIT_CODES.items()),
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -54,12 +70,30 @@ def settings(
         logging.getLogger("g2l_core").setLevel(logging.DEBUG)
 
 
-def explain(kind: type[BaseException], error: BaseException, _trace: TracebackType | None) -> None:
+def explain(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """One clear line in place of a traceback."""
+    fault = machine_fault(error)
     if issubclass(kind, G2LError):
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {with_remedy(str(error))}", err=True)
+    elif fault:
+        typer.echo(f"error: {machine_fault_text(fault, 'a file')}", err=True)
     else:
-        typer.echo(f"internal error: {kind.__name__}: {error}\nrun g2l --debug ... for the traceback", err=True)
+        what = f"{kind.__name__}: {' '.join(str(error).split())}"
+        typer.echo(
+            f"internal error: {what} ({_place(trace)}). This is a fault of G2L: run the same command as "
+            "g2l --debug COMMAND for the traceback, and report it with that to those who gave you G2L",
+            err=True,
+        )
+
+
+def _place(trace: TracebackType | None) -> str:
+    """The last line of G2L that an error came through."""
+    own = [
+        frame for frame in traceback.extract_tb(trace) if "g2l_core" in frame.filename or "pipeline" in frame.filename
+    ]
+    if not own:
+        return "outside of G2L"
+    return f"{'/'.join(Path(own[-1].filename).parts[-3:])}:{own[-1].lineno} in {own[-1].name}"
 
 
 def main() -> None:
@@ -68,9 +102,10 @@ def main() -> None:
     signal.signal(signal.SIGINT, interrupt)
     try:
         app()
-    except G2LError as error:
+    except Exception as error:  # noqa: BLE001  the boundary: what happened is said, and the exit code tells which
         sys.excepthook(type(error), error, error.__traceback__)
-        raise SystemExit(EXIT_REFUSED) from None
+        is_ours = not isinstance(error, G2LError) and machine_fault(error) is None
+        raise SystemExit(EXIT_INTERNAL if is_ours else EXIT_REFUSED) from None
 
 
 def interrupt(_signal: int, _frame: FrameType | None) -> None:

@@ -211,9 +211,11 @@ def state_of(model, **optim):
 
 def test_no_checkpoint_is_step_zero(tmp_path):
     state = state_of(distiller())
-    restore(tmp_path, state)
-    assert (state.step, state.stopped) == (0, False)
-    assert restore_best(tmp_path, state.distiller) is None
+    notes = []
+    restore(tmp_path, state, notes.append)
+    assert ((state.step, state.stopped), notes) == ((0, False), [])
+    assert restore_best(tmp_path, state.distiller, notes.append) is None
+    assert "best.pt cannot be used" in notes[0]
 
 
 # ---- what is off by default -----------------------------------------------------------------------------------
@@ -325,7 +327,7 @@ def test_the_best_checkpoint_is_that_of_the_highest_figure(tmp_path):
     model, outcome = run(tmp_path, calls=hooks(validate=lambda _: {"figure": next(figures)}), steps=6, validate_every=2)
     assert outcome.best_step == 2
     best = distiller()
-    assert restore_best(tmp_path, best) == 2
+    assert restore_best(tmp_path, best, print) == 2
     assert not same_weights(best, model)
 
 

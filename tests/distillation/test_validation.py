@@ -1,5 +1,7 @@
 """Held-out figures against scikit-learn, and the warnings of a run's curves, drawn by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -83,3 +85,38 @@ def test_curves_that_part_are_told():
     rising_loss = np.linspace(1, 2, 400).tolist()
     assert training_warnings(curves(cka, falling, rising_loss)) == []
     assert training_warnings(curves(cka, [0.1, 0.4, 0.35, 0.36, 0.2])) == []
+
+
+def test_learning_by_heart_needs_something_learned():
+    """Before CKA has gained anything, a falling R^2 is noise."""
+    falling = [0.1, 0.4, 0.35, 0.3, 0.2]
+    assert training_warnings(curves([0.3, 0.302, 0.303, 0.301, 0.3], falling)) == []
+    assert len(training_warnings(curves([0.3, 0.31, 0.303, 0.301, 0.3], falling))) == 1
+
+
+def over(cka, losses=None):
+    drawn = curves(cka, losses=losses, steps=100 * (len(cka) - 1))
+    return training_warnings(replace(drawn, is_over=True))
+
+
+def test_a_run_that_ends_below_its_start_is_told():
+    (warning,) = over([0.089, 0.05, 0.012])
+    assert warning.startswith(
+        "nothing was learned: CKA to the teacher was 0.089 before training and is 0.012 at the end, best at step 0. "
+    )
+    assert "Lower --lr" in warning
+    (warning,) = over([0.1, 0.4, 0.05])
+    assert warning.startswith("what was learned is lost again: CKA to the teacher was 0.100 before")
+    assert "best at step 100" in warning
+    (warning,) = over([0.1, 0.4, float("nan")])
+    assert "is nan at the end, best at step 100" in warning
+    assert over([0.1, 0.2, 0.3]) == []
+    assert training_warnings(curves([0.089, 0.05, 0.012], steps=1000)) == []  # it may still rise
+
+
+def test_a_loss_that_never_fell_is_told():
+    (warning,) = over([0.1, 0.2, 0.3], losses=[2.0] * 200)
+    assert warning.startswith("loss has not fallen: 2.000 over the first 20 steps, 2.000 over the last. Change --lr")
+    (warning,) = over([0.1, 0.2, 0.3], losses=[2.0] * 180 + [float("nan")] * 20)
+    assert "nan over the last" in warning
+    assert over([0.1, 0.2], losses=[2.0, 2.0, 2.0]) == []  # too few steps to tell

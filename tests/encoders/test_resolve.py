@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from g2l_core.encoders.loading import encode, load_encoder
+from g2l_core.encoders.loading import build_network, encode, load_encoder
 from g2l_core.encoders.resolve import TABLE, encoder_key, find_stored, resolve_encoder, run_encoder
-from g2l_core.encoders.spec import WeightsSource, spec_from_json, spec_to_json
+from g2l_core.encoders.spec import WeightsSource, spec_digest, spec_from_json, spec_to_json
+from g2l_core.encoders.weights import state_digest
 from g2l_core.errors import EncoderError, UnknownNameError, UsageError
 from g2l_core.store.facts import EncoderFacts
 from tests.encoders.test_loading import VIT, saved, views
@@ -115,13 +116,14 @@ def test_a_run_folder_is_an_encoder(tmp_path):
     (run / "run.json").write_text("{}")
     with pytest.raises(EncoderError, match="has no finished student; run g2l distill --resume"):
         run_encoder(run)
-    record = {**spec_to_json(VIT), "weights_digest": "abc"}
-    (run / "student/encoder.json").write_text(json.dumps(record))
     saved(run / "student", VIT, "model.safetensors")
+    tensors = state_digest(build_network(VIT).state_dict())
+    record = {**spec_to_json(VIT), "weights_digest": tensors, "digest": spec_digest(VIT, tensors, "fp32")}
+    (run / "student/encoder.json").write_text(json.dumps(record))
     spec = resolve_encoder(str(run))
     assert (spec.name, spec.weights) == ("my run", f"run:{run / 'student'}")
     np.testing.assert_array_equal(encode(load_encoder(spec), views(2)), encode(load_encoder(VIT), views(2)))
-    stored = {"x-1": stored_as("x", "abc"), "y": stored_as("my run", "def")}
+    stored = {"x-1": stored_as("x", tensors), "y": stored_as("my run", "def")}
     assert find_stored(str(run), stored) == "x-1"
     with pytest.raises(UnknownNameError, match="This run has no features here yet: g2l embed"):
         find_stored(str(run), {"y": stored_as("my run", "def")})

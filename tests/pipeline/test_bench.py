@@ -1,6 +1,7 @@
 """g2l bench from a task file to a report: every metric group at once, equal bytes, and tasks that fail one by one."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ from g2l_core.benchmark.task_file import known_keys, read_tasks
 from g2l_core.errors import TaskError, UnknownNameError, UsageError
 from g2l_core.report.tables import meaning_of
 from g2l_core.report.write import read_report
-from pipeline.bench import run_bench
+from g2l_core.store.facts import ExtractionRunFacts
+from g2l_core.store.features import FeatureStore
+from pipeline.bench import content_digest, run_bench
 from tests.benchmark.test_metric_groups import label_row
 from tests.planted import PATCHES, make_store, write_labels
 
@@ -185,3 +188,27 @@ def test_published_values_of_every_metric_group_are_taken(tmp_path, metric, grou
     path.write_text(f"{text}expected.probe_auc = {published}\n")
     with pytest.raises(TaskError, match="expected.probe_auc is of none of its metrics"):
         read_tasks(path)
+
+
+def test_reports_of_equal_stores_name_one_digest(planted, tmp_path):
+    """Whatever the stores went through: when they were made, where they and their slides lie, how often they ran."""
+    one, two = (
+        FeatureStore.open(shutil.copytree(planted / "s.zarr", tmp_path / f"{i}.zarr"), writable=True) for i in "ab"
+    )
+    two._set_facts(created="2020-01-01", runs=(ExtractionRunFacts(ended="2020-01-02", elapsed=3.0),))
+    for slide in two.slides():
+        slide.set_source(Path("/elsewhere/x"), slide.facts.fingerprint)
+    two = FeatureStore.open(two.path)
+    assert content_digest(one) == content_digest(two)
+    first = next(two.slides())
+    changes = [
+        lambda s: s.set_source(Path("/x"), "another fingerprint"),
+        lambda s: s.set_labels({"grade": "another"}),
+    ]
+    for change in changes:
+        before = content_digest(FeatureStore.open(two.path))
+        change(FeatureStore.open(two.path, writable=True).slide(first.slide_id))
+        assert content_digest(FeatureStore.open(two.path)) != before
+    before = content_digest(FeatureStore.open(two.path))
+    FeatureStore.open(two.path, writable=True)._set_facts(views={"seed": 5})
+    assert content_digest(FeatureStore.open(two.path)) != before
