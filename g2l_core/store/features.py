@@ -86,7 +86,7 @@ class FeatureStore:
         if (path / GROUP_FILE).exists():
             store = cls.open(path, writable=True)
             format1.refuse_writing(store.facts.format, path)
-            if store.slide_ids():
+            if any(entry.facts is None or entry.facts.status != FAILED for entry in store.entries.values()):
                 store.require_identity(grid=grid, views=views)
             else:  # there are no patches yet, so nothing is lost by other settings
                 store._set_facts(grid=dict(grid), views=dict(views), patch_status=dict(schema.STATUS))

@@ -12,13 +12,13 @@ from contextlib import redirect_stderr, redirect_stdout
 
 import numpy as np
 import pytest
-import zarr
 
 from g2l_core import __version__
 from g2l_core.store.features import FeatureStore
 from g2l_core.synthetic.cohort import write_pyramid
 from pipeline.cli.main import main
 from tests.conftest import TEACHER
+from tests.store.toy import change_facts
 
 G2L = [sys.executable, "-m", "pipeline.cli"]
 KEY = "timm-mobilenetv3_small_050-64-random0"
@@ -397,8 +397,7 @@ def test_fewer_patches_than_a_batch(cached_store, tmp_path):
 
 
 def test_a_slide_that_has_changed(copy, tmp_path):
-    group = zarr.open_group(copy)["slides/p01-1"]
-    group.attrs["g2l"] = {**group.attrs["g2l"], "fingerprint": "0" * 32}
+    change_facts(FeatureStore.open(copy, writable=True).slide("p01-1"), fingerprint="0" * 32, file_state=None)
     refused(distill(copy, tmp_path / "run"), "p01-1", "is not the file that was cached")
 
 
