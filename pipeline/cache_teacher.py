@@ -10,7 +10,7 @@ import numpy as np
 from g2l_core.encoders.loading import LoadedEncoder, load_encoder, require_mpp, stored_facts, stored_key
 from g2l_core.encoders.resolve import EncoderSpec
 from g2l_core.encoders.weights import require_weights
-from g2l_core.errors import SlideError, StoreMismatchError
+from g2l_core.errors import SlideError, StoreCorruptError, StoreMismatchError
 from g2l_core.extraction.extract import ExtractionProgress, missing_patches
 from g2l_core.extraction.patching import patch_sources, refresh_stored, store_patched
 from g2l_core.extraction.repair import adopt_repaired
@@ -120,19 +120,21 @@ def _encode(
 ) -> ExtractionSummary:
     progress = encode_cohort(store, ready, encoders, settings) if encoders else ExtractionProgress()
     note_run(store, encoders, progress, settings)
+    store.save_catalogue()
+    damaged = store.damaged
+    stored = [store.slide(slide_id) for slide_id in ready if slide_id not in damaged]
+    sound = [slide for slide in stored if slide.slide_id not in progress.failed_slides]
     unfinished = [slide_id for slide_id in ready if slide_id in progress.failed_slides]
     still_missing = count_missing(store, unfinished, keys, settings)
     return ExtractionSummary(
         store=store.path,
         encoders=tuple(keys),
         slides=len(ready),
-        patches=sum(len(store.slide(slide_id)) for slide_id in ready),
+        patches=sum(map(len, stored)),
         encoded=max(0, progress.patches_total - still_missing),
         failed_slides=failed | progress.failed_slides,
-        unreadable={slide_id: lost for slide_id in ready if (lost := list(store.slide(slide_id).unreadable.values()))},
-        left_out=count_artifacts(
-            np.concatenate([np.zeros(0, np.uint8), *(store.slide(i).patch_status for i in ready)])
-        ),
+        unreadable={slide.slide_id: lost for slide in sound if (lost := list(slide.unreadable.values()))},
+        left_out=count_artifacts(np.concatenate([np.zeros(0, np.uint8), *(slide.patch_status for slide in sound)])),
         seconds=progress.seconds,
         elapsed=progress.elapsed,
     )
@@ -260,8 +262,8 @@ def patch_cohort(
     tissue: TissueMethod | None,
 ) -> dict[str, str]:
     """Store the patches of every source, and return the reasons of those that failed."""
-    failed: dict[str, str] = {}
     n_views = 1 + settings.views
+    failed = dict(store.damaged)
     known = {slide.slide_id: slide for slide in store.slides()}
     for source in sources:
         if source.slide_id in known:
@@ -273,9 +275,9 @@ def patch_cohort(
                         "comparing it with what was cached",
                     )
                 refresh_stored(known[source.slide_id], source, views, n_views, tissue, settings.slide_timeout)
-            except (SlideError, StoreMismatchError) as error:
+            except (SlideError, StoreMismatchError, StoreCorruptError) as error:
                 failed[source.slide_id] = str(error)
-    new = [source for source in sources if source.slide_id not in known]
+    new = [source for source in sources if source.slide_id not in known and source.slide_id not in failed]
     failed |= store.refusals(source.slide_id for source in new)
     new = [source for source in new if source.slide_id not in failed]
     stored = {slide.facts.fingerprint: slide_id for slide_id, slide in known.items()}

@@ -33,7 +33,7 @@ import numpy as np
 
 from g2l_core.concurrency import run_ahead
 from g2l_core.encoders.loading import LoadedEncoder
-from g2l_core.errors import EncoderError, ReadError, SlideError, StoreMismatchError
+from g2l_core.errors import EncoderError, ReadError, SlideError, StoreCorruptError, StoreMismatchError
 from g2l_core.extraction.batching import Batcher, ShardBuffer
 from g2l_core.patches.artifacts import ArtifactSpec
 from g2l_core.patches.grid import GridSpec
@@ -233,36 +233,50 @@ def _blocks(
     reading: _Reading,
 ) -> Iterator[_Block]:
     """All blocks that miss something, slide by slide and shard by shard; the rest of a slide that fails is skipped."""
-    stage = reading.stage
     grid = GridSpec.from_json(store.grid)
-    for slide in map(store.slide, slide_ids):
-        source = Path(slide.facts.source)
-        reader: PatchReader | None = None
-        cells = row_blocks(slide.coords, Level0Px(slide.facts.patch_px_level0), grid)
-        params = slide.view_params
-        artifacts = ArtifactSpec(names=grid.artifacts, mpp=grid.mpp) if slide.facts.kind == "slide" else None
-        for buffers in _shard_buffers(slide, encoders, n_views, retry_unreadable):
-            try:
-                reader = reader or reading.open(slide, grid, source)
-            except SlideError as error:
-                progress.failed_slides[slide.slide_id] = str(error)
-                if stage:
-                    stage.release(source)
-                break
-            views = tuple(sorted({shard.view for buffer in buffers for shard in buffer.shards}))
-            for rows in _missing_rows(buffers, cells):
-                yield _Block(
-                    slide=slide,
-                    reader=reader,
-                    rows=rows,
-                    status=buffers[0].status[rows - buffers[0].start],
-                    views=views,
-                    params=params[rows][:, list(views)],
-                    artifacts=artifacts,
-                    buffers=buffers,
-                )
-            if slide.slide_id in progress.failed_slides:
-                break
+    for slide_id in slide_ids:
+        source = None
+        try:
+            slide = store.slide(slide_id)
+            source = Path(slide.facts.source)
+            shards = _shard_buffers(slide, encoders, n_views, retry_unreadable)
+            for block in _slide_blocks(slide, grid, shards, reading):
+                yield block
+                if slide_id in progress.failed_slides:
+                    break
+        except (SlideError, StoreCorruptError) as error:
+            progress.failed_slides[slide_id] = str(error)
+            if reading.stage and source:
+                reading.stage.release(source)
+
+
+def _slide_blocks(
+    slide: StoredSlide, grid: GridSpec, shards: Iterator[tuple[ShardBuffer, ...]], reading: _Reading
+) -> Iterator[_Block]:
+    """The blocks of one slide; it is opened for the first of them.
+
+    Raises:
+        SlideError: It cannot be opened.
+        StoreCorruptError: Its tables are not what was written.
+    """
+    reader: PatchReader | None = None
+    cells = row_blocks(slide.coords, Level0Px(slide.facts.patch_px_level0), grid)
+    params = slide.view_params
+    artifacts = ArtifactSpec(names=grid.artifacts, mpp=grid.mpp) if slide.facts.kind == "slide" else None
+    for buffers in shards:
+        reader = reader or reading.open(slide, grid, Path(slide.facts.source))
+        views = tuple(sorted({shard.view for buffer in buffers for shard in buffer.shards}))
+        for rows in _missing_rows(buffers, cells):
+            yield _Block(
+                slide=slide,
+                reader=reader,
+                rows=rows,
+                status=buffers[0].status[rows - buffers[0].start],
+                views=views,
+                params=params[rows][:, list(views)],
+                artifacts=artifacts,
+                buffers=buffers,
+            )
 
 
 def _shard_buffers(
@@ -335,7 +349,7 @@ def _write_complete(
     for buffer in [b for b in unfinished if b.is_complete or b.refused]:
         try:
             buffer.flush()
-        except (EncoderError, StoreMismatchError) as error:
+        except (EncoderError, StoreMismatchError, StoreCorruptError) as error:
             progress.failed_slides.setdefault(buffer.slide.slide_id, str(error))
         unfinished.remove(buffer)
     progress.seconds["write"] += perf_counter() - begin

@@ -507,9 +507,14 @@ def writing(what: str) -> Iterator[None]:
 
     Raises:
         StoreError: The block raised one of them.
+        StoreCorruptError: A file that is written in part holds something that cannot be read.
     """
     try:
         yield
+    except (ValueError, RuntimeError) as error:
+        raise StoreCorruptError(
+            f"cannot write {what}: a file of it is damaged ({error}). Run g2l store verify"
+        ) from error
     except OSError as error:
         full = error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
         raise StoreError(

@@ -88,6 +88,8 @@ class FeatureWriter:
             }
             array = self._slide.features_array(self._encoder)
             for shard, of_view in zip(shards, stored, strict=True):
+                # No record vouches for what may be there, and Zarr would read it to write the rest of the file.
+                self._slide.shard_path(self._encoder, shard).unlink(missing_ok=True)
                 array[rows, shard.view] = of_view
             records = {s.name: self._record_of(s, f, status) for s, f in zip(shards, stored, strict=True)}
         self._slide.record(self._encoder, records, tables)

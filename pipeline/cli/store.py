@@ -11,7 +11,7 @@ from pipeline.cli import EXIT_DONE, EXIT_SOME_FAILED
 from pipeline.cli.options import Seed, TrustCode, from_specs
 
 if TYPE_CHECKING:
-    from g2l_core.store.features import FeatureStore
+    from g2l_core.store.features import FeatureStore, StoredSlide
     from g2l_core.store.verify import Problem
 
 app = typer.Typer(help="Look at a store, check it, export it.", no_args_is_help=True)
@@ -27,35 +27,46 @@ class ExportFormat(StrEnum):
 
 @app.command(name="ls")
 def list_slides(store: StorePath) -> None:
-    """List the slides and, for each, its patches and the encoders that are complete."""
+    """List the slides and, for each, its patches and the encoders that are complete.
+
+    Exit code 1 if a slide's document is damaged; its file is named.
+    """
     from g2l_core.store.features import FeatureStore
     from pipeline.tables import stdout_width, table_text
 
     opened = FeatureStore.open(store)
     rows = [
-        (f"{len(slide):,}", slide.slide_id, ", ".join(_coverage(slide.slide_id, opened)) or "no features yet")
+        (f"{len(slide):,}", slide.slide_id, ", ".join(_coverage(slide)) or "no features yet")
         for slide in opened.slides()
     ]
     rows += [("failed", slide_id, reason) for slide_id, reason in opened.failed_slides().items()]
+    rows += [("damaged", slide_id, damage) for slide_id, damage in opened.damaged.items()]
     if rows:
         typer.echo(table_text(rows, right=[0], width=stdout_width()))
+    raise typer.Exit(_exit_code(opened))
 
 
-def _coverage(slide_id: str, store: "FeatureStore") -> list[str]:
+def _exit_code(store: "FeatureStore") -> int:
+    return EXIT_SOME_FAILED if store.damaged else EXIT_DONE
+
+
+def _coverage(slide: "StoredSlide") -> list[str]:
     """Encoders of a slide with the views that are complete."""
-    slide = store.slide(slide_id)
     found = []
-    for encoder in slide.encoder_keys:
-        views = slide.features_array(encoder).shape[1]
+    for encoder, facts in sorted(slide.facts.features.items()):
         records = slide.records(encoder)
-        complete = sum(all(s.name in records for s in slide.shards([view])) for view in range(views))
-        found.append(f"{encoder} {complete}/{views} views" if complete < views else f"{encoder} {views} views")
+        complete = sum(all(s.name in records for s in slide.shards([view])) for view in range(facts.n_views))
+        views = f"{facts.n_views} views" if complete == facts.n_views else f"{complete}/{facts.n_views} views"
+        found.append(f"{encoder} {views}")
     return found
 
 
 @app.command()
 def info(store: StorePath) -> None:
-    """Show what a store was made with: grid, views, encoders, software, and what failed."""
+    """Show what a store was made with: grid, views, encoders, software, and what failed.
+
+    Exit code 1 if a slide's document is damaged; its file is named.
+    """
     from g2l_core.store.features import FeatureStore
     from pipeline.tables import table_text
 
@@ -71,14 +82,17 @@ def info(store: StorePath) -> None:
         rows.append(("encoder", f"{key}: {spec.dim} features, {spec.precision}, pooling {spec.pooling}"))
         rows.append(("", f"weights {spec.weights}, digest {spec.digest[:12]}"))
     rows += [("failed", f"{slide_id}: {reason}") for slide_id, reason in opened.failed_slides().items()]
+    rows += [("damaged", f"{slide_id}: {damage}") for slide_id, damage in opened.damaged.items()]
     typer.echo(f"{store}: format {facts.format}, {len(slides)} slides, {sum(map(len, slides)):,} patches")
     typer.echo(table_text(rows))
+    raise typer.Exit(_exit_code(opened))
 
 
 @app.command()
 @from_specs()
 def verify(
     store: StorePath,
+    repair: Annotated[bool, typer.Option("--repair", help="Drop or mend what is damaged.")] = False,
     recompute: Annotated[
         int, typer.Option(min=0, help="Also encode this many random rows of every encoder again.")
     ] = 0,
@@ -86,22 +100,55 @@ def verify(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     trust_code: TrustCode = None,
 ) -> None:
-    """Re-read every shard and compare it with its completion record.
+    """Read everything again and compare it with its checksums.
 
-    Exit code 1 if anything is damaged, missing or failed; leftovers of killed writers are harmless.
+    With --repair, what is damaged is dropped, and the caching command computes that alone again; tables are derived
+    from the slides, and a slide's document comes back from the catalogue.
+
+    Exit code 1 if anything is damaged, missing or failed, and not repaired; leftovers of killed writers are harmless.
     """
     from g2l_core.store.features import FeatureStore
-    from g2l_core.store.verify import verify as problems_of
 
     opened = FeatureStore.open(store)
-    problems = list(problems_of(opened))
+    problems = _verified(opened)
     if recompute:
         problems += _recompute(opened, recompute, seed, device, trust_code or ())
-    for problem in problems:
-        typer.echo(str(problem))
+    if repair:
+        problems = _repaired(store, problems)
+    else:
+        for problem in problems:
+            typer.echo(str(problem))
     wrong = sum(problem.kind != "leftover" for problem in problems)
     typer.echo(f"{store}: " + (f"{wrong} problems" if wrong else "every recorded shard is as it was written"))
     raise typer.Exit(EXIT_SOME_FAILED if wrong else EXIT_DONE)
+
+
+def _verified(store: "FeatureStore") -> "list[Problem]":
+    from g2l_core.store.verify import verify_slides
+    from pipeline.progress import ProgressLine
+
+    problems: list[Problem] = []
+    total = sum(1 for _ in store.slides())
+    with ProgressLine("verify", "slides") as line:
+        for done, checked in enumerate(verify_slides(store)):
+            problems += checked.problems
+            line.update(done, total)
+    return problems
+
+
+def _repaired(path: Path, problems: "list[Problem]") -> "list[Problem]":
+    """Repair what can be repaired, tell what was done, and return what is still wrong."""
+    from g2l_core.store.features import FeatureStore
+    from g2l_core.store.locks import LOCKS, locked
+    from pipeline.repair import repair_store
+
+    with locked(path / LOCKS / "writer", wait_s=0, holder="another g2l command writes into it"):
+        store = FeatureStore.open(path, writable=True)
+        for problem, done in repair_store(store, problems):
+            typer.echo(f"{problem}" + (f"\n         {done}" if done else ""))
+        left = _verified(store)
+        store.save_catalogue()
+    return [problem for problem in left if problem.kind == "damaged"]
 
 
 def _recompute(store: "FeatureStore", n: int, seed: int, device: str, trusted: Collection[str]) -> "list[Problem]":
@@ -141,6 +188,28 @@ def relocate(
     counts = f"{len(now.found)} found, {len(now.kept)} as before, {len(now.ambiguous)} ambiguous, {len(now.missing)}"
     typer.echo(f"{store}: {counts} missing" + ("; nothing is changed, as --dry-run asks" if dry_run else ""))
     raise typer.Exit(EXIT_DONE if now.is_complete else EXIT_SOME_FAILED)
+
+
+@app.command()
+def upgrade(store: StorePath) -> None:
+    """Make a store of an earlier version one of the present format. Nothing is encoded again.
+
+    The old store stays beside it, under a name that ends in .format1, until you delete it. Both share the bytes of
+    features where the disk has hard links.
+    """
+    from g2l_core.store.locks import LOCKS, locked
+    from g2l_core.store.upgrade import UpgradePaths
+    from g2l_core.store.upgrade import upgrade as upgrade_slides
+    from pipeline.progress import ProgressLine
+
+    with (
+        locked(store / LOCKS / "writer", wait_s=0, holder="another g2l command writes into it"),
+        ProgressLine("upgrade", "slides") as line,
+    ):
+        done = 0
+        for done, _ in enumerate(upgrade_slides(store), start=1):
+            line.update(done, done)
+    typer.echo(f"{store}: {done} slides are in the present format; the old store is {UpgradePaths(store).old}")
 
 
 @app.command()

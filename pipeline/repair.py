@@ -1,0 +1,16 @@
+"""`g2l store verify --repair`: drop what is damaged, so that the caching command computes that alone again."""
+
+from collections.abc import Iterator, Sequence
+
+from g2l_core.store.features import FeatureStore
+from g2l_core.store.verify import Problem, repair_all
+
+
+def repair_store(store: FeatureStore, problems: Sequence[Problem]) -> Iterator[tuple[Problem, str]]:
+    """Repair one problem after another; yields each with what was done about it, empty where nothing was.
+
+    Args:
+        store: Opened for writing, and locked by the caller.
+        problems: What `verify` has found.
+    """
+    yield from repair_all(store, [problem for problem in problems if not problem.table])
