@@ -37,8 +37,9 @@ def store(tmp_path) -> Path:
     return Path(shutil.copytree(GOLDEN / "store", tmp_path / "store"))
 
 
-def test_the_store_is_whole(store):
-    opened = FeatureStore.open(store)
+@pytest.mark.parametrize("name", ["store", "store-format2"])
+def test_the_store_is_whole(name):
+    opened = FeatureStore.open(GOLDEN / name)
     assert [(p.kind, p.slide_id, p.encoder) for p in verify(opened)] == [
         ("failed", "broken", ""),
         ("missing", "images", TEACHER),
@@ -49,20 +50,22 @@ def test_the_store_is_whole(store):
     assert ViewSpec.from_json(opened.views) == ViewSpec()
 
 
-def test_its_slides_say_what_they_said(store):
-    slide = FeatureStore.open(store).slide("p01-1")
+@pytest.mark.parametrize("name", ["store", "store-format2"])
+def test_its_slides_say_what_they_said(name):
+    slide = FeatureStore.open(GOLDEN / name).slide("p01-1")
     assert slide.labels == {"patient_id": "p01", "medical_center": "north"}
     assert slide.coords.tolist() == [[0, 256], [768, 256], [0, 512], [1024, 512], [1024, 768], [768, 1280]]
     assert slide.pixel_hash[0].tolist() == [11891193378896726608, 17032702187368938992]
-    assert FeatureStore.open(store).slide("images").patch_ids is not None
+    assert FeatureStore.open(GOLDEN / name).slide("images").patch_ids is not None
 
 
 @pytest.mark.parametrize(
     ("encoder", "dim", "first"),
     [(TEACHER, 16, [-0.04367065, -1.16601562, -0.72851562]), (STUDENT, 8, [0.76757812, -0.79492188, -0.60302734])],
 )
-def test_its_features_have_the_same_bits(store, encoder, dim, first):
-    features = FeatureStore.open(store).slide("p01-1").features(encoder)
+@pytest.mark.parametrize("name", ["store", "store-format2"])
+def test_its_features_have_the_same_bits(name, encoder, dim, first):
+    features = FeatureStore.open(GOLDEN / name).slide("p01-1").features(encoder)
     assert features.shape == (6, dim)
     np.testing.assert_array_equal(features[0, :3], np.float16(first))
 
