@@ -265,7 +265,7 @@ def test_a_run_that_is_gone_cannot_tell_its_slides(tmp_path, content):
     write_labels(tmp_path / "labels.csv", patch_labels())
     found = evaluate_task([store], SPEC, replace(BENCH, encoders=("teacher",), baseline=""), tmp_path)
     (note,) = found.notes
-    assert note.endswith("run.json is not there to tell whether teacher was distilled on slides that it is tested on")
+    assert note.endswith("run.json cannot be read to tell whether teacher was distilled on slides that it is tested on")
 
 
 def test_rows_that_are_not_finite_are_one_failure_of_their_encoder(tmp_path):

@@ -222,7 +222,7 @@ def test_json_nested_without_end(tmp_path):
         read_run(tmp_path)
     (tmp_path / "student").mkdir()
     (tmp_path / "student/encoder.json").write_text(DEEP_JSON)
-    with pytest.raises(EncoderError, match=r"encoder.json: it is nested too deeply"):
+    with pytest.raises(EncoderError, match=r"encoder.json .*nested too deeply"):
         run_encoder(tmp_path)
 
 
@@ -247,7 +247,7 @@ def test_toml_nested_without_end(tmp_path):
         lambda p: resolve_encoder(str(p)),
         lambda p: load_network(p.with_suffix(".pt")),
     ):
-        with pytest.raises(UsageError, match="x.toml: it is nested too deeply"):
+        with pytest.raises(UsageError, match="x.toml.*: it is nested too deeply"):
             read(path)
 
 

@@ -16,6 +16,7 @@ import zarr
 from g2l_core.encoders.architectures import LOADING
 from g2l_core.encoders.loading import load_encoder
 from g2l_core.encoders.resolve import resolve_encoder, spec_from_json, spec_to_json
+from g2l_core.encoders.spec import spec_digest
 from g2l_core.encoders.weights import read_tensors
 from g2l_core.errors import EncoderError, NotASlideError, UsageError
 from g2l_core.slides.slide import open_slide
@@ -84,7 +85,8 @@ def run_folder(lab) -> Path:
     student = Path("run/student")
     student.mkdir(parents=True)
     Path("run/run.json").write_text("{}")
-    (student / "encoder.json").write_text(json.dumps({**spec_to_json(spec), "weights_digest": "0"}))
+    record = {**spec_to_json(spec), "weights_digest": "0", "digest": spec_digest(spec, "0", "fp32")}
+    (student / "encoder.json").write_text(json.dumps(record))
     sys.modules.pop(lab)
     return Path("run")
 

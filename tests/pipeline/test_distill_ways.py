@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import zarr
 from safetensors.torch import load_file
 
 from g2l_core.distillation.replay import good_rows
@@ -30,6 +29,7 @@ from pipeline.sweep import read_sweep, run_sweep, sweep_text
 from tests.conftest import TEACHER
 from tests.distillation.test_training import rows
 from tests.pipeline.test_distill import KEY, settings, student, tensors
+from tests.store.toy import put_features
 
 
 def log(folder, column="loss"):
@@ -83,8 +83,10 @@ def test_settings_are_refused_before_training_starts(cached_store, tmp_path, opt
 
 def test_a_nan_in_the_store_is_refused_before_training_starts(cached_store, tmp_path):
     copy = shutil.copytree(cached_store, tmp_path / "copy.zarr")
-    for slide in FeatureStore.open(copy).slides():
-        zarr.open_group(copy)[f"slides/{slide.slide_id}/features/{KEY}"][3, 1, 5] = np.nan
+    for slide in FeatureStore.open(copy, writable=True).slides():
+        features = slide.features(KEY, view=1)
+        features[3, 5] = np.nan
+        put_features(slide, KEY, features, view=1)
     with pytest.raises(StoreCorruptError, match="row 3: stored features of .* are not finite; run g2l store verify"):
         run_distill(copy, KEY, student(), tmp_path / "run", settings())
     assert not (tmp_path / "run").exists()
