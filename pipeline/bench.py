@@ -19,6 +19,7 @@ from g2l_core.store.facts import EncoderFacts
 from g2l_core.store.features import FeatureStore
 from g2l_core.store.locks import locked_output
 from g2l_core.store.provenance import digest, software
+from g2l_core.store.schema import PATCH_LABELS
 
 SHIPPED = Path(__file__).parent / "tasks"
 
@@ -220,12 +221,14 @@ def content_digest(store: FeatureStore) -> str:
     """
     deciding = ("kind", "fingerprint", "mpp", "tissue_sha256", "n_patches", "labels", "unreadable")
     slides = {slide.slide_id: slide.facts.to_json() for slide in store.slides()}
+    by_patch = {slide.slide_id: slide.facts.tables[PATCH_LABELS] for slide in store.slides() if slide.has_patch_labels}
     return digest(
         {
             "grid": store.grid,
             "views": store.views,
             "encoders": {key: facts.digest for key, facts in store.encoders.items()},
             "slides": {slide_id: {name: facts.get(name) for name in deciding} for slide_id, facts in slides.items()},
+            **({"patch_labels": by_patch} if by_patch else {}),
         }
     )
 

@@ -1,6 +1,6 @@
 """Stage one: from slides to stored features. Behind `g2l cache-teacher` and `g2l embed`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,10 +19,10 @@ from g2l_core.patches.grid import GridSpec
 from g2l_core.patches.views import ViewSpec
 from g2l_core.slides.boundary import within
 from g2l_core.slides.manifest import Source, read_sources
-from g2l_core.slides.mpp import audit_table
+from g2l_core.slides.mpp import audit_table, describe_unused_override, differs
 from g2l_core.slides.under_way import UnderWay
 from g2l_core.store.facts import ExtractionRunFacts
-from g2l_core.store.features import FeatureStore
+from g2l_core.store.features import FeatureStore, StoredSlide
 from g2l_core.store.locks import LOCKS, locked
 from g2l_core.store.provenance import utc_now
 from g2l_core.tissue.methods import TissueMethod
@@ -223,6 +223,8 @@ def audit_new(sources: Sequence[Source], store_path: Path, settings: ExtractionS
     )
     if facts:
         say(audit_table(facts, findings))
+        if unused := describe_unused_override(facts, settings.mpp_override):
+            say(unused)
     require_plausible(findings, accept_mpp=settings.accept_mpp)
 
 
@@ -265,6 +267,8 @@ def patch_cohort(
     n_views = 1 + settings.views
     failed = dict(store.damaged)
     known = {slide.slide_id: slide for slide in store.slides()}
+    if other := other_scales(sources, known):
+        say(other)
     for source in sources:
         if source.slide_id in known:
             try:
@@ -296,7 +300,7 @@ def patch_cohort(
             source, patched = outcome.source, outcome.patched
             if patched is None:
                 failed[source.slide_id] = str(outcome.error)
-                store.fail_slide(source.slide_id, str(source.path.resolve()), str(outcome.error))
+                store.fail_slide(source.slide_id, str(source.path.resolve()), str(outcome.error), source.labels)
             elif source.path.is_file() and (same := stored.get(patched.facts.fingerprint)) is not None:
                 failed[source.slide_id] = same_slide(source.path, same)
             else:
@@ -306,6 +310,20 @@ def patch_cohort(
                     say(remark)
             line.update(done, len(new))
     return failed
+
+
+def other_scales(sources: Sequence[Source], known: Mapping[str, StoredSlide]) -> str:
+    """A line on stored slides that the manifest gives another scale now; empty if there are none."""
+    stored = {s.slide_id: known[s.slide_id].facts.mpp for s in sources if s.slide_id in known}
+    other = [s for s in sources if s.mpp and (mpp := stored.get(s.slide_id)) and differs(s.mpp, mpp)]
+    if not other:
+        return ""
+    first = other[0]
+    return (
+        f"the manifest gives {len(other)} slides another um/px than they were cached with, such as {first.slide_id} "
+        f"({first.mpp:g}, stored {stored[first.slide_id]:g}): their patches stay as they are; cache them into another "
+        "--store"
+    )
 
 
 def encode_cohort(

@@ -109,4 +109,7 @@ def _as_stored(source: Source, stored: StoredSlide) -> Source:
     if not source.patch_ids or _place(source) == stored.facts.source:
         return replace(source, slide_id=SlideId(stored.slide_id))
     path, names = Path(stored.facts.source), tuple(stored.patch_ids or ())
-    return replace(source, slide_id=SlideId(stored.slide_id), path=path, patch_ids=names)
+    place_of = {source.path.resolve() / name: i for i, name in enumerate(source.patch_ids)}
+    order = [place_of[file] for file in _images(stored)]
+    labels = {column: tuple(values[i] for i in order) for column, values in source.patch_labels.items()}
+    return replace(source, slide_id=SlideId(stored.slide_id), path=path, patch_ids=names, patch_labels=labels)

@@ -68,6 +68,8 @@ def _split(store: FeatureStore, where: Sequence[str], hold_out: str, seed: int) 
         chosen = {s.slide_id for s in slides if fits(condition, s.slide_id, s.labels)}
         return _by_slide(slides, chosen, f"slides with {hold_out}")
     fraction = _parse_fraction(hold_out)
+    if any("patient_id" in labels for s in slides if s.has_patch_labels for labels in s.patch_labels):
+        return _by_patient_of_patch(slides, fraction, seed)
     groups = {s.slide_id: s.labels.get("patient_id") or s.slide_id for s in slides}
     whole_slides = all(s.facts.kind == "slide" or "patient_id" in s.labels for s in slides)
     if not whole_slides or len(set(groups.values())) < 2:
@@ -95,6 +97,26 @@ def _by_slide(slides: Sequence[StoredSlide], held: set[str], description: str) -
             f"--hold-out takes {len(held_out)} of {len(slides)} slides: both sides need at least one ({description})"
         )
     return Split(train=train, held_out=held_out, description=description)
+
+
+def _by_patient_of_patch(slides: Sequence[StoredSlide], fraction: float, seed: int) -> Split:
+    """Hold out whole patients where patch images of one set are of several; without a patient, each counts as one."""
+    rows = {slide.slide_id: good_rows(slide) for slide in slides}
+    patients = {slide.slide_id: np.array(_patients(slide))[rows[slide.slide_id]] for slide in slides}
+    held = held_out_groups((name for names in patients.values() for name in names.tolist()), fraction, seed)
+    is_held = {slide_id: np.isin(names, sorted(held)) for slide_id, names in patients.items()}
+    train: ChosenRows = {i: rows[i][~mask] for i, mask in is_held.items() if not mask.all()}
+    held_out: ChosenRows = {i: rows[i][mask] for i, mask in is_held.items() if mask.any()}
+    if not held_out or not train:
+        raise UsageError("--hold-out takes whole patients, and the patch images have a single one; give COLUMN=PATTERN")
+    return Split(train=train, held_out=held_out, description=f"patients {', '.join(sorted(held))}")
+
+
+def _patients(slide: StoredSlide) -> list[str]:
+    """The patient of each stored patch."""
+    of_slide = slide.labels.get("patient_id") or (slide.slide_id if slide.facts.kind == "slide" else "")
+    own = [labels.get("patient_id") or of_slide for labels in slide.patch_labels]
+    return [patient or f"{slide.slide_id}#{row}" for row, patient in enumerate(own)]
 
 
 def _by_row(slides: Sequence[StoredSlide], fraction: float, seed: int) -> Split:

@@ -1,26 +1,40 @@
 """Label tables: rows of a CSV file by slide, by patch of a slide, or by corner of a patch."""
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+import re
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-
-import numpy as np
 
 from g2l_core.benchmark.spec import TaskSpec
 from g2l_core.errors import ManifestError, TaskError
-from g2l_core.slides.manifest import read_table
+from g2l_core.slides.manifest import canonical_column, fits, open_table, parse_condition
+from g2l_core.slides.readers import IMAGE_SUFFIXES, slide_suffixes
 from g2l_core.store.features import FeatureStore, StoredSlide
+
+NAMED = 3
+"""How many examples a note has."""
+
+Key = tuple[()] | str | tuple[int, int]
+"""What a label row is of: a whole slide, a patch image, or the patch at a corner."""
+
+Numbered = tuple[int, Mapping[str, str]]
+"""The line of a label row, and the row."""
 
 
 class LabelTable:
-    """Rows of a label file, found by slide, by patch of a slide, or by corner of a patch."""
+    """Rows of a label file, found by slide, by patch of a slide, or by corner of a patch.
+
+    Attributes:
+        path: The file.
+        columns: Its columns that hold labels. What the task reads of them is taken from here alone.
+    """
 
     def __init__(self, path: Path, stores: Sequence[FeatureStore], spec: TaskSpec) -> None:
         """Read a label file.
 
         Args:
-            path: A CSV file with the column slide_id, and patch_id, x or y where labels are of patches.
-            stores: The cohorts, which must have all of its slides.
+            path: A CSV file with the column slide_id; and patch_id, or both x and y, where labels are of patches.
+            stores: The cohorts, which must have all of its slides unless the task's `missing` is "note".
             spec: The task, whose label must be a column.
 
         Raises:
@@ -32,32 +46,228 @@ class LabelTable:
                 f"there is no label file {path}; it lies beside the task file, for a shipped task in the current "
                 "folder, where g2l datasets NAME --root DIR writes it"
             )
-        rows = read_table(path)
-        if not rows or "slide_id" not in rows[0]:
-            raise ManifestError(f"the label file {path} needs a column slide_id and rows")
-        if spec.label and spec.label not in rows[0]:
-            raise TaskError(f"task {spec.name}: {path} has no column {spec.label!r}; it has {', '.join(rows[0])}")
-        _require_stored({row["slide_id"] for row in rows}, path, stores)
-        self._keys = tuple(key for key in ("patch_id", "x", "y") if key in rows[0])
-        self._rows: dict[str, dict[tuple[str, ...], dict[str, str]]] = defaultdict(dict)
-        for row in rows:
-            self._rows[row["slide_id"]][tuple(row[key] for key in self._keys)] = row
+        table = open_table(path)
+        if not table.rows or "slide_id" not in table.columns:
+            raise ManifestError(
+                f"the label file {path} needs a column slide_id and rows; its columns are {', '.join(table.columns)}"
+            )
+        if spec.label and spelled(spec.label, table.columns) not in table.columns:
+            raise TaskError(f"task {spec.name}: {path} has no column {spec.label!r}; it has {', '.join(table.columns)}")
+        self.path, self._spec, self._table = path, spec, table
+        self._corner = _corner_columns(table.columns, spec)
+        self.columns = frozenset(table.columns) - {"slide_id", "patch_id", *self._corner}
+        self._compared = [c for c in dict.fromkeys(spelled(c, self.columns) for c in spec.columns) if c in self.columns]
+        self._rows: dict[str, list[Numbered]] = defaultdict(list)
+        self._respelled: dict[str, str] = {}
+        self._unmatched: list[int] = []
+        stored = [slide_id for store in stores for slide_id in store.slide_ids()]
+        names = _stored_names(dict.fromkeys(row["slide_id"] for row in table.rows), stored, path)
+        for line, row in zip(table.lines, table.rows, strict=True):
+            if not row["slide_id"]:
+                raise ManifestError(f"{path}, line {line} has no slide_id")
+            self._rows[names[row["slide_id"]]].append((line, row))
+        self._respelled |= {asked: found for asked, found in names.items() if asked != found}
+        absent = sorted(self._rows.keys() - set(stored))
+        if absent and spec.missing != "note":
+            more = f" and {len(absent) - NAMED} more" if len(absent) > NAMED else ""
+            raise ManifestError(
+                f"the label file {path} names slides that no store has: {', '.join(absent[:NAMED])}{more}. "
+                'g2l store ls lists the stored ids; missing = "note" in the task leaves them out'
+            )
 
-    def of(self, slide: StoredSlide) -> list[Mapping[str, str]]:
-        """The label row of each stored row of a slide; empty where there is none."""
-        of_slide = self._rows.get(slide.slide_id, {})
-        if not self._keys:
-            return [of_slide.get((), {})] * len(slide)
-        x, y = slide.coords.T.astype(np.str_).tolist()
-        columns = {"patch_id": slide.patch_ids or [""] * len(slide), "x": x, "y": y}
-        return [of_slide.get(key, {}) for key in zip(*(columns[key] for key in self._keys), strict=True)]
+    @property
+    def notes(self) -> list[str]:
+        """What was read otherwise than it is written, and which rows have found no patch of the slides asked for."""
+        notes = list(self._table.notes)
+        if self._respelled:
+            asked, found = next(iter(self._respelled.items()))
+            notes.append(
+                f"{len(self._respelled):,} ids of {self.path.name} are stored under another spelling, such as "
+                f"{asked!r} as {found!r}, and were taken for the same"
+            )
+        if self._unmatched:
+            notes.append(
+                f"{len(self._unmatched):,} rows of {self.path.name} match no stored patch of their slide, first line "
+                f"{min(self._unmatched)}"
+            )
+        return notes
 
+    def values_of_slides(self) -> Iterator[tuple[str, Mapping[str, str]]]:
+        """The id and the values of every row, for slides that may not be stored."""
+        return ((slide_id, row) for slide_id, rows in self._rows.items() for _, row in rows)
 
-def _require_stored(slide_ids: set[str], path: Path, stores: Sequence[FeatureStore]) -> None:
-    absent = sorted(slide_ids - {slide_id for store in stores for slide_id in store.slide_ids()})
-    if absent:
-        more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
+    def of(self, slide: StoredSlide) -> Mapping[str, str] | list[Mapping[str, str]]:
+        """The label row of a slide, or of each of its stored rows; empty where there is none.
+
+        Raises:
+            ManifestError: Two rows contradict each other, or say where a patch is without a number.
+        """
+        by_key: dict[Key, Numbered] = {}
+        for numbered in self._rows.get(slide.slide_id, ()):
+            key = self._key(numbered, slide)
+            self._require_equal(by_key.setdefault(key, numbered), numbered, slide.slide_id, key)
+        whole = by_key.pop((), None)
+        if not by_key:
+            return whole[1] if whole else {}
+        if whole:
+            line = next(iter(by_key.values()))[0]
+            raise ManifestError(
+                f"{self.path}: line {whole[0]} is of the whole slide {slide.slide_id}, line {line} of a patch of it; "
+                "keep one kind"
+            )
+        keys = self._stored_keys(slide, by_key)
+        found = [by_key.get(key) for key in keys]
+        used = {numbered[0] for numbered in found if numbered}
+        self._unmatched += [line for line, _ in by_key.values() if line not in used]
+        return [numbered[1] if numbered else {} for numbered in found]
+
+    def _key(self, numbered: Numbered, slide: StoredSlide) -> Key:
+        line, row = numbered
+        if slide.has_patch_ids or not self._corner:
+            return row.get("patch_id") or ()
+        x, y = (self._whole_number(row[column], column, line) for column in self._corner)
+        if x is None or y is None:
+            return ()
+        return x, y
+
+    def _whole_number(self, text: str, column: str, line: int) -> int | None:
+        """A coordinate, also one that was written as 512.0; None if it is blank."""
+        if not text:
+            return None
+        try:
+            number = float(text)
+            if number == int(number):
+                return int(number)
+        except (ValueError, OverflowError):
+            pass
         raise ManifestError(
-            f"the label file {path} names slides that no store has: {', '.join(absent[:3])}{more}. "
-            "g2l store ls lists the stored ids"
+            f"{self.path}, line {line}: {column} is {text!r}, expected a whole number of level-0 pixels"
         )
+
+    def _require_equal(self, first: Numbered, second: Numbered, slide_id: str, key: Key) -> None:
+        """Refuse two rows of one thing that differ in what the task reads."""
+        for column in self._compared:
+            values = [self._value(row, column) for _, row in (first, second)]
+            if values[0] != values[1]:
+                patch = f", patch {key if isinstance(key, str) else ','.join(map(str, key))}" if key else ""
+                raise ManifestError(
+                    f"{self.path}: lines {first[0]} and {second[0]} give slide {slide_id}{patch} different {column}, "
+                    f"{values[0]!r} and {values[1]!r}; keep the right one"
+                )
+
+    def _value(self, row: Mapping[str, str], column: str) -> str:
+        is_label = column == spelled(self._spec.label, self.columns)
+        return self._spec.class_of(row[column]) if is_label else row[column]
+
+    def _stored_keys(self, slide: StoredSlide, by_key: Collection[Key]) -> Sequence[Key]:
+        """What each stored patch is called in the label file."""
+        if not slide.has_patch_ids:
+            return [(x, y) for x, y in slide.coords.tolist()]
+        files = slide.patch_ids or []
+        own = [labels.get("patch_id", "") for labels in slide.patch_labels]
+        keys = [name if name in by_key else file for name, file in zip(own, files, strict=True)]
+        twice = next((name for name, count in Counter(own).items() if count > 1 and name and name in by_key), None)
+        if twice is not None:
+            raise ManifestError(
+                f"{self.path}: the manifest gives several images of {slide.slide_id} the patch_id {twice!r}; "
+                "name patches by their files"
+            )
+        return self._respelled_keys(keys, by_key)
+
+    def _respelled_keys(self, keys: list[str], by_key: Collection[Key]) -> list[str]:
+        """Find patches whose id lost its suffix, folder or leading zeros on the way, where only one can be meant."""
+        missed = [key for key in by_key if isinstance(key, str)]
+        missed = sorted(set(missed) - set(keys))
+        if not missed:
+            return keys
+        asked, there = _by_loose_name(missed, _suffixes()), _by_loose_name(set(keys) - set(by_key), _suffixes())
+        pairs = {there[n][0]: asked[n][0] for n in asked if len(asked[n]) == len(there.get(n, ())) == 1}
+        self._respelled |= {written: stored for stored, written in pairs.items()}
+        return [pairs.get(key, key) for key in keys]
+
+    def lost(self, stores: Sequence[FeatureStore]) -> list[tuple[str, Mapping[str, list[str]]]]:
+        """Slides of the file without patches: why, and the ids of each class.
+
+        Args:
+            stores: The cohorts.
+        """
+        with_patches = {slide.slide_id for store in stores for slide in store.slides()}
+        failed = {slide_id for store in stores for slide_id in store.failed_slides()} - with_patches
+        damaged = {slide_id for store in stores for slide_id in store.damaged} - with_patches
+        reasons = ((failed, "failed in stage one"), (damaged, "are damaged in the store"))
+        absent = self._rows.keys() - with_patches - failed - damaged
+        return [
+            (reason, found) for ids, reason in (*reasons, (absent, "are in no store")) if (found := self._classes(ids))
+        ]
+
+    def _classes(self, slide_ids: Collection[str]) -> dict[str, list[str]]:
+        return slides_by_class(((i, row) for i, row in self.values_of_slides() if i in slide_ids), self._spec)
+
+
+def slides_by_class(values: Iterable[tuple[str, Mapping[str, str]]], spec: TaskSpec) -> dict[str, list[str]]:
+    """The ids of slides that may take part, by class; a slide with several classes counts in each.
+
+    Args:
+        values: Ids with the values that are known of each.
+        spec: The task. A condition on a column that is not known holds.
+    """
+    conditions = [parse_condition(text) for text in spec.where]
+    found: dict[str, dict[str, None]] = defaultdict(dict)
+    for slide_id, row in values:
+        known = [c for c in conditions if c[0] == "slide_id" or c[0] in row]
+        label = spec.class_of(row.get(spelled(spec.label, row), ""))
+        if (label or not spec.label) and all(fits(c, slide_id, row) for c in known):
+            found[label][slide_id] = None
+    return {label: list(ids) for label, ids in sorted(found.items())}
+
+
+def spelled(name: str, columns: Collection[str]) -> str:
+    """A column as tables have it after `canonical_column`, where they do not have it as the task writes it."""
+    return name if name in columns else canonical_column(name)
+
+
+def _corner_columns(columns: Iterable[str], spec: TaskSpec) -> tuple[str, ...]:
+    """The columns of x and y; none unless both are there, and none of them is the label."""
+    by_name = {column.lower(): column for column in columns}
+    corner = tuple(by_name[axis] for axis in "xy" if axis in by_name)
+    return corner if len(corner) == 2 and spec.label not in corner else ()
+
+
+def _stored_names(asked: Iterable[str], stored: Collection[str], path: Path) -> dict[str, str]:
+    """The stored id of each id of a table: itself, or the only one that differs in spelling alone.
+
+    Raises:
+        ManifestError: Several stored ids differ from one of the table in spelling alone.
+    """
+    known, suffixes = set(stored), _suffixes()
+    loose = _by_loose_name(known, suffixes)
+    names = {}
+    for slide_id in asked:
+        candidates = [] if slide_id in known else loose.get(_loose_name(slide_id, suffixes), [])
+        if len(candidates) > 1:
+            raise ManifestError(
+                f"{path} names the slide {slide_id!r}, which no store has; it may be {' or '.join(candidates)}. "
+                "Write the stored id"
+            )
+        names[slide_id] = candidates[0] if candidates else slide_id
+    return names
+
+
+def _suffixes() -> frozenset[str]:
+    return slide_suffixes() | IMAGE_SUFFIXES | {".zarr", ".ome"}
+
+
+def _by_loose_name(names: Iterable[str], suffixes: Collection[str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = defaultdict(list)
+    for name in sorted(names):
+        found[_loose_name(name, suffixes)].append(name)
+    return found
+
+
+def _loose_name(text: str, suffixes: Collection[str]) -> str:
+    """A name without folders, suffixes, leading zeros of a number, and case."""
+    name = re.split(r"[/\\]", text)[-1].casefold()
+    while (dot := name.rfind(".")) > 0 and name[dot:] in suffixes:
+        name = name[:dot]
+    number = re.fullmatch(r"0*(\d+)(\.0+)?", name)
+    return number[1] if number else name

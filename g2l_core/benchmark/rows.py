@@ -1,6 +1,6 @@
 """The rows of a benchmark task: stored patches joined with labels, and split without leaks."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -8,23 +8,25 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int64, Shaped, UInt64
 
+from g2l_core.benchmark.join import EXTRA as _EXTRA
+from g2l_core.benchmark.join import Joined
 from g2l_core.benchmark.labels import LabelTable
 from g2l_core.benchmark.spec import TaskSpec
 from g2l_core.errors import LeakError, TaskError
 from g2l_core.metrics.bags import bag_values
 from g2l_core.metrics.folds import group_folds
-from g2l_core.slides.manifest import fits, parse_condition
 from g2l_core.store.facts import EncoderFacts
 from g2l_core.store.features import FeatureStore, StoredSlide
-from g2l_core.store.schema import STATUS, UNKNOWN_HASH
+from g2l_core.store.schema import UNKNOWN_HASH
 from g2l_core.types import Features
-
-_EXTRA = "extra: "
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskRows:
-    """The rows of a task; every array has one entry a row."""
+    """The rows of a task; every array has one entry a row.
+
+    Texts are objects, of which equal ones are one: 8 bytes a row. Clusters that are single images are numbers.
+    """
 
     slides: tuple[StoredSlide, ...]
     slide_index: Int64[np.ndarray, " row"]
@@ -46,6 +48,14 @@ class TaskRows:
     """How many of these are training patches whose copy is in the test part."""
     unlabeled: int = 0
     """Patches left out because they have no label."""
+    outside_split: int = 0
+    """Patches left out because the split says neither train nor test."""
+    ungrouped: int = 0
+    """Patches without a group, which count by slide or by image."""
+    written: frozenset[str] = frozenset()
+    """All labels as they are written, before `classes` of the task merged them."""
+    notes: tuple[str, ...] = ()
+    """What the join has left out, or read otherwise than it is written."""
 
     def __len__(self) -> int:
         return len(self.row)
@@ -57,7 +67,7 @@ class TaskRows:
     @property
     def slide_ids(self) -> Shaped[np.ndarray, " row"]:
         """The slide of each row."""
-        return np.array([slide.slide_id for slide in self.slides])[self.slide_index]
+        return np.array([slide.slide_id for slide in self.slides], dtype=object)[self.slide_index]
 
     def take(self, keep: Bool[np.ndarray, " row"] | Int64[np.ndarray, " kept"]) -> "TaskRows":
         """Some of the rows."""
@@ -104,36 +114,37 @@ def gather(stores: Sequence[FeatureStore], spec: TaskSpec, folder: Path) -> Task
         folder: What `spec.labels` is relative to.
 
     Raises:
-        TaskError: No rows are left, or a column is absent.
+        TaskError: No rows are left, a column is absent, or a row fits both `train` and `test`.
         LeakError: Training and test part share a patient.
-        ManifestError: The label file is not usable or names slides that no store has.
+        ManifestError: The label file is not usable, contradicts itself, or names slides that no store has.
     """
-    slides = _taking_part(stores, spec)
     table = LabelTable(folder / spec.labels, stores, spec) if spec.labels else None
-    by_slide = [_columns_of(i, slide, spec, table) for i, slide in enumerate(slides)]
-    arrays: dict[str, Any] = {name: np.concatenate([part[name] for part in by_slide]) for name in by_slide[0]}
-    grouped = bool(arrays.pop("grouped").all())
-    extra = {name: arrays.pop(name) for name in list(arrays) if name.startswith(_EXTRA)}
-    columns = {name.removeprefix(_EXTRA): values for name, values in extra.items()}
-    rows = TaskRows(slides=tuple(slides), cluster_unit=_cluster_unit(slides, spec, grouped), columns=columns, **arrays)
+    joined = Joined(spec=spec, table=table)
+    parts = [part for store in stores for slide in store.slides() if (part := joined.add(slide)) is not None]
+    joined.require_columns(stores)
+    if not parts:
+        raise TaskError(f"task {spec.name}: no slide fits {' and '.join(spec.where) or 'at all'}")
+    arrays: dict[str, Any] = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    grouped = arrays.pop("grouped")
+    columns = {name.removeprefix(_EXTRA): arrays.pop(name) for name in list(arrays) if name.startswith(_EXTRA)}
+    if not grouped.any() and not any(slide.facts.kind == "slide" for slide in joined.slides):
+        arrays["cluster"] = _ranks(arrays["cluster"])
+    unit = _cluster_unit(joined.slides, spec, bool(grouped.all()))
+    rows = TaskRows(slides=tuple(joined.slides), cluster_unit=unit, columns=columns, **arrays)
+    kept = np.ones(len(rows), bool)
     if spec.has_fixed_split:
-        rows = rows.take(rows.part != "")
+        kept &= rows.part != ""
+    rows, grouped = replace(rows.take(kept), outside_split=int((~kept).sum())), grouped[kept]
     if spec.label:
-        rows = replace(rows.take(rows.label != ""), unlabeled=int((rows.label == "").sum()))
+        kept = rows.label != ""
+        rows, grouped = replace(rows.take(kept), unlabeled=int((~kept).sum())), grouped[kept]
     if not len(rows):
         raise TaskError(f"task {spec.name}: no patch has a label {spec.label!r} and a place in the split")
-    rows = without_duplicates(rows)
+    rows = without_duplicates(
+        replace(rows, ungrouped=int((~grouped).sum()), notes=joined.notes(stores), written=frozenset(joined.written))
+    )
     refuse_leaks(rows, spec)
     return rows
-
-
-def _taking_part(stores: Sequence[FeatureStore], spec: TaskSpec) -> list[StoredSlide]:
-    conditions = [parse_condition(text) for text in spec.where]
-    slides = [s for store in stores for s in store.slides()]
-    kept = [s for s in slides if all(fits(c, s.slide_id, s.labels) for c in conditions)]
-    if not kept:
-        raise TaskError(f"task {spec.name}: no slide fits {' and '.join(spec.where) or 'at all'}")
-    return kept
 
 
 def _cluster_unit(slides: Sequence[StoredSlide], spec: TaskSpec, grouped: bool) -> str:
@@ -142,54 +153,11 @@ def _cluster_unit(slides: Sequence[StoredSlide], spec: TaskSpec, grouped: bool) 
     return "slides" if all(slide.facts.kind == "slide" for slide in slides) else "images"
 
 
-def _columns_of(index: int, slide: StoredSlide, spec: TaskSpec, table: LabelTable | None) -> dict[str, np.ndarray]:
-    """One slide's part of the arrays of TaskRows; unreadable patches are left out."""
-    good = np.flatnonzero(slide.patch_status == STATUS["ok"])
-    labels = slide.labels
-    label_rows = table.of(slide) if table else [{}] * len(slide)
-
-    def column(name: str) -> np.ndarray:
-        return np.array([label_rows[row].get(name) or labels.get(name, "") for row in good], dtype=np.str_)
-
-    wanted = [name for names in spec.extra_columns.values() for name in names]
-    cluster = column(spec.group)
-    grouped = cluster != ""
-    if not grouped.all():
-        names = [slide.slide_id if slide.facts.kind == "slide" else f"{slide.slide_id}#{row}" for row in good]
-        cluster = np.where(cluster == "", np.array(names, dtype=np.str_), cluster)
-    return {
-        "slide_index": np.full(len(good), index),
-        "row": good,
-        "label": column(spec.label) if spec.label else np.full(len(good), "", dtype="<U1"),
-        "center": column(spec.center),
-        "cluster": cluster,
-        "grouped": grouped,
-        "part": _part(spec, slide, column, len(good)),
-        "pixel_hash": slide.pixel_hash[good, 0],
-        **{_EXTRA + name: _extra(name, column(name), slide, good) for name in wanted},
-    }
-
-
-def _extra(name: str, values: np.ndarray, slide: StoredSlide, good: np.ndarray) -> np.ndarray:
-    """A column, or what the store itself knows of a patch where there is no column of that name."""
-    if not values.any() and name == "patch_id" and slide.patch_ids:
-        return np.array(slide.patch_ids, dtype=np.str_)[good]
-    if not values.any() and name == "corner":
-        return np.array([f"{x},{y}" for x, y in slide.coords[good].tolist()], dtype=np.str_)
-    return values
-
-
-def _part(spec: TaskSpec, slide: StoredSlide, column: Callable[[str], np.ndarray], n: int) -> np.ndarray:
-    if spec.split:
-        values = np.char.lower(column(spec.split))
-        return np.where(np.isin(values, ["train", "test"]), values, "")
-    if spec.train:
-        labels = slide.labels
-        if fits(parse_condition(spec.test), slide.slide_id, labels):
-            return np.full(n, "test")
-        if fits(parse_condition(spec.train), slide.slide_id, labels):
-            return np.full(n, "train")
-    return np.full(n, "", dtype="<U5")
+def _ranks(names: Shaped[np.ndarray, " row"]) -> Int64[np.ndarray, " row"]:
+    """The place of each of many names in their order, which takes less room than the names."""
+    ranks = np.empty(len(names), np.int64)
+    ranks[np.argsort(names, kind="stable")] = np.arange(len(names))
+    return ranks
 
 
 def without_duplicates(rows: TaskRows) -> TaskRows:
@@ -199,17 +167,21 @@ def without_duplicates(rows: TaskRows) -> TaskRows:
     one of the test part if there is one, so that nothing of the test part is trained on.
     """
     order = np.lexsort((rows.part != "test", rows.pixel_hash))
-    hashes, labels = rows.pixel_hash[order], rows.label[order]
+    hashes, labels = rows.pixel_hash[order], _codes(rows.label)[order]
     starts = np.flatnonzero(np.concatenate([[True], hashes[1:] != hashes[:-1]]))
+    agree = np.minimum.reduceat(labels, starts) == np.maximum.reduceat(labels, starts)
     keep = np.zeros(len(rows), bool)
-    for start, stop in zip(starts, [*starts[1:], len(rows)], strict=True):
-        if hashes[start] == UNKNOWN_HASH:
-            keep[order[start:stop]] = True
-        elif (labels[start:stop] == labels[start]).all():
-            keep[order[start]] = True
-    in_test = set(hashes[(rows.part[order] == "test") & (hashes != UNKNOWN_HASH)].tolist())
-    crossing = [rows.pixel_hash[i] in in_test for i in np.flatnonzero(~keep & (rows.part == "train"))]
-    return replace(rows.take(keep), duplicates_dropped=int((~keep).sum()), crossing_duplicates=sum(crossing))
+    keep[order[starts[agree]]] = True
+    keep[rows.pixel_hash == UNKNOWN_HASH] = True
+    in_test = rows.pixel_hash[(rows.part == "test") & (rows.pixel_hash != UNKNOWN_HASH)]
+    crossing = np.isin(rows.pixel_hash[~keep & (rows.part == "train")], in_test)
+    return replace(rows.take(keep), duplicates_dropped=int((~keep).sum()), crossing_duplicates=int(crossing.sum()))
+
+
+def _codes(values: Shaped[np.ndarray, " row"]) -> Int64[np.ndarray, " row"]:
+    """A number for each value, the same for equal ones."""
+    known: dict[str, int] = {}
+    return np.fromiter((known.setdefault(value, len(known)) for value in values.tolist()), np.int64, len(values))
 
 
 def refuse_leaks(rows: TaskRows, spec: TaskSpec) -> None:

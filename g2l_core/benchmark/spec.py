@@ -1,7 +1,7 @@
 """What a task file says: the rows, the split, the metric groups and their options, as plain values that are checked."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import inf
 
 from g2l_core.errors import TaskError
@@ -12,6 +12,7 @@ from g2l_core.results import PublishedValue
 DISTANCES = ("cosine", "euclidean")
 VOTES = ("majority", "weighted")
 BAGS = ("slide", "patient")
+MISSING = ("refuse", "note")
 _ABMIL = AbmilSettings()
 PROBE_C = (0.001, 0.01, 0.1, 1.0, 10.0)
 
@@ -262,7 +263,12 @@ class TaskSpec:
     """Column of the biological class, for `regression` of a number; some metric groups need none."""
     labels: str = ""
     """A CSV with that column, by slide_id, by slide_id and patch_id, or by slide_id, x and y. Its path is relative to
-    the task file. Other columns, or all if there is no such file, are those of the store's manifest."""
+    the task file. A column that it has is taken from it alone; others, or all if there is no such file, are those of
+    the store's manifest."""
+    classes: Mapping[str, str] = field(default_factory=dict, hash=False)
+    """Classes to merge or rename: {written = "name"}. An empty name leaves the class out."""
+    missing: str = "refuse"
+    """What a slide of the label file that no store has does: refuse the task, or note it."""
     split: str = ""
     """Column that says train or test; other values are left out."""
     train: str = ""
@@ -306,6 +312,8 @@ class TaskSpec:
             raise TaskError(f"{where} regression takes the label for a number, {others} for a class; make two tasks")
         if self.bag not in BAGS:
             raise TaskError(f"{where} bag must be {' or '.join(BAGS)}; got {self.bag!r}")
+        if self.missing not in MISSING:
+            raise TaskError(f"{where} missing must be {' or '.join(MISSING)}; got {self.missing!r}")
         for group, columns in self.extra_columns.items():
             if not all(columns):
                 keys = {"survival": "survival_event and survival_time", "consistency": "consistency_condition"}
@@ -331,6 +339,23 @@ class TaskSpec:
     def has_fixed_split(self) -> bool:
         """Whether every row is train or test, without folds."""
         return bool(self.split or self.train)
+
+    def class_of(self, label: str) -> str:
+        """The class that a label stands for, after `classes`."""
+        return self.classes.get(label, label)
+
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        """All conditions COLUMN=PATTERN of the task."""
+        return (*self.where, *(text for text in (self.train, self.test) if text))
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Every column that the task reads, the label first."""
+        further = [name for names in self.extra_columns.values() for name in names]
+        conditional = [text.partition("=")[0] for text in self.conditions]
+        named = (self.label, self.split, self.group, self.center, *further, *conditional)
+        return tuple(dict.fromkeys(name for name in named if name))
 
     @property
     def extra_columns(self) -> Mapping[str, tuple[str, ...]]:

@@ -19,6 +19,8 @@ _KINDS = {
     "int_type": "a whole number",
     "float_type": "a number",
     "bool_type": "true or false",
+    "dict_type": "a table of texts",
+    "mapping_type": "a table of texts",
 }
 """What a value should have been, by the type of pydantic's error."""
 

@@ -231,7 +231,7 @@ def encoder_key(spec: EncoderSpec, digest: str) -> str:
 
 
 def find_stored(text: str, stored: Mapping[str, EncoderFacts]) -> str:
-    """The key of the stored encoder that a user means: its key, its name, or the run folder it came from.
+    """The key of the stored encoder that a user means: its key, its name, or what `resolve_encoder` took for it.
 
     Args:
         text: What the user wrote.
@@ -251,9 +251,17 @@ def find_stored(text: str, stored: Mapping[str, EncoderFacts]) -> str:
                 "encoder", text, stored, f"This run has no features here yet: g2l embed --encoder {text}"
             )
     else:
-        fitting = [k for k, spec in stored.items() if normalized(text) in {normalized(k), normalized(spec.name)}]
+        name = read_encoder_file(Path(text)).name if text.lower().endswith(".toml") else text
+        fitting = [k for k, facts in stored.items() if normalized(name) in {normalized(k), normalized(facts.name)}]
+        fitting = fitting or [k for k, facts in stored.items() if text == _function_name(facts)]
     if len(fitting) > 1:
         raise UsageError(f"{text!r} fits several stored encoders: {', '.join(fitting)}. Write the one you mean")
     if not fitting:
         raise UnknownNameError("encoder", text, stored, "g2l store ls lists them.")
     return fitting[0]
+
+
+def _function_name(facts: EncoderFacts) -> str:
+    """MODULE:FUNCTION of a stored encoder, with its size and pooling; empty if it came from no function."""
+    kind, _, function = facts.weights.partition(":")
+    return f"{function.partition(':')[0]}:{facts.name}" if kind == "module" else ""

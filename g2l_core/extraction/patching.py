@@ -1,6 +1,6 @@
 """Find the patches of a slide: its scale, its tissue, the grid, the parameters of views. Reads small scales only."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from g2l_core.concurrency import run_ahead
-from g2l_core.errors import G2LError, NoTissueError, ReadError, SlideError, StoreMismatchError
+from g2l_core.errors import G2LError, MppError, NoTissueError, ReadError, SlideError, StoreMismatchError
 from g2l_core.patches.grid import GridSpec, grid_coords, image_order, patch_side_level0
 from g2l_core.patches.identity import images_fingerprint, require_same_slide
 from g2l_core.patches.render import read_image
@@ -17,6 +17,7 @@ from g2l_core.patches.views import COLUMNS, ViewSpec, sample_views
 from g2l_core.slides.boundary import slide_errors, within
 from g2l_core.slides.fingerprint import file_state, fingerprint
 from g2l_core.slides.manifest import Source
+from g2l_core.slides.mpp import TOLD
 from g2l_core.slides.slide import Slide, open_slide
 from g2l_core.slides.under_way import UnderWay
 from g2l_core.store.facts import SlideFacts
@@ -25,6 +26,9 @@ from g2l_core.tissue.methods import FoundTissue, TissueMethod, resolve_tissue
 from g2l_core.tissue.overview import SlideOverview, write_overview
 from g2l_core.tissue.thresholds import THUMBNAIL_MPP
 from g2l_core.types import Coords, Level0Px
+
+IMAGE_TOLERANCE = 0.1
+"""Maximum relative difference between the scale of patch images and that of the store: that of an encoder's card."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,20 +134,41 @@ def _write_overview(qc: Path, slide: Slide, overview: SlideOverview, found: Foun
 
 def _patch_images(source: Source, grid: GridSpec, mpp_override: float | None) -> PatchedSlide:
     names = source.patch_ids
+    mpp = source.mpp if source.mpp is not None else mpp_override
+    remark = _require_scale(mpp, "manifest" if source.mpp is not None else "--mpp-override", grid, source.slide_id)
     _require_first_image(source, grid)
     order = image_order(len(names), grid, source.slide_id)[: grid.max_patches]
     patch_ids = tuple(names[i] for i in order)
     facts = SlideFacts(
         kind="patches",
         fingerprint=images_fingerprint(source.path, patch_ids),
-        mpp=source.mpp if source.mpp is not None else mpp_override,
+        mpp=mpp,
         mpp_source="manifest" if source.mpp is not None else "override" if mpp_override else "not known",
         level0_size=(grid.patch_px, grid.patch_px),
         patch_px_level0=grid.patch_px,
         source=str(source.path.resolve()),
         labels=dict(source.labels),
     )
-    return PatchedSlide(facts=facts, coords=np.zeros((len(order), 2), np.int32), patch_ids=patch_ids)
+    coords = np.zeros((len(order), 2), np.int32)
+    return PatchedSlide(facts=facts, coords=coords, patch_ids=patch_ids, remarks=(remark,) if remark else ())
+
+
+def _require_scale(mpp: float | None, source: str, grid: GridSpec, slide_id: str) -> str:
+    """Refuse patch images at another scale than the store's, for they are encoded as they are; a remark on a small one.
+
+    Raises:
+        MppError: The scale differs by more than `IMAGE_TOLERANCE`.
+    """
+    if mpp is None:
+        return ""
+    share = abs(mpp - grid.mpp) / grid.mpp
+    given = f"its {source} gives {mpp:g} um/px, the store's patches have {grid.mpp:g}"
+    if share > IMAGE_TOLERANCE + 1e-9:
+        raise MppError(
+            f"{given}, and patch images are not resampled. Cache them with --mpp {mpp:g} into a store of their own "
+            f"(--force-mpp if the encoder expects another scale), or resample the images to {grid.mpp:g} um/px"
+        )
+    return f"slide {slide_id}: {given}; patch images are encoded as they are" if share > TOLD else ""
 
 
 def _require_first_image(source: Source, grid: GridSpec) -> None:
@@ -188,9 +213,19 @@ def store_patched(
     """Write a slide's patches into a store with the parameters of their first `n_views` views."""
     coords, patch_ids = patched.coords, patched.patch_ids
     params = sample_views(views, source.slide_id, coords, range(n_views), patch_ids)
-    return store.add_slide(
+    slide = store.add_slide(
         source.slide_id, patched.facts, coords=coords, view_params=params, columns=COLUMNS, patch_ids=patch_ids
     )
+    if source.patch_labels:
+        slide.set_patch_labels(_patch_labels(source, patch_ids or ()))
+    return slide
+
+
+def _patch_labels(source: Source, patch_ids: Sequence[str]) -> list[Mapping[str, str]]:
+    """The labels of each patch image, in the order of its stored file names."""
+    rows = zip(*source.patch_labels.values(), strict=True)
+    by_name = dict(zip(source.patch_ids, rows, strict=False))
+    return [dict(zip(source.patch_labels, by_name.get(name, ()), strict=False)) for name in patch_ids]
 
 
 def refresh_stored(
@@ -216,13 +251,25 @@ def refresh_stored(
     now = str(source.path.resolve()), current, state
     if now != (stored.facts.source, stored.facts.fingerprint, stored.facts.file_state):
         stored.set_source(source.path, current, state)
-    if source.labels and source.labels != stored.labels:
-        stored.set_labels({**stored.labels, **source.labels})
+    _refresh_labels(stored, source)
     known = stored.n_views
     if known < n_views:
         further = range(known, n_views)
         stored.extend_views(sample_views(views, stored.slide_id, stored.coords, further, stored.patch_ids))
     return stored
+
+
+def _refresh_labels(stored: StoredSlide, source: Source) -> None:
+    """Let a manifest's columns replace what they said before, also where they say nothing now; others stay."""
+    labels = {column: value for column, value in stored.labels.items() if column not in source.columns}
+    if {**labels, **source.labels} != stored.labels:
+        stored.set_labels({**labels, **source.labels})
+    if not source.columns or not source.patch_ids:
+        return
+    asked = {*source.columns, "patch_id"}
+    others = [{c: v for c, v in old.items() if c not in asked} for old in stored.patch_labels]
+    new = _patch_labels(source, stored.patch_ids or ())
+    stored.set_patch_labels([{**old, **own} for old, own in zip(others, new, strict=True)])
 
 
 def _require_same_annotation(stored: StoredSlide, tissue: TissueMethod) -> None:

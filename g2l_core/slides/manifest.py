@@ -26,6 +26,9 @@ from g2l_core.types import SlideId
 
 _log = logging.getLogger(__name__)
 
+_NAMED = 4
+"""How many examples a note has."""
+
 COLUMN_ALIASES: Mapping[str, tuple[str, ...]] = {
     "path": ("path", "image_path", "slide_path", "wsi", "file", "filename"),
     "slide_id": ("slide_id", "sample_id", "slide"),
@@ -34,7 +37,22 @@ COLUMN_ALIASES: Mapping[str, tuple[str, ...]] = {
     "patient_id": ("patient_id", "case_id", "patient"),
     "medical_center": ("medical_center", "center", "centre", "site"),
 }
-"""G2L's column names, each with what other tools call it. Case does not matter."""
+"""G2L's column names, each with what other tools call it. Case does not matter, nor do spaces and hyphens."""
+
+BLANKS = frozenset(
+    """
+    na n/a #n/a n.a. n.a #na <na> nan -nan nat none null nil - -- --- \u2013 \u2014 ? missing
+    #value! #ref! #div/0! #name? #null! #num!
+    """.split()
+) | frozenset(
+    f"{left}not {word}{right}"
+    for left, right in (("", ""), ("[", "]"))
+    for word in ("available", "applicable", "evaluated", "reported", "known")
+)
+"""What tables write for a value that is missing, in lower case: pandas, R, spreadsheets, TCGA, GDC and cBioPortal."""
+
+_IDS = frozenset({"path", "slide_id", "patch_id", "x", "y"})
+"""Columns that say which slide or patch a row is of. Their values are never read as missing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +68,10 @@ class Source:
     """Micrometers per level-0 pixel, if the manifest gives it."""
     labels: Mapping[str, str] = field(default_factory=dict)
     """patient_id, medical_center and any other column that is the same for the whole source."""
+    patch_labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Columns that differ inside a set of patch images, with a value for each of `patch_ids`; it may be empty."""
+    columns: tuple[str, ...] = ()
+    """All columns of labels that the manifest has: one without a value here takes back what it said before."""
 
 
 def read_sources(inputs: Sequence[Path]) -> list[Source]:
@@ -148,12 +170,14 @@ def _id_of(relative: Path) -> SlideId:
 
 
 def _from_manifest(path: Path) -> list[Source]:
-    rows = read_table(path)
-    if not rows or "path" not in rows[0]:
+    table = open_table(path)
+    table.log_notes()
+    if not table.rows or "path" not in table.columns:
         raise ManifestError(
-            f"{path} needs a header line with a column path (or {', '.join(COLUMN_ALIASES['path'][1:])}) and rows"
+            f"{path} needs a header line with a column path (or {', '.join(COLUMN_ALIASES['path'][1:])}) and rows; "
+            f"its columns are {', '.join(table.columns)}"
         )
-    rows = [dict(items) for items in dict.fromkeys(tuple(row.items()) for row in rows)]
+    rows = [dict(items) for items in dict.fromkeys(tuple(row.items()) for row in table.rows)]
     for row in rows:
         if not row["path"]:
             raise ManifestError(
@@ -188,19 +212,38 @@ def _id_of_place(place: Path, common: Path, manifest: Path) -> SlideId:
 
 def _manifest_source(slide_id: SlideId, rows: Sequence[Mapping[str, str]], manifest: Path) -> Source:
     paths = [manifest.parent / row["path"] for row in rows]
-    labels = _shared_labels(rows)
+    columns = tuple(column for column in rows[0] if column not in {"slide_id", "path", "patch_id", "mpp"})
+    labels = {c: rows[0][c] for c in columns if rows[0][c] and len({row[c] for row in rows}) == 1}
     mpp = _mpp_of(rows, slide_id, manifest)
     images = [_is_image(row) for row in rows]
     if len(paths) == 1 and not images[0]:
-        return Source(slide_id=slide_id, path=paths[0], mpp=mpp, labels=labels)
+        return Source(slide_id=slide_id, path=paths[0], mpp=mpp, labels=labels, columns=columns)
     if not all(images):
         raise ManifestError(f"{manifest} names slide_id {slide_id!r} more than once: {paths[0]}, {paths[1]}")
-    root = manifest.parent
-    names = tuple(row["path"] for row in rows)
-    repeated = [name for name, count in Counter(names).items() if count > 1]
-    if repeated:
-        raise ManifestError(f"{manifest} names {repeated[0]} more than once")
-    return Source(slide_id=slide_id, path=root, patch_ids=names, mpp=mpp, labels=labels)
+    root, names = _image_names(rows, manifest)
+    own_ids = any(row.get("patch_id", "") not in {"", row["path"], name} for row, name in zip(rows, names, strict=True))
+    differing = [c for c in columns if len({row[c] for row in rows}) > 1] + ["patch_id"] * own_ids
+    return Source(
+        slide_id=slide_id,
+        path=root,
+        patch_ids=names,
+        mpp=mpp,
+        labels=labels,
+        patch_labels={column: tuple(row[column] for row in rows) for column in differing},
+        columns=columns,
+    )
+
+
+def _image_names(rows: Sequence[Mapping[str, str]], manifest: Path) -> tuple[Path, tuple[str, ...]]:
+    """A folder and the names of patch images in it: as the manifest writes them, unless one is an absolute path."""
+    places = [_place(row["path"], manifest) for row in rows]
+    place, count = Counter(places).most_common(1)[0]
+    if count > 1:
+        raise ManifestError(f"{manifest} names {rows[places.index(place)]['path']} more than once")
+    if any(Path(row["path"]).is_absolute() for row in rows):
+        root = Path(os.path.commonpath([place.parent for place in places]))
+        return root, tuple(place.relative_to(root).as_posix() for place in places)
+    return manifest.parent, tuple(row["path"] for row in rows)
 
 
 def _is_image(row: Mapping[str, str]) -> bool:
@@ -224,23 +267,47 @@ def _mpp_of(rows: Sequence[Mapping[str, str]], slide_id: str, manifest: Path) ->
     return mpp
 
 
-def _shared_labels(rows: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    columns = [c for c in rows[0] if c not in {"slide_id", "path", "patch_id", "mpp"}]
-    return {c: rows[0][c] for c in columns if rows[0][c] and len({row[c] for row in rows}) == 1}
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A table with a header. Every value is text, and one that is missing is an empty string."""
+
+    path: Path
+    columns: tuple[str, ...]
+    rows: tuple[dict[str, str], ...]
+    lines: tuple[int, ...]
+    """The line of each row, as a spreadsheet counts them."""
+    notes: tuple[str, ...]
+    """What was read otherwise than it is written, one sentence each."""
+
+    def log_notes(self) -> None:
+        """Log each note as a warning."""
+        for note in self.notes:
+            _log.warning("%s", note)
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
+    """The rows of a table, as `open_table` reads them; its notes are logged as warnings.
+
+    Raises:
+        ManifestError: As `open_table`.
+    """
+    table = open_table(path)
+    table.log_notes()
+    return list(table.rows)
+
+
+def open_table(path: Path) -> Table:
     """Read a table of separated values with a header. Columns get G2L's names, and values are stripped.
 
-    The header tells whether commas, semicolons or tabs separate the fields. Every value stays text, and a blank one is
-    an empty string. A file that is not UTF-8 is read as Western European (cp1252), and a warning is logged.
+    The header tells whether commas, semicolons or tabs separate the fields. A value among `BLANKS` is missing. A file
+    that is not UTF-8 is read as Western European (cp1252).
 
     Raises:
         ManifestError: It cannot be read, has no header, or a row has another number of fields.
     """
     import pandas
 
-    text = _table_text(path)
+    text, notes = _table_text(path)
     if not text.strip():
         raise ManifestError(f"the table {path} is empty; expected a header line")
     try:
@@ -258,13 +325,41 @@ def read_table(path: Path) -> list[dict[str, str]]:
             raise _wrong_width(path, int(wide[2]), int(wide[3]), int(wide[1])) from None
         raise ManifestError(f"{path} is no table of comma- or tab-separated values: {error}") from error
     names, *rows = table.itertuples(index=False, name=None)
-    header = [_canonical_column(csv_value(name.strip())) for name in names]
+    header = [canonical_column(csv_value(name.strip())) for name in names]
     if len(set(header)) < len(header):
         raise ManifestError(f"{path} has two columns of one meaning: {', '.join(names)}")
-    return list(_records(header, rows, path))
+    numbered = list(_records(header, rows, path))
+    blanks = Counter(blank for _, record in numbered for blank in _take_blanks(record))
+    return Table(
+        path=path,
+        columns=tuple(header),
+        rows=tuple(record for _, record in numbered),
+        lines=tuple(number for number, _ in numbered),
+        notes=(*notes, *([_describe_blanks(path, blanks)] if blanks else [])),
+    )
 
 
-def _table_text(path: Path) -> str:
+def _take_blanks(record: dict[str, str]) -> Iterator[tuple[str, str]]:
+    """Empty the values that say that they are missing, and yield each with its column."""
+    for column, value in record.items():
+        if column not in _IDS and value.lower() in BLANKS:
+            record[column] = ""
+            yield column, value
+
+
+def _describe_blanks(path: Path, blanks: Mapping[tuple[str, str], int]) -> str:
+    total = sum(blanks.values())
+    named = ", ".join(
+        f"{value!r} in {column} ({count:,})" for (column, value), count in sorted(blanks.items())[:_NAMED]
+    )
+    more = f" and {len(blanks) - _NAMED} more kinds" if len(blanks) > _NAMED else ""
+    return (
+        f"{path.name}: {total:,} cells are read as missing values: {named}{more}. "
+        "If one of them is a class, write another word for it"
+    )
+
+
+def _table_text(path: Path) -> tuple[str, list[str]]:
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -272,10 +367,10 @@ def _table_text(path: Path) -> str:
     if b"\0" in content:
         raise ManifestError(f"cannot read the table {path}: it is no utf-8 text; save it as CSV in UTF-8")
     try:
-        return content.decode("utf-8-sig")
+        return content.decode("utf-8-sig"), []
     except UnicodeDecodeError as error:
-        _log.warning("%s is no utf-8 text (%s) and is read as cp1252; check the letters with accents", path, error)
-        return content.decode("cp1252", errors="replace")
+        note = f"{path} is no utf-8 text ({error}) and is read as cp1252; check the letters with accents"
+        return content.decode("cp1252", errors="replace"), [note]
 
 
 def _delimiter(text: str, usual: str) -> str:
@@ -284,24 +379,28 @@ def _delimiter(text: str, usual: str) -> str:
     return max((usual, ",", ";", "\t"), key=header.count)
 
 
-def _records(header: list[str], rows: Iterable[tuple[str | None, ...]], path: Path) -> Iterator[dict[str, str]]:
+def _records(
+    header: list[str], rows: Iterable[tuple[str | None, ...]], path: Path
+) -> Iterator[tuple[int, dict[str, str]]]:
+    """The number of each line that has values, and its values by column."""
     for number, row in enumerate(rows, start=2):
         fields = [value.strip() for value in row if value is not None]
         if not any(fields):
             continue  # spreadsheets leave lines of commas behind
         if len(fields) != len(header):
             raise _wrong_width(path, number, len(fields), len(header))
-        yield dict(zip(header, map(csv_value, fields), strict=True))
+        yield number, dict(zip(header, map(csv_value, fields), strict=True))
 
 
 def _wrong_width(path: Path, line: int, fields: int, expected: int) -> ManifestError:
     return ManifestError(f"{path}, line {line}: {fields} fields where the header has {expected}")
 
 
-def _canonical_column(name: str) -> str:
+def canonical_column(name: str) -> str:
+    """G2L's name of a column, or the name as it is if it has none. See `COLUMN_ALIASES`."""
     plain = name.strip()
     for canonical, aliases in COLUMN_ALIASES.items():
-        if plain.lower() in aliases:
+        if re.sub(r"[\s_-]+", "_", plain).lower() in aliases:
             return canonical
     return plain
 

@@ -28,6 +28,9 @@ CLOSE, FAR = 1.25, 1.6
 """Two values agree if they differ by at most the first factor (scanners call 0.22 to 0.27 um/px 40x). They contradict
 each other from the second factor on, which is below the 2 between neighboring magnifications."""
 
+TOLD = 0.02
+"""Relative difference of a manifest's scale from the header's up to which it is that of rounding: 0.25 for 0.2525."""
+
 MAJORITY_SHARE, MAJORITY_SLIDES = 0.8, 5
 """A cohort has one scale if it has at least this number of slides and this fraction of them agree."""
 
@@ -36,6 +39,7 @@ LENS_VENDORS = frozenset({"mirax", "zeiss"})
 determine the scale."""
 
 SHOWN_FINDINGS = 20
+_BESIDE = " (header: "
 TABLE_WIDTH = 80
 
 _OPENSLIDE = "openslide.mpp-x", "openslide.mpp-y"
@@ -69,7 +73,9 @@ class Scale:
     mpp_x: float
     mpp_y: float
     source: str
-    """"header: KEY", "manifest" or "override"."""
+    """"header: KEY", "manifest", "manifest (header: UM_PER_PX)" where the two differ, or "override"."""
+    header: "Scale | None" = None
+    """The header's scale, where the manifest's takes its place."""
 
     @property
     def mpp(self) -> Mpp:
@@ -104,10 +110,10 @@ def find_scale(
     manifest_mpp: float | None = None,
     mpp_override: float | None = None,
 ) -> Scale:
-    """A slide's scale: from the header, else from the manifest, else from the override.
+    """A slide's scale: from the manifest, else from the header, else from the override.
 
-    A header's value outside `PLAUSIBLE_MPP` is ignored. If it is doubtful by itself (`doubts`), the manifest's takes
-    precedence, unless the two agree and the pixels are square.
+    If manifest and header differ by no more than `TOLD` and the header's pixels are square, the header's value is used,
+    as it has more digits. A header's value outside `PLAUSIBLE_MPP` is ignored.
 
     Args:
         properties: The header, under OpenSlide's names.
@@ -119,14 +125,16 @@ def find_scale(
         MppError: No source gives a scale, or the one of the manifest or of the override is not plausible.
     """
     header, implausible = _header_scale(properties, level0_size)
-    if header is not None and (manifest_mpp is None or _stands(header, manifest_mpp, objective_power(properties))):
+    if header is not None and (manifest_mpp is None or (_is_square(header) and not differs(header.mpp, manifest_mpp))):
         return header
     for value, source in ((manifest_mpp, "manifest"), (mpp_override, "override")):
         if value is None:
             continue
         if not _is_plausible(value):
             raise MppError(f"its {source} gives {value:g} um/px, outside {_describe_range(PLAUSIBLE_MPP)}")
-        return Scale(mpp_x=float(value), mpp_y=float(value), source=source)
+        if header is not None and differs(header.mpp, value):
+            source = f"{source}{_BESIDE}{header.mpp:.4g})"
+        return Scale(mpp_x=float(value), mpp_y=float(value), source=source, header=header)
     raise MppError(
         (implausible or f"its header has no micrometers per pixel (looked for {', '.join(KEYS)})")
         + ". Give them with --mpp-override UM_PER_PX or in the manifest's column mpp"
@@ -140,9 +148,9 @@ def objective_power(properties: Mapping[str, str]) -> float | None:
     return _number(properties.get("openslide.objective-power"))
 
 
-def _stands(header: Scale, manifest_mpp: float, power: float | None) -> bool:
-    """Whether a header's scale takes precedence over the manifest's."""
-    return not doubts(header, power) or (_is_square(header) and _factor(header.mpp, manifest_mpp) <= CLOSE)
+def differs(mpp: float, reference: float) -> bool:
+    """Whether two scales differ by more than rounding explains."""
+    return abs(mpp - reference) > TOLD * reference + 1e-9
 
 
 def _header_scale(properties: Mapping[str, str], level0_size: tuple[int, int]) -> tuple[Scale | None, str]:
@@ -211,7 +219,8 @@ def _factor(a: float, b: float) -> float:
 def audit_scale(facts: Sequence[ScaleFacts]) -> list[ScaleFinding]:
     """Find the slides whose scale is doubtful: by itself, against the manifest, or against the rest of the cohort.
 
-    A slide that differs from the others is not flagged if its own objective power agrees with its scale. No slide is
+    If a manifest's scale is beyond `CLOSE` of a header's that is not doubtful by itself, one of them is wrong. A slide
+    that differs from the others is not flagged if its own objective power agrees with its scale. No slide is
     flagged if its header and the manifest agree.
     """
     majority = _majority(facts)
@@ -235,12 +244,12 @@ def doubts(scale: Scale, power: float | None) -> list[str]:
 
 
 def _reasons(fact: ScaleFacts, majority: float | None) -> list[str]:
-    mpp, in_manifest, power = fact.scale.mpp, fact.manifest_mpp, fact.objective_power
-    if in_manifest is not None and fact.scale.source != "manifest":
-        if _factor(mpp, in_manifest) <= CLOSE:
-            return []
-        if _factor(mpp, in_manifest) >= FAR:
-            return [f"{_times(mpp, in_manifest)} the {in_manifest:g} um/px of the manifest, but the header goes first"]
+    mpp, header, power = fact.scale.mpp, fact.scale.header, fact.objective_power
+    if header is not None and _factor(mpp, header.mpp) > CLOSE and not doubts(header, power):
+        return [f"the manifest's is {_times(mpp, header.mpp)} the {header.mpp:.4g} um/px of its header"]
+    told = header or (fact.scale if fact.scale.source.startswith("header") else None)
+    if told is not None and fact.manifest_mpp is not None and _factor(told.mpp, fact.manifest_mpp) <= CLOSE:
+        return []
     reasons = doubts(fact.scale, power)
     corroborated = power is not None and _factor(mpp, 10 / power) < FAR
     if majority is not None and _factor(mpp, majority) >= FAR and not corroborated:
@@ -264,14 +273,18 @@ def _times(mpp: float, reference: float) -> str:
 
 
 def audit_table(facts: Sequence[ScaleFacts], findings: Sequence[ScaleFinding]) -> str:
-    """The scales of a cohort with counts, then the doubtful slides with reasons, in lines of at most 80 characters."""
+    """The scales of a cohort with counts, then the slides whose manifest and header differ, then the doubtful ones.
+
+    Lines have at most 80 characters.
+    """
     groups: dict[tuple[float, str], list[float]] = defaultdict(list)
     for fact in facts:
-        groups[float(f"{fact.scale.mpp:.2g}"), fact.scale.source].append(fact.scale.mpp)
+        groups[float(f"{fact.scale.mpp:.2g}"), fact.scale.source.partition(_BESIDE)[0]].append(fact.scale.mpp)
     lines = [f"{'um/px':<17} {'slides':>7}  source"]
     for (_, source), values in sorted(groups.items()):
         low, high = f"{min(values):.4g}", f"{max(values):.4g}"
         lines.append(f"{low if low == high else f'{low} to {high}':<17} {len(values):>7}  {_shortened(source, 53)}")
+    lines += _differing_lines(facts)
     if not findings:
         return "\n".join(lines)
     lines += ["", f"{len(findings)} of {len(facts)} slides have a doubtful scale:"]
@@ -281,6 +294,34 @@ def audit_table(facts: Sequence[ScaleFacts], findings: Sequence[ScaleFinding]) -
     if len(findings) > SHOWN_FINDINGS:
         lines.append(f"  and {len(findings) - SHOWN_FINDINGS} more")
     return "\n".join(lines)
+
+
+def _differing_lines(facts: Sequence[ScaleFacts]) -> list[str]:
+    """The slides whose manifest gives another scale than the header."""
+    differing = [fact for fact in facts if _BESIDE in fact.scale.source]
+    if not differing:
+        return []
+    head = f"The manifest's um/px is used for {len(differing)} slides whose header gives another:"
+    lines = ["", *textwrap.wrap(head, TABLE_WIDTH)]
+    for fact in differing[:SHOWN_FINDINGS]:
+        text = f"{fact.slide_id}: {fact.scale.mpp:.4g} um/px in place of {fact.scale.source.partition(_BESIDE)[2][:-1]}"
+        lines += textwrap.wrap(text, TABLE_WIDTH, initial_indent="  ", subsequent_indent="      ")
+    if len(differing) > SHOWN_FINDINGS:
+        lines.append(f"  and {len(differing) - SHOWN_FINDINGS} more")
+    return lines
+
+
+def describe_unused_override(facts: Sequence[ScaleFacts], override: float | None) -> str:
+    """A line on the slides whose header or manifest gives another scale than an override; empty if there are none."""
+    if override is None:
+        return ""
+    others = [f for f in facts if f.scale.source != "override" and differs(f.scale.mpp, override)]
+    if not others:
+        return ""
+    return (
+        f"--mpp-override {override:g} is not used for {len(others)} slides, whose header or manifest gives another "
+        f"um/px, such as {others[0].slide_id} ({others[0].scale.mpp:.4g}); a manifest's column mpp takes precedence"
+    )
 
 
 def _finding_lines(fact: ScaleFacts, finding: ScaleFinding) -> list[str]:

@@ -236,6 +236,11 @@ class FeatureStore:
         facts = {slide_id: entry.facts for slide_id, entry in self.entries.items() if entry.facts is not None}
         return {slide_id: known.reason for slide_id, known in facts.items() if known.status == FAILED}
 
+    def failed_labels(self) -> dict[str, Mapping[str, str]]:
+        """What the manifest says of every slide that could not be used, by id."""
+        facts = {slide_id: entry.facts for slide_id, entry in self.entries.items() if entry.facts is not None}
+        return {slide_id: known.labels for slide_id, known in facts.items() if known.status == FAILED}
+
     def good_by_block(self, slide: StoredSlide) -> UInt8[np.ndarray, " block"]:
         """How many good patches each block of `REPLAY_ROWS` stored rows has: from the catalogue, or counted now.
 
@@ -325,13 +330,19 @@ class FeatureStore:
             for name, values in arrays.items():
                 attributes = {"columns": list(columns)} if name == "view_params" else {}
                 is_text = name == schema.PATCH_ID
-                layout = schema.patch_id_layout(n) if is_text else schema.table_layout(name, values.shape)
+                layout = schema.text_layout(n) if is_text else schema.table_layout(name, values.shape)
                 create_array(folder / name, layout, is_durable=False, **attributes)[:] = values
             write_group(folder, facts.to_json())
         return self.slide(slide_id)
 
-    def fail_slide(self, slide_id: str, source: str, reason: str) -> None:
+    def fail_slide(self, slide_id: str, source: str, reason: str, labels: Mapping[str, str] | None = None) -> None:
         """Record that a slide could not be used, and why; never over one that has patches, or is damaged.
+
+        Args:
+            slide_id: Its id.
+            source: Its file or folder.
+            reason: Why, in words.
+            labels: What the manifest says of it, so that a benchmark can tell what it lacks.
 
         Raises:
             StoreError: The disk is full or cannot be written to, or the id is impossible.
@@ -339,7 +350,7 @@ class FeatureStore:
         entry = self._entry(slide_id)
         if entry is not None and (entry.facts is None or entry.facts.status != FAILED):
             return
-        facts = SlideFacts(slide_id=slide_id, source=source, status=FAILED, reason=reason)
+        facts = SlideFacts(slide_id=slide_id, source=source, status=FAILED, reason=reason, labels=dict(labels or {}))
         with writing(f"slide {slide_id}"), self._replacing(slide_id) as folder:
             write_group(folder, facts.to_json())
 

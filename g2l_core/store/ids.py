@@ -7,7 +7,9 @@ from g2l_core.store import schema
 MAX_BYTES = 200
 """File systems allow 255 bytes a name, and the names of temporary files are longer than the names."""
 
-_RESERVED = frozenset({"", ".", "..", "c", "zarr.json", schema.PATCH_ID, schema.FEATURES, *schema.TABLES})
+_RESERVED = frozenset(
+    {"", ".", "..", "c", "zarr.json", schema.PATCH_ID, schema.PATCH_LABELS, schema.FEATURES, *schema.TABLES}
+)
 
 
 def why_impossible(slide_id: str) -> str:

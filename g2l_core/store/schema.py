@@ -54,6 +54,8 @@ TABLES: Mapping[str, TableSpec] = {
 """The tables of every slide. Sets of patch images have `PATCH_ID` beside them: text (n,), their file names."""
 
 PATCH_ID = "patch_id"
+PATCH_LABELS = "patch_labels"
+"""Text (n,), only where a manifest gives patch images values of their own: a JSON object of them, by column."""
 FEATURES = "features"
 """The group of a slide that holds one array for each encoder."""
 
@@ -76,8 +78,8 @@ def table_layout(name: str, shape: tuple[int, ...]) -> dict[str, Any]:
     }
 
 
-def patch_id_layout(n: int) -> dict[str, Any]:
-    """The arguments of `zarr.create_array` for the file names of patch images."""
+def text_layout(n: int) -> dict[str, Any]:
+    """The arguments of `zarr.create_array` for a text a patch: the file names of patch images, or their labels."""
     chunks = (max(1, min(n, SHARD_ROWS)),)
     return {
         "shape": (n,),

@@ -6,6 +6,7 @@ recorded is never computed again; what is not recorded is. Whatever is read is c
 """
 
 import errno
+import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from g2l_core.errors import G2LError, StoreCorruptError, StoreError, StoreMissin
 from g2l_core.store import format1, schema
 from g2l_core.store.documents import read_slide, write_group
 from g2l_core.store.facts import OK, FeatureFacts, ShardRecord, SlideFacts
+from g2l_core.store.provenance import canonical_json
 from g2l_core.store.tables import block_checksums, block_name, changed_blocks, checksum, require_unchanged
 from g2l_core.store.zarr_files import create_array, open_array
 from g2l_core.types import Coords, Features, PatchStatus, PixelHash, ViewParams
@@ -101,6 +103,44 @@ class StoredSlide:
     def has_patch_ids(self) -> bool:
         """Whether it is a set of patch images, which have file names."""
         return self.facts.kind == "patches"
+
+    @property
+    def has_patch_labels(self) -> bool:
+        """Whether its patch images have labels of their own."""
+        return schema.PATCH_LABELS in self.facts.tables
+
+    @property
+    def patch_labels(self) -> list[Mapping[str, str]]:
+        """What the manifest gives for each patch image alone, by column, in stored order; empty where nothing is."""
+        if not self.has_patch_labels:
+            return [{}] * len(self)
+        known: dict[str, Mapping[str, str]] = {}
+        texts = map(str, self.read_table(schema.PATCH_LABELS))
+        with _reading(f"slide {self.slide_id}: {schema.PATCH_LABELS}"):
+            return [known[text] if text in known else known.setdefault(text, json.loads(text)) for text in texts]
+
+    def set_patch_labels(self, labels: Sequence[Mapping[str, str]]) -> None:
+        """Replace the labels of single patch images; values that are empty are left out.
+
+        Args:
+            labels: Those of each, by column, in stored order. If none has any, the table is dropped.
+
+        Raises:
+            StoreError: The disk is full, or cannot be written to.
+        """
+        name = schema.PATCH_LABELS
+        kept = [{column: value for column, value in of_patch.items() if value} for of_patch in labels]
+        values = np.array([canonical_json(of_patch) for of_patch in kept], dtype=object)
+        if not any(kept):
+            if self.has_patch_labels:
+                self._update(lambda facts: replace(facts, tables={k: v for k, v in facts.tables.items() if k != name}))
+            return
+        if self.facts.tables.get(name) == block_checksums(values, False):
+            return
+        if not (self.folder / name).exists():
+            with writing(f"{name} of slide {self.slide_id}"):
+                self._arrays[name] = create_array(self.folder / name, schema.text_layout(len(self)))
+        self.put_table(name, values)
 
     @property
     def n_views(self) -> int:

@@ -77,7 +77,8 @@ def verify_slides(store: FeatureStore) -> Iterator[Checked]:
 
 def _verify_tables(slide: StoredSlide) -> Iterator[Problem]:
     """Check that the arrays other than the features are what was written."""
-    for name in [*schema.TABLES, *([schema.PATCH_ID] if slide.has_patch_ids else [])]:
+    texts = [schema.PATCH_ID] * slide.has_patch_ids + [schema.PATCH_LABELS] * slide.has_patch_labels
+    for name in [*schema.TABLES, *texts]:
         try:
             slide.read_table(name)
         except StoreCorruptError as error:

@@ -85,21 +85,24 @@ def test_an_absent_scale_names_all_keys_and_both_remedies():
 @pytest.mark.parametrize(
     ("header", "power", "manifest", "source"),
     [
-        (("0.5", "0.5"), None, 0.25, "header"),  # nothing speaks against it: the audit flags the difference
-        (("0.5", "0.5"), "20", 0.25, "header"),
-        (("0.5", "0.5"), "40", 0.25, "manifest"),  # it contradicts its own objective
-        (("0.5", "0.5"), "40", 0.45, "header"),  # but the manifest confirms it
-        (("0.5", "0.25"), None, 0.4, "manifest"),  # not square
-        (("0.25", "0.251"), "40", 0.24, "header"),
-        (("2.5", "2.5"), None, 0.25, "manifest"),
-        (("2.5", "2.5"), None, None, "header"),
+        (("0.5", "0.5"), None, 0.25, "manifest (header: 0.5)"),  # the audit flags the difference
+        (("0.5", "0.5"), "20", 0.25, "manifest (header: 0.5)"),
+        (("0.5", "0.5"), "40", 0.25, "manifest (header: 0.5)"),
+        (("0.2525", "0.2525"), "40", 0.25, "header: openslide.mpp-x"),  # the manifest has rounded it
+        (("0.245", "0.245"), None, 0.25, "header: openslide.mpp-x"),  # by 2 %
+        (("0.2449", "0.2449"), None, 0.25, "manifest (header: 0.2449)"),
+        (("0.5", "0.25"), None, 0.4, "manifest (header: 0.375)"),  # not square
+        (("0.5", "0.25"), None, 0.375, "manifest"),
+        (("0.25", "0.251"), "40", 0.24, "manifest (header: 0.2505)"),
+        (("2.5", "2.5"), None, 0.25, "manifest (header: 2.5)"),
+        (("2.5", "2.5"), None, None, "header: openslide.mpp-x"),
     ],
 )
-def test_a_doubtful_header_gives_way_to_the_manifest(header, power, manifest, source):
+def test_the_manifest_s_scale_is_used_unless_it_is_the_header_s_rounded(header, power, manifest, source):
     properties = {"openslide.mpp-x": header[0], "openslide.mpp-y": header[1]}
     if power:
         properties["openslide.objective-power"] = power
-    assert find_scale(properties, SIZE, manifest_mpp=manifest, mpp_override=9.0).source.split(":")[0] == source
+    assert find_scale(properties, SIZE, manifest_mpp=manifest, mpp_override=9.0).source == source
 
 
 def test_objective_power():
@@ -112,8 +115,9 @@ def test_objective_power():
 # ---- a cohort -----------------------------------------------------------------------------------------------
 
 
-def fact(slide_id, x, *, y=None, power=None, manifest=None, source="header: openslide.mpp-x"):
-    scale = Scale(mpp_x=x, mpp_y=x if y is None else y, source=source)
+def fact(slide_id, x, *, y=None, power=None, manifest=None, source="header: openslide.mpp-x", header=None):
+    beside = None if header is None else Scale(mpp_x=header, mpp_y=header, source="header: openslide.mpp-x")
+    scale = Scale(mpp_x=x, mpp_y=x if y is None else y, source=source, header=beside)
     return ScaleFacts(slide_id=slide_id, scale=scale, objective_power=power, manifest_mpp=manifest, level0_size=SIZE)
 
 
@@ -145,8 +149,12 @@ def test_what_real_scanners_call_40x_is_normal(mpp):
         (fact("odd", 0.0999), "outside"),
         (fact("odd", 1.21), "outside"),
         (fact("odd", 0.25, y=0.253), "0.25 um/px across but 0.253 um/px down"),
-        (fact("odd", 0.5, manifest=0.25), "about 2 times the 0.25 um/px of the manifest"),
-        (fact("odd", 0.25, manifest=2.5), "about 1/10 of the 2.5 um/px of the manifest"),
+        (fact("odd", 0.25, manifest=0.25, source="manifest", header=0.5), "about 1/2 of the 0.5 um/px of its header"),
+        (
+            fact("odd", 0.5, manifest=0.5, source="manifest", header=0.35),
+            "about 1.4 times the 0.35 um/px of its header",
+        ),
+        (fact("odd", 2.5, manifest=2.5, source="manifest", header=0.25), "about 10 times the 0.25 um/px of its header"),
         (fact("odd", 2.5, manifest=2.5, source="manifest"), "outside"),
         (fact("odd", 0.5, power=40.0, source="override"), "objective"),
         (fact("odd", 0.5, power=40.0, manifest=0.5, source="manifest"), "objective"),
@@ -165,6 +173,8 @@ def test_a_scale_that_cannot_be_true_by_itself(odd, words):
         fact("a", 2.0, manifest=2.0),  # two sources agree
         fact("a", 0.24, power=20.0, manifest=0.25),
         fact("a", 0.25, power=40.0, manifest=0.25, source="manifest"),
+        fact("a", 0.25, manifest=0.25, source="manifest", header=2.5),  # the header is doubtful by itself
+        fact("a", 0.25, manifest=0.25, source="manifest", header=0.3),
     ],
 )
 def test_a_scale_that_may_be_true(good):
@@ -245,5 +255,5 @@ def test_the_manifest_mends_a_flagged_slide(tmp_path, capsys):
     write_pyramid(tmp_path / "c.tiff", noise(256, 256), mpp=2.5, downsamples=(1,))
     source = Source(slide_id="c", path=tmp_path / "c.tiff", mpp=0.25)
     facts, findings, _ = audit_sources([source], mpp_override=None, workers=0)
-    assert (facts[0].scale.mpp, facts[0].scale.source, findings) == (0.25, "manifest", [])
+    assert (facts[0].scale.mpp, facts[0].scale.source, findings) == (0.25, "manifest (header: 2.5)", [])
     capsys.readouterr()

@@ -244,8 +244,10 @@ def tiff_with_resolution(path: Path, resolution: tuple[float, float] | None, uni
     return path
 
 
-def test_the_header_goes_before_the_manifest_and_that_before_the_override(tmp_path, painted_slide):
+def test_the_manifest_goes_before_the_header_and_that_before_the_override(tmp_path, painted_slide):
     with open_slide(painted_slide.path, manifest_mpp=0.4, mpp_override=0.3) as slide:
+        assert (slide.mpp, slide.mpp_source) == (0.4, "manifest (header: 0.25)")
+    with open_slide(painted_slide.path, mpp_override=0.3) as slide:
         assert (slide.mpp, slide.mpp_source) == (pytest.approx(0.25), "header: openslide.mpp-x")
     bare = tiff_with_resolution(tmp_path / "bare.tiff", (1, 1), "NONE")
     with open_slide(bare, manifest_mpp=0.4, mpp_override=0.3) as slide:
@@ -292,9 +294,9 @@ def test_pixels_that_are_not_square(tmp_path):
     with open_slide(path) as slide:
         assert slide.mpp == pytest.approx((0.5 + 0.25) / 2)
     with open_slide(path, manifest_mpp=0.25, mpp_override=0.5) as slide:
-        assert (slide.mpp, slide.mpp_source) == (0.25, "manifest")
+        assert (slide.mpp, slide.mpp_source) == (0.25, "manifest (header: 0.375)")
     nearly = tiff_with_resolution(tmp_path / "nearly.tiff", (20000, 20100), "CENTIMETER")
-    with open_slide(nearly, manifest_mpp=0.25) as slide:
+    with open_slide(nearly, manifest_mpp=0.5) as slide:
         assert slide.mpp == pytest.approx((0.5 + 1e4 / 20100) / 2)
 
 

@@ -21,7 +21,20 @@ from g2l_core.metrics.mil import train_abmil
 from g2l_core.metrics.statistics import of_weights
 from g2l_core.metrics.survival import choose_cox_penalty, concordance_index, fit_cox
 
-_EVENTS = {"1": True, "true": True, "yes": True, "1.0": True, "0": False, "false": False, "no": False, "0.0": False}
+_OBSERVED = ("1", "1.0", "true", "yes", "y", "deceased", "dead", "died", "event", "recurred", "progressed")
+_CENSORED = ("0", "0.0", "false", "no", "n", "living", "alive", "censored")
+_EVENTS = dict.fromkeys(_OBSERVED, True) | dict.fromkeys(_CENSORED, False)
+
+
+def event_of(text: str) -> bool | None:
+    """Whether an event was observed; None if the text does not say. A number before a colon counts, as in cBioPortal.
+
+    Example:
+        >>> [event_of(text) for text in ("1:DECEASED", "0:LIVING", "Yes", "maybe")]
+        [True, False, True, None]
+    """
+    number, colon, _ = text.partition(":")
+    return _EVENTS.get((number if colon and number in {"0", "1"} else text).strip().lower())
 
 
 def _bag_parts(task: TaskInput, whole: Bags) -> list[tuple[Int64[np.ndarray, "_"], Int64[np.ndarray, "_"]]]:
@@ -98,16 +111,21 @@ def _patients(task: TaskInput) -> _Patients:
     if not known.any():
         raise TaskError(f"no patch has both {options.event!r} and {options.time!r}; are the columns in the manifest?")
     names = rows.cluster[known]
-    event = bag_values(np.char.lower(events[known]), names, options.event)
-    wrong = sorted(set(event.tolist()) - set(_EVENTS))
+    read = {text: event_of(text) for text in set(events[known].tolist())}
+    spoken = np.array([text if read[text] is None else str(read[text]) for text in events[known].tolist()])
+    observed = bag_values(spoken, names, options.event)
+    wrong = sorted(set(observed.tolist()) - {"True", "False"})
     if wrong:
-        raise TaskError(f"column {options.event!r} must be 1 or 0 (yes or no, true or false); got {wrong[0]!r}")
+        raise TaskError(
+            f"column {options.event!r} must be 1 or 0 (yes or no, true or false, 1:DECEASED or 0:LIVING); "
+            f"got {wrong[0]!r}"
+        )
     patients, means = mean_pool(task.features[known], names)
     return _Patients(
         names=patients,
         features=means,
         times=numbers(bag_values(times[known], names, options.time), options.time),
-        events=np.array([_EVENTS[value] for value in event]),
+        events=observed == "True",
         part=bag_values(rows.part[known], names, "part of the split"),
         left_out=len(set(rows.cluster.tolist()) - set(names.tolist())),
     )

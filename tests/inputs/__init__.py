@@ -1,0 +1,1 @@
+"""What goes wrong, provoked: damage, crowds and hostile input."""
