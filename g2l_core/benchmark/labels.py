@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from g2l_core.benchmark.spec import TaskSpec
@@ -60,6 +60,7 @@ class LabelTable:
         self._rows: dict[str, list[Numbered]] = defaultdict(list)
         self._respelled: dict[str, str] = {}
         self._unmatched: list[int] = []
+        self._numbers: dict[str, int] = {}
         stored = [slide_id for store in stores for slide_id in store.slide_ids()]
         names = _stored_names(dict.fromkeys(row["slide_id"] for row in table.rows), stored, path)
         for line, row in zip(table.lines, table.rows, strict=True):
@@ -92,10 +93,6 @@ class LabelTable:
             )
         return notes
 
-    def values_of_slides(self) -> Iterator[tuple[str, Mapping[str, str]]]:
-        """The id and the values of every row, for slides that may not be stored."""
-        return ((slide_id, row) for slide_id, rows in self._rows.items() for _, row in rows)
-
     def of(self, slide: StoredSlide) -> Mapping[str, str] | list[Mapping[str, str]]:
         """The label row of a slide, or of each of its stored rows; empty where there is none.
 
@@ -105,7 +102,8 @@ class LabelTable:
         by_key: dict[Key, Numbered] = {}
         for numbered in self._rows.get(slide.slide_id, ()):
             key = self._key(numbered, slide)
-            self._require_equal(by_key.setdefault(key, numbered), numbered, slide.slide_id, key)
+            if (first := by_key.setdefault(key, numbered)) is not numbered:
+                self._require_equal(first, numbered, slide.slide_id, key)
         whole = by_key.pop((), None)
         if not by_key:
             return whole[1] if whole else {}
@@ -134,10 +132,12 @@ class LabelTable:
         """A coordinate, also one that was written as 512.0; None if it is blank."""
         if not text:
             return None
+        if text in self._numbers:
+            return self._numbers[text]
         try:
             number = float(text)
             if number == int(number):
-                return int(number)
+                return self._numbers.setdefault(text, int(number))
         except (ValueError, OverflowError):
             pass
         raise ManifestError(
@@ -201,7 +201,8 @@ class LabelTable:
         ]
 
     def _classes(self, slide_ids: Collection[str]) -> dict[str, list[str]]:
-        return slides_by_class(((i, row) for i, row in self.values_of_slides() if i in slide_ids), self._spec)
+        known = self._rows.keys() & set(slide_ids)
+        return slides_by_class(((i, row) for i in sorted(known) for _, row in self._rows[i]), self._spec)
 
 
 def slides_by_class(values: Iterable[tuple[str, Mapping[str, str]]], spec: TaskSpec) -> dict[str, list[str]]:

@@ -5,6 +5,7 @@ given, or to the common folder of a manifest's rows, so that `a/x.svs` and `b/x.
 one id whether a folder or a manifest names it.
 """
 
+import csv
 import logging
 import os
 import re
@@ -305,46 +306,46 @@ def open_table(path: Path) -> Table:
     Raises:
         ManifestError: It cannot be read, has no header, or a row has another number of fields.
     """
-    import pandas
-
     text, notes = _table_text(path)
     if not text.strip():
         raise ManifestError(f"the table {path} is empty; expected a header line")
+    delimiter = _delimiter(text, "\t" if path.suffix.lower() == ".tsv" else ",")
     try:
-        table = pandas.read_csv(
-            StringIO(text, newline=""),
-            sep=_delimiter(text, "\t" if path.suffix.lower() == ".tsv" else ","),
-            engine="python",  # the C engine reads a row that is cut short as one of blanks
-            header=None,
-            dtype=str,
-            keep_default_na=False,
-            skip_blank_lines=False,
-        )
-    except pandas.errors.ParserError as error:
-        if wide := re.search(r"Expected (\d+) fields in line (\d+), saw (\d+)", str(error)):
-            raise _wrong_width(path, int(wide[2]), int(wide[3]), int(wide[1])) from None
+        names, *rows = csv.reader(StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    except csv.Error as error:
         raise ManifestError(f"{path} is no table of comma- or tab-separated values: {error}") from error
-    names, *rows = table.itertuples(index=False, name=None)
     header = [canonical_column(csv_value(name.strip())) for name in names]
     if len(set(header)) < len(header):
         raise ManifestError(f"{path} has two columns of one meaning: {', '.join(names)}")
-    numbered = list(_records(header, rows, path))
-    blanks = Counter(blank for _, record in numbered for blank in _take_blanks(record))
+    numbered, blanks = _records(header, rows, path)
     return Table(
         path=path,
         columns=tuple(header),
-        rows=tuple(record for _, record in numbered),
-        lines=tuple(number for number, _ in numbered),
+        rows=tuple(numbered.values()),
+        lines=tuple(numbered),
         notes=(*notes, *([_describe_blanks(path, blanks)] if blanks else [])),
     )
 
 
-def _take_blanks(record: dict[str, str]) -> Iterator[tuple[str, str]]:
-    """Empty the values that say that they are missing, and yield each with its column."""
-    for column, value in record.items():
-        if column not in _IDS and value.lower() in BLANKS:
-            record[column] = ""
-            yield column, value
+def _records(
+    header: Sequence[str], rows: Iterable[Sequence[str]], path: Path
+) -> tuple[dict[int, dict[str, str]], Counter[tuple[str, str]]]:
+    """The values of each line by column, equal ones one object; and how often each blank was met, by column."""
+    known: dict[str, str] = {}
+    blanks: Counter[tuple[str, str]] = Counter()
+    records: dict[int, dict[str, str]] = {}
+    for number, row in enumerate(rows, start=2):
+        fields = [known.get(cell) or known.setdefault(cell, csv_value(cell.strip())) for cell in row]
+        if not any(fields):
+            continue  # spreadsheets leave lines of commas behind
+        if len(fields) != len(header):
+            raise ManifestError(f"{path}, line {number}: {len(fields)} fields where the header has {len(header)}")
+        record = records[number] = dict(zip(header, fields, strict=True))
+        for column, value in record.items():
+            if value.lower() in BLANKS and column not in _IDS:
+                blanks[column, value] += 1
+                record[column] = ""
+    return records, blanks
 
 
 def _describe_blanks(path: Path, blanks: Mapping[tuple[str, str], int]) -> str:
@@ -377,23 +378,6 @@ def _delimiter(text: str, usual: str) -> str:
     """The separator that occurs most often in the header, outside of quotes; the usual one where none does."""
     header = re.sub(r'"[^"]*"', "", text.partition("\n")[0])
     return max((usual, ",", ";", "\t"), key=header.count)
-
-
-def _records(
-    header: list[str], rows: Iterable[tuple[str | None, ...]], path: Path
-) -> Iterator[tuple[int, dict[str, str]]]:
-    """The number of each line that has values, and its values by column."""
-    for number, row in enumerate(rows, start=2):
-        fields = [value.strip() for value in row if value is not None]
-        if not any(fields):
-            continue  # spreadsheets leave lines of commas behind
-        if len(fields) != len(header):
-            raise _wrong_width(path, number, len(fields), len(header))
-        yield number, dict(zip(header, map(csv_value, fields), strict=True))
-
-
-def _wrong_width(path: Path, line: int, fields: int, expected: int) -> ManifestError:
-    return ManifestError(f"{path}, line {line}: {fields} fields where the header has {expected}")
 
 
 def canonical_column(name: str) -> str:

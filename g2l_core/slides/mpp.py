@@ -246,7 +246,9 @@ def doubts(scale: Scale, power: float | None) -> list[str]:
 def _reasons(fact: ScaleFacts, majority: float | None) -> list[str]:
     mpp, header, power = fact.scale.mpp, fact.scale.header, fact.objective_power
     if header is not None and _factor(mpp, header.mpp) > CLOSE and not doubts(header, power):
-        return [f"the manifest's is {_times(mpp, header.mpp)} the {header.mpp:.4g} um/px of its header"]
+        return [
+            f"the manifest's is {_times(mpp, header.mpp)} the {header.mpp:.4g} um/px of its header: correct or empty it"
+        ]
     told = header or (fact.scale if fact.scale.source.startswith("header") else None)
     if told is not None and fact.manifest_mpp is not None and _factor(told.mpp, fact.manifest_mpp) <= CLOSE:
         return []

@@ -149,12 +149,15 @@ def test_what_real_scanners_call_40x_is_normal(mpp):
         (fact("odd", 0.0999), "outside"),
         (fact("odd", 1.21), "outside"),
         (fact("odd", 0.25, y=0.253), "0.25 um/px across but 0.253 um/px down"),
-        (fact("odd", 0.25, manifest=0.25, source="manifest", header=0.5), "about 1/2 of the 0.5 um/px of its header"),
+        (fact("odd", 0.25, manifest=0.25, source="manifest", header=0.5), "about 1/2 of the 0.5 um/px of its header: "),
         (
             fact("odd", 0.5, manifest=0.5, source="manifest", header=0.35),
             "about 1.4 times the 0.35 um/px of its header",
         ),
-        (fact("odd", 2.5, manifest=2.5, source="manifest", header=0.25), "about 10 times the 0.25 um/px of its header"),
+        (
+            fact("odd", 2.5, manifest=2.5, source="manifest", header=0.25),
+            "about 10 times the 0.25 um/px of its header: ",
+        ),
         (fact("odd", 2.5, manifest=2.5, source="manifest"), "outside"),
         (fact("odd", 0.5, power=40.0, source="override"), "objective"),
         (fact("odd", 0.5, power=40.0, manifest=0.5, source="manifest"), "objective"),
