@@ -213,7 +213,9 @@ def test_a_scale_that_the_header_contradicts_stops_and_is_noted(cohort, tmp_path
     assert done.returncode == 0, done.stderr
     assert "p02-1: 0.27 um/px in place of 0.25" in done.stderr
     assert FeatureStore.open(store).slide("p01-1").facts.mpp == 0.37
-    (tmp_path / "t.toml").write_text('[tasks.t]\nlabel = "kind"\nmetrics = ["cka"]\n')
+    (tmp_path / "t.toml").write_text(
+        '[tasks.t]\nlabel = "kind"\nmetrics = ["knn"]\nknn_k = 1\ntrain = "slide_id=p01-1"\ntest = "slide_id=p02-1"\n'
+    )
     encoder = next(iter(FeatureStore.open(store).encoders))
     done = g2l("bench", tmp_path / "t.toml", "--store", store, "--encoders", encoder, "--out", tmp_path / "r")
     note = "the um/px of 2 slides (p01-1, p02-1) is the manifest's, and the header gives another"
