@@ -201,9 +201,9 @@ def test_a_scale_that_changes_after_the_slide_was_cached_is_told(cohort, tmp_pat
 
 
 def test_a_scale_that_the_header_contradicts_stops_and_is_noted(cohort, tmp_path):
-    for name in ("p01-1", "p02-1"):
+    for name in ("p01-1", "p02-1", "p03-1"):
         shutil.copy(cohort.parent / f"slides/{name}.tiff", tmp_path / f"{name}.tiff")
-    rows = [("p01-1.tiff", 0.37, "a"), ("p02-1.tiff", 0.27, "b")]
+    rows = [("p01-1.tiff", 0.37, "a"), ("p02-1.tiff", 0.27, "b"), ("p03-1.tiff", "", "a")]
     path, store = manifest(tmp_path / "m.csv", rows, "path,mpp,kind"), tmp_path / "s.zarr"
     few = (*FEW, "--max-patches", "6", "--tissue", "none")
     refused(
@@ -214,7 +214,7 @@ def test_a_scale_that_the_header_contradicts_stops_and_is_noted(cohort, tmp_path
     assert "p02-1: 0.27 um/px in place of 0.25" in done.stderr
     assert FeatureStore.open(store).slide("p01-1").facts.mpp == 0.37
     (tmp_path / "t.toml").write_text(
-        '[tasks.t]\nlabel = "kind"\nmetrics = ["knn"]\nknn_k = 1\ntrain = "slide_id=p01-1"\ntest = "slide_id=p02-1"\n'
+        '[tasks.t]\nlabel = "kind"\nmetrics = ["knn"]\nknn_k = 1\ntrain = "slide_id=p0[12]-1"\ntest = "slide_id=p03-1"\n'
     )
     encoder = next(iter(FeatureStore.open(store).encoders))
     done = g2l("bench", tmp_path / "t.toml", "--store", store, "--encoders", encoder, "--out", tmp_path / "r")
