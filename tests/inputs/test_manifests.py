@@ -6,6 +6,8 @@ import cv2
 import numpy as np
 import pytest
 
+from g2l_core.benchmark.evaluate import BenchSpec, evaluate_task
+from g2l_core.benchmark.spec import TaskSpec
 from g2l_core.slides.manifest import read_sources
 from g2l_core.slides.mpp import Scale, ScaleFacts, audit_scale, audit_table, describe_unused_override, find_scale
 from g2l_core.store.features import FeatureStore
@@ -213,11 +215,7 @@ def test_a_scale_that_the_header_contradicts_stops_and_is_noted(cohort, tmp_path
     assert done.returncode == 0, done.stderr
     assert "p02-1: 0.27 um/px in place of 0.25" in done.stderr
     assert FeatureStore.open(store).slide("p01-1").facts.mpp == 0.37
-    (tmp_path / "t.toml").write_text(
-        '[tasks.t]\nlabel = "kind"\nmetrics = ["knn"]\nknn_k = 1\ntrain = "slide_id=p0[12]-1"\ntest = "slide_id=p03-1"\n'
-    )
-    encoder = next(iter(FeatureStore.open(store).encoders))
-    done = g2l("bench", tmp_path / "t.toml", "--store", store, "--encoders", encoder, "--out", tmp_path / "r")
+    spec, opened = TaskSpec(name="t", label="kind", metrics=("cka",)), FeatureStore.open(store)
+    outcome = evaluate_task([opened], spec, BenchSpec(encoders=tuple(opened.encoders)), tmp_path)
     note = "the um/px of 2 slides (p01-1, p02-1) is the manifest's, and the header gives another"
-    assert note in " ".join(done.stdout.split())
-    assert note in (tmp_path / "r/results.json").read_text()
+    assert outcome.notes == [f"task t: {note}"]
