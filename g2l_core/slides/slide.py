@@ -12,10 +12,11 @@ from PIL import Image
 
 from g2l_core.errors import MppError, NotASlideError, ReadError
 from g2l_core.slides.boundary import slide_errors
+from g2l_core.slides.color_space import require_dicom_space
 from g2l_core.slides.limits import require_pixels
 from g2l_core.slides.mpp import Scale, ScaleFacts, find_scale, objective_power
 from g2l_core.slides.readers import SlideHandle, open_handle
-from g2l_core.slides.tiff_tiles import VENDORS, TilePyramid, open_tiles
+from g2l_core.slides.tiff_tiles import VENDORS, TilePyramid, open_tiles, require_tagged_space
 from g2l_core.types import Level0Px, Mpp, Rgb
 
 THUMBNAIL_BLOCK_PX = 4096
@@ -68,6 +69,7 @@ class Slide:
         self._tiles = tiles
         self._lock = threading.Lock()
         self._downsamples = tuple(float(d) for d in handle.level_downsamples)
+        self._level_sizes = tuple(handle.level_dimensions)
         color = handle.properties.get(openslide.PROPERTY_NAME_BACKGROUND_COLOR, "ffffff")
         self._background = tuple(bytes.fromhex(color))
 
@@ -168,8 +170,31 @@ class Slide:
 
     def _read(self, origin: tuple[int, int], level: int, size: tuple[int, int]) -> Rgb:
         """Pixels over the slide's background color; `origin` in level-0 pixels, `size` in pixels of the level."""
+        if self._tiles is not None and level in self._tiles.differing:
+            return self._decoded_alone(self._tiles, origin, level, size)
         pixels = self._decoded(origin, level, size)
         return self._read_region(origin, level, size) if pixels is None else pixels
+
+    def _decoded_alone(self, tiles: TilePyramid, origin: tuple[int, int], level: int, size: tuple[int, int]) -> Rgb:
+        """The region of a slide whose colors OpenSlide gets wrong: it starts at a whole pixel, and is cut to the level.
+
+        Raises:
+            ReadError: A tile is absent or damaged.
+        """
+        left, top = (round(at / self._downsamples[level]) for at in origin)
+        right, bottom = (
+            min(at + n, end) for at, n, end in zip((left, top), size, self._level_sizes[level], strict=True)
+        )
+        region = np.full((size[1], size[0], 3), self._background, np.uint8)
+        x, y = max(left, 0), max(top, 0)
+        if x < right and y < bottom:
+            pixels = tiles.read(level, x, y, right - x, bottom - y)
+            if pixels is None:
+                raise ReadError(
+                    f"cannot decode {size[0]} x {size[1]} px at {origin}, level {level}: a tile is absent or damaged"
+                )
+            region[y - top : bottom - top, x - left : right - left] = pixels
+        return region
 
     def _decoded(self, origin: tuple[int, int], level: int, size: tuple[int, int]) -> Rgb | None:
         """The region decoded from the tiles' bytes; None if it starts between pixels or cannot be decoded this way."""
@@ -210,7 +235,8 @@ def open_slide(
         path: The file, or the folder of an OME-Zarr.
         manifest_mpp: Micrometers per level-0 pixel, used where the header gives none that can be trusted.
         mpp_override: The same, used where neither header nor manifest gives one.
-        own_tiles: Decode tiles of TIFF and SVS files directly. False reads all through OpenSlide, with the same pixels.
+        own_tiles: Decode tiles of TIFF and SVS files directly. False reads all through OpenSlide, with the same pixels;
+            it has no effect on a slide whose tags contradict the color space of its tiles.
 
     Raises:
         NotASlideError: No reader opens the file, or its header gives what no reader expects.
@@ -218,10 +244,31 @@ def open_slide(
     """
     with slide_errors(NotASlideError):
         handle, scale = _open_scaled(path, manifest_mpp, mpp_override)
-        tiles = None
-        if own_tiles and handle.properties.get(openslide.PROPERTY_NAME_VENDOR) in VENDORS:
-            tiles = open_tiles(path, handle.level_dimensions)
+        try:
+            tiles = _own_tiles(path, handle)
+        except NotASlideError:
+            handle.close()
+            raise
+        if tiles is not None and not own_tiles and not tiles.differing:
+            tiles.close()
+            tiles = None
         return Slide(path, handle, scale.mpp, scale.source, tiles)
+
+
+def _own_tiles(path: Path, handle: SlideHandle) -> TilePyramid | None:
+    """The tiles of a file that can be decoded directly.
+
+    Raises:
+        NotASlideError: The header contradicts the color space of tiles that only OpenSlide reads.
+    """
+    vendor = handle.properties.get(openslide.PROPERTY_NAME_VENDOR)
+    if vendor in VENDORS:
+        return open_tiles(path, handle.level_dimensions)
+    if vendor == "dicom":
+        require_dicom_space(path, handle.properties.get("dicom.PhotometricInterpretation", ""))
+    elif path.is_file():
+        require_tagged_space(path)
+    return None
 
 
 def read_scale(

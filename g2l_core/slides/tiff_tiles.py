@@ -22,6 +22,8 @@ import imagecodecs
 import numpy as np
 import tifffile
 
+from g2l_core.errors import NotASlideError
+from g2l_core.slides.color_space import RGB, YCBCR, jpeg2000_is_transformed, jpeg_space
 from g2l_core.types import Rgb
 
 CACHE_BYTES = 128 << 20
@@ -30,8 +32,13 @@ CACHE_BYTES = 128 << 20
 VENDORS = frozenset({"aperio", "generic-tiff"})
 """OpenSlide's names of the formats whose levels are plain tiled TIFF pages without overlap."""
 
-JPEG, JPEG2000_RGB = 7, 33005
-YCBCR, RGB = 6, 2
+JPEG, JPEG2000_YCBCR, JPEG2000_RGB = 7, 33003, 33005
+
+PHOTOMETRIC = {6: YCBCR, 2: RGB}
+"""Values of the tag PhotometricInterpretation that are read here."""
+
+LOOKED_AT = 5
+"""Tiles of a level, spread over it, whose color space is compared with the tag."""
 
 _UNREADABLE = (
     ValueError, RuntimeError, OSError, KeyError, IndexError, TypeError, OverflowError, MemoryError,
@@ -49,6 +56,8 @@ class _Level:
     offsets: np.ndarray
     counts: np.ndarray
     decode: Callable[[bytes, Rgb], np.ndarray]
+    differs: bool
+    """Whether its tiles are coded in another color space than the tag says, so that OpenSlide's colors are wrong."""
 
     @property
     def columns(self) -> int:
@@ -64,6 +73,11 @@ class TilePyramid:
         self._cache: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
         self._room = cache_bytes
         self._lock = threading.Lock()
+
+    @property
+    def differing(self) -> frozenset[int]:
+        """The levels whose tiles the tags of the file contradict. OpenSlide must not read them."""
+        return frozenset(i for i, level in enumerate(self._levels) if level is not None and level.differs)
 
     def __del__(self) -> None:
         self.close()
@@ -146,14 +160,42 @@ def open_tiles(
 
     Returns:
         None if no level can be read this way.
+
+    Raises:
+        NotASlideError: The tiles are coded in another color space than the tags say, and cannot be read this way.
     """
     try:
         with tifffile.TiffFile(path) as tiff:
             pages = [page for page in _pages(tiff) if page.is_tiled]
-            levels = [_level(pages, size) for size in level_sizes]
+            levels = [_level(tiff, pages, size) for size in level_sizes]
     except _UNREADABLE:
         return None
     return TilePyramid(path, levels, cache_bytes) if any(levels) else None
+
+
+def require_tagged_space(path: Path) -> None:
+    """Refuse a TIFF that only OpenSlide reads if its tiles are coded in another color space than the tags say.
+
+    Files of other formats pass.
+
+    Raises:
+        NotASlideError: They are.
+    """
+    try:
+        with tifffile.TiffFile(path) as tiff:
+            for page in _pages(tiff):
+                if page.is_tiled and _differs(tiff, page):
+                    raise _contradiction(page)
+    except _UNREADABLE:
+        return
+
+
+def _contradiction(page: Any) -> NotASlideError:
+    return NotASlideError(
+        f"the tiles of its level of {page.imagewidth} x {page.imagelength} px are coded in another color space than "
+        f"its TIFF tags say (compression {int(page.compression)}, photometric {int(page.photometric)}), and they "
+        "cannot be decoded directly: correct the tag, or convert the slide again"
+    )
 
 
 def _pages(tiff: tifffile.TiffFile) -> list[Any]:
@@ -165,9 +207,12 @@ def _pages(tiff: tifffile.TiffFile) -> list[Any]:
     return pages
 
 
-def _level(pages: Sequence[Any], size: tuple[int, int]) -> _Level | None:
+def _level(tiff: tifffile.TiffFile, pages: Sequence[Any], size: tuple[int, int]) -> _Level | None:
     fitting = [page for page in pages if (page.imagewidth, page.imagelength) == size]
-    decode = _decoder(fitting[0]) if len(fitting) == 1 else None  # two of one size: which of them is the slide?
+    differing = [page for page in fitting if _differs(tiff, page)]
+    decode = _decoder(fitting[0], differs=bool(differing)) if len(fitting) == 1 else None  # of two, which is it?
+    if decode is None and differing:
+        raise _contradiction(differing[0])
     if decode is None:
         return None
     page = fitting[0]
@@ -177,22 +222,43 @@ def _level(pages: Sequence[Any], size: tuple[int, int]) -> _Level | None:
         offsets=np.array(page.dataoffsets, np.int64),
         counts=np.array(page.databytecounts, np.int64),
         decode=decode,
+        differs=bool(differing),
     )
 
 
-def _decoder(page: Any) -> Callable[[bytes, Rgb], np.ndarray] | None:
+def _differs(tiff: tifffile.TiffFile, page: Any) -> bool:
+    """Whether some of the tiles are coded in another color space than the page's tags say."""
+    compression, tagged = int(page.compression), PHOTOMETRIC.get(int(page.photometric))
+    if compression not in {JPEG, JPEG2000_YCBCR} or page.samplesperpixel != 3 or tagged is None:
+        return False
+    present = np.flatnonzero(np.array(page.databytecounts, np.int64))
+    for index in np.unique(present[np.linspace(0, len(present) - 1, LOOKED_AT).astype(int)] if len(present) else []):
+        tiff.filehandle.seek(page.dataoffsets[index])
+        tile = tiff.filehandle.read(page.databytecounts[index])
+        if compression == JPEG2000_YCBCR:
+            differs = jpeg2000_is_transformed(tile) is True
+        else:
+            differs = jpeg_space(tile) not in {None, tagged}
+        if differs:
+            return True
+    return False
+
+
+def _decoder(page: Any, *, differs: bool) -> Callable[[bytes, Rgb], np.ndarray] | None:
     """The function that decodes the page's tiles; None for a format that only OpenSlide reads.
 
-    It decodes into an array of the tile's size, and refuses by its header an image of any other size.
+    It decodes into an array of the tile's size, and refuses by its header an image of any other size. The markers of
+    a tile decide on its color space; the tag does where they say nothing.
     """
     if page.samplesperpixel != 3 or page.bitspersample != 8 or page.planarconfig != 1 or page.tiledepth != 1:
         return None
-    compression, photometric = int(page.compression), int(page.photometric)
-    if compression == JPEG and photometric in {YCBCR, RGB}:
-        tables, space = page.jpegtables, "YCBCR" if photometric == YCBCR else "RGB"
+    compression, tagged = int(page.compression), PHOTOMETRIC.get(int(page.photometric))
+    if compression == JPEG and tagged:
+        tables = page.jpegtables
         return lambda data, tile: imagecodecs.jpeg8_decode(
-            data, tables=tables, colorspace=space, outcolorspace="RGB", out=tile
+            data, tables=tables, colorspace=jpeg_space(data) or tagged, outcolorspace=RGB, out=tile
         )
-    if compression == JPEG2000_RGB and photometric == RGB:
+    is_rgb = compression == JPEG2000_RGB and tagged == RGB
+    if is_rgb or (compression == JPEG2000_YCBCR and differs):  # the codestream's own transform gives RGB
         return lambda data, tile: imagecodecs.jpeg2k_decode(data, out=tile)
     return None
