@@ -13,7 +13,7 @@ of the two has read.
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,9 +55,12 @@ class _Level:
     tile: tuple[int, int]
     offsets: np.ndarray
     counts: np.ndarray
-    decode: Callable[[bytes, Rgb], np.ndarray]
-    differs: bool
-    """Whether its tiles are coded in another color space than the tag says, so that OpenSlide's colors are wrong."""
+    decode: Callable[[bytes, Rgb], np.ndarray] | None
+    """None for a format that only OpenSlide reads."""
+    only_here: bool
+    """Whether OpenSlide takes the tag's color space against the tiles' own, or reads tiles that lie nowhere."""
+    resolution: float
+    """Pixels per unit of length by the tags; 0 where they do not say."""
 
     @property
     def columns(self) -> int:
@@ -75,9 +78,21 @@ class TilePyramid:
         self._lock = threading.Lock()
 
     @property
-    def differing(self) -> frozenset[int]:
-        """The levels whose tiles the tags of the file contradict. OpenSlide must not read them."""
-        return frozenset(i for i, level in enumerate(self._levels) if level is not None and level.differs)
+    def only_here(self) -> frozenset[int]:
+        """The levels that OpenSlide must not read, because it takes the colors or the absence of tiles wrongly."""
+        return frozenset(i for i, level in enumerate(self._levels) if level is not None and level.only_here)
+
+    @property
+    def absent_shares(self) -> dict[int, float]:
+        """The fraction of each level's tiles that the file does not have."""
+        return {i: float((level.counts == 0).mean()) for i, level in enumerate(self._levels) if level is not None}
+
+    @property
+    def declared_downsamples(self) -> list[float | None]:
+        """Level-0 pixels per pixel of each level by the tags' resolution; None where they do not say."""
+        first = self._levels[0].resolution if self._levels[0] is not None else 0.0
+        resolutions = [level.resolution if level is not None else 0.0 for level in self._levels]
+        return [first / at if first and at and at != first else None for at in resolutions]
 
     def __del__(self) -> None:
         self.close()
@@ -104,7 +119,14 @@ class TilePyramid:
             None where the region leaves the level, or a tile is missing or cannot be decoded.
         """
         page = self._levels[level]
-        if page is None or x < 0 or y < 0 or x + width > page.size[0] or y + height > page.size[1]:
+        if (
+            page is None
+            or page.decode is None
+            or x < 0
+            or y < 0
+            or x + width > page.size[0]
+            or y + height > page.size[1]
+        ):
             return None
         tile_width, tile_height = page.tile
         region = np.empty((height, width, 3), np.uint8)
@@ -118,6 +140,18 @@ class TilePyramid:
                 y0, y1 = max(y, top), min(y + height, top + tile_height)
                 region[y0 - y : y1 - y, x0 - x : x1 - x] = tile[y0 - top : y1 - top, x0 - left : x1 - left]
         return region
+
+    def present(self, level: int, left: int, top: int, right: int, bottom: int) -> Iterator[tuple[int, int, int, int]]:
+        """The parts of a region in tiles that the file has: left, top, width and height in pixels of the level."""
+        page = self._levels[level]
+        if page is None:
+            return
+        width, height = page.tile
+        for row in range(top // height, -(-bottom // height)):
+            for column in range(left // width, -(-right // width)):
+                if page.counts[row * page.columns + column]:
+                    x, y = max(left, column * width), max(top, row * height)
+                    yield x, y, min(right, (column + 1) * width) - x, min(bottom, (row + 1) * height) - y
 
     def _tile(self, level: int, page: _Level, index: int) -> np.ndarray | None:
         key = level, index
@@ -137,7 +171,7 @@ class TilePyramid:
         return tile
 
     def _decode(self, page: _Level, index: int) -> np.ndarray | None:
-        if not page.counts[index]:
+        if page.decode is None or not page.counts[index]:
             return None
         try:
             content = os.pread(self._file, int(page.counts[index]), int(page.offsets[index]))
@@ -159,7 +193,7 @@ def open_tiles(
         cache_bytes: Maximum number of bytes of decoded tiles that are kept.
 
     Returns:
-        None if no level can be read this way.
+        None if no level is found, though OpenSlide may read it.
 
     Raises:
         NotASlideError: The tiles are coded in another color space than the tags say, and cannot be read this way.
@@ -213,17 +247,26 @@ def _level(tiff: tifffile.TiffFile, pages: Sequence[Any], size: tuple[int, int])
     decode = _decoder(fitting[0], differs=bool(differing)) if len(fitting) == 1 else None  # of two, which is it?
     if decode is None and differing:
         raise _contradiction(differing[0])
-    if decode is None:
+    if len(fitting) != 1:
         return None
     page = fitting[0]
+    nowhere = np.array(page.dataoffsets, np.int64) == 0
     return _Level(
         size=size,
         tile=(page.tilewidth, page.tilelength),
         offsets=np.array(page.dataoffsets, np.int64),
-        counts=np.array(page.databytecounts, np.int64),
+        counts=np.where(nowhere, 0, np.array(page.databytecounts, np.int64)),
         decode=decode,
-        differs=bool(differing),
+        only_here=bool(differing)
+        or (decode is not None and bool((nowhere & (np.array(page.databytecounts) != 0)).any())),
+        resolution=_resolution(page),
     )
+
+
+def _resolution(page: Any) -> float:
+    tag = page.tags.get("XResolution")
+    numerator, denominator = tag.value if tag is not None else (0, 1)
+    return numerator / denominator if denominator else 0.0
 
 
 def _differs(tiff: tifffile.TiffFile, page: Any) -> bool:
@@ -231,7 +274,7 @@ def _differs(tiff: tifffile.TiffFile, page: Any) -> bool:
     compression, tagged = int(page.compression), PHOTOMETRIC.get(int(page.photometric))
     if compression not in {JPEG, JPEG2000_YCBCR} or page.samplesperpixel != 3 or tagged is None:
         return False
-    present = np.flatnonzero(np.array(page.databytecounts, np.int64))
+    present = np.flatnonzero(np.array(page.databytecounts, np.int64) * np.array(page.dataoffsets, np.int64))
     for index in np.unique(present[np.linspace(0, len(present) - 1, LOOKED_AT).astype(int)] if len(present) else []):
         tiff.filehandle.seek(page.dataoffsets[index])
         tile = tiff.filehandle.read(page.databytecounts[index])

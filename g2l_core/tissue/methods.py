@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from g2l_core.errors import UnknownNameError, UsageError
+from g2l_core.slides.notes import Note
 from g2l_core.slides.slide import Slide, Thumbnail
 from g2l_core.tissue import annotations, network
 from g2l_core.tissue.thresholds import THUMBNAIL_MPP, color_tissue, otsu_tissue
@@ -30,6 +31,8 @@ class FoundTissue:
     """The slide at the mask's scale, if it was read."""
     facts: Mapping[str, str] = field(default_factory=dict)
     """What the slide's record must keep. For an annotation these are `tissue_file` and `tissue_sha256`."""
+    notes: tuple[Note, ...] = ()
+    """What of an annotation was left out."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -80,7 +80,7 @@ def write_tiles(
                 for y in range(0, height, TILE)
                 for x in range(0, width, TILE)
             ]
-            coded = [None if (level, i) in missing else tile for i, tile in enumerate(tiles)]
+            coded = [b"" if (level, i) in missing else tile for i, tile in enumerate(tiles)]
             tiff.write(
                 iter(coded), shape=pixels.shape, dtype="uint8", photometric="rgb", compression=compression,
                 tile=(TILE, TILE), metadata=None, subfiletype=int(level > 0 and description is None),
