@@ -1,6 +1,6 @@
 """Find the patches of a slide: its scale, its tissue, the grid, the parameters of views. Reads small scales only."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -99,7 +99,7 @@ def _patch_slide(
         remarks = _write_overview(qc, slide, overview, found) if qc is not None else ()
         notes = (*slide.notes, *found.notes, *_glass_notes(slide, found, may_read=qc is not None))
         if not len(coords):
-            raise NoTissueError(_nothing_left(slide, side, tissue))
+            raise NoTissueError(_nothing_left(slide, side, tissue, notes))
         facts = SlideFacts(
             kind="slide",
             fingerprint=fingerprint(source.path),
@@ -128,10 +128,11 @@ def _glass_notes(slide: Slide, found: FoundTissue, *, may_read: bool) -> Iterato
         yield Note(text=text, detail="red {} green {} blue {}".format(*color))
 
 
-def _nothing_left(slide: Slide, side: Level0Px, tissue: TissueMethod) -> str:
+def _nothing_left(slide: Slide, side: Level0Px, tissue: TissueMethod, notes: Sequence[Note]) -> str:
     width, height = slide.level0_size
+    said = "".join(f"; {note.text} ({note.detail})" for note in notes)
     return (
-        f"tissue method {tissue.identity!r} leaves no patch of {side} level-0 px in {width} x {height} px. "
+        f"tissue method {tissue.identity!r} leaves no patch of {side} level-0 px in {width} x {height} px{said}. "
         "If there is tissue, try --tissue none or a smaller --min-tissue"
     )
 

@@ -4,6 +4,7 @@ Samples of more than 8 bits are refused, because nothing in such a file says how
 orientation of EXIF is applied. Transparent pixels lie over white.
 """
 
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 
@@ -15,6 +16,39 @@ from g2l_core.slides.notes import Note
 
 ORIENTATION = 0x112
 UPRIGHT = 1
+TILE_WIDTH = 322
+
+
+TIFF_SUFFIXES = frozenset({".tif", ".tiff"})
+
+PATCH_PX = 1024
+"""Maximum side of TIFF files that are taken for patch images."""
+
+
+def are_patch_images(paths: Sequence[Path]) -> bool:
+    """Whether files are small square TIFF images of one size without tiles and lower levels, and not slides."""
+    sizes = set[tuple[int, int]]()
+    for path in paths:
+        if path.suffix.lower() not in TIFF_SUFFIXES or (size := _patch_size(path)) is None:
+            return False
+        sizes.add(size)
+        if len(sizes) > 1:
+            return False
+    return len(paths) > 1
+
+
+def _patch_size(path: Path) -> tuple[int, int] | None:
+    """The size of a TIFF file that may be a patch image; None for any other."""
+    try:
+        with opened_image(path) as image:
+            is_patch = (
+                image.size[0] == image.size[1] <= PATCH_PX
+                and getattr(image, "n_frames", 1) == 1
+                and TILE_WIDTH not in getattr(image, "tag_v2", {})
+            )
+            return image.size if is_patch else None
+    except (OSError, ValueError, SyntaxError, ReadError):
+        return None
 
 
 def read_plain_image(source: Path | BytesIO) -> tuple[Image.Image, int]:

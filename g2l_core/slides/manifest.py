@@ -19,6 +19,7 @@ from pathlib import Path
 from g2l_core.errors import ManifestError, UsageError
 from g2l_core.files import csv_value
 from g2l_core.rng import keyed_generator
+from g2l_core.slides.images import are_patch_images
 from g2l_core.slides.limits import require_file_or_folder
 from g2l_core.slides.ome_zarr import SUFFIX, is_ome_zarr
 from g2l_core.slides.readers import IMAGE_SUFFIXES, dicom_series, slide_suffixes
@@ -56,7 +57,8 @@ def read_sources(inputs: Sequence[Path]) -> list[Source]:
     """Find the sources that the INPUT arguments name: slides, folders and manifests. They are sorted by id.
 
     A .zarr folder with an OME-Zarr image is a slide. Any other folder that holds a slide anywhere is a folder of
-    slides; else, one that holds images is a folder of patch images, one source per sub-folder.
+    slides; else, one that holds images is a folder of patch images, one source per sub-folder. TIFF files are patch
+    images if all are as `are_patch_images` says.
 
     Raises:
         UsageError: An input does not exist.
@@ -83,9 +85,9 @@ def _from_folder(folder: Path) -> list[Source]:
     files = sorted(files_below(folder))
     suffixes = slide_suffixes() | {SUFFIX}
     slides = list(_one_a_series(p for p in files if p.suffix.lower() in suffixes))
-    if slides:
+    if slides and not are_patch_images(slides):
         return [Source(slide_id=_id_of(p.relative_to(folder)), path=p) for p in slides]
-    images = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES]
+    images = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES] + slides
     if not images:
         raise ManifestError(
             f"{folder} holds no slide ({' '.join(sorted(suffixes))}) "
