@@ -87,8 +87,8 @@ def read_image(path: Path, patch_px: int) -> Rgb:
         raise ReadError(f"cannot read {path}: {error.strerror}") from error
     try:
         with opened_image(BytesIO(encoded)) as header:  # reads no pixels
-            size, is_plain = header.size, _is_plain(header)
             require_8_bits(header)
+            size, is_plain = header.size, _is_plain(header)
         if size != (patch_px, patch_px):
             raise ReadError(f"it is {size[0]} x {size[1]} px, the store's patches {patch_px} x {patch_px}")
         if not is_plain:
@@ -104,8 +104,9 @@ def read_image(path: Path, patch_px: int) -> Rgb:
 
 
 def _is_plain(image: Image.Image) -> bool:
-    """Whether OpenCV, which is faster, decodes the same pixels."""
-    return image.mode in {"1", "L", "P", "RGB"} and not image.has_transparency_data and orientation_of(image) == UPRIGHT
+    """Whether OpenCV, which is faster, decodes the same pixels. The EXIF of a PNG may follow the pixels."""
+    has_colors = image.mode in {"1", "L", "P", "RGB"} and not image.has_transparency_data
+    return has_colors and image.format != "PNG" and orientation_of(image) == UPRIGHT
 
 
 def open_patches(stored: StoredSlide, grid: GridSpec, path: Path | None = None) -> PatchReader:

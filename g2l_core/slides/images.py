@@ -24,29 +24,35 @@ TIFF_SUFFIXES = frozenset({".tif", ".tiff"})
 PATCH_PX = 1024
 """Maximum side of TIFF files that are taken for patch images."""
 
+FIELD_PX = 4096
+"""Maximum side of what is rather a field of view than a slide."""
+
 
 def are_patch_images(paths: Sequence[Path]) -> bool:
-    """Whether files are small square TIFF images of one size without tiles and lower levels, and not slides."""
-    sizes = set[tuple[int, int]]()
+    """Whether files are TIFF images without tiles and lower levels, square, of one size and at most `PATCH_PX`."""
+    sizes = set[tuple[int, int] | None]()
     for path in paths:
-        if path.suffix.lower() not in TIFF_SUFFIXES or (size := _patch_size(path)) is None:
-            return False
+        size = _plain_tiff_size(path)
         sizes.add(size)
-        if len(sizes) > 1:
+        if size is None or len(sizes) > 1 or not size[0] == size[1] <= PATCH_PX:
             return False
     return len(paths) > 1
 
 
-def _patch_size(path: Path) -> tuple[int, int] | None:
-    """The size of a TIFF file that may be a patch image; None for any other."""
+def is_small_tiff(path: Path) -> bool:
+    """Whether a file is a TIFF image without tiles and lower levels, of at most `FIELD_PX`."""
+    size = _plain_tiff_size(path)
+    return size is not None and max(size) <= FIELD_PX
+
+
+def _plain_tiff_size(path: Path) -> tuple[int, int] | None:
+    """The size of a TIFF image without tiles and lower levels; None for any other file."""
+    if path.suffix.lower() not in TIFF_SUFFIXES or not path.is_file():
+        return None
     try:
         with opened_image(path) as image:
-            is_patch = (
-                image.size[0] == image.size[1] <= PATCH_PX
-                and getattr(image, "n_frames", 1) == 1
-                and TILE_WIDTH not in getattr(image, "tag_v2", {})
-            )
-            return image.size if is_patch else None
+            is_plain = TILE_WIDTH not in getattr(image, "tag_v2", {}) and getattr(image, "n_frames", 1) == 1
+            return image.size if is_plain else None
     except (OSError, ValueError, SyntaxError, ReadError):
         return None
 
