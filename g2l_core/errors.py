@@ -8,6 +8,7 @@
     │   ├── MppError          micrometers per pixel are absent, implausible, or too coarse
     │   ├── NoTissueError     nothing is left after tissue detection
     │   └── ReadError         the file opens, but these pixels cannot be read
+    │       └── AbsentPixelsError  the file does not have them
     ├── ManifestError         a slide list or label table is not usable
     ├── EncoderError          an encoder cannot be built, or gave features that are not finite
     ├── StoreError            a store, or something in it, cannot be used
@@ -69,6 +70,10 @@ class NoTissueError(SlideError):
 
 class ReadError(SlideError):
     """The slide opens, but these pixels cannot be read."""
+
+
+class AbsentPixelsError(ReadError):
+    """The slide was written without too many of these pixels."""
 
 
 class ManifestError(G2LError):

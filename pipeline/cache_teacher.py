@@ -1,7 +1,7 @@
 """Stage one: from slides to stored features. Behind `g2l cache-teacher` and `g2l embed`."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -35,6 +35,9 @@ from pipeline.recognize import recognize, same_slide
 from pipeline.settings import ExtractionSettings
 from pipeline.slide_locks import await_lost_workers
 
+SHOWN_SLIDES = 5
+"""Slides that a sentence names."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractionSummary:
@@ -51,6 +54,8 @@ class ExtractionSummary:
     left_out: dict[str, int]
     """Patches without features, by the artifact that they show. They are not losses."""
     seconds: dict[str, float]
+    notes: tuple[str, ...]
+    """What is not as expected about slides that this call found patches of, a sentence for each kind."""
     elapsed: float
     """Seconds from the first patch asked for to the last shard written."""
 
@@ -95,12 +100,27 @@ def run_extraction(
         if settings.retry_failed:
             wanted = lost_slides(store) | trial.acquitted
             sources = [source for source in sources if source.slide_id in wanted]
-        failed = refused | blame(store, trial) | patch_cohort(store, sources, grid, views, settings, tissue)
+        notes: dict[str, list[str]] = {}
+        failed = refused | blame(store, trial) | patch_cohort(store, sources, grid, views, settings, tissue, notes)
         ready = [source.slide_id for source in sources if source.slide_id not in failed]
         if not encoders and count_missing(store, ready, keys, settings):
             encoders = load_encoders(encoder_specs, settings)
             add_encoders(store, encoders)
-        return _encode(store, ready, failed, [encoder.key for encoder in encoders] or keys, encoders, settings)
+        summary = _encode(store, ready, failed, [encoder.key for encoder in encoders] or keys, encoders, settings)
+        return replace(summary, notes=_told(notes))
+
+
+def _told(notes: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+    """A sentence for each kind of note, with the slides that have it."""
+    return tuple(
+        f"{len(slides):,} slide{'s' * (len(slides) > 1)}: {text}: {some(slides)}" for text, slides in notes.items()
+    )
+
+
+def some(names: Sequence[str]) -> str:
+    """The first names, and how many there are beyond."""
+    more = len(names) - SHOWN_SLIDES
+    return ", ".join(names[:SHOWN_SLIDES]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def blame(store: FeatureStore, trial: Trial) -> dict[str, str]:
@@ -136,6 +156,7 @@ def _encode(
         unreadable={slide.slide_id: lost for slide in sound if (lost := list(slide.unreadable.values()))},
         left_out=count_artifacts(np.concatenate([np.zeros(0, np.uint8), *(slide.patch_status for slide in sound)])),
         seconds=progress.seconds,
+        notes=(),
         elapsed=progress.elapsed,
     )
 
@@ -262,8 +283,12 @@ def patch_cohort(
     views: ViewSpec,
     settings: ExtractionSettings,
     tissue: TissueMethod | None,
+    notes: dict[str, list[str]],
 ) -> dict[str, str]:
-    """Store the patches of every source, and return the reasons of those that failed."""
+    """Store the patches of every source, and return the reasons of those that failed.
+
+    `notes` gains what is not as expected about the others: for each kind, the slides.
+    """
     n_views = 1 + settings.views
     failed = dict(store.damaged)
     known = {slide.slide_id: slide for slide in store.slides()}
@@ -308,6 +333,9 @@ def patch_cohort(
                 store_patched(store, source, patched, views, n_views)
                 for remark in patched.remarks:
                     say(remark)
+                for note in patched.notes:
+                    detail = f" ({note.detail})" if note.detail else ""
+                    notes.setdefault(note.text, []).append(f"{source.slide_id}{detail}")
             line.update(done, len(new))
     return failed
 

@@ -1,7 +1,7 @@
 """Find the patches of a slide: its scale, its tissue, the grid, the parameters of views. Reads small scales only."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,14 +16,18 @@ from g2l_core.patches.render import read_image
 from g2l_core.patches.views import COLUMNS, ViewSpec, sample_views
 from g2l_core.slides.boundary import slide_errors, within
 from g2l_core.slides.fingerprint import file_state, fingerprint
+from g2l_core.slides.images import orientation_of, turned_notes
+from g2l_core.slides.limits import opened_image
 from g2l_core.slides.manifest import Source
 from g2l_core.slides.mpp import TOLD
+from g2l_core.slides.notes import Note
 from g2l_core.slides.slide import Slide, open_slide
 from g2l_core.slides.under_way import UnderWay
 from g2l_core.store.facts import SlideFacts
 from g2l_core.store.features import FeatureStore, StoredSlide
+from g2l_core.tissue.glass import colored_glass
 from g2l_core.tissue.methods import FoundTissue, TissueMethod, resolve_tissue
-from g2l_core.tissue.overview import SlideOverview, write_overview
+from g2l_core.tissue.overview import SlideOverview, thumbnail_to_show, write_overview
 from g2l_core.tissue.thresholds import THUMBNAIL_MPP
 from g2l_core.types import Coords, Level0Px
 
@@ -41,6 +45,8 @@ class PatchedSlide:
     """File names of patch images; None for a slide."""
     remarks: tuple[str, ...] = ()
     """Warnings about what is not needed for the patches: an overview that could not be written."""
+    notes: tuple[Note, ...] = ()
+    """What is not as expected about the slide or its annotation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +101,9 @@ def _patch_slide(
             method=tissue.identity,
         )
         remarks = _write_overview(qc, slide, overview, found) if qc is not None else ()
+        notes = (*slide.notes, *found.notes, *_glass_notes(slide, found, may_read=qc is not None))
         if not len(coords):
-            raise NoTissueError(_nothing_left(slide, side, tissue))
+            raise NoTissueError(_nothing_left(slide, side, tissue, notes))
         facts = SlideFacts(
             kind="slide",
             fingerprint=fingerprint(source.path),
@@ -110,13 +117,26 @@ def _patch_slide(
             source=str(source.path.resolve()),
             labels=dict(source.labels),
         )
-    return PatchedSlide(facts=facts, coords=coords, patch_ids=None, remarks=remarks)
+    return PatchedSlide(facts=facts, coords=coords, patch_ids=None, remarks=remarks, notes=notes)
 
 
-def _nothing_left(slide: Slide, side: Level0Px, tissue: TissueMethod) -> str:
+def _glass_notes(slide: Slide, found: FoundTissue, *, may_read: bool) -> Iterator[Note]:
+    """A note if the slide's glass is colored, as far as there is a thumbnail or one may be read."""
+    thumbnail = found.thumbnail
+    if thumbnail is None and may_read:
+        with suppress(ReadError):  # the remark about the overview says it
+            thumbnail = thumbnail_to_show(slide, None)
+    color = None if thumbnail is None else colored_glass(thumbnail.image)
+    if color is not None:
+        text = "the brightest part is neither near white nor gray, so the colors may be decoded wrongly"
+        yield Note(text=text, detail="red {} green {} blue {}".format(*color))
+
+
+def _nothing_left(slide: Slide, side: Level0Px, tissue: TissueMethod, notes: Sequence[Note]) -> str:
     width, height = slide.level0_size
+    said = "".join(f"; {note.text} ({note.detail})" for note in notes)
     return (
-        f"tissue method {tissue.identity!r} leaves no patch of {side} level-0 px in {width} x {height} px. "
+        f"tissue method {tissue.identity!r} leaves no patch of {side} level-0 px in {width} x {height} px{said}. "
         "If there is tissue, try --tissue none or a smaller --min-tissue"
     )
 
@@ -136,7 +156,7 @@ def _patch_images(source: Source, grid: GridSpec, mpp_override: float | None) ->
     names = source.patch_ids
     mpp = source.mpp if source.mpp is not None else mpp_override
     remark = _require_scale(mpp, "manifest" if source.mpp is not None else "--mpp-override", grid, source.slide_id)
-    _require_first_image(source, grid)
+    notes = _require_first_image(source, grid)
     order = image_order(len(names), grid, source.slide_id)[: grid.max_patches]
     patch_ids = tuple(names[i] for i in order)
     facts = SlideFacts(
@@ -150,7 +170,8 @@ def _patch_images(source: Source, grid: GridSpec, mpp_override: float | None) ->
         labels=dict(source.labels),
     )
     coords = np.zeros((len(order), 2), np.int32)
-    return PatchedSlide(facts=facts, coords=coords, patch_ids=patch_ids, remarks=(remark,) if remark else ())
+    remarks = (remark,) if remark else ()
+    return PatchedSlide(facts=facts, coords=coords, patch_ids=patch_ids, remarks=remarks, notes=notes)
 
 
 def _require_scale(mpp: float | None, source: str, grid: GridSpec, slide_id: str) -> str:
@@ -171,12 +192,16 @@ def _require_scale(mpp: float | None, source: str, grid: GridSpec, slide_id: str
     return f"slide {slide_id}: {given}; patch images are encoded as they are" if share > TOLD else ""
 
 
-def _require_first_image(source: Source, grid: GridSpec) -> None:
-    """Refuse a set of images if the first one has another size than the store's patches."""
+def _require_first_image(source: Source, grid: GridSpec) -> tuple[Note, ...]:
+    """Refuse a set of images if the first one has another size than the store's patches. Returns notes about it."""
+    path = source.path / source.patch_ids[0]
     try:
-        read_image(source.path / source.patch_ids[0], grid.patch_px)
+        read_image(path, grid.patch_px)
     except ReadError as error:
-        raise ReadError(f"{error}. Give their size with --patch-px") from error
+        advice = ". Give their size with --patch-px" if "the store's patches" in str(error) else ""
+        raise ReadError(f"{error}{advice}") from error
+    with opened_image(path) as image:
+        return turned_notes(orientation_of(image))
 
 
 def patch_sources(

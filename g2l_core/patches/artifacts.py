@@ -73,12 +73,12 @@ def artifact_of(patch: Rgb, spec: ArtifactSpec) -> int:
 
 
 def count_artifacts(status: PatchStatus) -> dict[str, int]:
-    """How many patches were left out for each artifact that occurs, by its name.
+    """How many patches were left out for each artifact that occurs, by its name, and for pixels that are absent.
 
     They are not losses: a run that leaves them out is complete. Patches that could not be read are not counted.
     """
     counts = Counter(status.tolist())
-    return {name: counts[STATUS[name]] for name in ARTIFACTS if counts[STATUS[name]]}
+    return {name: counts[STATUS[name]] for name in (*ARTIFACTS, "absent") if counts[STATUS[name]]}
 
 
 def _has_black(patch: Rgb, _: float) -> bool:

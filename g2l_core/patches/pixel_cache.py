@@ -72,7 +72,7 @@ class CachedPatches:
         self._pixels = _mapped(path.with_suffix(".pixels"), np.uint8, shape)
         self._hashes = _mapped(path.with_suffix(".hashes"), np.uint64, (n,))
 
-    def read(self, row: int) -> Rgb:
+    def read(self, row: int, max_absent: float = 1.0) -> Rgb:
         """The patch of a stored row, uint8 (patch_px, patch_px, 3).
 
         Raises:
@@ -83,7 +83,7 @@ class CachedPatches:
             patch = np.array(self._pixels[row])
             if _hash(patch) == known:
                 return patch
-        patch = self._slide().read(row)
+        patch = self._slide().read(row, max_absent)
         if self._cache.admit(0 if known else patch.nbytes):
             self._pixels[row] = patch
             self._hashes[row] = _hash(patch)

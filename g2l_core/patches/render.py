@@ -13,13 +13,14 @@ import numpy as np
 from jaxtyping import UInt8, UInt64
 from PIL import Image
 
-from g2l_core.errors import ReadError
+from g2l_core.errors import AbsentPixelsError, ReadError
 from g2l_core.patches.artifacts import ArtifactSpec, artifact_of
 from g2l_core.patches.grid import GridSpec
 from g2l_core.patches.views import ViewSpec, apply_views, pixel_hash
 from g2l_core.slides.boundary import slide_errors
-from g2l_core.slides.limits import require_file_or_folder
-from g2l_core.slides.slide import Slide, open_slide
+from g2l_core.slides.images import UPRIGHT, orientation_of, over_white, read_plain_image, require_8_bits
+from g2l_core.slides.limits import opened_image, require_file_or_folder
+from g2l_core.slides.slide import ABSENT_SHARE, Slide, open_slide
 from g2l_core.store.features import StoredSlide
 from g2l_core.store.schema import STATUS
 from g2l_core.types import Level0Px, PatchStatus, Rgb, ViewParams
@@ -29,10 +30,11 @@ from g2l_core.types import Level0Px, PatchStatus, Rgb, ViewParams
 class PatchReader(Protocol):
     """Reads the patches of one slide, or of one set of images, by row. Safe in several threads."""
 
-    def read(self, row: int) -> Rgb:
+    def read(self, row: int, max_absent: float = 1.0) -> Rgb:
         """The patch of a stored row, uint8 (patch_px, patch_px, 3).
 
         Raises:
+            AbsentPixelsError: The file does not have more than `max_absent` of its pixels.
             ReadError: Its pixels cannot be read.
         """
 
@@ -46,11 +48,11 @@ class SlidePatches:
     def __init__(self, slide: Slide, coords: np.ndarray, side: Level0Px, patch_px: int) -> None:
         self._slide, self._coords, self._side, self._patch_px = slide, coords, side, patch_px
 
-    def read(self, row: int) -> Rgb:
+    def read(self, row: int, max_absent: float = 1.0) -> Rgb:
         """The square at the coordinates of the row, resampled once."""
         x, y = self._coords[row].tolist()
         with slide_errors(ReadError):
-            return self._slide.read_patch(x, y, self._side, self._patch_px)
+            return self._slide.read_patch(x, y, self._side, self._patch_px, max_absent)
 
     def close(self) -> None:
         """Close the slide."""
@@ -63,7 +65,7 @@ class ImagePatches:
     def __init__(self, folder: Path, names: Sequence[str], patch_px: int) -> None:
         self._folder, self._names, self._patch_px = folder, names, patch_px
 
-    def read(self, row: int) -> Rgb:
+    def read(self, row: int, max_absent: float = 1.0) -> Rgb:
         """The image of the row. It must have the store's patch size, for nothing is resampled."""
         with slide_errors(ReadError):
             return read_image(self._folder / self._names[row], self._patch_px)
@@ -84,16 +86,27 @@ def read_image(path: Path, patch_px: int) -> Rgb:
     except OSError as error:
         raise ReadError(f"cannot read {path}: {error.strerror}") from error
     try:
-        with Image.open(BytesIO(encoded)) as header:  # reads no pixels
-            size = header.size
-    except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
+        with opened_image(BytesIO(encoded)) as header:  # reads no pixels
+            require_8_bits(header)
+            size, is_plain = header.size, _is_plain(header)
+        if size != (patch_px, patch_px):
+            raise ReadError(f"it is {size[0]} x {size[1]} px, the store's patches {patch_px} x {patch_px}")
+        if not is_plain:
+            return np.asarray(over_white(read_plain_image(BytesIO(encoded))[0]))
+    except ReadError as error:
+        raise ReadError(f"{path}: {error}") from error
+    except (OSError, ValueError, SyntaxError, struct.error) as error:
         raise ReadError(f"{path} is no image that Pillow knows: {error}") from error
-    if size != (patch_px, patch_px):
-        raise ReadError(f"{path} is {size[0]} x {size[1]} px, the store's patches {patch_px} x {patch_px}")
     image = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR_RGB)
     if image is None or image.shape != (patch_px, patch_px, 3):
         raise ReadError(f"{path} is no image that OpenCV decodes")
     return image
+
+
+def _is_plain(image: Image.Image) -> bool:
+    """Whether OpenCV, which is faster, decodes the same pixels. The EXIF of a PNG may follow the pixels."""
+    has_colors = image.mode in {"1", "L", "P", "RGB"} and not image.has_transparency_data
+    return has_colors and image.format != "PNG" and orientation_of(image) == UPRIGHT
 
 
 def open_patches(stored: StoredSlide, grid: GridSpec, path: Path | None = None) -> PatchReader:
@@ -145,8 +158,9 @@ def render_block(
         params: Parameters of the wanted views, (len(rows), views, parameters).
         status: Their reason codes as they are known; a patch whose code is not 0 is not read.
         spec: The views.
-        artifacts: Patches that show one of these get its code and are not rendered. They have no reason in words,
-            for nothing is lost. None renders all patches, as for views that are stored already.
+        artifacts: Patches that show one of these, or lack more than `ABSENT_SHARE` of their pixels, get the code and
+            are not rendered. They have no reason in words, for nothing is lost. None renders all patches, as for views
+            that are stored already.
     """
     n, n_views = params.shape[:2]
     pixels = np.zeros((n, n_views, spec.crop_px, spec.crop_px, 3), np.uint8)
@@ -158,7 +172,10 @@ def render_block(
             continue
         begin = perf_counter()
         try:
-            patch = reader.read(row)
+            patch = reader.read(row) if artifacts is None else reader.read(row, ABSENT_SHARE)
+        except AbsentPixelsError:
+            new_status[i] = STATUS["absent"]
+            continue
         except ReadError as error:
             new_status[i] = STATUS["unreadable"]
             reasons[row] = f"row {row}: {error}"

@@ -31,7 +31,7 @@ class GridSpec:
         "otsu",
         panel=PATCHES,
         help="How tissue is found: otsu, color, none, a network (FILE.onnx, FILE.pt), or a folder of GeoJSON or PNG "
-        "masks.",
+        "masks; FOLDER:Tumor,Stroma chooses classes, FOLDER:!Necrosis leaves them out.",
     )
     """The identity of the method, as `tissue.methods.resolve_tissue` gives it, once that has read what users write."""
     min_tissue: float = option(0.25, panel=PATCHES, help="Minimum fraction of a patch that must be tissue.")

@@ -7,6 +7,7 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 
 from PIL import Image
@@ -80,7 +81,7 @@ def require_file_or_folder(path: Path) -> None:
 
 
 @contextmanager
-def opened_image(path: Path) -> Iterator[Image.Image]:
+def opened_image(source: Path | BytesIO) -> Iterator[Image.Image]:
     """An image whose header Pillow has read, if it may be decoded.
 
     Raises:
@@ -89,7 +90,7 @@ def opened_image(path: Path) -> Iterator[Image.Image]:
     """
     Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, limit(PIXELS))  # Pillow's own limit is half of ours
     try:
-        with Image.open(path) as image:
+        with Image.open(source) as image:
             require_pixels(*image.size, "it")
             yield image
     except Image.DecompressionBombError as error:

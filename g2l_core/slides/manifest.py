@@ -20,6 +20,7 @@ from pathlib import Path
 from g2l_core.errors import ManifestError, UsageError
 from g2l_core.files import csv_value
 from g2l_core.rng import keyed_generator
+from g2l_core.slides.images import are_patch_images, is_small_tiff
 from g2l_core.slides.limits import require_file_or_folder
 from g2l_core.slides.ome_zarr import SUFFIX, is_ome_zarr
 from g2l_core.slides.readers import IMAGE_SUFFIXES, dicom_series, slide_suffixes
@@ -79,7 +80,8 @@ def read_sources(inputs: Sequence[Path]) -> list[Source]:
     """Find the sources that the INPUT arguments name: slides, folders and manifests. They are sorted by id.
 
     A .zarr folder with an OME-Zarr image is a slide. Any other folder that holds a slide anywhere is a folder of
-    slides; else, one that holds images is a folder of patch images, one source per sub-folder.
+    slides; else, one that holds images is a folder of patch images, one source per sub-folder. TIFF files are patch
+    images if all are as `are_patch_images` says.
 
     Raises:
         UsageError: An input does not exist.
@@ -106,9 +108,9 @@ def _from_folder(folder: Path) -> list[Source]:
     files = sorted(files_below(folder))
     suffixes = slide_suffixes() | {SUFFIX}
     slides = list(_one_a_series(p for p in files if p.suffix.lower() in suffixes))
-    if slides:
+    if slides and not _told_patch_images(slides, folder):
         return [Source(slide_id=_id_of(p.relative_to(folder)), path=p) for p in slides]
-    images = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES]
+    images = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES] + slides
     if not images:
         raise ManifestError(
             f"{folder} holds no slide ({' '.join(sorted(suffixes))}) "
@@ -125,6 +127,22 @@ def _from_folder(folder: Path) -> list[Source]:
         )
         for parent, names in by_folder.items()
     ]
+
+
+def _told_patch_images(slides: Sequence[Path], folder: Path) -> bool:
+    """Whether files with the suffix of slides are patch images; a line says so, or how to say so."""
+    if are_patch_images(slides):
+        _log.warning(
+            "%s: its %d TIFF files are small, square and of one size: they are taken for patch images. If they are "
+            "slides, name them in a manifest", folder, len(slides)
+        )  # fmt: skip
+        return True
+    if all(map(is_small_tiff, slides)):
+        _log.warning(
+            "%s: its %d TIFF files are small, and are taken for slides. If they are patch images, name them in a "
+            "manifest with a column patch_id; all must have the size of --patch-px", folder, len(slides)
+        )  # fmt: skip
+    return False
 
 
 def files_below(folder: Path) -> Iterator[Path]:

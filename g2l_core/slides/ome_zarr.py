@@ -35,16 +35,24 @@ class OmeZarr:
         dimensions: Width and height of level 0.
         level_dimensions: Width and height of every level.
         level_downsamples: Level-0 pixels per pixel of each level, the mean of x and y.
+        declared_downsamples: The same by the scales in the metadata; None where they do not say.
         properties: openslide.vendor, and openslide.mpp-x and -y if the axes have a length unit.
     """
 
-    def __init__(self, levels: Sequence[Any], axes: Sequence[str], properties: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        levels: Sequence[Any],
+        axes: Sequence[str],
+        properties: Mapping[str, str],
+        declared: Sequence[float | None] = (),
+    ) -> None:
         self._levels, self._axes = levels, axes
         x, y = axes.index("x"), axes.index("y")
         self.level_dimensions = tuple((int(array.shape[x]), int(array.shape[y])) for array in levels)
         self.dimensions = self.level_dimensions[0]
         width, height = self.dimensions
         self.level_downsamples = tuple((width / w + height / h) / 2 for w, h in self.level_dimensions)
+        self.declared_downsamples = list(declared)
         self.properties = dict(properties)
 
     def read_region(self, location: tuple[int, int], level: int, size: tuple[int, int]) -> Image.Image:
@@ -106,6 +114,7 @@ def open_ome_zarr(path: Path) -> OmeZarr:
         axes = [axis["name"] for axis in image["axes"]]
         names = [dataset["path"] for dataset in image["datasets"]]
         properties = {"openslide.vendor": "ome-zarr", **_mpp_properties(image)}
+        declared = _declared_downsamples(image, axes.index("x"))
     except _MALFORMED as error:
         raise NotASlideError(f"its multiscales are not those of OME-Zarr 0.4 or 0.5: {error!r}") from error
     try:
@@ -120,7 +129,7 @@ def open_ome_zarr(path: Path) -> OmeZarr:
             require_pixels(prod(array.chunks) // 3, 1, f"a chunk of its level {array.path}")
         except ReadError as error:
             raise NotASlideError(str(error)) from error
-    return OmeZarr(levels, axes, properties)
+    return OmeZarr(levels, axes, properties, declared)
 
 
 def _relative(name: str) -> PurePosixPath:
@@ -228,3 +237,12 @@ def _mpp_properties(image: Mapping[str, Any]) -> dict[str, str]:
         if axis["name"] in ("x", "y") and um is not None:
             mpp[f"openslide.mpp-{axis['name']}"] = f"{np.prod([scale[place] for scale in scales]) * um:.12g}"
     return mpp if len(mpp) == 2 else {}
+
+
+def _declared_downsamples(image: Mapping[str, Any], x: int) -> list[float | None]:
+    """Level-0 pixels per pixel of each level along x by the datasets' scales; None where they are all the same."""
+    scales = [
+        float(prod(step["scale"][x] for step in dataset["coordinateTransformations"] if step["type"] == "scale"))
+        for dataset in image["datasets"]
+    ]
+    return [scale / scales[0] if scales[0] > 0 and scale != scales[0] else None for scale in scales]

@@ -13,7 +13,9 @@ import openslide
 from PIL import Image, UnidentifiedImageError
 
 from g2l_core.errors import NotASlideError, ReadError, UsageError
-from g2l_core.slides.limits import opened_image, require_file_or_folder, require_pixels
+from g2l_core.slides.images import read_plain_image, turned_notes
+from g2l_core.slides.limits import require_file_or_folder, require_pixels
+from g2l_core.slides.notes import Note
 from g2l_core.slides.ome_zarr import is_ome_zarr, open_ome_zarr
 
 SLIDE_SUFFIXES = frozenset(".svs .tif .tiff .ndpi .mrxs .scn .bif .vms .vmu .svslide .dcm .qptiff .czi .avs".split())
@@ -158,11 +160,15 @@ def dicom_series(path: Path) -> str:
         return ""
 
 
+class PlainImage(openslide.ImageSlide):
+    """A plain image as a slide, with notes about it."""
+
+    notes: tuple[Note, ...] = ()
+
+
 def _open_image(path: Path) -> SlideHandle:
-    """A plain image, decoded at once: Pillow's lazy decoding mixes up pixels when two threads begin it."""
     try:
-        with opened_image(path) as image:
-            image.load()
+        image, orientation = read_plain_image(path)
     except UnidentifiedImageError as error:
         raise NotASlideError(
             "it is neither a slide that OpenSlide reads (SVS, NDPI, MRXS, SCN, BIF, tiled TIFF, DICOM) "
@@ -174,6 +180,6 @@ def _open_image(path: Path) -> SlideHandle:
         raise NotASlideError(str(error)) from error
     except (ValueError, SyntaxError) as error:
         raise NotASlideError(f"Pillow cannot decode it ({error}); is the file complete?") from error
-    if image.mode[0] in "IF":
-        raise NotASlideError(f"its samples have more than 8 bits (Pillow's mode {image.mode}): convert it to 8-bit RGB")
-    return openslide.ImageSlide(image)
+    slide = PlainImage(image)
+    slide.notes = turned_notes(orientation)
+    return slide

@@ -1,8 +1,10 @@
 """Open a slide with the reader that knows it (`readers`), and read squares of it at a wanted scale."""
 
 import threading
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from math import inf, log2
 from pathlib import Path
 
 import cv2
@@ -10,15 +12,26 @@ import numpy as np
 import openslide
 from PIL import Image
 
-from g2l_core.errors import MppError, NotASlideError, ReadError
+from g2l_core.errors import AbsentPixelsError, MppError, NotASlideError, ReadError
 from g2l_core.slides.boundary import slide_errors
+from g2l_core.slides.color_space import require_dicom_space
 from g2l_core.slides.limits import require_pixels
 from g2l_core.slides.mpp import Scale, ScaleFacts, find_scale, objective_power
+from g2l_core.slides.notes import Note
 from g2l_core.slides.readers import SlideHandle, open_handle
-from g2l_core.slides.tiff_tiles import VENDORS, TilePyramid, open_tiles
+from g2l_core.slides.tiff_tiles import VENDORS, TilePyramid, open_tiles, require_tagged_space
 from g2l_core.types import Level0Px, Mpp, Rgb
 
 THUMBNAIL_BLOCK_PX = 4096
+
+ABSENT_SHARE = 0.05
+"""Maximum fraction of a patch in tiles that the file does not have; their pixels are the background's color."""
+
+LEVEL_ROUNDING_PX = 2
+"""Maximum difference of a level's width and height from level 0's, divided by the level's scale."""
+
+NEAR_POWER = 0.1
+"""A level whose scale is this near to a power of two is meant to have that scale; what differs is padding or a cut."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +63,7 @@ class Slide:
         level0_size: Width and height in level-0 pixels.
         mpp: Micrometers per level-0 pixel.
         mpp_source: Where `mpp` came from: "header: KEY", "manifest" or "override".
+        notes: What is not as expected.
     """
 
     def __init__(
@@ -68,8 +82,33 @@ class Slide:
         self._tiles = tiles
         self._lock = threading.Lock()
         self._downsamples = tuple(float(d) for d in handle.level_downsamples)
+        self._level_sizes = tuple(handle.level_dimensions)
         color = handle.properties.get(openslide.PROPERTY_NAME_BACKGROUND_COLOR, "ffffff")
         self._background = tuple(bytes.fromhex(color))
+        declared = getattr(handle, "declared_downsamples", None) or (tiles.declared_downsamples if tiles else ())
+        self._levels = [0, *(i for i in range(1, len(self._downsamples)) if self._shows_level0(i, declared))]
+        absent = tiles.absent_shares if tiles is not None else {}
+        self._whole_levels = [i for i in self._levels if absent.get(i, 0.0) <= absent.get(0, 0.0) + ABSENT_SHARE]
+        self.notes: tuple[Note, ...] = (*self._level_notes(), *getattr(handle, "notes", ()), *_depth_notes(handle))
+
+    def _shows_level0(self, level: int, declared: Sequence[float | None]) -> bool:
+        """Whether a level has the proportions of level 0 at its own scale, so that it is neither padded nor cut."""
+        scales = [*_possible_scales(self.level0_size, self._level_sizes[level])]
+        low, high = max(low for low, _ in scales), min(high for _, high in scales)
+        power = 2.0 ** round(log2(self._downsamples[level]))
+        meant = [power] if abs(self._downsamples[level] / power - 1) < NEAR_POWER else []
+        meant += [
+            scale for scale in declared[level : level + 1] if scale and 0.5 < scale / self._downsamples[level] < 2
+        ]
+        return low <= high and all(low <= scale <= high for scale in meant)
+
+    def _level_notes(self) -> Iterator[Note]:
+        for levels, text in (
+            (set(range(len(self._downsamples))) - {*self._levels}, "a lower level is padded, cut or of another aspect"),
+            ({*self._levels} - {*self._whole_levels}, "a lower level has absent tiles"),
+        ):
+            if levels:
+                yield Note(text=f"{text}; another is read", detail=f"level {', '.join(map(str, sorted(levels)))}")
 
     def __enter__(self) -> "Slide":
         return self
@@ -83,7 +122,7 @@ class Slide:
         if self._tiles is not None:
             self._tiles.close()
 
-    def read_patch(self, x: int, y: int, side: Level0Px, patch_px: int) -> Rgb:
+    def read_patch(self, x: int, y: int, side: Level0Px, patch_px: int, max_absent: float = 1.0) -> Rgb:
         """Read the square at (x, y), resampled once from the nearest finer level.
 
         Args:
@@ -91,17 +130,25 @@ class Slide:
             y: Upper edge, level-0 pixels.
             side: Side, level-0 pixels.
             patch_px: Side of the result.
+            max_absent: Maximum fraction of pixels that the file does not have.
 
         Returns:
             uint8 (patch_px, patch_px, 3). Shrinking averages over areas (each source pixel weighs as much
             as it overlaps); enlarging is bilinear.
 
         Raises:
+            AbsentPixelsError: The file does not have too many of the pixels.
             ReadError: The pixels cannot be decoded.
         """
         level, downsample = self._exact_level(x, y, side, patch_px)
         width = side // downsample
-        region = self._read((x, y), level, (width, width))
+        region, absent = self._read((x, y), level, (width, width))
+        if absent > ABSENT_SHARE and level > 0:
+            finest, missing = self._read((x, y), 0, (side, side))
+            if missing <= ABSENT_SHARE:
+                region, absent, width = finest, missing, side
+        if absent > max_absent:
+            raise AbsentPixelsError(f"{absent:.0%} of the patch at {x}, {y} lie in tiles that the file does not have")
         if width == patch_px:
             return region
         interpolation = cv2.INTER_AREA if width > patch_px else cv2.INTER_LINEAR
@@ -143,14 +190,14 @@ class Slide:
     def _thumbnail_scale(self, mpp: Mpp) -> tuple[int, int]:
         """The level that thumbnails of that scale are read from, and the whole factor by which they shrink it."""
         wanted = max(1.0, mpp / self.mpp)
-        level = max(i for i, d in enumerate(self._downsamples) if d <= wanted * 1.001)
+        level = max(i for i in self._whole_levels if self._downsamples[i] <= wanted * 1.001)
         return level, max(1, int(wanted / self._downsamples[level] + 0.001))
 
     def _shrunk_block(self, level: int, factor: int, left: int, top: int, width: int, height: int) -> Rgb:
         """A block of the thumbnail. All arguments but `level` are in thumbnail pixels."""
         scale = self._downsamples[level] * factor
         origin = round(left * scale), round(top * scale)
-        region = self._read(origin, level, (width * factor, height * factor))
+        region, _ = self._read(origin, level, (width * factor, height * factor))
         return cv2.resize(region, (width, height), interpolation=cv2.INTER_AREA)
 
     def _exact_level(self, x: int, y: int, side: int, patch_px: int) -> tuple[int, int]:
@@ -158,7 +205,7 @@ class Slide:
 
         On other levels OpenSlide would interpolate between pixels, which resamples a second time.
         """
-        for level in range(len(self._downsamples) - 1, 0, -1):
+        for level in reversed(self._levels[1:]):
             downsample = self._downsamples[level]
             if downsample * patch_px <= side and downsample.is_integer():
                 whole = int(downsample)
@@ -166,10 +213,34 @@ class Slide:
                     return level, whole
         return 0, 1
 
-    def _read(self, origin: tuple[int, int], level: int, size: tuple[int, int]) -> Rgb:
-        """Pixels over the slide's background color; `origin` in level-0 pixels, `size` in pixels of the level."""
+    def _read(self, origin: tuple[int, int], level: int, size: tuple[int, int]) -> tuple[Rgb, float]:
+        """Pixels over the slide's background color, and the fraction of them that the file does not have.
+
+        `origin` is in level-0 pixels, `size` in pixels of the level.
+        """
+        if self._tiles is not None and level in self._tiles.only_here:
+            return self._decoded_alone(self._tiles, origin, level, size)
         pixels = self._decoded(origin, level, size)
-        return self._read_region(origin, level, size) if pixels is None else pixels
+        return self._read_region(origin, level, size) if pixels is None else (pixels, 0.0)
+
+    def _decoded_alone(
+        self, tiles: TilePyramid, origin: tuple[int, int], level: int, size: tuple[int, int]
+    ) -> tuple[Rgb, float]:
+        """The region of a level that OpenSlide gets wrong: it starts at a whole pixel, and is cut to the level.
+
+        Raises:
+            ReadError: A tile is damaged.
+        """
+        (left, top), end = (round(at / self._downsamples[level]) for at in origin), self._level_sizes[level]
+        right, bottom = min(left + size[0], end[0]), min(top + size[1], end[1])
+        region, present = np.full((size[1], size[0], 3), self._background, np.uint8), 0
+        for x, y, width, height in tiles.present(level, max(left, 0), max(top, 0), right, bottom):
+            pixels = tiles.read(level, x, y, width, height)
+            if pixels is None:
+                raise ReadError(f"cannot decode {size[0]} x {size[1]} px at {origin}, level {level}: a tile is damaged")
+            region[y - top : y - top + height, x - left : x - left + width] = pixels
+            present += width * height
+        return region, 1 - present / (size[0] * size[1])
 
     def _decoded(self, origin: tuple[int, int], level: int, size: tuple[int, int]) -> Rgb | None:
         """The region decoded from the tiles' bytes; None if it starts between pixels or cannot be decoded this way."""
@@ -178,7 +249,7 @@ class Slide:
             return None
         return self._tiles.read(level, int(origin[0] / downsample), int(origin[1] / downsample), *size)
 
-    def _read_region(self, origin: tuple[int, int], level: int, size: tuple[int, int]) -> Rgb:
+    def _read_region(self, origin: tuple[int, int], level: int, size: tuple[int, int]) -> tuple[Rgb, float]:
         handle = self._handle
         try:
             pixels = np.asarray(handle.read_region(origin, level, size))
@@ -187,16 +258,29 @@ class Slide:
             reason = " ".join(str(error).split())  # OpenSlide passes on the lines of its libraries
             raise ReadError(f"cannot decode {size[0]} x {size[1]} px at {origin}, level {level}: {reason}") from error
         if pixels[..., 3].min() == 255:
-            return np.ascontiguousarray(pixels[..., :3])
+            return np.ascontiguousarray(pixels[..., :3]), 0.0
+        absent = 0.0 if isinstance(handle, openslide.ImageSlide) else float((pixels[..., 3] == 0).mean())
         canvas = Image.new("RGBA", size, (*self._background, 255))
         canvas.alpha_composite(Image.fromarray(pixels, "RGBA"))
-        return np.ascontiguousarray(np.asarray(canvas)[..., :3])
+        return np.ascontiguousarray(np.asarray(canvas)[..., :3]), absent
 
     def _reopen(self, failed: object) -> None:
         """Replace a handle that has failed, since OpenSlide refuses every call after the first error."""
         with self._lock, suppress(NotASlideError):  # a file that has gone keeps the failed handle, and fails again
             if self._handle is failed:
                 self._handle = open_handle(self.path)
+
+
+def _depth_notes(handle: SlideHandle) -> Iterator[Note]:
+    bits = handle.properties.get("tiff.BitsPerSample", "8")
+    if bits.isdecimal() and int(bits) > 8:
+        yield Note(text="more than 8 bits a sample: the upper 8 are read", detail=f"{bits} bits")
+
+
+def _possible_scales(level0: tuple[int, int], size: tuple[int, int]) -> Iterator[tuple[float, float]]:
+    """The least and the greatest scale that explain a level's width, and those that explain its height."""
+    for finest, n in zip(level0, size, strict=True):
+        yield finest / (n + LEVEL_ROUNDING_PX), finest / (n - LEVEL_ROUNDING_PX) if n > LEVEL_ROUNDING_PX else inf
 
 
 def open_slide(
@@ -210,7 +294,8 @@ def open_slide(
         path: The file, or the folder of an OME-Zarr.
         manifest_mpp: Micrometers per level-0 pixel, used where the header gives none that can be trusted.
         mpp_override: The same, used where neither header nor manifest gives one.
-        own_tiles: Decode tiles of TIFF and SVS files directly. False reads all through OpenSlide, with the same pixels.
+        own_tiles: Decode tiles of TIFF and SVS files directly. False reads all through OpenSlide, with the same pixels;
+            it has no effect on a slide whose tags contradict the color space of its tiles.
 
     Raises:
         NotASlideError: No reader opens the file, or its header gives what no reader expects.
@@ -218,10 +303,31 @@ def open_slide(
     """
     with slide_errors(NotASlideError):
         handle, scale = _open_scaled(path, manifest_mpp, mpp_override)
-        tiles = None
-        if own_tiles and handle.properties.get(openslide.PROPERTY_NAME_VENDOR) in VENDORS:
-            tiles = open_tiles(path, handle.level_dimensions)
+        try:
+            tiles = _own_tiles(path, handle)
+        except NotASlideError:
+            handle.close()
+            raise
+        if tiles is not None and not own_tiles and not tiles.only_here:
+            tiles.close()
+            tiles = None
         return Slide(path, handle, scale.mpp, scale.source, tiles)
+
+
+def _own_tiles(path: Path, handle: SlideHandle) -> TilePyramid | None:
+    """The tiles of a file that can be decoded directly.
+
+    Raises:
+        NotASlideError: The header contradicts the color space of tiles that only OpenSlide reads.
+    """
+    vendor = handle.properties.get(openslide.PROPERTY_NAME_VENDOR)
+    if vendor in VENDORS:
+        return open_tiles(path, handle.level_dimensions)
+    if vendor == "dicom":
+        require_dicom_space(path, handle.properties.get("dicom.PhotometricInterpretation", ""))
+    elif path.is_file():
+        require_tagged_space(path)
+    return None
 
 
 def read_scale(

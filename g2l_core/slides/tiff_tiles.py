@@ -13,7 +13,7 @@ of the two has read.
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ import imagecodecs
 import numpy as np
 import tifffile
 
+from g2l_core.errors import NotASlideError
+from g2l_core.slides.color_space import RGB, YCBCR, jpeg2000_is_transformed, jpeg_space
 from g2l_core.types import Rgb
 
 CACHE_BYTES = 128 << 20
@@ -30,8 +32,13 @@ CACHE_BYTES = 128 << 20
 VENDORS = frozenset({"aperio", "generic-tiff"})
 """OpenSlide's names of the formats whose levels are plain tiled TIFF pages without overlap."""
 
-JPEG, JPEG2000_RGB = 7, 33005
-YCBCR, RGB = 6, 2
+JPEG, JPEG2000_YCBCR, JPEG2000_RGB = 7, 33003, 33005
+
+PHOTOMETRIC = {6: YCBCR, 2: RGB}
+"""Values of the tag PhotometricInterpretation that are read here."""
+
+LOOKED_AT = 5
+"""Tiles of a level, spread over it, whose color space is compared with the tag."""
 
 _UNREADABLE = (
     ValueError, RuntimeError, OSError, KeyError, IndexError, TypeError, OverflowError, MemoryError,
@@ -48,7 +55,12 @@ class _Level:
     tile: tuple[int, int]
     offsets: np.ndarray
     counts: np.ndarray
-    decode: Callable[[bytes, Rgb], np.ndarray]
+    decode: Callable[[bytes, Rgb], np.ndarray] | None
+    """None for a format that only OpenSlide reads."""
+    only_here: bool
+    """Whether OpenSlide takes the tag's color space against the tiles' own, or reads tiles that lie nowhere."""
+    resolution: float
+    """Pixels per unit of length by the tags; 0 where they do not say."""
 
     @property
     def columns(self) -> int:
@@ -64,6 +76,23 @@ class TilePyramid:
         self._cache: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
         self._room = cache_bytes
         self._lock = threading.Lock()
+
+    @property
+    def only_here(self) -> frozenset[int]:
+        """The levels that OpenSlide must not read, because it takes the colors or the absence of tiles wrongly."""
+        return frozenset(i for i, level in enumerate(self._levels) if level is not None and level.only_here)
+
+    @property
+    def absent_shares(self) -> dict[int, float]:
+        """The fraction of each level's tiles that the file does not have."""
+        return {i: float((level.counts == 0).mean()) for i, level in enumerate(self._levels) if level is not None}
+
+    @property
+    def declared_downsamples(self) -> list[float | None]:
+        """Level-0 pixels per pixel of each level by the tags' resolution; None where they do not say."""
+        first = self._levels[0].resolution if self._levels[0] is not None else 0.0
+        resolutions = [level.resolution if level is not None else 0.0 for level in self._levels]
+        return [first / at if first and at and at != first else None for at in resolutions]
 
     def __del__(self) -> None:
         self.close()
@@ -90,7 +119,14 @@ class TilePyramid:
             None where the region leaves the level, or a tile is missing or cannot be decoded.
         """
         page = self._levels[level]
-        if page is None or x < 0 or y < 0 or x + width > page.size[0] or y + height > page.size[1]:
+        if (
+            page is None
+            or page.decode is None
+            or x < 0
+            or y < 0
+            or x + width > page.size[0]
+            or y + height > page.size[1]
+        ):
             return None
         tile_width, tile_height = page.tile
         region = np.empty((height, width, 3), np.uint8)
@@ -104,6 +140,18 @@ class TilePyramid:
                 y0, y1 = max(y, top), min(y + height, top + tile_height)
                 region[y0 - y : y1 - y, x0 - x : x1 - x] = tile[y0 - top : y1 - top, x0 - left : x1 - left]
         return region
+
+    def present(self, level: int, left: int, top: int, right: int, bottom: int) -> Iterator[tuple[int, int, int, int]]:
+        """The parts of a region in tiles that the file has: left, top, width and height in pixels of the level."""
+        page = self._levels[level]
+        if page is None:
+            return
+        width, height = page.tile
+        for row in range(top // height, -(-bottom // height)):
+            for column in range(left // width, -(-right // width)):
+                if page.counts[row * page.columns + column]:
+                    x, y = max(left, column * width), max(top, row * height)
+                    yield x, y, min(right, (column + 1) * width) - x, min(bottom, (row + 1) * height) - y
 
     def _tile(self, level: int, page: _Level, index: int) -> np.ndarray | None:
         key = level, index
@@ -123,7 +171,7 @@ class TilePyramid:
         return tile
 
     def _decode(self, page: _Level, index: int) -> np.ndarray | None:
-        if not page.counts[index]:
+        if page.decode is None or not page.counts[index]:
             return None
         try:
             content = os.pread(self._file, int(page.counts[index]), int(page.offsets[index]))
@@ -145,15 +193,43 @@ def open_tiles(
         cache_bytes: Maximum number of bytes of decoded tiles that are kept.
 
     Returns:
-        None if no level can be read this way.
+        None if no level is found, though OpenSlide may read it.
+
+    Raises:
+        NotASlideError: The tiles are coded in another color space than the tags say, and cannot be read this way.
     """
     try:
         with tifffile.TiffFile(path) as tiff:
             pages = [page for page in _pages(tiff) if page.is_tiled]
-            levels = [_level(pages, size) for size in level_sizes]
+            levels = [_level(tiff, pages, size) for size in level_sizes]
     except _UNREADABLE:
         return None
     return TilePyramid(path, levels, cache_bytes) if any(levels) else None
+
+
+def require_tagged_space(path: Path) -> None:
+    """Refuse a TIFF that only OpenSlide reads if its tiles are coded in another color space than the tags say.
+
+    Files of other formats pass.
+
+    Raises:
+        NotASlideError: They are.
+    """
+    try:
+        with tifffile.TiffFile(path) as tiff:
+            for page in _pages(tiff):
+                if page.is_tiled and _differs(tiff, page):
+                    raise _contradiction(page)
+    except _UNREADABLE:
+        return
+
+
+def _contradiction(page: Any) -> NotASlideError:
+    return NotASlideError(
+        f"the tiles of its level of {page.imagewidth} x {page.imagelength} px are coded in another color space than "
+        f"its TIFF tags say (compression {int(page.compression)}, photometric {int(page.photometric)}), and they "
+        "cannot be decoded directly: correct the tag, or convert the slide again"
+    )
 
 
 def _pages(tiff: tifffile.TiffFile) -> list[Any]:
@@ -165,34 +241,67 @@ def _pages(tiff: tifffile.TiffFile) -> list[Any]:
     return pages
 
 
-def _level(pages: Sequence[Any], size: tuple[int, int]) -> _Level | None:
+def _level(tiff: tifffile.TiffFile, pages: Sequence[Any], size: tuple[int, int]) -> _Level | None:
     fitting = [page for page in pages if (page.imagewidth, page.imagelength) == size]
-    decode = _decoder(fitting[0]) if len(fitting) == 1 else None  # two of one size: which of them is the slide?
-    if decode is None:
+    differing = [page for page in fitting if _differs(tiff, page)]
+    decode = _decoder(fitting[0], differs=bool(differing)) if len(fitting) == 1 else None  # of two, which is it?
+    if decode is None and differing:
+        raise _contradiction(differing[0])
+    if len(fitting) != 1:
         return None
     page = fitting[0]
+    nowhere = np.array(page.dataoffsets, np.int64) == 0
     return _Level(
         size=size,
         tile=(page.tilewidth, page.tilelength),
         offsets=np.array(page.dataoffsets, np.int64),
-        counts=np.array(page.databytecounts, np.int64),
+        counts=np.where(nowhere, 0, np.array(page.databytecounts, np.int64)),
         decode=decode,
+        only_here=bool(differing)
+        or (decode is not None and bool((nowhere & (np.array(page.databytecounts) != 0)).any())),
+        resolution=_resolution(page),
     )
 
 
-def _decoder(page: Any) -> Callable[[bytes, Rgb], np.ndarray] | None:
+def _resolution(page: Any) -> float:
+    tag = page.tags.get("XResolution")
+    numerator, denominator = tag.value if tag is not None else (0, 1)
+    return numerator / denominator if denominator else 0.0
+
+
+def _differs(tiff: tifffile.TiffFile, page: Any) -> bool:
+    """Whether some of the tiles are coded in another color space than the page's tags say."""
+    compression, tagged = int(page.compression), PHOTOMETRIC.get(int(page.photometric))
+    if compression not in {JPEG, JPEG2000_YCBCR} or page.samplesperpixel != 3 or tagged is None:
+        return False
+    present = np.flatnonzero(np.array(page.databytecounts, np.int64) * np.array(page.dataoffsets, np.int64))
+    for index in np.unique(present[np.linspace(0, len(present) - 1, LOOKED_AT).astype(int)] if len(present) else []):
+        tiff.filehandle.seek(page.dataoffsets[index])
+        tile = tiff.filehandle.read(page.databytecounts[index])
+        if compression == JPEG2000_YCBCR:
+            differs = jpeg2000_is_transformed(tile) is True
+        else:
+            differs = jpeg_space(tile) not in {None, tagged}
+        if differs:
+            return True
+    return False
+
+
+def _decoder(page: Any, *, differs: bool) -> Callable[[bytes, Rgb], np.ndarray] | None:
     """The function that decodes the page's tiles; None for a format that only OpenSlide reads.
 
-    It decodes into an array of the tile's size, and refuses by its header an image of any other size.
+    It decodes into an array of the tile's size, and refuses by its header an image of any other size. The markers of
+    a tile decide on its color space; the tag does where they say nothing.
     """
     if page.samplesperpixel != 3 or page.bitspersample != 8 or page.planarconfig != 1 or page.tiledepth != 1:
         return None
-    compression, photometric = int(page.compression), int(page.photometric)
-    if compression == JPEG and photometric in {YCBCR, RGB}:
-        tables, space = page.jpegtables, "YCBCR" if photometric == YCBCR else "RGB"
+    compression, tagged = int(page.compression), PHOTOMETRIC.get(int(page.photometric))
+    if compression == JPEG and tagged:
+        tables = page.jpegtables
         return lambda data, tile: imagecodecs.jpeg8_decode(
-            data, tables=tables, colorspace=space, outcolorspace="RGB", out=tile
+            data, tables=tables, colorspace=jpeg_space(data) or tagged, outcolorspace=RGB, out=tile
         )
-    if compression == JPEG2000_RGB and photometric == RGB:
+    is_rgb = compression == JPEG2000_RGB and tagged == RGB
+    if is_rgb or (compression == JPEG2000_YCBCR and differs):  # the codestream's own transform gives RGB
         return lambda data, tile: imagecodecs.jpeg2k_decode(data, out=tile)
     return None

@@ -25,7 +25,7 @@ table. A table's file is small and is replaced whole."""
 REPLAY_ROWS = 64
 """Rows that distillation reads together: about a cell of the grid."""
 
-STATUS: Mapping[str, int] = {"ok": 0, "unreadable": 1, "pen": 2, "black": 3, "blurred": 4}
+STATUS: Mapping[str, int] = {"ok": 0, "unreadable": 1, "pen": 2, "black": 3, "blurred": 4, "absent": 5}
 """Reason codes of `patch_status`; a store lists its own in its root attributes."""
 
 LEFTOVER = ".partial"

@@ -1,8 +1,9 @@
 """Tissue that was annotated by people: one file for each slide, GeoJSON or a mask image."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ import numpy as np
 from g2l_core.errors import ReadError
 from g2l_core.slides.limits import opened_image, require_bytes
 from g2l_core.slides.slide import Frame
-from g2l_core.tissue.geojson import mask_of, read_areas
+from g2l_core.tissue.classes import ClassChoice
+from g2l_core.tissue.geojson import EVERY_CLASS, mask_of, read_areas
 from g2l_core.types import TissueMask
 
 SUFFIXES = (".geojson", ".png")
@@ -26,6 +28,8 @@ class Annotation:
     path: Path
     mask: TissueMask
     sha256: str
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """How many objects do not count, by what they are."""
 
     @property
     def facts(self) -> Mapping[str, str]:
@@ -55,7 +59,9 @@ def annotation_sha256(folder: Path, slide_id: str) -> str | None:
     return None if path is None else _sha256(_bytes(path))
 
 
-def read_annotation(folder: Path, slide_id: str, level0_size: tuple[int, int], frame: Frame) -> Annotation:
+def read_annotation(
+    folder: Path, slide_id: str, level0_size: tuple[int, int], frame: Frame, choice: ClassChoice = EVERY_CLASS
+) -> Annotation:
     """Read a slide's annotation as a mask.
 
     Args:
@@ -63,24 +69,29 @@ def read_annotation(folder: Path, slide_id: str, level0_size: tuple[int, int], f
         slide_id: The slide.
         level0_size: Its width and height in level-0 pixels.
         frame: The mask's scale and size.
+        choice: Which classes of a GeoJSON count.
 
     Raises:
-        ReadError: The slide has no file or two, or its file cannot be read, or a mask image has other proportions.
+        ReadError: The slide has no file or two, or its file cannot be read, or a mask image has other proportions
+            or shall be read by classes.
     """
     path = annotation_path(folder, slide_id)
     if path is None:
         raise ReadError(
             f"{folder} has no annotation of it: expected {slide_id}.geojson (level-0 pixels) or {slide_id}.png"
         )
-    content = _bytes(path)
+    content, left_out = _bytes(path), Counter[str]()
     try:
+        if path.suffix == ".png" and choice != EVERY_CLASS:
+            raise ReadError(f"a mask image has no classes: give the folder without :{choice}, or a GeoJSON")
         if path.suffix == ".png":
             mask = _mask_of_image(path, level0_size, frame)
         else:
-            mask = mask_of(read_areas(content.decode("utf-8-sig")), frame.downsample, frame.size[::-1])
+            areas, left_out = read_areas(content.decode("utf-8-sig"), choice)
+            mask = mask_of(areas, frame.downsample, frame.size[::-1])
     except (ReadError, UnicodeDecodeError) as error:
         raise ReadError(f"annotation {path}: {error}") from error
-    return Annotation(path=path, mask=mask, sha256=_sha256(content))
+    return Annotation(path=path, mask=mask, sha256=_sha256(content), left_out=left_out)
 
 
 def _mask_of_image(path: Path, level0_size: tuple[int, int], frame: Frame) -> TissueMask:

@@ -4,8 +4,8 @@ Both directions are exact: outlines run along the edges of a mask's pixels, and 
 does. So a mask that is written, and read again at its own scale, is the same mask.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
 import cv2
@@ -14,15 +14,21 @@ from jaxtyping import Bool, Float
 
 from g2l_core.errors import ReadError
 from g2l_core.files import parse_json
+from g2l_core.tissue.classes import ClassChoice, Use, class_name, object_type
 from g2l_core.types import TissueMask
-
-EXCLUDED = ("ignore*", "artefact*", "artifact*", "pen", "pen *", "background")
-"""Classes of QuPath whose areas are subtracted, in lower case. Its own `Ignore*` is one of them."""
 
 TISSUE_CLASS = {"name": "Tissue", "color": [0, 158, 115]}
 
 Ring: TypeAlias = Float[np.ndarray, "_ 2"]
 """Corners of a closed outline, x and y. The first is not repeated at the end."""
+
+Area: TypeAlias = tuple[list[Ring], bool]
+"""The rings of a polygon, and whether it counts or is to be subtracted."""
+
+AREAS = ("Polygon", "MultiPolygon")
+WITHOUT_AREA = ("Point", "MultiPoint", "LineString", "MultiLineString")
+
+EVERY_CLASS = ClassChoice()
 
 Vertex: TypeAlias = tuple[int, int]
 
@@ -129,27 +135,28 @@ def _short(value: float) -> int | float:
 # ---- to a mask --------------------------------------------------------------------------------------------------
 
 
-def read_areas(text: str) -> list[tuple[list[Ring], bool]]:
+def read_areas(text: str, choice: ClassChoice = EVERY_CLASS) -> tuple[list[Area], Counter[str]]:
     """Read the areas of a GeoJSON document.
 
     Args:
         text: A FeatureCollection, one Feature, a bare list of them (QuPath exports each), or a bare geometry.
+        choice: Which classes count.
 
     Returns:
-        For each polygon its rings in level-0 pixels, and whether it counts. False means to subtract it (`EXCLUDED`).
+        For each polygon its rings in level-0 pixels, and whether it counts; False means to subtract it. And how many
+        objects do not count, by what they are: `class Necrosis (subtracted)`, `cell`, `Point`.
 
     Raises:
-        ReadError: It is not such a document, or has a feature that encloses nothing.
+        ReadError: It is not such a document.
     """
     try:
         document = parse_json(text)
     except ValueError as error:
         raise ReadError(f"it is no JSON: {error}") from error
-    return [
-        (rings, counts)
-        for index, feature in enumerate(_features(document))
-        for rings, counts in _feature_areas(feature, index)
-    ]
+    areas, left_out = list[Area](), Counter[str]()
+    for index, feature in enumerate(_features(document)):
+        _read_feature(feature, index, choice, areas, left_out)
+    return areas, left_out
 
 
 def _features(document: Any) -> list[Any]:
@@ -162,24 +169,42 @@ def _features(document: Any) -> list[Any]:
     raise ReadError("it is no GeoJSON: expected a FeatureCollection or a list of features")
 
 
-def _feature_areas(feature: Any, index: int) -> Iterator[tuple[list[Ring], bool]]:
+def _read_feature(feature: Any, index: int, choice: ClassChoice, areas: list[Area], left_out: Counter[str]) -> None:
     if not isinstance(feature, Mapping):
         raise ReadError(f"feature {index} is no GeoJSON object but {type(feature).__name__}")
-    geometry = feature.get("geometry", feature)
+    kind, name = object_type(feature), class_name(feature)
+    if kind != "annotation":
+        left_out[kind] += 1
+        return
+    use = choice.use_of(name)
+    if use is not Use.COUNT:
+        left_out[f"class {name or 'none'}" + (" (subtracted)" if use is Use.SUBTRACT else "")] += 1
+    if use is Use.LEAVE:
+        return
+    for shape, coordinates in _shapes(feature.get("geometry", feature), index, left_out):
+        try:
+            polygons = [coordinates] if shape == "Polygon" else coordinates
+            areas.extend(([_ring(ring) for ring in rings], use is Use.COUNT) for rings in polygons)
+        except (TypeError, ValueError) as error:
+            raise ReadError(
+                f"feature {index}: the coordinates of its {shape} are not lists of x, y: {error}"
+            ) from error
+
+
+def _shapes(geometry: Any, index: int, left_out: Counter[str]) -> Iterator[tuple[str, Any]]:
+    """The kinds and coordinates of the areas in a geometry; what encloses nothing is counted."""
     kind = geometry.get("type") if isinstance(geometry, Mapping) else None
-    if kind not in {"Polygon", "MultiPolygon"}:
-        raise ReadError(
-            f"feature {index} is a {kind or 'thing without geometry'}, which encloses nothing: "
-            "expected Polygon or MultiPolygon. Delete it, or export areas only"
-        )
-    name = class_name(feature).lower()
-    counts = not any(fnmatchcase(name, pattern) for pattern in EXCLUDED)
-    try:
-        coordinates = geometry["coordinates"]
-        for rings in [coordinates] if kind == "Polygon" else coordinates:
-            yield [_ring(ring) for ring in rings], counts
-    except (KeyError, TypeError, ValueError) as error:
-        raise ReadError(f"feature {index}: the coordinates of its {kind} are not lists of x, y: {error}") from error
+    if kind in AREAS:
+        yield kind, geometry.get("coordinates")
+    elif kind == "GeometryCollection" and isinstance(geometry.get("geometries"), list):
+        for part in geometry["geometries"]:
+            yield from _shapes(part, index, left_out)
+    elif kind in WITHOUT_AREA:
+        left_out[kind] += 1
+    elif geometry is None:
+        left_out["object without geometry"] += 1
+    else:
+        raise ReadError(f"feature {index} is a {kind or 'thing without geometry'}: expected {', '.join(AREAS)}")
 
 
 def _ring(corners: Sequence[Sequence[float]]) -> Ring:
@@ -189,20 +214,11 @@ def _ring(corners: Sequence[Sequence[float]]) -> Ring:
     return ring
 
 
-def class_name(feature: Mapping[str, Any]) -> str:
-    """The QuPath class of a feature, empty if it has none. The names of a derived class are joined by `: `."""
-    properties = feature.get("properties")
-    kind = properties.get("classification") if isinstance(properties, Mapping) else None
-    if not isinstance(kind, Mapping):
-        return str(kind or "")
-    return str(kind.get("name") or ": ".join(kind.get("names", ())))
-
-
-def mask_of(areas: Sequence[tuple[list[Ring], bool]], downsample: float, shape: tuple[int, int]) -> TissueMask:
+def mask_of(areas: Sequence[Area], downsample: float, shape: tuple[int, int]) -> TissueMask:
     """The mask of the pixels whose centers lie in an area that counts and in none that is subtracted.
 
     Args:
-        areas: As `read_areas` gives them, in level-0 pixels. Rings of one polygon cancel out (even-odd rule).
+        areas: As `read_areas` gives them first, in level-0 pixels. Rings of one polygon cancel out (even-odd rule).
         downsample: Level-0 pixels per mask pixel.
         shape: Height and width of the mask.
 

@@ -10,8 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from g2l_core.errors import UnknownNameError, UsageError
+from g2l_core.slides.notes import Note
 from g2l_core.slides.slide import Slide, Thumbnail
 from g2l_core.tissue import annotations, network
+from g2l_core.tissue.classes import ClassChoice
+from g2l_core.tissue.geojson import EVERY_CLASS
 from g2l_core.tissue.thresholds import THUMBNAIL_MPP, color_tissue, otsu_tissue
 from g2l_core.types import Mpp, Rgb, TissueMask
 
@@ -30,6 +33,8 @@ class FoundTissue:
     """The slide at the mask's scale, if it was read."""
     facts: Mapping[str, str] = field(default_factory=dict)
     """What the slide's record must keep. For an annotation these are `tissue_file` and `tissue_sha256`."""
+    notes: tuple[Note, ...] = ()
+    """What of an annotation was left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +53,8 @@ def resolve_tissue(method: str) -> TissueMethod:
     """Find the tissue method that `--tissue METHOD` means.
 
     Args:
-        method: `otsu`, `color` or `none`; a network, FILE.onnx or FILE.pt; or a folder of annotations.
+        method: `otsu`, `color` or `none`; a network, FILE.onnx or FILE.pt; or a folder of annotations, which may
+            have classes behind it: `FOLDER:Tumor,Stroma`, `FOLDER:!Necrosis`.
 
     Raises:
         UsageError: It is none of these, or its file cannot be used. Or it is the name under which a store keeps a
@@ -58,16 +64,21 @@ def resolve_tissue(method: str) -> TissueMethod:
         return TissueMethod(identity=method, find=_by_threshold(THRESHOLDS[method]))
     if method == NONE:
         return TissueMethod(identity=NONE, find=lambda _slide, _id: FoundTissue(mask=None))
-    if method == ANNOTATIONS or method.startswith(f"{NETWORK}:"):
+    path = Path(method)
+    if method == ANNOTATIONS or (method.startswith((f"{NETWORK}:", f"{ANNOTATIONS}:")) and not path.is_dir()):
+        folder, _, classes = method.partition(":")
+        again = f"folder, with :{classes} behind it if it had classes," if classes else "folder"
         raise UsageError(
             f"the store's tissue method is {method!r}: give its "
-            f"{'folder' if method == ANNOTATIONS else 'file'} again with --tissue"
+            f"{again if folder == ANNOTATIONS else 'file'} again with --tissue"
         )
-    path = Path(method)
     if path.suffix.lower() in network.SUFFIXES:
         return _by_network(path)
     if path.is_dir():
-        return _by_annotations(path)
+        return _by_annotations(path, EVERY_CLASS)
+    folder, colon, classes = method.rpartition(":")
+    if colon and Path(folder).is_dir():
+        return _by_annotations(Path(folder), ClassChoice.parse(classes))
     hint = "Or give a network (FILE.onnx, FILE.pt) or a folder of annotations (<slide_id>.geojson or .png)."
     raise UnknownNameError("tissue method", method, [*THRESHOLDS, NONE], hint)
 
@@ -90,14 +101,16 @@ def _by_network(path: Path) -> TissueMethod:
     return TissueMethod(identity=f"{NETWORK}:{loaded.name}@sha256:{loaded.digest[:12]}", find=find)
 
 
-def _by_annotations(folder: Path) -> TissueMethod:
+def _by_annotations(folder: Path, choice: ClassChoice) -> TissueMethod:
     def find(slide: Slide, slide_id: str) -> FoundTissue:
         frame = slide.thumbnail_frame(THUMBNAIL_MPP)
-        annotation = annotations.read_annotation(folder, slide_id, slide.level0_size, frame)
-        return FoundTissue(mask=annotation.mask, facts=annotation.facts)
+        annotation = annotations.read_annotation(folder, slide_id, slide.level0_size, frame, choice)
+        counts = ", ".join(f"{count:,} {what}" for what, count in sorted(annotation.left_out.items()))
+        notes = (Note(text="objects of the annotation do not count as tissue", detail=counts),) if counts else ()
+        return FoundTissue(mask=annotation.mask, facts=annotation.facts, notes=notes)
 
     return TissueMethod(
-        identity=ANNOTATIONS,
+        identity=f"{ANNOTATIONS}:{choice}" if choice != EVERY_CLASS else ANNOTATIONS,
         find=find,
         file_sha256=lambda slide_id: annotations.annotation_sha256(folder, slide_id),
     )

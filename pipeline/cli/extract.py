@@ -1,6 +1,7 @@
 """`g2l cache-teacher` and `g2l embed`: stage one."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -118,21 +119,41 @@ def _summary_json(summary: "ExtractionSummary") -> dict[str, Any]:
         "failed_slides": summary.failed_slides,
         "unreadable": summary.unreadable,
         "left_out": summary.left_out,
+        "notes": list(summary.notes),
         "seconds": {part: round(seconds, 3) for part, seconds in summary.seconds.items()},
     }
 
 
 def _summary_text(summary: "ExtractionSummary") -> str:
     done = f"{summary.store}: {summary.patches:,} patches of {summary.slides} slides for {', '.join(summary.encoders)}"
-    done += f"; {summary.encoded:,} encoded now" if summary.encoded else "; all of them were stored already"
-    left_out = ", ".join(f"{count:,} {name}" for name, count in summary.left_out.items())
-    return f"{done}\nleft out: {left_out}" if left_out else done
+    lines = [f"{done}; {_encoded(summary)}"]
+    if summary.left_out:
+        lines.append("left out: " + ", ".join(f"{count:,} {name}" for name, count in summary.left_out.items()))
+    return "\n".join([*lines, *(f"note: {note}" for note in summary.notes)])
+
+
+def _encoded(summary: "ExtractionSummary") -> str:
+    lost = [f"{len(summary.failed_slides):,} slides failed"] if summary.failed_slides else []
+    if summary.unreadable:
+        lost.append(f"{sum(map(len, summary.unreadable.values())):,} patches are unreadable")
+    if summary.encoded:
+        return ", ".join([f"{summary.encoded:,} encoded now", *lost])
+    if not summary.patches:
+        return ", ".join(["nothing is stored", *lost])
+    return ", ".join(["nothing was encoded now", *lost]) if lost else "all of them were stored already"
 
 
 def _list_losses(*losses: dict[str, str]) -> None:
-    """Name on stderr everything that was lost, with its reason."""
+    """Name on stderr everything that was lost, with its reason; slides that share a reason are one line."""
+    from pipeline.cache_teacher import some
+
     for group in losses:
-        for slide_id, reason in list(group.items())[:SHOWN_REASONS]:
-            typer.echo(f"failed  {slide_id}: {with_remedy(reason)}", err=True)
-        if len(group) > SHOWN_REASONS:
-            typer.echo(f"failed  and {len(group) - SHOWN_REASONS} more; g2l store info lists all", err=True)
+        shared: dict[str, list[str]] = {}
+        for slide_id, reason in group.items():
+            shared.setdefault(re.sub(rf"(?<!\w){re.escape(slide_id)}(?!\w)", "", reason), []).append(slide_id)
+        for names in list(shared.values())[:SHOWN_REASONS]:
+            count = f"{len(names):,} slides, " if len(names) > 1 else ""
+            typer.echo(f"failed  {count}{some(names)}: {with_remedy(group[names[0]])}", err=True)
+        if len(shared) > SHOWN_REASONS:
+            rest = sum(map(len, list(shared.values())[SHOWN_REASONS:]))
+            typer.echo(f"failed  and {rest} more; g2l store info lists all", err=True)

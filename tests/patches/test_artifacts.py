@@ -145,7 +145,7 @@ def test_black_is_found_from_a_fifth_of_the_patch_on():
 
 
 def test_names_codes_and_checks_agree():
-    assert set(_CHECKS) == set(ARTIFACTS) == set(STATUS) - {"ok", "unreadable"}
+    assert set(_CHECKS) == set(ARTIFACTS) == set(STATUS) - {"ok", "unreadable", "absent"}
     assert len(set(STATUS.values())) == len(STATUS)
 
 

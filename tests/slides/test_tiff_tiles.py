@@ -66,7 +66,7 @@ def test_the_whole_level_is_what_openslide_reads(tmp_path, coding, tile):
         sizes = slide.level_dimensions
     tiles = open_tiles(path, sizes)
     if coding not in DECODED:
-        assert tiles is None
+        assert tiles.read(0, 0, 0, 64, 64) is None
         return
     for level, (width, height) in enumerate(sizes[:1] if WIDTH % 2 or HEIGHT % 2 else sizes):
         found = tiles.read(level, 0, 0, width, height)

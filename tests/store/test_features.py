@@ -54,7 +54,7 @@ def test_root_attributes(cached_store):
     assert attributes["format"] == 2
     assert attributes["grid"] == GridSpec().to_json()
     assert attributes["views"] == json.loads(json.dumps(ViewSpec().to_json()))
-    assert attributes["patch_status"] == {"ok": 0, "unreadable": 1, "pen": 2, "black": 3, "blurred": 4}
+    assert attributes["patch_status"] == {"ok": 0, "unreadable": 1, "pen": 2, "black": 3, "blurred": 4, "absent": 5}
     assert attributes["encoders"][KEY]["dim"] == 1024
     assert len(attributes["encoders"][KEY]["digest"]) == 64
     assert {"torch", "zarr", "numpy", "g2l"} <= set(attributes["software"])
