@@ -123,6 +123,8 @@ def gather(stores: Sequence[FeatureStore], spec: TaskSpec, folder: Path) -> Task
     if not len(rows):
         raise TaskError(f"task {spec.name}: no patch has a label {spec.label!r} and a place in the split")
     rows = without_duplicates(rows)
+    if not len(rows):
+        raise TaskError(f"task {spec.name}: all patches are copies of one another with different {spec.label}")
     refuse_leaks(rows, spec)
     return rows
 

@@ -1,0 +1,1 @@
+"""What people bring: inputs that are not as a test would draw them."""
