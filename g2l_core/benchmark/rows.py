@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int64, Shaped, UInt64
 
+from g2l_core.benchmark.damage import Damages
 from g2l_core.benchmark.labels import LabelTable
 from g2l_core.benchmark.spec import TaskSpec
-from g2l_core.errors import LeakError, TaskError
+from g2l_core.errors import LeakError, StoreCorruptError, TaskError
 from g2l_core.metrics.bags import bag_values
 from g2l_core.metrics.folds import group_folds
 from g2l_core.slides.manifest import fits, parse_condition
@@ -95,22 +96,24 @@ def stored_encoders(stores: Sequence[FeatureStore]) -> dict[str, EncoderFacts]:
     return {key: facts for store in reversed(stores) for key, facts in store.encoders.items()}
 
 
-def gather(stores: Sequence[FeatureStore], spec: TaskSpec, folder: Path) -> TaskRows:
+def gather(stores: Sequence[FeatureStore], spec: TaskSpec, folder: Path, damages: Damages | None = None) -> TaskRows:
     """Join the stores' good patches with a task's labels, drop duplicates, and check the split.
 
     Args:
         stores: Cohorts, put one behind the other.
         spec: The task.
         folder: What `spec.labels` is relative to.
+        damages: Slides that are left out; those whose tables are damaged are added. None lets these raise.
 
     Raises:
+        StoreCorruptError: A table is damaged, and `damages` is None.
         TaskError: No rows are left, or a column is absent.
         LeakError: Training and test part share a patient.
         ManifestError: The label file is not usable or names slides that no store has.
     """
-    slides = _taking_part(stores, spec)
+    slides = [slide for slide in _taking_part(stores, spec) if slide.folder not in (damages or {})]
     table = LabelTable(folder / spec.labels, stores, spec) if spec.labels else None
-    by_slide = [_columns_of(i, slide, spec, table) for i, slide in enumerate(slides)]
+    slides, by_slide = _readable(slides, spec, table, damages)
     arrays: dict[str, Any] = {name: np.concatenate([part[name] for part in by_slide]) for name in by_slide[0]}
     grouped = bool(arrays.pop("grouped").all())
     extra = {name: arrays.pop(name) for name in list(arrays) if name.startswith(_EXTRA)}
@@ -127,6 +130,29 @@ def gather(stores: Sequence[FeatureStore], spec: TaskSpec, folder: Path) -> Task
         raise TaskError(f"task {spec.name}: all patches are copies of one another with different {spec.label}")
     refuse_leaks(rows, spec)
     return rows
+
+
+def _readable(
+    slides: Sequence[StoredSlide], spec: TaskSpec, table: LabelTable | None, damages: Damages | None
+) -> tuple[list[StoredSlide], list[dict[str, np.ndarray]]]:
+    """The slides whose tables can be read, and their part of the arrays of TaskRows.
+
+    Raises:
+        TaskError: There is none.
+    """
+    readable, by_slide = list[StoredSlide](), list[dict[str, np.ndarray]]()
+    for slide in slides:
+        try:
+            by_slide.append(_columns_of(len(readable), slide, spec, table))
+        except StoreCorruptError as error:
+            if damages is None:
+                raise
+            damages[slide.folder] = str(error)
+            continue
+        readable.append(slide)
+    if not readable:
+        raise TaskError(f"task {spec.name}: every slide that takes part is damaged")
+    return readable, by_slide
 
 
 def _taking_part(stores: Sequence[FeatureStore], spec: TaskSpec) -> list[StoredSlide]:
