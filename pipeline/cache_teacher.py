@@ -294,18 +294,7 @@ def patch_cohort(
     known = {slide.slide_id: slide for slide in store.slides()}
     if other := other_scales(sources, known):
         say(other)
-    for source in sources:
-        if source.slide_id in known:
-            try:
-                if settings.retry_failed:
-                    within(
-                        settings.slide_timeout,
-                        partial(adopt_repaired, known[source.slide_id], source.path, grid, views),
-                        "comparing it with what was cached",
-                    )
-                refresh_stored(known[source.slide_id], source, views, n_views, tissue, settings.slide_timeout)
-            except (SlideError, StoreMismatchError, StoreCorruptError) as error:
-                failed[source.slide_id] = str(error)
+    failed |= refresh_known(known, sources, grid, views, settings, tissue)
     new = [source for source in sources if source.slide_id not in known and source.slide_id not in failed]
     failed |= store.refusals(source.slide_id for source in new)
     new = [source for source in new if source.slide_id not in failed]
@@ -337,6 +326,28 @@ def patch_cohort(
                     detail = f" ({note.detail})" if note.detail else ""
                     notes.setdefault(note.text, []).append(f"{source.slide_id}{detail}")
             line.update(done, len(new))
+    return failed
+
+
+def refresh_known(
+    known: Mapping[str, StoredSlide],
+    sources: Sequence[Source],
+    grid: GridSpec,
+    views: ViewSpec,
+    settings: ExtractionSettings,
+    tissue: TissueMethod | None,
+) -> dict[str, str]:
+    """Update the slides that the store has already, and return the reasons of those that cannot be used any more."""
+    failed: dict[str, str] = {}
+    for source in (source for source in sources if source.slide_id in known):
+        slide = known[source.slide_id]
+        try:
+            if settings.retry_failed:
+                compare = partial(adopt_repaired, slide, source.path, grid, views)
+                within(settings.slide_timeout, compare, "comparing it with what was cached")
+            refresh_stored(slide, source, views, 1 + settings.views, tissue, settings.slide_timeout)
+        except (SlideError, StoreMismatchError, StoreCorruptError) as error:
+            failed[source.slide_id] = str(error)
     return failed
 
 

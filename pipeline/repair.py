@@ -1,7 +1,8 @@
-"""`g2l store verify --repair`: drop what is damaged, so that the caching command computes that alone again."""
+"""`g2l store verify --repair`: derive damaged tables again, and drop what else is damaged, for stage one to compute."""
 
 from collections.abc import Iterator, Sequence
 
+from g2l_core.extraction.repair import repair_tables
 from g2l_core.store.features import FeatureStore
 from g2l_core.store.verify import Problem, repair_all
 
@@ -14,3 +15,4 @@ def repair_store(store: FeatureStore, problems: Sequence[Problem]) -> Iterator[t
         problems: What `verify` has found.
     """
     yield from repair_all(store, [problem for problem in problems if not problem.table])
+    yield from repair_tables(store, problems)

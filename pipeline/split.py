@@ -44,6 +44,7 @@ def split_store(
             that sizes can be compared.
 
     Raises:
+        StoreCorruptError: A slide's document is damaged, so that nobody knows whether it would take part.
         UsageError: No patches are left to train on or to hold out, or an argument is malformed.
     """
     split = _split(store, where, hold_out, seed)
@@ -59,6 +60,7 @@ def _take_slides(split: Split, count: int, seed: int) -> Split:
 
 
 def _split(store: FeatureStore, where: Sequence[str], hold_out: str, seed: int) -> Split:
+    store.require_undamaged()
     conditions = [parse_condition(text) for text in where]
     slides = [s for s in store.slides() if all(fits(c, s.slide_id, s.labels) for c in conditions)]
     if not slides:

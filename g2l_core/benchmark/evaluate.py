@@ -11,12 +11,13 @@ from typing import TypeVar
 
 import numpy as np
 
+from g2l_core.benchmark.damage import Damages, damaged_documents, damaged_features, describe
 from g2l_core.benchmark.metric_groups import METRIC_GROUPS, MetricValue, Resampling, TaskInput
 from g2l_core.benchmark.notes import notes_on
 from g2l_core.benchmark.plots import confusion_matrix, task_plots
 from g2l_core.benchmark.rows import TaskRows, gather
 from g2l_core.benchmark.spec import TaskSpec
-from g2l_core.errors import G2LError, TaskError
+from g2l_core.errors import G2LError, StoreError, TaskError
 from g2l_core.metrics.statistics import holm
 from g2l_core.results import Comparison, Estimate, Failure, Plots, PublishedValue, Result
 from g2l_core.store.features import FeatureStore
@@ -70,6 +71,9 @@ class TaskOutcome:
 def evaluate_task(stores: Sequence[FeatureStore], spec: TaskSpec, bench: BenchSpec, folder: Path) -> TaskOutcome:
     """Evaluate every metric group of a task for every encoder. If one fails, the failure is recorded and others go on.
 
+    A slide that is damaged is left out for all encoders, so that they are compared on the same patches. It is a failure
+    of the task, and a note on it.
+
     Args:
         stores: The cohorts.
         spec: The task.
@@ -77,17 +81,38 @@ def evaluate_task(stores: Sequence[FeatureStore], spec: TaskSpec, bench: BenchSp
         folder: What the task's label file is relative to.
     """
     outcome = TaskOutcome(expected=list(spec.expected))
+    damages = damaged_documents(stores)
     try:
-        rows = gather(stores, spec, folder)
+        rows = gather(stores, spec, folder, damages)
+        features, errors = _features(rows, bench)
+        if found := _damaged_features(rows, bench, errors):
+            damages |= found
+            rows = gather(stores, spec, folder, damages)
+            features, errors = _features(rows, bench)
     except G2LError as error:
+        _note_damages(damages, spec, outcome)
         outcome.failures.append(Failure(task=spec.name, reason=str(error)))
         return outcome
+    _note_damages(damages, spec, outcome)
     outcome.notes += notes_on(rows, spec, stores, bench.encoders)
-    features = _features(rows, spec, bench, outcome)
+    outcome.failures += [Failure(task=spec.name, reason=str(why), encoder=key) for key, why in errors.items()]
     values = {encoder: _metric_values(encoder, rows, features, spec, bench, outcome) for encoder in features}
     _add_intervals(values, rows, spec, bench, outcome)
     _add_plots(values, rows, features, spec, bench, outcome)
     return outcome
+
+
+def _damaged_features(rows: TaskRows, bench: BenchSpec, errors: Mapping[str, G2LError]) -> Damages:
+    """The slides of the rows whose features are damaged for some encoder; looked for where reading them failed."""
+    if not any(isinstance(error, StoreError) for error in errors.values()):
+        return {}
+    return damaged_features((rows.slides[i] for i in np.unique(rows.slide_index).tolist()), bench.encoders)
+
+
+def _note_damages(damages: Damages, spec: TaskSpec, outcome: TaskOutcome) -> None:
+    sentences = describe(damages)
+    outcome.failures += [Failure(task=spec.name, reason=sentence) for sentence in sentences]
+    outcome.notes += [f"task {spec.name}: {sentence}" for sentence in sentences]
 
 
 def _guarded(outcome: TaskOutcome, spec: TaskSpec, encoder: str, what: str, evaluate: Callable[[], T]) -> T | None:
@@ -99,14 +124,16 @@ def _guarded(outcome: TaskOutcome, spec: TaskSpec, encoder: str, what: str, eval
         return None
 
 
-def _features(rows: TaskRows, spec: TaskSpec, bench: BenchSpec, outcome: TaskOutcome) -> dict[str, Features]:
+def _features(rows: TaskRows, bench: BenchSpec) -> tuple[dict[str, Features], dict[str, G2LError]]:
+    """The features of every encoder, or why they cannot be read."""
     features: dict[str, Features] = {}
+    errors: dict[str, G2LError] = {}
     for encoder in bench.encoders:
         try:
             features[encoder] = rows.features(encoder)
         except G2LError as error:
-            outcome.failures.append(Failure(task=spec.name, reason=str(error), encoder=encoder))
-    return features
+            errors[encoder] = error
+    return features, errors
 
 
 def _metric_values(

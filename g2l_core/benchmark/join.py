@@ -101,7 +101,7 @@ class Joined:
             chosen = chosen[values.fitting(condition, chosen)]
         if not len(chosen):
             return None
-        status = slide.patch_status[chosen]
+        status, pixel_hash = slide.patch_status[chosen], slide.pixel_hash
         good = chosen[status == STATUS["ok"]]
         self.lost.update({name: int((status == code).sum()) for name, code in STATUS.items() if name != "ok"})
         if "(" in slide.facts.mpp_source:
@@ -124,7 +124,7 @@ class Joined:
             "cluster": cluster,
             "grouped": grouped,
             "part": self._part(values, good),
-            "pixel_hash": slide.pixel_hash[good, 0],
+            "pixel_hash": pixel_hash[good, 0],
             **{EXTRA + name: _extra(name, values.column(name, good), slide, good) for name in further},
         }
 

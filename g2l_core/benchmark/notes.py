@@ -53,6 +53,7 @@ def notes_on(rows: TaskRows, spec: TaskSpec, stores: Sequence[FeatureStore], enc
     tested = set(rows.slide_ids[rows.tested(spec)].tolist())
     known = stored_encoders(stores)
     notes += [note for key in encoders if key in known for note in _distilled(key, known[key], tested)]
+    notes += [f"{key}: {note}" for key in encoders if key in known for note in known[key].weights_notes]
     return [f"task {spec.name}: {note}" for note in notes]
 
 

@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int64, Shaped, UInt64
 
+from g2l_core.benchmark.damage import Damages
 from g2l_core.benchmark.join import EXTRA as _EXTRA
 from g2l_core.benchmark.join import Joined
 from g2l_core.benchmark.labels import LabelTable
 from g2l_core.benchmark.spec import TaskSpec
-from g2l_core.errors import LeakError, TaskError
+from g2l_core.errors import LeakError, StoreCorruptError, TaskError
 from g2l_core.metrics.bags import bag_values
 from g2l_core.metrics.folds import group_folds
 from g2l_core.store.facts import EncoderFacts
@@ -105,22 +106,24 @@ def stored_encoders(stores: Sequence[FeatureStore]) -> dict[str, EncoderFacts]:
     return {key: facts for store in reversed(stores) for key, facts in store.encoders.items()}
 
 
-def gather(stores: Sequence[FeatureStore], spec: TaskSpec, folder: Path) -> TaskRows:
+def gather(stores: Sequence[FeatureStore], spec: TaskSpec, folder: Path, damages: Damages | None = None) -> TaskRows:
     """Join the stores' good patches with a task's labels, drop duplicates, and check the split.
 
     Args:
         stores: Cohorts, put one behind the other.
         spec: The task.
         folder: What `spec.labels` is relative to.
+        damages: Slides that are left out; those whose tables are damaged are added. None lets these raise.
 
     Raises:
+        StoreCorruptError: A table is damaged, and `damages` is None.
         TaskError: No rows are left, a column is absent, or a row fits both `train` and `test`.
         LeakError: Training and test part share a patient.
         ManifestError: The label file is not usable, contradicts itself, or names slides that no store has.
     """
     table = LabelTable(folder / spec.labels, stores, spec) if spec.labels else None
     joined = Joined(spec=spec, table=table)
-    parts = [part for store in stores for slide in store.slides() if (part := joined.add(slide)) is not None]
+    parts = _parts(stores, joined, damages)
     joined.require_columns(stores)
     if not parts:
         raise TaskError(f"task {spec.name}: no slide fits {' and '.join(spec.where) or 'at all'}")
@@ -143,8 +146,31 @@ def gather(stores: Sequence[FeatureStore], spec: TaskSpec, folder: Path) -> Task
     rows = without_duplicates(
         replace(rows, ungrouped=int((~grouped).sum()), notes=joined.notes(stores), written=frozenset(joined.written))
     )
+    if not len(rows):
+        raise TaskError(f"task {spec.name}: all patches are copies of one another with different {spec.label}")
     refuse_leaks(rows, spec)
     return rows
+
+
+def _parts(stores: Sequence[FeatureStore], joined: Joined, damages: Damages | None) -> list[dict[str, np.ndarray]]:
+    """Every slide's part of the arrays of TaskRows, of those that take part and can be read.
+
+    Raises:
+        TaskError: All that would take part are damaged.
+    """
+    parts = list[dict[str, np.ndarray]]()
+    for slide in (slide for store in stores for slide in store.slides() if slide.folder not in (damages or {})):
+        try:
+            part = joined.add(slide)
+        except StoreCorruptError as error:
+            if damages is None:
+                raise
+            damages[slide.folder] = str(error)
+            continue
+        parts += [part] if part is not None else []
+    if not parts and damages:
+        raise TaskError(f"task {joined.spec.name}: every slide that takes part is damaged")
+    return parts
 
 
 def _cluster_unit(slides: Sequence[StoredSlide], spec: TaskSpec, grouped: bool) -> str:

@@ -1,5 +1,6 @@
 """Build an encoder's network, fill it with its weights, and run it."""
 
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -13,6 +14,7 @@ from jaxtyping import Float32, UInt8
 from torch import Tensor, nn
 
 from g2l_core.encoders.architectures import build_architecture
+from g2l_core.encoders.networks import choose_network
 from g2l_core.encoders.patch_encoder import PatchEncoder
 from g2l_core.encoders.resolve import (
     RESTORE,
@@ -24,10 +26,12 @@ from g2l_core.encoders.resolve import (
 )
 from g2l_core.encoders.spec import spec_digest
 from g2l_core.encoders.trust import code_of, require_trusted
-from g2l_core.encoders.weight_layouts import state_dict_in_timm_layout
-from g2l_core.encoders.weights import read_tensors, state_digest, weights_content, weights_file
+from g2l_core.encoders.weight_files import preprocessing_beside
+from g2l_core.encoders.weights import read_networks, state_digest, weights_content, weights_file
 from g2l_core.errors import EncoderError, UnknownNameError, UsageError
 from g2l_core.store.facts import EncoderFacts
+
+_log = logging.getLogger(__name__)
 
 COMPILED = "+compile"
 """Suffix of a precision with torch.compile, which changes features by about 1e-6 in float32."""
@@ -48,6 +52,8 @@ class LoadedEncoder:
     digest: str
     """sha256 of everything that decides its features: weights, architecture, preprocessing, pooling and precision."""
     device: torch.device
+    notes: tuple[str, ...] = ()
+    """What a reader of results must know of how the weights were read."""
 
     @property
     def key(self) -> str:
@@ -76,7 +82,7 @@ def load_encoder(spec: EncoderSpec, *, device: str = "auto", precision: str = "a
     """
     target = choose_device(device)
     precision = choose_precision(spec, target, precision)
-    network = build_network(spec)
+    network, notes = _network_and_notes(spec)
     weights_digest = state_digest(network.state_dict())
     if spec.source.kind == "run":
         _require_recorded(Path(spec.source.where), weights_digest)
@@ -95,6 +101,7 @@ def load_encoder(spec: EncoderSpec, *, device: str = "auto", precision: str = "a
         weights_digest=weights_digest,
         digest=spec_digest(spec, weights_digest, precision),
         device=target,
+        notes=notes,
     )
 
 
@@ -108,7 +115,7 @@ def stored_facts(encoder: LoadedEncoder) -> EncoderFacts:
         content = weights_content(encoder.spec)
     except EncoderError:
         content = None
-    facts = encoder.facts
+    facts = replace(encoder.facts, weights_notes=encoder.notes)
     return replace(facts, extra={**facts.extra, WEIGHTS_CONTENT: content}) if content else facts
 
 
@@ -190,14 +197,42 @@ def build_network(spec: EncoderSpec) -> nn.Module:
     Raises:
         EncoderError: The weights cannot be read or do not fit, or a file names code that was not trusted.
     """
+    return _network_and_notes(spec)[0]
+
+
+def _network_and_notes(spec: EncoderSpec) -> tuple[nn.Module, tuple[str, ...]]:
+    """The network with its weights, and what of the file was chosen or is doubtful, which is also logged."""
     require_trusted(code_of(spec), spec.named_in)
     source = spec.source
     network = build_architecture(spec.architecture, spec.arguments, int(source.where) if spec.is_untrained else 0)
-    if source.kind not in {"random", "module"}:
-        tensors = read_tensors(weights_file(spec))
-        state = state_dict_in_timm_layout(tensors, spec.layout, network.state_dict(), spec.name)
-        network.load_state_dict(state, strict=True)
-    return network
+    if source.kind in {"random", "module"}:
+        return network, ()
+    file = weights_file(spec)
+    chosen = choose_network(
+        read_networks(file),
+        network.state_dict(),
+        layout=spec.layout,
+        name=spec.name,
+        file=str(file),
+        asked=source.network,
+    )
+    network.load_state_dict(chosen.state, strict=True)
+    if chosen.key and not chosen.note:
+        _log.warning("%s: the weights are those under %r in %s", spec.name, chosen.key, file)
+    notes = tuple(filter(None, (chosen.note, *_other_preprocessing(spec, file))))
+    for note in notes:
+        _log.warning("%s: %s (%s)", spec.name, note, file)
+    return network, notes
+
+
+def _other_preprocessing(spec: EncoderSpec, file: Path) -> list[str]:
+    """What the files beside the weights of a hub snapshot say otherwise than the encoder's spec, which is followed."""
+    beside = preprocessing_beside(file) if spec.source.kind == "file" else {}
+    return [
+        f"{key} {list(getattr(spec, key))} is used, the files beside its weights say {values}"
+        for key, values in beside.items()
+        if not np.allclose(values, getattr(spec, key), atol=1e-3)
+    ]
 
 
 def _feature_size(module: PatchEncoder, device: torch.device) -> int:

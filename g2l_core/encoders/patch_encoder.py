@@ -6,7 +6,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from g2l_core.encoders.resolve import EncoderSpec
-from g2l_core.errors import EncoderError
+from g2l_core.encoders.spec import MIN_INPUT_PX
+from g2l_core.errors import EncoderError, UsageError
 
 
 class PatchEncoder(nn.Module):
@@ -14,6 +15,7 @@ class PatchEncoder(nn.Module):
 
     def __init__(self, network: nn.Module, spec: EncoderSpec) -> None:
         super().__init__()
+        require_whole_steps(spec, side_step(network))
         self.network = network
         self.input_px = spec.input_px
         self.pooling = spec.pooling
@@ -54,6 +56,39 @@ class PatchEncoder(nn.Module):
                 return patch_tokens.mean(dim=1)
             case _:
                 return torch.cat([class_token, patch_tokens.mean(dim=1)], dim=1)
+
+
+def side_step(network: nn.Module) -> int:
+    """What the side of a network's input must be a multiple of: else its last pixels are never seen.
+
+    This is the patch size of a transformer, and the reduction of a network whose first convolution cuts the image into
+    patches (ConvNeXt). Convolutions that overlap and are padded see every pixel, and a network that pads by itself too.
+    """
+    embedding = getattr(network, "patch_embed", None)
+    if size := getattr(embedding, "patch_size", None):
+        pads = getattr(embedding, "dynamic_img_pad", False)
+        return 1 if pads else max(size) if isinstance(size, tuple | list) else int(size)
+    first = next((module for module in network.modules() if isinstance(module, nn.Conv2d)), None)
+    if first is None or first.padding != (0, 0) or first.kernel_size != first.stride or first.stride[0] < 2:
+        return 1
+    stages = getattr(network, "feature_info", None) or [{}]
+    return int(stages[-1].get("reduction", first.stride[0]))
+
+
+def require_whole_steps(spec: EncoderSpec, step: int) -> None:
+    """Refuse an input whose last pixels the network would not see.
+
+    Raises:
+        UsageError: The side is no multiple of the step. The message names the next sizes.
+    """
+    if spec.input_px % step:
+        below = spec.input_px // step * step
+        sizes = [side for side in (below, below + step) if side >= MIN_INPUT_PX]
+        raise UsageError(
+            f"{spec.name}: an input of {spec.input_px} px is no multiple of the network's {step} px, so that the last "
+            f"{spec.input_px - below} px of each side would not be seen. The next sizes are "
+            f"{' and '.join(map(str, sizes))}"
+        )
 
 
 def resample(

@@ -12,7 +12,7 @@ from typing import Any
 
 from g2l_core.encoders.registry import TABLE
 from g2l_core.encoders.spec import POOLINGS, EncoderSpec, WeightsSource, spec_digest, spec_from_json, spec_to_json
-from g2l_core.encoders.spec_file import read_encoder_file
+from g2l_core.encoders.spec_file import local_weights, read_encoder_file
 from g2l_core.encoders.trust import require_trusted, with_trusted_code
 from g2l_core.errors import EncoderError, G2LError, UnknownNameError, UsageError
 from g2l_core.files import parse_json
@@ -52,7 +52,8 @@ def resolve_encoder(
     Args:
         text: A name of the table, `timm:NAME`, a run folder, a spec file (`.toml`), or MODULE:FUNCTION. `@PX` after
             it sets another input size, and `+POOLING` another pooling, as in `virchow2@448+cls`.
-        weights: Replaces the encoder's own weights: `random:SEED`, a file, or `hub:REPOSITORY[@REVISION][#FILE]`.
+        weights: Replaces the encoder's own weights: `random:SEED`, a file or folder, `FILE#NETWORK` where the file
+            holds several networks, or `hub:REPOSITORY[@REVISION][#FILE[#NETWORK]]`.
         seed_hint: Whether the message for missing weights mentions random ones.
         named_in: The file that `text` comes from; empty if the user wrote it.
         trusted: Modules whose code may run if a file names it. With None the spec is only to be looked at.
@@ -163,11 +164,8 @@ def _with_weights(spec: EncoderSpec, weights: str) -> EncoderSpec:
         return replace(spec, weights=weights, layout="timm", trained_on="")
     if source.kind == "hub" and "/" in source.where:
         return replace(spec, weights=weights, layout="auto", trained_on="")
-    path = Path(weights)
-    if not path.is_file():
-        raise UsageError(f"--weights {weights}: no such file (or give random:SEED, or hub:REPOSITORY)")
     layout = spec.layout if spec.layout == "in-order" else "auto"
-    return replace(spec, weights=f"file:{path.resolve()}", layout=layout, trained_on="")
+    return replace(spec, weights=local_weights(Path(), weights, f"--weights {weights}"), layout=layout, trained_on="")
 
 
 def is_run_folder(text: str) -> bool:

@@ -1,5 +1,6 @@
 """What decides an encoder's features, as one frozen value that can be written as JSON."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -16,6 +17,8 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 STORED_LICENSE = "licence"
 """The key of `EncoderSpec.license` in stores and run folders, from before the spelling was settled."""
 
+MIN_INPUT_PX = 16
+
 MPP_TOLERANCE = 0.1
 """Maximum relative difference between the scale of patches and the one on an encoder's card."""
 
@@ -24,8 +27,8 @@ MPP_TOLERANCE = 0.1
 class WeightsSource:
     """Where an encoder's weights come from. `str` gives the text that specs and stores keep, `parse` reads it.
 
-    The texts are hub:REPOSITORY@REVISION#FILE (revision and file may be absent), package:MODULE/GLOB, file:PATH,
-    run:FOLDER, module:FUNCTION (the function loads them) and random:SEED.
+    The texts are hub:REPOSITORY@REVISION#FILE#NETWORK (all but the repository may be absent), package:MODULE/GLOB,
+    file:PATH#NETWORK, run:FOLDER, module:FUNCTION (the function loads them) and random:SEED.
     """
 
     kind: str
@@ -36,6 +39,8 @@ class WeightsSource:
     """Of a repository; empty for its newest."""
     file: str = ""
     """The name of a file in a repository, or the pattern of one in a package."""
+    network: str = ""
+    """The key of one of several networks in the file, such as teacher; empty for the rule of `networks`."""
 
     @classmethod
     def parse(cls, text: str) -> "WeightsSource":
@@ -43,17 +48,28 @@ class WeightsSource:
         kind, _, where = text.partition(":")
         if kind == "hub":
             address, _, file = where.partition("#")
+            file, _, network = file.partition("#")
             repository, _, revision = address.partition("@")
-            return cls(kind=kind, where=repository, revision=revision, file=file)
+            return cls(kind=kind, where=repository, revision=revision, file=file, network=network)
         if kind == "package":
             module, _, pattern = where.partition("/")
             return cls(kind=kind, where=module, file=pattern)
+        if kind == "file":
+            path, network = split_network(where)
+            return cls(kind=kind, where=path, network=network)
         return cls(kind=kind, where=where)
 
     def __str__(self) -> str:
         revision = f"@{self.revision}" if self.revision else ""
         file = f"{'/' if self.kind == 'package' else '#'}{self.file}" if self.file else ""
-        return f"{self.kind}:{self.where}{revision}{file}" if self.kind else ""
+        network = f"{'#' if self.kind == 'hub' and not self.file else ''}#{self.network}" if self.network else ""
+        return f"{self.kind}:{self.where}{revision}{file}{network}" if self.kind else ""
+
+
+def split_network(text: str) -> tuple[str, str]:
+    """The path in FILE#NETWORK, and the key of the network, which is empty where there is none."""
+    found = re.fullmatch(r"(.+)#([A-Za-z_][\w-]*)", text, re.DOTALL)
+    return (found[1], found[2]) if found else (text, "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,8 +119,8 @@ class EncoderSpec:
             raise UnknownNameError("pooling", self.pooling, POOLINGS)
         if self.interpolation not in {"bicubic", "bilinear"}:
             raise UnknownNameError("interpolation", self.interpolation, ("bicubic", "bilinear"))
-        if self.input_px < 16:
-            raise UsageError(f"{self.name}: an input of {self.input_px} px is too small; at least 16")
+        if self.input_px < MIN_INPUT_PX:
+            raise UsageError(f"{self.name}: an input of {self.input_px} px is too small; at least {MIN_INPUT_PX}")
         if min(self.std) <= 0:
             raise UsageError(f"{self.name}: std must be above 0, not {self.std}")
 

@@ -6,7 +6,8 @@ from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
-from g2l_core.encoders.spec import PRECISIONS, STORED_LICENSE, EncoderSpec
+from g2l_core.encoders.spec import PRECISIONS, STORED_LICENSE, EncoderSpec, WeightsSource, split_network
+from g2l_core.encoders.weight_files import weights_path
 from g2l_core.errors import UnknownNameError, UsageError
 from g2l_core.files import parse_toml
 
@@ -69,7 +70,23 @@ def _weights(path: Path, fields: Mapping[str, Any]) -> str:
         return f"module:{fields['architecture']}"
     if weights.startswith(("hub:", "random:")):
         return weights
-    file = (path.parent / weights).resolve()
-    if not file.is_file():
-        raise UsageError(f"{path}: no weights file {file}; give a path from the spec file's folder")
-    return f"file:{file}"
+    return local_weights(path.parent, weights, f"{path}: weights = {weights!r}")
+
+
+def local_weights(folder: Path, text: str, what: str) -> str:
+    """The text of a `WeightsSource` for weights on this machine.
+
+    Args:
+        folder: What the path is relative to.
+        text: A file, a folder of a hub snapshot, or either with #NETWORK behind it.
+        what: How the user wrote it, for messages.
+
+    Raises:
+        UsageError: There is no such file.
+        EncoderError: The folder holds no weights that can be used.
+    """
+    name, network = (text, "") if (folder / text).exists() else split_network(text)
+    path = (folder / name).resolve()
+    if not path.exists():
+        raise UsageError(f"{what}: no such file {path} (or give random:SEED, or hub:REPOSITORY)")
+    return str(WeightsSource(kind="file", where=str(weights_path(path)), network=network))

@@ -57,8 +57,17 @@ DINOV2: Names = (
 )
 """The original DINOv2 (facebookresearch/dinov2)."""
 
-_PREFIXES = r"^(module\.|backbone\.|encoder\.(?!layer\.)|dinov2\.|dinov2_with_registers\.|vit\.|model\.)+"
-"""Prefixes of a network that was saved as a part of another."""
+_PREFIXES = re.compile(
+    r"^((module|backbone|dinov2|dinov2_with_registers|vit|model|net|network|student|teacher|ema|model_ema|ema_model|"
+    r"online_model|online_encoder|target_encoder|base_encoder|momentum_encoder|encoder_q|encoder_k)\.|"
+    r"encoder\.(?!layer\.))+"
+)
+"""Prefixes of a network that was saved as a part of another, for example by DDP, Lightning, DINO, MoCo and I-JEPA."""
+
+_WRAPPERS = re.compile(
+    r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module|_fpw_module)\."
+)
+"""What torch.compile, FSDP, activation checkpointing, Lightning Fabric and fairscale put into names, at any depth."""
 
 _TRAINING_ONLY = re.compile(
     r"^(embeddings\.mask_token|mask_token|pooler\.|dino_head\.|ibot_head\.)|relative_position_index$|attn_mask$"
@@ -95,8 +104,9 @@ def state_dict_in_timm_layout(
     if layout == "in-order":
         found = _in_order(tensors, wanted)
     else:
+        tensors = in_wanted_names(tensors, wanted)
         if not any(key in wanted for key in tensors):  # a network of the user's own may have such names itself
-            tensors = {re.sub(_PREFIXES, "", key): tensor for key, tensor in tensors.items()}
+            tensors = {without_prefix(key): tensor for key, tensor in tensors.items()}
         layout = layout_of(tensors, wanted) if layout == "auto" else layout
         kept = {key: tensor for key, tensor in tensors.items() if key in wanted or not _TRAINING_ONLY.search(key)}
         found = _renamed(kept, layout)
@@ -104,6 +114,26 @@ def state_dict_in_timm_layout(
     found = {key: tensor for key, tensor in found.items() if not _is_classifier(key, wanted)}
     _require_fit(found, wanted, name)
     return found
+
+
+def in_wanted_names(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors without what wrappers of training put into their names, unless the network has such names itself.
+
+    Raises:
+        EncoderError: Two tensors have one name then.
+    """
+    found: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        name = key if key in wanted else _WRAPPERS.sub("", key)
+        if name in found:
+            raise EncoderError(f"the weights file holds {name} twice, once as {key}. Save one network alone")
+        found[name] = tensor
+    return found
+
+
+def without_prefix(key: str) -> str:
+    """The name of a tensor in the network that was saved as a part of another."""
+    return _PREFIXES.sub("", key)
 
 
 def layout_of(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:

@@ -1,31 +1,34 @@
 """Find the weights file of an encoder, on disk or on the model hub, and read its tensors."""
 
+import argparse
 import hashlib
 import importlib.util
 import logging
 import pickle
 import re
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from http import HTTPStatus
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import xxhash
+from numpy._core.multiarray import scalar
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from g2l_core.encoders.networks import networks_in
 from g2l_core.encoders.spec import EncoderSpec
+from g2l_core.encoders.weight_files import FILE_NAMES, INDEX, shard_names, shards_of, weights_path
 from g2l_core.errors import EncoderError
 
 Answer = TypeVar("Answer")
 
 _LOCAL_KINDS = frozenset({"file", "run", "package"})
-
-FILE_NAMES = ("model.safetensors", "pytorch_model.bin")
 
 
 def require_weights(spec: EncoderSpec) -> None:
@@ -40,8 +43,11 @@ def require_weights(spec: EncoderSpec) -> None:
     if spec.source.kind == "hub":
         if _cached_file(spec) is None:
             hub_etag(spec)
-    elif spec.source.kind in _LOCAL_KINDS and not (path := weights_file(spec)).is_file():
-        raise EncoderError(f"{spec.name}: there is no weights file {path}")
+    elif spec.source.kind in _LOCAL_KINDS:
+        path = weights_file(spec)
+        for file in (path, *(shards_of(path) if path.is_file() else ())):
+            if not file.is_file():
+                raise EncoderError(f"{spec.name}: there is no weights file {file}")
 
 
 def weights_content(spec: EncoderSpec) -> str | None:
@@ -58,10 +64,13 @@ def weights_content(spec: EncoderSpec) -> str | None:
     match source.kind:
         case "random":
             return ""
+        case "hub" if _COMMIT.fullmatch(source.revision):
+            return ""
         case "hub":
-            return "" if _COMMIT.fullmatch(source.revision) else f"etag {hub_etag(spec)}"
+            name, etag = _hub_name_and_etag(spec)
+            return None if name.endswith(INDEX) else f"etag {etag}"  # an index says nothing of its shards' content
         case kind if kind in _LOCAL_KINDS:
-            return f"xxh3-128 {_checksum(weights_file(spec), spec.name)}"
+            return f"xxh3-128 {_checksum(shards_of(weights_file(spec)), spec.name)}"
         case _:
             return None
 
@@ -69,14 +78,15 @@ def weights_content(spec: EncoderSpec) -> str | None:
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-def _checksum(path: Path, name: str) -> str:
+def _checksum(paths: Sequence[Path], name: str) -> str:
     state = xxhash.xxh3_128()
-    try:
-        with path.open("rb") as file:
-            while block := file.read(1 << 24):
-                state.update(block)
-    except OSError as error:
-        raise EncoderError(f"{name}: cannot read {path}: {error.strerror}") from error
+    for path in paths:
+        try:
+            with path.open("rb") as file:
+                while block := file.read(1 << 24):
+                    state.update(block)
+        except OSError as error:
+            raise EncoderError(f"{name}: cannot read {path}: {error.strerror}") from error
     return state.hexdigest()
 
 
@@ -86,12 +96,16 @@ def hub_etag(spec: EncoderSpec) -> str:
     Raises:
         EncoderError: The hub does not give the file. The message says why and what to do.
     """
+    return _hub_name_and_etag(spec)[1]
+
+
+def _hub_name_and_etag(spec: EncoderSpec) -> tuple[str, str]:
     from huggingface_hub import errors, get_hf_file_metadata, hf_hub_url
 
-    def ask(name: str) -> str:
+    def ask(name: str) -> tuple[str, str]:
         address = hf_hub_url(spec.source.where, name, revision=spec.source.revision or None)
         try:
-            return str(get_hf_file_metadata(address).etag)
+            return name, str(get_hf_file_metadata(address).etag)
         except errors.HfHubHTTPError as error:
             if error.response.status_code < HTTPStatus.INTERNAL_SERVER_ERROR:
                 raise
@@ -99,7 +113,7 @@ def hub_etag(spec: EncoderSpec) -> str:
         except _hub_errors() as error:
             raise errors.LocalEntryNotFoundError(str(error)) from error
 
-    return _of_hub(spec, ask)
+    return _of_hub(spec, _file_names(spec), ask)
 
 
 def hub_file(spec: EncoderSpec) -> Path:
@@ -113,7 +127,14 @@ def hub_file(spec: EncoderSpec) -> Path:
     from huggingface_hub import hf_hub_download
 
     source = spec.source
-    return _of_hub(spec, lambda name: Path(hf_hub_download(source.where, name, revision=source.revision or None)))
+
+    def download(name: str) -> Path:
+        return Path(hf_hub_download(source.where, name, revision=source.revision or None))
+
+    path = _of_hub(spec, _file_names(spec), download)
+    for shard in sorted(set(shard_names(path).values())) if path.name.endswith(INDEX) else ():
+        _of_hub(spec, (str(Path(path.name if not source.file else source.file).with_name(shard)),), download)
+    return path
 
 
 def _cached_file(spec: EncoderSpec) -> Path | None:
@@ -132,15 +153,15 @@ def _file_names(spec: EncoderSpec) -> tuple[str, ...]:
     return (spec.source.file,) if spec.source.file else FILE_NAMES
 
 
-def _of_hub(spec: EncoderSpec, get: Callable[[str], Answer]) -> Answer:
-    """What `get` gives for the first weights file that the repository has, by name.
+def _of_hub(spec: EncoderSpec, names: Sequence[str], get: Callable[[str], Answer]) -> Answer:
+    """What `get` gives for the first of some files that the repository has, by name.
 
     Raises:
         EncoderError: It has none, or the hub refuses.
     """
     from huggingface_hub import errors
 
-    for name in _file_names(spec):
+    for name in names:
         try:
             with _without_retry_lines():
                 return get(name)
@@ -150,7 +171,7 @@ def _of_hub(spec: EncoderSpec, get: Callable[[str], Answer]) -> Answer:
             continue
         except _hub_errors() as error:
             raise EncoderError(f"{spec.name}: {_refusal(error, spec)}") from error
-    lacking = f"no {spec.source.file}" if spec.source.file else f"neither {' nor '.join(FILE_NAMES)}"
+    lacking = f"no {names[0]}" if len(names) == 1 else f"neither {' nor '.join(names)}"
     raise EncoderError(f"{spec.name}: {spec.source.where} has {lacking}")
 
 
@@ -237,7 +258,7 @@ def weights_file(spec: EncoderSpec) -> Path:
     """
     match spec.source.kind:
         case "file":
-            return Path(spec.source.where)
+            return weights_path(Path(spec.source.where))
         case "run":
             return Path(spec.source.where) / "model.safetensors"
         case "package":
@@ -255,19 +276,60 @@ def _package_file(spec: EncoderSpec) -> Path:
     return files[0]
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read the tensors of a safetensors or torch file, in the file's order.
+_HARMLESS: list[Any] = [
+    argparse.Namespace, scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype,
+    *(type(np.dtype(kind)) for kind in ("f8", "f4", "i8", "i4", "?")),
+]  # fmt: skip
+"""What checkpoints of training hold beside tensors, settings and best scores, and what runs no code when it is read."""
+
+
+def read_networks(path: Path) -> dict[str, dict[str, Tensor]]:
+    """Read the state dicts of a safetensors or torch file, or of the shards that an index names.
+
+    Returns:
+        Tensors in the file's order, by the key that holds the state dict; a plain one has an empty key.
 
     Raises:
-        EncoderError: It is neither, or holds more than tensors.
+        EncoderError: It is neither, or holds more than tensors and plain values.
     """
+    if path.name.endswith(INDEX):
+        return {"": _read_shards(path)}
+    networks = networks_in(_read(path))
+    if not networks:
+        raise EncoderError(f"{path} holds no state dict (a mapping from names to tensors)")
+    return networks
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    """The tensors of all shards.
+
+    Raises:
+        EncoderError: A shard cannot be read, or lacks a tensor.
+    """
+    contents = {shard.name: _read(shard) for shard in shards_of(index)}
+    tensors: dict[str, Tensor] = {}
+    for name, shard in shard_names(index).items():
+        content = contents[shard]
+        if not isinstance(content, Mapping) or not isinstance(content.get(name), Tensor):
+            raise EncoderError(
+                f"{index.parent / shard} holds no {name}, which {index.name} says it does. Copy it again"
+            )
+        tensors[name] = content[name]
+    return tensors
+
+
+def _read(path: Path) -> Any:
+    """What a safetensors or torch file holds."""
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_HARMLESS):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"holds {named[1]}, which is more than tensors" if named else "is damaged, or holds more than tensors"
         raise EncoderError(
-            f"{path} is refused: its pickle is damaged, or holds more than tensors and could run code. "
+            f"{path} is refused: its pickle {reason} and could run code. "
             "Give safetensors, or a torch file of a plain state dict"
         ) from error
     except _UNREADABLE as error:
@@ -275,13 +337,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise EncoderError(
             f"{path} is no weights file that can be read (safetensors, or a torch file of tensors): {reason}"
         ) from error
-    for wrapper in ("state_dict", "model", "teacher"):
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
-    named = isinstance(content, Mapping) and all(isinstance(name, str) for name in content)
-    if not named or not all(isinstance(tensor, Tensor) for tensor in content.values()):
-        raise EncoderError(f"{path} holds no state dict (a mapping from names to tensors)")
-    return dict(content)
 
 
 def state_digest(state: Mapping[str, Tensor]) -> str:

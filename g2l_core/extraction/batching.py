@@ -10,16 +10,38 @@ from time import perf_counter
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float32, UInt8
+from jaxtyping import Bool, Float16, Float32, UInt8, UInt64
 
 from g2l_core.encoders.loading import LoadedEncoder, encode
 from g2l_core.errors import EncoderError
 from g2l_core.store.features import Shard, StoredSlide
 from g2l_core.store.schema import STATUS
-from g2l_core.store.writer import FeatureWriter
+from g2l_core.store.writer import FeatureWriter, is_lost
+from g2l_core.types import PatchStatus
 
 IN_FLIGHT = 2
 """How many batches may be at the encoder, or wait there, while another is filled."""
+
+
+MIN_DIFFERENT = 8
+"""From so many different views on, features that are the same for all of them are refused."""
+
+
+def describe_sameness(
+    features: Float16[np.ndarray, "view row dim"], hashes: UInt64[np.ndarray, "view row"], status: PatchStatus
+) -> str:
+    """Features that say nothing, as they are the same for many different pixels; empty where they are not.
+
+    Equal patches may well have equal features, so views count only as far as their pixel hashes differ.
+    """
+    good = np.flatnonzero(status == STATUS["ok"])
+    rows = (of_view[row] for of_view in features for row in good)
+    first = next(rows, None)
+    if first is None or any((row != first).any() for row in rows):
+        return ""
+    different = len(np.unique(hashes[:, good]))
+    what = "the same features" if first.any() else "zeros alone"
+    return f"{what} for all {different:,} different views" if different >= MIN_DIFFERENT else ""
 
 
 class ShardBuffer:
@@ -65,22 +87,28 @@ class ShardBuffer:
 
     def place(self, view: int, row: int, features: Float32[np.ndarray, " dim"]) -> None:
         """Take the features of one view of one patch. If float16 cannot hold them, the shard is refused."""
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", under="ignore"):
             self.features[view, row] = features
         self.todo[view, row] = False
-        if not self.refused and not np.isfinite(self.features[view, row]).all():
-            self.refused = self._writer.not_finite(self.start + row, self.shards[view].view)
+        if not self.refused and is_lost(features[None], self.features[view, row][None])[0]:
+            largest = float(np.abs(features).max())
+            self.refused = self._writer.not_held(self.start + row, self.shards[view].view, largest)
 
     def flush(self) -> None:
         """Write every view's shard.
 
         Raises:
-            EncoderError: Some features are not finite; nothing is written.
+            EncoderError: float16 cannot hold some features, or all are the same; nothing is written.
             StoreMismatchError: The pixels are not those that another encoder was given.
             StoreError: The disk is full, or cannot be written to.
         """
         if self.refused:
             raise EncoderError(self.refused)
+        if same := describe_sameness(self.features, self.hashes, self.status):
+            raise EncoderError(
+                f"{self.encoder.key} gave {same} of rows {self.start} to {self.stop}. Nothing of this shard is stored. "
+                "Are these the network's own weights, its mean and its std?"
+            )
         before = self.slide.patch_status[self.start : self.stop]
         if ((before == STATUS["unreadable"]) & (self.status == STATUS["ok"])).any():
             self.slide.forget(self.start)

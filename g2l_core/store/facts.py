@@ -84,6 +84,8 @@ class EncoderFacts(Facts):
     """sha256 of its tensors."""
     digest: str
     """sha256 of everything that decides its features."""
+    weights_notes: tuple[str, ...] = field(default=(), metadata=_SPARSE)
+    """What was chosen or is doubtful where its weights were read, of one sentence each."""
 
 
 @dataclass(frozen=True, kw_only=True)

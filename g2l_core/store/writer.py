@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float16, Float32, UInt8, UInt64
+from jaxtyping import Bool, Float16, Float32, UInt8, UInt64
 
 from g2l_core.errors import EncoderError, StoreMismatchError
 from g2l_core.store import schema
@@ -12,6 +12,15 @@ from g2l_core.store.facts import ShardRecord
 from g2l_core.store.slide import Shard, StoredSlide, writing
 from g2l_core.store.tables import checksum
 from g2l_core.types import Features, PatchStatus
+
+SMALLEST = float(np.finfo(np.float16).smallest_normal)
+"""Below it float16 loses digits, and in the end all of them."""
+
+
+def is_lost(given: np.ndarray, stored: Features) -> Bool[np.ndarray, " row"]:
+    """Which rows of features float16 cannot hold: some are not finite in it, or all are below its normal numbers."""
+    largest = np.abs(given).max(axis=1, initial=0)
+    return ~np.isfinite(stored).all(axis=1) | ((largest > 0) & (largest < SMALLEST))
 
 
 class FeatureWriter:
@@ -70,15 +79,16 @@ class FeatureWriter:
             status: Reason code of each row.
 
         Raises:
-            EncoderError: A good patch has features that float16 cannot hold: NaN, infinite or too large.
+            EncoderError: A good patch has features that float16 cannot hold: NaN, infinite, too large, or all of them
+                too small; or at least `MIN_DIFFERENT` different views all have the same.
             StoreMismatchError: The pixels are not those that another encoder was given.
             StoreError: The disk is full, or cannot be written to.
         """
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # overflow becomes infinity, refused below
             stored = np.ascontiguousarray(features, dtype=np.float16)
-        for shard, of_view in zip(shards, stored, strict=True):
-            self._require_finite(shard, of_view, status)
+        for shard, of_view, given in zip(shards, stored, features, strict=True):
+            self._require_held(shard, given, of_view, status)
         known = np.stack([self._known_hashes(s, h, status) for s, h in zip(shards, hashes, strict=True)])
         rows = slice(shards[0].start, shards[0].stop)
         with writing(f"features of slide {self.slide_id}"):
@@ -103,17 +113,24 @@ class FeatureWriter:
             size=path.stat().st_size if path.exists() else 0,
         )
 
-    def _require_finite(self, shard: Shard, features: Features, status: PatchStatus) -> None:
-        bad = np.flatnonzero(~np.isfinite(features).all(axis=1) & (status == schema.STATUS["ok"]))
-        if len(bad):
-            raise EncoderError(self.not_finite(shard.start + int(bad[0]), shard.view))
+    def _require_held(self, shard: Shard, given: np.ndarray, stored: Features, status: PatchStatus) -> None:
+        """Refuse a shard if float16 cannot hold the features of one of its good patches."""
+        lost = np.flatnonzero(is_lost(given, stored) & (status == schema.STATUS["ok"]))
+        if len(lost):
+            row = int(lost[0])
+            raise EncoderError(self.not_held(shard.start + row, shard.view, float(np.abs(given[row]).max())))
 
-    def not_finite(self, row: int, view: int) -> str:
-        """The message about a patch whose features are NaN, infinite or too large for float16."""
+    def not_held(self, row: int, view: int, largest: float) -> str:
+        """The message about a patch whose features float16 cannot hold; `largest` is the largest absolute value."""
         x, y = self._slide.coords[row]
+        precise = "Try --precision fp32; if it stays, the weights are damaged"
+        what, advice = "not finite in float16", precise
+        if largest < SMALLEST:
+            what = f"too small for float16 (at most {largest:.1e}, the smallest normal number is {SMALLEST:.1e})"
+            advice = f"{precise}, or the network needs a normalization behind it"
         return (
-            f"{self._encoder} gave features that are not finite in float16 for row {row} at ({x}, {y}), view {view}. "
-            "Nothing of this shard is stored. Try --precision fp32; if it stays, the weights are damaged"
+            f"{self._encoder} gave features that are {what} for row {row} at ({x}, {y}), view {view}. "
+            f"Nothing of this shard is stored. {advice}"
         )
 
     def _known_hashes(

@@ -26,7 +26,7 @@ Store = Annotated[Path, typer.Option(help="The feature store (a Zarr folder); ma
 Weights = Annotated[
     str | None,
     typer.Option(
-        help="In place of the encoder's own weights: a file, hub:REPOSITORY@REVISION, or random:SEED.",
+        help="In place of the encoder's own weights: FILE or FILE#NETWORK, hub:REPOSITORY@REVISION, or random:SEED.",
         rich_help_panel=ENCODER,
     ),
 ]

@@ -27,7 +27,7 @@ from g2l_core.encoders.loading import (
 from g2l_core.encoders.patch_encoder import PatchEncoder
 from g2l_core.encoders.resolve import TABLE, EncoderSpec, resolve_encoder, spec_to_json
 from g2l_core.encoders.timm_compat import import_timm
-from g2l_core.encoders.weights import read_tensors, state_digest
+from g2l_core.encoders.weights import read_networks, state_digest
 from g2l_core.errors import EncoderError, UnknownNameError, UsageError
 from tests.patches.test_views import he_patch
 
@@ -123,7 +123,7 @@ def test_a_file_that_could_run_code_is_refused(tmp_path, monkeypatch):
     torch.save(torch.nn.Linear(2, 2), "module.pt")
     for name in ("zip.pt", "legacy.pt", "plain.pkl", "module.pt"):
         with pytest.raises(EncoderError, match=rf"^{name} is refused: .* could run code\. Give safetensors"):
-            read_tensors(Path(name))
+            read_networks(Path(name))
     assert not Path("ran").exists()
 
 
@@ -135,7 +135,7 @@ def test_a_file_that_could_run_code_is_refused(tmp_path, monkeypatch):
 def test_files_that_are_no_weights(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(EncoderError, match=name) as caught:
-        read_tensors(tmp_path / name)
+        read_networks(tmp_path / name)
     assert "\n" not in str(caught.value)
 
 
@@ -147,13 +147,13 @@ def test_truncated_weights_and_other_content(tmp_path):
         for share in (0.1, 0.5, 0.99):
             (tmp_path / name).write_bytes(data[: int(share * len(data))])
             with pytest.raises(EncoderError, match="no weights file that can be read"):
-                read_tensors(tmp_path / name)
-    for content in ([1, 2], {"a": {"b": torch.zeros(2)}}, {"a": 1}, {1: torch.zeros(2)}, torch.zeros(2)):
+                read_networks(tmp_path / name)
+    for content in ([1, 2], {"a": {"b": 1}}, {"a": 1}, {1: torch.zeros(2)}, torch.zeros(2)):
         torch.save(content, tmp_path / "w.pt")
         with pytest.raises(EncoderError, match="holds no state dict"):
-            read_tensors(tmp_path / "w.pt")
+            read_networks(tmp_path / "w.pt")
     with pytest.raises(EncoderError, match="absent"):
-        read_tensors(tmp_path / "absent.safetensors")
+        read_networks(tmp_path / "absent.safetensors")
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from safetensors.torch import save
 
 from g2l_core.encoders.loading import build_network, load_encoder
 from g2l_core.encoders.resolve import EncoderSpec, spec_to_json
+from g2l_core.encoders.weight_files import FILE_NAMES
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -165,7 +166,7 @@ def test_weights_from_a_hub(hub, tmp_path):
     gated = "access to lab/{0} is gated. Accept its license at " + hub.url + "/lab/{0}, then set HF_TOKEN"
     assert outcomes[2].startswith("hubbed: " + gated.format("gated"))
     assert outcomes[3].startswith("hubbed: " + gated.format("login"))
-    assert outcomes[4] == "hubbed: lab/other has neither model.safetensors nor pytorch_model.bin"
+    assert outcomes[4] == f"hubbed: lab/other has neither {' nor '.join(FILE_NAMES)}"
     assert outcomes[5].startswith("hubbed: the hub has no lab/absent, or it is private")
     assert outcomes[6].startswith("hubbed: the hub's lab/open has no revision 'v9'")
     assert outcomes[7].startswith("hubbed: the hub cannot be reached and lab/broken is not in the cache")

@@ -17,7 +17,7 @@ from g2l_core.encoders.architectures import LOADING
 from g2l_core.encoders.loading import load_encoder
 from g2l_core.encoders.resolve import resolve_encoder, spec_from_json, spec_to_json
 from g2l_core.encoders.spec import spec_digest
-from g2l_core.encoders.weights import read_tensors
+from g2l_core.encoders.weights import read_networks
 from g2l_core.errors import EncoderError, NotASlideError, UsageError
 from g2l_core.slides.slide import open_slide
 from tests.pipeline.test_cli import cache, g2l, g2l_process
@@ -196,7 +196,7 @@ def test_pickles_of_weights_do_not_run(tmp_path, monkeypatch, protocol):
     Path("plain.bin").write_bytes(pickle.dumps(Bomb(), protocol))
     for name in ("weights.pth", "plain.bin"):
         with pytest.raises(EncoderError):
-            read_tensors(Path(name))
+            read_networks(Path(name))
         assert not ran()
 
 

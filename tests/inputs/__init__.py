@@ -1,1 +1,1 @@
-"""What goes wrong, provoked: damage, crowds and hostile input."""
+"""What people bring: inputs that are not as a test would draw them."""
