@@ -178,12 +178,12 @@ class Joined:
         by_class = slides_by_class(((i, labels) for i, labels in failed.items() if labels), self.spec)
         unknown = [slide_id for slide_id, labels in failed.items() if not labels]
         lost = [("failed in stage one", {**by_class, **({"": unknown} if unknown else {})})] if failed else []
-        return [*lost, *([("are damaged in the store", {"": damaged})] if damaged else [])]
+        return [*lost, *([("damaged in the store", {"": damaged})] if damaged else [])]
 
     def _describe_lost(self, reason: str, by_class: Mapping[str, list[str]]) -> str:
         ids = sorted({slide_id for of_class in by_class.values() for slide_id in of_class})
         counts = ", ".join(f"{len(of_class):,} of {label or 'unknown class'}" for label, of_class in by_class.items())
-        return f"{_some(ids)} {reason} and take no part{f' ({counts})' if self.spec.label else ''}"
+        return f"left out, {reason}: {_some(ids)}{f', {counts}' if self.spec.label else ''}"
 
 
 def _some(slide_ids: Sequence[str]) -> str:

@@ -83,8 +83,8 @@ class LabelTable:
         if self._respelled:
             asked, found = next(iter(self._respelled.items()))
             notes.append(
-                f"{len(self._respelled):,} ids of {self.path.name} are stored under another spelling, such as "
-                f"{asked!r} as {found!r}, and were taken for the same"
+                f"{self.path.name}: ids in another spelling than the stored ones were taken for the same: "
+                f"{len(self._respelled):,}, such as {asked!r} for {found!r}"
             )
         if self._unmatched:
             notes.append(
@@ -194,11 +194,9 @@ class LabelTable:
         with_patches = {slide.slide_id for store in stores for slide in store.slides()}
         failed = {slide_id for store in stores for slide_id in store.failed_slides()} - with_patches
         damaged = {slide_id for store in stores for slide_id in store.damaged} - with_patches
-        reasons = ((failed, "failed in stage one"), (damaged, "are damaged in the store"))
+        reasons = ((failed, "failed in stage one"), (damaged, "damaged in the store"))
         absent = self._rows.keys() - with_patches - failed - damaged
-        return [
-            (reason, found) for ids, reason in (*reasons, (absent, "are in no store")) if (found := self._classes(ids))
-        ]
+        return [(reason, found) for ids, reason in (*reasons, (absent, "in no store")) if (found := self._classes(ids))]
 
     def _classes(self, slide_ids: Collection[str]) -> dict[str, list[str]]:
         known = self._rows.keys() & set(slide_ids)

@@ -367,15 +367,11 @@ def _records(
 
 
 def _describe_blanks(path: Path, blanks: Mapping[tuple[str, str], int]) -> str:
-    total = sum(blanks.values())
     named = ", ".join(
         f"{value!r} in {column} ({count:,})" for (column, value), count in sorted(blanks.items())[:_NAMED]
     )
     more = f" and {len(blanks) - _NAMED} more kinds" if len(blanks) > _NAMED else ""
-    return (
-        f"{path.name}: {total:,} cells are read as missing values: {named}{more}. "
-        "If one of them is a class, write another word for it"
-    )
+    return f"{path.name}: read as missing values: {named}{more}. If one of them is a class, write another word for it"
 
 
 def _table_text(path: Path) -> tuple[str, list[str]]:

@@ -303,8 +303,7 @@ def _differing_lines(facts: Sequence[ScaleFacts]) -> list[str]:
     differing = [fact for fact in facts if _BESIDE in fact.scale.source]
     if not differing:
         return []
-    head = f"The manifest's um/px is used for {len(differing)} slides whose header gives another:"
-    lines = ["", *textwrap.wrap(head, TABLE_WIDTH)]
+    lines = ["", *textwrap.wrap("The manifest's um/px is used where the header gives another:", TABLE_WIDTH)]
     for fact in differing[:SHOWN_FINDINGS]:
         text = f"{fact.slide_id}: {fact.scale.mpp:.4g} um/px in place of {fact.scale.source.partition(_BESIDE)[2][:-1]}"
         lines += textwrap.wrap(text, TABLE_WIDTH, initial_indent="  ", subsequent_indent="      ")

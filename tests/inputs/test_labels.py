@@ -103,7 +103,7 @@ def test_what_stands_for_a_missing_value_is_no_class(store, tmp_path, blank):
     assert set(found.label.tolist()) == {"a", "b"}
     assert "task t: 80 of 320 patches have no kind and were left out" in notes
     if blank:
-        assert f"2 cells are read as missing values: {blank.removeprefix(chr(39))!r} in kind (2)" in notes[0]
+        assert f"read as missing values: {blank.removeprefix(chr(39))!r} in kind (2)" in notes[0]
 
 
 @pytest.mark.parametrize("column", ["patient_id", "medical_center", "split"])
@@ -114,7 +114,7 @@ def test_blanks_are_no_patient_no_center_and_no_split(store, tmp_path, column):
     rows[0][column] = rows[7][column] = "NA"  # one patient NA would be on both sides
     found, notes = joined(store, tmp_path, rows)
     assert "NA" not in {*found.cluster.tolist(), *found.center.tolist(), *found.part.tolist()}
-    assert any("2 cells are read as missing values: 'NA'" in note for note in notes)
+    assert any("read as missing values: 'NA'" in note for note in notes)
 
 
 def test_an_id_is_never_a_blank(tmp_path):
@@ -327,7 +327,7 @@ def test_ids_with_suffixes_and_folders(store, tmp_path, form):
     found, notes = joined(store, tmp_path, [{**row, "slide_id": form.format(row["slide_id"])} for row in WHOLE])
     assert len(found) == PATIENTS * PATCHES
     (note,) = notes
-    assert "8 ids of labels.csv are stored under another spelling, such as" in note
+    assert "taken for the same: 8, such as" in note
 
 
 @pytest.mark.parametrize("asked", ["7", "7.0", "07", "007.svs"])
@@ -338,7 +338,7 @@ def test_numbers_that_lost_their_zeros(tmp_path, asked):
         store, tmp_path, rows, TaskSpec(name="t", labels="labels.csv", label="kind", metrics=("cka",))
     )
     assert found.label.tolist() == ["a", "b"]
-    assert f"such as '{asked}' as '0007.png'" in notes[0]
+    assert f"such as '{asked}' for '0007.png'" in notes[0]
 
 
 def test_an_id_that_may_be_two_slides_is_refused(tmp_path):
@@ -365,9 +365,9 @@ def test_labeled_slides_that_failed_or_are_damaged_are_counted_by_class(tmp_path
     rows = [*WHOLE, {"slide_id": "f1", "kind": "a"}, {"slide_id": "f2", "kind": "b"}, {"slide_id": "zz", "kind": "b"}]
     _, notes = joined(store, tmp_path, rows, replace(SPEC, missing="note"))
     assert notes == [
-        "task t: 2 slides (f1, f2) failed in stage one and take no part (1 of a, 1 of b)",
-        "task t: 1 slide (s1) are damaged in the store and take no part (1 of b)",
-        "task t: 1 slide (zz) are in no store and take no part (1 of b)",
+        "task t: left out, failed in stage one: 2 slides (f1, f2), 1 of a, 1 of b",
+        "task t: left out, damaged in the store: 1 slide (s1), 1 of b",
+        "task t: left out, in no store: 1 slide (zz), 1 of b",
     ]
     with pytest.raises(ManifestError, match=r'no store has: zz.*missing = "note" in the task leaves them out'):
         joined(store, tmp_path, rows)
@@ -380,7 +380,7 @@ def test_slides_that_failed_keep_what_the_manifest_says(tmp_path):
     store.fail_slide("f1", "/f1.svs", "no tissue", {"medical_center": "north"})
     store.fail_slide("f2", "/f2.svs", "no tissue")
     _, notes = joined(store, tmp_path, [], replace(SPEC, labels="", label="medical_center"))
-    assert notes == ["task t: 2 slides (f1, f2) failed in stage one and take no part (1 of north, 1 of unknown class)"]
+    assert notes == ["task t: left out, failed in stage one: 2 slides (f1, f2), 1 of north, 1 of unknown class"]
     _, notes = joined(
         store, tmp_path, [], replace(SPEC, labels="", label="medical_center", where=("medical_center=n*",))
     )

@@ -132,7 +132,7 @@ def test_blanks_of_a_manifest_are_told_once(images, tmp_path, caplog):
     assert done.returncode == 0, done.stderr
     told = [line for line in caplog.text.splitlines() if "missing values" in line]
     assert len(told) == 1
-    assert "3 cells are read as missing values: 'NA' in patient_id (2), 'null' in patient_id (1)" in told[0]
+    assert "read as missing values: 'NA' in patient_id (2), 'null' in patient_id (1)" in told[0]
 
 
 # ---- scales ---------------------------------------------------------------------------------------------------
