@@ -1,6 +1,7 @@
 """One bad slide costs that slide: exceptions of any type, slides that end the process, slides that hang."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -113,8 +114,10 @@ def run(site, folder: Path, store: Path, *more: object, before: Sequence[str] = 
 
 
 def failures(done: subprocess.CompletedProcess) -> dict[str, str]:
+    """The reason by slide; slides that share one are named in one line, as `2 slides, a, b: reason`."""
     lines = (line for line in done.stderr.splitlines() if line.startswith("failed  "))
-    return dict(line.removeprefix("failed  ").split(": ", 1) for line in lines)
+    told = (line.removeprefix("failed  ").split(": ", 1) for line in lines)
+    return {name: reason for names, reason in told for name in re.sub(r"^\d+ slides, ", "", names).split(", ")}
 
 
 def leftovers(store: Path) -> list[str]:

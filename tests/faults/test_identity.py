@@ -68,7 +68,8 @@ def test_one_file_under_two_ids_costs_the_second(data, tmp_path):
     done = cache(data, store, *FEW, "--accept-mpp")
     assert done.returncode == 1, done.stderr
     lost = [line for line in done.stderr.splitlines() if line.startswith("failed")]
-    assert [line.split()[1] for line in lost] == ["b/copy:", "b/hard:", "b/soft:"]
+    named = {name for line in lost for name in ("b/copy", "b/hard", "b/soft") if name in line}
+    assert named == {"b/copy", "b/hard", "b/soft"}
     assert all("is the slide a/p01-1, which would count twice" in line for line in lost)
     assert sorted(labels(store)) == ["a/p01-1", "b/p02-1", "b/p03-1"]
     assert FeatureStore.open(store).failed_slides() == {}
