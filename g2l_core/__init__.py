@@ -10,4 +10,4 @@ Its packages are rooms on floors. Each imports only from floors below its own:
 docs/architecture.md follows one patch through them. Importing this package imports none of them.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
