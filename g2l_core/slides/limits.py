@@ -5,6 +5,7 @@ Each limit can be raised with an environment variable, which the error names.
 
 import os
 import stat
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
@@ -95,3 +96,59 @@ def opened_image(source: Path | BytesIO) -> Iterator[Image.Image]:
             yield image
     except Image.DecompressionBombError as error:
         raise ReadError(f"{error} If the file is sound, set {PIXELS} to more") from error
+
+
+# -- compressed chunks ------------------------------------------------------------------------------------
+
+_ZSTD, _GZIP, _ZLIB = b"\x28\xb5\x2f\xfd", b"\x1f\x8b", b"\x78"
+_DEFLATE_RATIO = 1032
+"""Deflate makes at most so many bytes of one."""
+
+
+def require_unpacked(content: bytes, what: str) -> None:
+    """Refuse a compressed chunk that unpacks to more bytes than an image within the limit has.
+
+    Zstandard and Blosc declare the size in their headers (RFC 8878, 3.1.1.1; nbytes of the Blosc header). Deflate
+    declares none, so a stream that is long enough to be too large is unpacked piece by piece and counted.
+
+    Raises:
+        ReadError: It unpacks to more.
+    """
+    most = 3 * limit(PIXELS)
+    size = _declared_size(content)
+    if size is None and (content[:2] == _GZIP or content[:1] == _ZLIB):
+        size = _inflated_size(content, most)
+    if size is not None and size > most:
+        raise ReadError(
+            f"{what} unpacks to more than {most:,} bytes, which are not decoded at once. If the file is sound, set "
+            f"{PIXELS} to more"
+        )
+
+
+def _declared_size(content: bytes) -> int | None:
+    """The bytes that a chunk of Zstandard or Blosc says that it unpacks to; None where it says nothing."""
+    if content[:4] == _ZSTD and len(content) > 5:
+        descriptor = content[4]
+        is_single = bool(descriptor & 0x20)
+        dictionary = (0, 1, 2, 4)[descriptor & 3]
+        width = (1 if is_single else 0, 2, 4, 8)[descriptor >> 6]
+        start = 5 + (0 if is_single else 1) + dictionary
+        size = int.from_bytes(content[start : start + width], "little")
+        return size + 256 if width == 2 else size if width else None
+    if len(content) >= 16 and content[0] == 2 and int.from_bytes(content[12:16], "little") == len(content):
+        return int.from_bytes(content[4:8], "little")
+    return None
+
+
+def _inflated_size(content: bytes, most: int) -> int | None:
+    """The bytes of a deflate stream, counted no further than `most` is passed; None where it is no such stream."""
+    if len(content) * _DEFLATE_RATIO <= most:
+        return None
+    stream, total, rest = zlib.decompressobj(wbits=47), 0, content  # 47: a header of gzip or of zlib
+    try:
+        while rest and not stream.eof and total <= most:
+            total += len(stream.decompress(rest, 1 << 24))
+            rest = stream.unconsumed_tail
+    except zlib.error:
+        return None  # its reader says what is wrong
+    return total

@@ -16,7 +16,7 @@ from PIL import Image
 
 from g2l_core.errors import NotASlideError, ReadError
 from g2l_core.files import parse_json
-from g2l_core.slides.limits import require_bytes, require_file_or_folder, require_pixels
+from g2l_core.slides.limits import require_bytes, require_file_or_folder, require_pixels, require_unpacked
 
 SUFFIX = ".zarr"
 METADATA_NAMES = frozenset({"zarr.json", ".zattrs", ".zgroup", ".zarray", ".zmetadata"})
@@ -161,6 +161,20 @@ def _require_inside(root: Path, key: str) -> None:
         raise ValueError(str(error)) from error
 
 
+def _bounded(buffer: Any, key: str) -> Any:
+    """A chunk as it was read, if it may be unpacked.
+
+    Raises:
+        ValueError: It unpacks to more than the limit.
+    """
+    if buffer is not None and PurePosixPath(key).name not in METADATA_NAMES:
+        try:
+            require_unpacked(buffer.to_bytes(), f"the chunk {key}")
+        except ReadError as error:
+            raise ValueError(str(error)) from error
+    return buffer
+
+
 @cache
 def _folder_store() -> type:
     """The class of stores that read a slide's folder, and nothing outside of it."""
@@ -171,17 +185,18 @@ def _folder_store() -> type:
 
         async def get(self, key: str, *arguments: Any, **options: Any) -> Any:
             _require_inside(self.root, key)
-            return await super().get(key, *arguments, **options)
+            return _bounded(await super().get(key, *arguments, **options), key)
 
         def get_sync(self, key: str, *arguments: Any, **options: Any) -> Any:
             _require_inside(self.root, key)
-            return super().get_sync(key, *arguments, **options)
+            return _bounded(super().get_sync(key, *arguments, **options), key)
 
         async def get_partial_values(self, prototype: Any, key_ranges: Any) -> Any:
             ranges = list(key_ranges)
             for key, _ in ranges:
                 _require_inside(self.root, key)
-            return await super().get_partial_values(prototype, ranges)
+            found = await super().get_partial_values(prototype, ranges)
+            return [_bounded(buffer, key) for buffer, (key, _) in zip(found, ranges, strict=True)]
 
     return FolderStore
 
