@@ -82,6 +82,8 @@ class Joined:
     """Patches without features, by the name of their reason code."""
     written: set[str] = field(default_factory=set)
     """Labels as they are written, where the task merges classes."""
+    noted: dict[str, list[str]] = field(default_factory=dict)
+    """Slides by what stage one noted about them."""
     doubly_scaled: list[str] = field(default_factory=list)
     """Slides whose header gives another scale than the manifest's, which is used."""
 
@@ -106,6 +108,8 @@ class Joined:
         self.lost.update({name: int((status == code).sum()) for name, code in STATUS.items() if name != "ok"})
         if "(" in slide.facts.mpp_source:
             self.doubly_scaled.append(slide.slide_id)
+        for text in slide.facts.notes:
+            self.noted.setdefault(text, []).append(slide.slide_id)
         self.slides.append(slide)
         cluster = values.column(spec.group, good)
         grouped = cluster != ""
@@ -166,6 +170,7 @@ class Joined:
             notes.append(f"{total:,} patches have no features and were left out: {named}")
         if self.doubly_scaled:
             notes.append(f"the um/px of {_some(self.doubly_scaled)} is the manifest's, and the header gives another")
+        notes += [f"{text}: {_some(slide_ids)}" for text, slide_ids in self.noted.items()]
         return tuple(notes)
 
     def _lost_slides(self, stores: Sequence[FeatureStore]) -> list[tuple[str, Mapping[str, list[str]]]]:

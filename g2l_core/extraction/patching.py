@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -238,8 +238,9 @@ def store_patched(
     """Write a slide's patches into a store with the parameters of their first `n_views` views."""
     coords, patch_ids = patched.coords, patched.patch_ids
     params = sample_views(views, source.slide_id, coords, range(n_views), patch_ids)
+    facts = replace(patched.facts, notes=tuple(note.text for note in patched.notes))
     slide = store.add_slide(
-        source.slide_id, patched.facts, coords=coords, view_params=params, columns=COLUMNS, patch_ids=patch_ids
+        source.slide_id, facts, coords=coords, view_params=params, columns=COLUMNS, patch_ids=patch_ids
     )
     if source.patch_labels:
         slide.set_patch_labels(_patch_labels(source, patch_ids or ()))

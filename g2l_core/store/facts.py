@@ -217,6 +217,8 @@ class SlideFacts(Facts):
     """`OK` or `FAILED`."""
     reason: str = field(default="", metadata=_SPARSE)
     """Why stage one could not use it."""
+    notes: tuple[str, ...] = field(default=(), metadata=_SPARSE)
+    """What was not as expected about the slide when its patches were found; it was used all the same."""
     unreadable: Mapping[str, str] = field(default_factory=dict, metadata=_SPARSE)
     """Why patches could not be read, by row."""
     tables: Mapping[str, Mapping[str, int]] = field(default_factory=dict, metadata=_SPARSE)

@@ -17,6 +17,7 @@ from g2l_core.store.facts import EncoderFacts, SlideFacts
 from g2l_core.store.features import FeatureStore
 from g2l_core.store.writer import FeatureWriter
 from tests.planted import PATCHES, PATIENTS, make_store, patch_labels, write_labels
+from tests.store.toy import change_facts
 
 SPEC = TaskSpec(name="t", labels="labels.csv", label="kind", split="split", metrics=("knn",), knn=KnnOptions(k=(3,)))
 WHOLE = [{"slide_id": f"s{p}", "kind": "ab"[p % 2]} for p in range(PATIENTS)]
@@ -442,3 +443,11 @@ def test_blank_survival_times_are_told(store, tmp_path):
     outcome = evaluate_task([store], spec, BenchSpec(encoders=("teacher",), draws=100), tmp_path)
     assert not outcome.failures
     assert outcome.results[0].n == 7
+
+
+def test_what_stage_one_noted_about_slides_is_in_the_report(tmp_path):
+    store = make_store(tmp_path / "s.zarr", {"teacher": (1, 0)})
+    for slide_id in ("s0", "s1"):
+        change_facts(store.slide(slide_id), notes=("its glass is colored",))
+    _, notes = joined(store, tmp_path, WHOLE)
+    assert "task t: its glass is colored: 2 slides (s0, s1)" in notes
