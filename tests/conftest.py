@@ -3,10 +3,13 @@
 import os
 from pathlib import Path
 
+from threadpoolctl import threadpool_limits
+
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # Before torch is imported, here and in the processes that tests start: two threads of each of two workers on two
-    # cores wait for each other.
+    # Two threads of each of two workers on two cores wait for each other. The variable is for libraries that are not
+    # loaded yet and for the processes that tests start; plugins have loaded NumPy's by now.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    threadpool_limits(1)
 
 import pytest
 from hypothesis import settings

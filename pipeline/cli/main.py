@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import traceback
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -102,10 +103,24 @@ def main() -> None:
     signal.signal(signal.SIGINT, interrupt)
     try:
         app()
+    except SystemExit as end:
+        leave_stuck_threads(end.code)
+        raise
     except Exception as error:  # noqa: BLE001  the boundary: what happened is said, and the exit code tells which
         sys.excepthook(type(error), error, error.__traceback__)
         is_ours = not isinstance(error, G2LError) and machine_fault(error) is None
         raise SystemExit(EXIT_INTERNAL if is_ours else EXIT_REFUSED) from None
+
+
+def leave_stuck_threads(code: object) -> None:
+    """End the process here if a thread is stuck in a slide that takes too long.
+
+    Libraries abort when they are torn down under it, and the exit code would be lost.
+    """
+    if any(thread.name == "g2l-slide" for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else 0 if code is None else 1)
 
 
 def interrupt(_signal: int, _frame: FrameType | None) -> None:

@@ -18,7 +18,7 @@ from tests.faults.test_untrusted_code import ome_zarr_2
 ROOT = Path(__file__).resolve().parents[2]
 
 READ_ALL = """
-import json, sys
+import json, os, sys
 from pathlib import Path
 from g2l_core.errors import SlideError
 from g2l_core.extraction.patching import patch_sources
@@ -50,7 +50,8 @@ for outcome in patch_sources(sources, grid, mpp_override=0.5, workers=2, watch=w
             except SlideError as error:
                 ends[outcome.source.slide_id] = "lost patch: " + str(error)
         reader.close()
-print(json.dumps(ends))
+print(json.dumps(ends), flush=True)
+os._exit(0)  # as the command line does where threads are stuck: libraries may abort when they are torn down
 """
 
 EXTREMES = (0, 1, 2, 3, 7, 255, 256, 32_767, 65_535, 1 << 20, 1 << 24, (1 << 31) - 1, 1 << 31, (1 << 32) - 1)
