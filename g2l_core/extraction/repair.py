@@ -17,10 +17,10 @@ from g2l_core.slides.boundary import slide_errors
 from g2l_core.slides.fingerprint import fingerprint
 from g2l_core.slides.readers import IMAGE_SUFFIXES
 from g2l_core.slides.slide import open_slide
+from g2l_core.store.boundary import writing
 from g2l_core.store.features import FeatureStore, StoredSlide
 from g2l_core.store.format1 import refuse_writing
 from g2l_core.store.schema import PATCH_ID, SHARD_ROWS, STATUS, table_layout, text_layout
-from g2l_core.store.slide import writing
 from g2l_core.store.tables import changed_blocks
 from g2l_core.store.verify import Problem
 from g2l_core.store.zarr_files import create_array

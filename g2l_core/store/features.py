@@ -14,12 +14,13 @@ from jaxtyping import UInt8
 from g2l_core.errors import StoreCorruptError, StoreError, StoreMismatchError, StoreMissingError, UnknownNameError
 from g2l_core.files import sync_folder, sync_tree
 from g2l_core.store import catalogue, format1, schema
+from g2l_core.store.boundary import writing
 from g2l_core.store.catalogue import Entry
 from g2l_core.store.documents import GROUP_FILE, read_group, write_group
 from g2l_core.store.facts import FAILED, EncoderFacts, ExtractionRunFacts, SlideFacts, StoreFacts
 from g2l_core.store.ids import folders_of, refusals, why_impossible
 from g2l_core.store.provenance import differences, software, utc_now
-from g2l_core.store.slide import Shard, StoredSlide, writing
+from g2l_core.store.slide import Shard, StoredSlide
 from g2l_core.store.tables import block_checksums
 from g2l_core.store.zarr_files import create_array
 from g2l_core.types import Coords, ViewParams

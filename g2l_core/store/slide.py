@@ -5,11 +5,9 @@ checksum, failed patches) is in the slide's facts, which are replaced after the 
 recorded is never computed again; what is not recorded is. Whatever is read is compared with the recorded checksums.
 """
 
-import errno
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +15,10 @@ from typing import Any
 import numpy as np
 import zarr
 
-from g2l_core.errors import G2LError, StoreCorruptError, StoreError, StoreMissingError, UnknownNameError
+from g2l_core.errors import StoreCorruptError, StoreError, StoreMissingError, UnknownNameError
 from g2l_core.store import format1, schema
+from g2l_core.store.boundary import reading, writing
+from g2l_core.store.changes import dropped, merged, with_features, without
 from g2l_core.store.documents import read_slide, write_group
 from g2l_core.store.facts import OK, FeatureFacts, ShardRecord, SlideFacts
 from g2l_core.store.provenance import canonical_json
@@ -42,7 +42,7 @@ class Shard:
 
 
 KEPT_REASONS = 100
-"""How many unreadable patches of a slide keep their reason in words; the others have only their code."""
+"""Unreadable patches of a slide that keep their reason in words; the others have only their code."""
 
 
 class StoredSlide:
@@ -116,7 +116,7 @@ class StoredSlide:
             return [{}] * len(self)
         known: dict[str, Mapping[str, str]] = {}
         texts = map(str, self.read_table(schema.PATCH_LABELS))
-        with _reading(f"slide {self.slide_id}: {schema.PATCH_LABELS}"):
+        with reading(f"slide {self.slide_id}: {schema.PATCH_LABELS}"):
             return [known[text] if text in known else known.setdefault(text, json.loads(text)) for text in texts]
 
     def set_patch_labels(self, labels: Sequence[Mapping[str, str]]) -> None:
@@ -169,7 +169,7 @@ class StoredSlide:
         """
         views = slice(0, self.n_views) if view is None else slice(view, view + 1)
         has_views = name in schema.TABLES and schema.TABLES[name].has_views
-        with _reading(f"slide {self.slide_id}: {name}"):
+        with reading(f"slide {self.slide_id}: {name}"):
             array = self.array(name)
             values = array[start:stop, views] if has_views else array[start:stop]
         self._require_shape(name, array.shape)
@@ -226,7 +226,7 @@ class StoredSlide:
         recorded = self.facts.tables.get(name, {})
         new = {block: crc for block, crc in checksums.items() if recorded.get(block) != crc}
         if any(block in recorded for block in new):
-            self._update(lambda facts: replace(facts, tables=_without(facts.tables, name, list(new))))
+            self._update(lambda facts: replace(facts, tables=without(facts.tables, name, list(new))))
         return new
 
     def put_table(self, name: str, values: np.ndarray) -> None:
@@ -291,24 +291,24 @@ class StoredSlide:
         When patches that were unreadable can be read, everything that holds NaN for them has to be computed again.
         """
         names = {shard.name for shard in self.shards(range(self.n_views)) if shard.start == start}
-        self._update(lambda facts: replace(facts, features={k: _dropped(f, names) for k, f in facts.features.items()}))
+        self._update(lambda facts: replace(facts, features={k: dropped(f, names) for k, f in facts.features.items()}))
 
     def drop(self, encoder: str, shard: Shard) -> None:
         """Drop a shard: its completion record, then its file. Stage one will compute it again."""
 
-        def without(facts: SlideFacts) -> SlideFacts:
-            return _with_features(facts, encoder, _dropped(facts.features[encoder], {shard.name}))
+        def shrunk(facts: SlideFacts) -> SlideFacts:
+            return with_features(facts, encoder, dropped(facts.features[encoder], {shard.name}))
 
-        self._update(without)
+        self._update(shrunk)
         self.shard_path(encoder, shard).unlink(missing_ok=True)
 
     def drop_encoder(self, encoder: str) -> None:
         """Drop all features of an encoder: their facts, then their files."""
 
-        def without(facts: SlideFacts) -> SlideFacts:
+        def shrunk(facts: SlideFacts) -> SlideFacts:
             return replace(facts, features={key: kept for key, kept in facts.features.items() if key != encoder})
 
-        self._update(without)
+        self._update(shrunk)
         self._arrays.pop(f"{schema.FEATURES}/{encoder}", None)
         shutil.rmtree(self.folder / schema.FEATURES / encoder, ignore_errors=True)
 
@@ -321,13 +321,13 @@ class StoredSlide:
             shards = {**of_encoder.shards, **records}
             is_complete = len(shards) == n_shards * of_encoder.n_views
             facts = replace(facts, tables=merged(facts.tables, tables))
-            return _with_features(facts, encoder, replace(of_encoder, shards=shards, complete=is_complete))
+            return with_features(facts, encoder, replace(of_encoder, shards=shards, complete=is_complete))
 
         self._update(recorded)
 
     def put_records(self, encoder: str, of_encoder: FeatureFacts) -> None:
         """Replace all completion records of an encoder, whose files are there."""
-        self._update(lambda facts: _with_features(facts, encoder, of_encoder))
+        self._update(lambda facts: with_features(facts, encoder, of_encoder))
 
     def _update(self, change: Callable[[SlideFacts], SlideFacts]) -> None:
         """Change the facts, in the store first, from what stands there now: another object may have changed them."""
@@ -364,7 +364,7 @@ class StoredSlide:
             else:
                 self.array(path).resize((len(self), n_views, dim))
         facts = replace(known or FeatureFacts(encoder=encoder, digest=digest, dim=dim), n_views=n_views, complete=False)
-        self._update(lambda slide: _with_features(slide, encoder, facts))
+        self._update(lambda slide: with_features(slide, encoder, facts))
 
     @property
     def encoder_keys(self) -> list[str]:
@@ -389,7 +389,7 @@ class StoredSlide:
             StoreCorruptError: It cannot be opened.
         """
         self.feature_facts(encoder)
-        with _reading(f"slide {self.slide_id}: the array of {encoder}"):
+        with reading(f"slide {self.slide_id}: the array of {encoder}"):
             return self.array(f"{schema.FEATURES}/{encoder}")
 
     def features(self, encoder: str, *, view: int = 0) -> Features:
@@ -433,7 +433,7 @@ class StoredSlide:
             StoreCorruptError: A chunk cannot be read.
         """
         array = self.features_array(encoder)
-        with _reading(f"slide {self.slide_id}: rows {start} to {stop} of {encoder}, view {view},"):
+        with reading(f"slide {self.slide_id}: rows {start} to {stop} of {encoder}, view {view},"):
             return np.asarray(array[start:stop, view])
 
     def shard_damage(self, encoder: str, shard: Shard, features: Features) -> str:
@@ -500,64 +500,3 @@ class StoredSlide:
         except OSError:
             return False
         return size > 0 and record.size in {None, size}
-
-
-def merged(tables: Mapping[str, Mapping[str, int]], new: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, int]]:
-    """Checksums of tables, with further ones of some blocks."""
-    return {
-        name: {**tables.get(name, {}), **new.get(name, {})} for name in [*tables, *(n for n in new if n not in tables)]
-    }
-
-
-def _without(tables: Mapping[str, Mapping[str, int]], name: str, blocks: Sequence[str]) -> dict[str, Mapping[str, int]]:
-    return {**tables, name: {block: crc for block, crc in tables.get(name, {}).items() if block not in blocks}}
-
-
-def _dropped(facts: FeatureFacts, shards: set[str]) -> FeatureFacts:
-    """Without the records of some shards."""
-    kept = {name: record for name, record in facts.shards.items() if name not in shards}
-    return replace(facts, shards=kept, complete=facts.complete and len(kept) == len(facts.shards))
-
-
-def _with_features(facts: SlideFacts, encoder: str, of_encoder: FeatureFacts) -> SlideFacts:
-    return replace(facts, features={**facts.features, encoder: of_encoder})
-
-
-@contextmanager
-def _reading(what: str) -> Iterator[None]:
-    """Translate whatever Zarr, its codecs and the operating system raise about damaged files.
-
-    There is no list of these: a changed byte of an array's metadata has raised eleven kinds of exceptions.
-
-    Raises:
-        StoreCorruptError: The block raised one of them.
-    """
-    try:
-        yield
-    except G2LError:
-        raise
-    except Exception as error:
-        said = str(error) or type(error).__name__
-        raise StoreCorruptError(f"{what} cannot be read: {said}. g2l store verify names the damaged files") from error
-
-
-@contextmanager
-def writing(what: str) -> Iterator[None]:
-    """Translate the errors of the operating system about a full disk, or one that cannot be written to.
-
-    Raises:
-        StoreError: The block raised one of them.
-        StoreCorruptError: A file that is written in part holds something that cannot be read.
-    """
-    try:
-        yield
-    except (ValueError, RuntimeError) as error:
-        raise StoreCorruptError(
-            f"cannot write {what}: a file of it is damaged ({error}). Run g2l store verify"
-        ) from error
-    except OSError as error:
-        full = error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-        raise StoreError(
-            f"cannot write {what}: {error.strerror or error}; {'free space' if full else 'make the store writable'} "
-            "and run the same command again: what is recorded is kept"
-        ) from error

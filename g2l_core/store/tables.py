@@ -8,9 +8,6 @@ from numcodecs.checksum32 import CRC32C
 from g2l_core.errors import StoreCorruptError
 from g2l_core.store import schema
 
-Checksums = Mapping[str, Mapping[str, int]]
-"""crc32c by array and by block, as `SlideFacts.tables` has them."""
-
 
 def block_name(start: int, view: int | None = None) -> str:
     """The key of a block's checksum: its number, and the view where there are views, as `0` or `0.1`."""

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from g2l_core.errors import StoreError
 from g2l_core.store import format1, schema
+from g2l_core.store.boundary import writing
 from g2l_core.store.documents import write_group
 from g2l_core.store.facts import FeatureFacts
 from g2l_core.store.features import FeatureStore
-from g2l_core.store.slide import Shard, StoredSlide, writing
+from g2l_core.store.slide import Shard, StoredSlide
 
 
 @dataclass(frozen=True)

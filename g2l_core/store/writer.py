@@ -8,8 +8,9 @@ from jaxtyping import Bool, Float16, Float32, UInt8, UInt64
 
 from g2l_core.errors import EncoderError, StoreMismatchError
 from g2l_core.store import schema
+from g2l_core.store.boundary import writing
 from g2l_core.store.facts import ShardRecord
-from g2l_core.store.slide import Shard, StoredSlide, writing
+from g2l_core.store.slide import Shard, StoredSlide
 from g2l_core.store.tables import checksum
 from g2l_core.types import Features, PatchStatus
 

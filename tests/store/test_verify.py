@@ -8,8 +8,8 @@ import zarr
 from numcodecs.checksum32 import CRC32C
 
 from g2l_core.errors import StoreCorruptError
+from g2l_core.store.changes import merged
 from g2l_core.store.features import FeatureStore, Shard, leftovers
-from g2l_core.store.slide import merged
 from g2l_core.store.verify import verify
 from g2l_core.store.writer import FeatureWriter
 from tests.store.test_features import DAMAGES
