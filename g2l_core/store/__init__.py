@@ -2,8 +2,9 @@
 
 `features.FeatureStore` opens a store and finds its slides, `slide.StoredSlide` reads one, and `writer.FeatureWriter`
 writes its features shard by shard. `facts` are the JSON objects that it keeps about itself, its slides, encoders and
-runs; `documents` reads and writes them with their checksums, `changes` derives one from another, `schema` describes the arrays, and `tables` their
-checksums. `catalogue` is an index of the slides, `ids` says which slide ids can be stored. `verify` checks what is
+runs; `documents` reads and writes them with their checksums, and `changes` derives one from another. `schema` describes
+the arrays, and `tables` their checksums. `catalogue` is an index of the slides, `ids` says which slide ids can be
+stored. `boundary` translates the errors of other libraries. `verify` checks what is
 stored and drops what is damaged; `format1` and `upgrade` are for stores of version 0.1. `export`, `arrays` and
 `torch_dataset` give a store to other programs. `locks` let one command write at a time.
 
@@ -14,5 +15,6 @@ Public names: `features.FeatureStore`, `slide.StoredSlide`, `slide.Shard`, `writ
 
 __all__ = (
     "arrays", "boundary", "catalogue", "changes", "documents", "export", "facts", "features", "format1", "ids",
-    "json_schema", "locks", "provenance", "schema", "slide", "tables", "torch_dataset", "upgrade", "verify", "writer", "zarr_files",
+    "json_schema", "locks", "provenance", "schema", "slide", "tables", "torch_dataset", "upgrade", "verify", "writer",
+    "zarr_files",
 )  # fmt: skip
