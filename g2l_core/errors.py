@@ -128,7 +128,8 @@ MACHINE_FAULTS: Mapping[int, str] = {
 """What to do about errors of the operating system that are no fault of the program."""
 
 _WRITING = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
-_CODES = {os.strerror(code): code for code in MACHINE_FAULTS}
+_OPEN_FILES = frozenset({errno.EMFILE, errno.ENFILE})
+_CODES = {os.strerror(code): code for code in sorted(MACHINE_FAULTS, key=lambda code: -len(os.strerror(code)))}
 _IN_TEXT = re.compile("|".join(map(re.escape, _CODES)))
 
 
@@ -157,10 +158,27 @@ def machine_fault_text(error: OSError, where: object = "") -> str:
 
 def with_remedy(text: str) -> str:
     """A message, and what to do about too many open files where that is behind it and is not said yet."""
-    remedy = MACHINE_FAULTS[errno.EMFILE]
-    if os.strerror(errno.EMFILE) not in text or remedy in text:
+    found = _IN_TEXT.search(text)
+    code = _CODES[found[0]] if found else 0
+    if code not in _OPEN_FILES or MACHINE_FAULTS[code] in text:
         return text
-    return f"{text} {remedy.capitalize()} and run the same command again"
+    return f"{text.rstrip('.')}; {MACHINE_FAULTS[code]} and run the same command again"
+
+
+def refuse_open_files(error: BaseException, where: object, refusal: type[G2LError]) -> None:
+    """Raise too many open files as what they are: whoever cannot open a file knows nothing about its content.
+
+    Args:
+        error: What was raised where a file was read.
+        where: What was read, for people.
+        refusal: The kind of error to raise.
+
+    Raises:
+        G2LError: Too many open files are behind the error; it is of the kind `refusal`.
+    """
+    fault = machine_fault(error)
+    if fault and fault.errno in _OPEN_FILES:
+        raise refusal(machine_fault_text(fault, where)) from error
 
 
 @contextmanager

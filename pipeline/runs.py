@@ -9,7 +9,7 @@ from typing import Any
 
 from g2l_core.distillation.training import TrainOutcome
 from g2l_core.encoders.resolve import RUN_RECORD
-from g2l_core.errors import RunError, writing
+from g2l_core.errors import RunError, refuse_open_files, writing
 from g2l_core.files import parse_json, write_text
 from g2l_core.store.facts import EncoderFacts, Facts
 from g2l_core.store.locks import holds_only_locks
@@ -140,6 +140,7 @@ def read_run(folder: Path) -> RunRecord:
         record = RunRecord.from_json(content)
         _require_kinds(record)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        refuse_open_files(error, path, RunError)
         raise RunError(
             f"{path} is no record of g2l distill ({type(error).__name__}: {error}): restore it from a copy, "
             "or remove the folder and distill again"

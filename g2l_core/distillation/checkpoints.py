@@ -15,7 +15,7 @@ import torch
 
 from g2l_core.distillation.distiller import Average, Distiller
 from g2l_core.distillation.optim import EarlyStop
-from g2l_core.errors import RunError, writing
+from g2l_core.errors import RunError, refuse_open_files, writing
 from g2l_core.files import replacing
 
 KEPT = 2
@@ -110,7 +110,7 @@ def restore(folder: Path, state: RunState, note: Note) -> None:
         note: Is told of each checkpoint that is passed over, and of one that has no digest.
 
     Raises:
-        RunError: There are checkpoints, and none of them can be used.
+        RunError: There are checkpoints, and none of them can be used; or too many files are open.
     """
     paths = sorted((folder / "checkpoints").glob("step-*.pt"), reverse=True)
     for path in paths:
@@ -142,6 +142,9 @@ def restore_best(folder: Path, distiller: Distiller, note: Note) -> int | None:
 
     Returns:
         Their step; None where there is no best checkpoint that is whole, of which `note` is told.
+
+    Raises:
+        RunError: Too many files are open.
     """
     path = folder / "checkpoints" / BEST
     steps: list[int] = []
@@ -162,6 +165,7 @@ def _load(path: Path, take: Callable[[dict[str, Any]], None], note: Note) -> boo
             raise RunError("its digest is missing")
         take(content)
     except Exception as error:  # noqa: BLE001
+        refuse_open_files(error, path, RunError)
         reason = str(error).partition("\n")[0] or type(error).__name__
         note(f"the checkpoint {path} cannot be used and is passed over: {reason}")
         return False

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from g2l_core.distillation.tensorboard import TensorBoardLog
-from g2l_core.errors import RunError
+from g2l_core.errors import RunError, refuse_open_files
 from g2l_core.files import replacing
 
 RESTORE = "restore it from a copy, or begin again with another --out"
@@ -97,6 +97,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         text = path.read_bytes().decode()
         rows = list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline=""), strict=True))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
+        refuse_open_files(error, path, RunError)
         raise RunError(f"{path} is no log of g2l distill ({error}): {RESTORE}") from error
     for line, row in enumerate(rows, start=2):
         if None in row or None in row.values() or not row.get("step", "").isdecimal():

@@ -14,7 +14,7 @@ from g2l_core.encoders.registry import TABLE
 from g2l_core.encoders.spec import POOLINGS, EncoderSpec, WeightsSource, spec_digest, spec_from_json, spec_to_json
 from g2l_core.encoders.spec_file import local_weights, read_encoder_file
 from g2l_core.encoders.trust import require_trusted, with_trusted_code
-from g2l_core.errors import EncoderError, G2LError, UnknownNameError, UsageError
+from g2l_core.errors import EncoderError, G2LError, UnknownNameError, UsageError, refuse_open_files
 from g2l_core.files import parse_json
 from g2l_core.store.facts import EncoderFacts
 from g2l_core.store.provenance import digest
@@ -209,6 +209,7 @@ def read_student_record(path: Path) -> dict[str, Any]:
             found[RECORD_DIGEST] = digest({key: value for key, value in fields.items() if key != RECORD_DIGEST})
         changed = [key for key, value in found.items() if fields[key] != value]
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, G2LError) as error:
+        refuse_open_files(error, path, EncoderError)
         raise EncoderError(f"{path} is no record of a student ({type(error).__name__}: {error}): {RESTORE}") from error
     if changed:
         raise EncoderError(f"{path} is not as g2l distill wrote it: its digest is another one. {RESTORE}")

@@ -16,7 +16,7 @@ from g2l_core.encoders.resolve import RESTORE, STUDENT_FOLDER, STUDENT_RECORD, E
 from g2l_core.encoders.student_folder import timm_config, write_json, write_tensors
 from g2l_core.encoders.trust import with_trusted_code
 from g2l_core.encoders.weight_layouts import state_dict_in_transformers_layout
-from g2l_core.errors import EncoderError, RunError, UnknownNameError, UsageError, writing
+from g2l_core.errors import EncoderError, RunError, UnknownNameError, UsageError, refuse_open_files, writing
 from g2l_core.files import replacing
 from g2l_core.store.locks import locked_output
 
@@ -80,6 +80,7 @@ def _timm(encoder: LoadedEncoder, run: Path, folder: Path) -> None:
     try:
         config = json.loads(path.read_text(encoding="utf-8")) if ":" not in encoder.spec.architecture else None
     except (OSError, ValueError, RecursionError) as error:
+        refuse_open_files(error, path, EncoderError)
         raise EncoderError(f"{path} cannot be read ({error}). {RESTORE}") from error
     if config is not None and config != timm_config(encoder.module.network, encoder.spec):
         raise EncoderError(f"{path} does not describe the student of {STUDENT_RECORD}. {RESTORE}")

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from g2l_core.errors import EncoderError
+from g2l_core.errors import EncoderError, refuse_open_files
 from g2l_core.files import parse_json
 
 INDEX = ".index.json"
@@ -99,6 +99,7 @@ def preprocessing_beside(path: Path) -> dict[str, Any]:
 def _object(path: Path) -> Mapping[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError, RecursionError) as error:
+        refuse_open_files(error, path, EncoderError)
         return {}
     return content if isinstance(content, dict) else {}

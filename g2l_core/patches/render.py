@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import UInt8, UInt64
 from PIL import Image
 
-from g2l_core.errors import AbsentPixelsError, ReadError
+from g2l_core.errors import AbsentPixelsError, ReadError, refuse_open_files
 from g2l_core.patches.artifacts import ArtifactSpec, artifact_of
 from g2l_core.patches.grid import GridSpec
 from g2l_core.patches.views import ViewSpec, apply_views, pixel_hash
@@ -161,6 +161,9 @@ def render_block(
         artifacts: Patches that show one of these, or lack more than `ABSENT_SHARE` of their pixels, get the code and
             are not rendered. They have no reason in words, for nothing is lost. None renders all patches, as for views
             that are stored already.
+
+    Raises:
+        ReadError: Too many files are open, which says nothing about a patch.
     """
     n, n_views = params.shape[:2]
     pixels = np.zeros((n, n_views, spec.crop_px, spec.crop_px, 3), np.uint8)
@@ -177,6 +180,7 @@ def render_block(
             new_status[i] = STATUS["absent"]
             continue
         except ReadError as error:
+            refuse_open_files(error, f"the patch of row {row}", ReadError)
             new_status[i] = STATUS["unreadable"]
             reasons[row] = f"row {row}: {error}"
             continue

@@ -8,7 +8,7 @@ import mmap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from g2l_core.errors import NotASlideError
+from g2l_core.errors import NotASlideError, refuse_open_files
 
 RGB, YCBCR = "RGB", "YCBCR"
 
@@ -80,7 +80,8 @@ def _first_frame(path: Path) -> bytes:
             starts = [content.find(code, pixels, pixels + (1 << 20)) for code in (_CODESTREAM, b"\xff\xd8\xff")]
             found = [start for start in starts if pixels >= 0 and start >= 0]
             return content[min(found) : min(found) + (1 << 16)] if found else b""
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        refuse_open_files(error, path, NotASlideError)
         return b""  # whoever reads the pixels says why
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from g2l_core.errors import ReadError
+from g2l_core.errors import ReadError, refuse_open_files
 from g2l_core.slides.limits import opened_image
 from g2l_core.slides.notes import Note
 
@@ -53,7 +53,8 @@ def _plain_tiff_size(path: Path) -> tuple[int, int] | None:
         with opened_image(path) as image:
             is_plain = TILE_WIDTH not in getattr(image, "tag_v2", {}) and getattr(image, "n_frames", 1) == 1
             return image.size if is_plain else None
-    except (OSError, ValueError, SyntaxError, ReadError):
+    except (OSError, ValueError, SyntaxError, ReadError) as error:
+        refuse_open_files(error, path, ReadError)
         return None
 
 

@@ -3,6 +3,8 @@
 This is the only module that opens slides with OpenSlide. A reader of another format is a plug-in: see docs/readers.md.
 """
 
+import errno
+import os
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.metadata import entry_points
@@ -12,7 +14,7 @@ from typing import Protocol, runtime_checkable
 import openslide
 from PIL import Image, UnidentifiedImageError
 
-from g2l_core.errors import NotASlideError, ReadError, UsageError
+from g2l_core.errors import NotASlideError, ReadError, UsageError, machine_fault_text, refuse_open_files
 from g2l_core.slides.images import read_plain_image, turned_notes
 from g2l_core.slides.limits import require_file_or_folder, require_pixels
 from g2l_core.slides.notes import Note
@@ -129,6 +131,7 @@ def open_handle(path: Path) -> SlideHandle:
     except openslide.OpenSlideUnsupportedFormatError:
         return _open_image(path)
     except openslide.OpenSlideError as error:
+        refuse_open_files(error, path, NotASlideError)
         reason = " ".join(str(error).split())
         raise NotASlideError(f"OpenSlide cannot open it ({reason}); is the file complete?") from error
     try:
@@ -156,7 +159,8 @@ def dicom_series(path: Path) -> str:
         require_file_or_folder(path)
         with openslide.OpenSlide(path) as slide:
             return str(slide.properties.get("dicom.SeriesInstanceUID", ""))
-    except (openslide.OpenSlideError, ReadError):
+    except (openslide.OpenSlideError, ReadError) as error:
+        refuse_open_files(error, path, ReadError)
         return ""
 
 
@@ -175,11 +179,14 @@ def _open_image(path: Path) -> SlideHandle:
             "nor an OME-Zarr folder, nor an image that Pillow reads"
         ) from error
     except OSError as error:
+        refuse_open_files(error, path, NotASlideError)
         raise NotASlideError(f"it cannot be read: {error.strerror or error}") from error
     except ReadError as error:
         raise NotASlideError(str(error)) from error
     except (ValueError, SyntaxError) as error:
         raise NotASlideError(f"Pillow cannot decode it ({error}); is the file complete?") from error
+    if openslide.OpenSlide.detect_format(path):  # which it does not where it could open no file
+        raise NotASlideError(machine_fault_text(OSError(errno.EMFILE, os.strerror(errno.EMFILE)), path))
     slide = PlainImage(image)
     slide.notes = turned_notes(orientation)
     return slide

@@ -22,7 +22,7 @@ import imagecodecs
 import numpy as np
 import tifffile
 
-from g2l_core.errors import NotASlideError
+from g2l_core.errors import NotASlideError, refuse_open_files
 from g2l_core.slides.color_space import RGB, YCBCR, jpeg2000_is_transformed, jpeg_space
 from g2l_core.types import Rgb
 
@@ -202,7 +202,8 @@ def open_tiles(
         with tifffile.TiffFile(path) as tiff:
             pages = [page for page in _pages(tiff) if page.is_tiled]
             levels = [_level(tiff, pages, size) for size in level_sizes]
-    except _UNREADABLE:
+    except _UNREADABLE as error:
+        refuse_open_files(error, path, NotASlideError)  # else the pixels would be those of OpenSlide
         return None
     return TilePyramid(path, levels, cache_bytes) if any(levels) else None
 
@@ -220,7 +221,8 @@ def require_tagged_space(path: Path) -> None:
             for page in _pages(tiff):
                 if page.is_tiled and _differs(tiff, page):
                     raise _contradiction(page)
-    except _UNREADABLE:
+    except _UNREADABLE as error:
+        refuse_open_files(error, path, NotASlideError)
         return
 
 

@@ -1,10 +1,16 @@
 """Where the errors of Zarr, its codecs and the operating system become errors of the store."""
 
-import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from g2l_core.errors import G2LError, StoreCorruptError, StoreError
+from g2l_core.errors import (
+    MACHINE_FAULTS,
+    G2LError,
+    StoreCorruptError,
+    StoreError,
+    machine_fault,
+    refuse_open_files,
+)
 
 
 @contextmanager
@@ -15,19 +21,21 @@ def reading(what: str) -> Iterator[None]:
 
     Raises:
         StoreCorruptError: The block raised one of them.
+        StoreError: Too many files are open, so that nobody knows whether it is damaged.
     """
     try:
         yield
     except G2LError:
         raise
     except Exception as error:
+        refuse_open_files(error, what, StoreError)
         said = str(error) or type(error).__name__
         raise StoreCorruptError(f"{what} cannot be read: {said}. g2l store verify names the damaged files") from error
 
 
 @contextmanager
 def writing(what: str) -> Iterator[None]:
-    """Translate the errors of the operating system about a full disk, or one that cannot be written to.
+    """Translate the errors of the operating system about a full disk, one that cannot be written to, or a limit.
 
     Raises:
         StoreError: The block raised one of them.
@@ -35,13 +43,14 @@ def writing(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, RuntimeError) as error:
-        raise StoreCorruptError(
-            f"cannot write {what}: a file of it is damaged ({error}). Run g2l store verify"
-        ) from error
-    except OSError as error:
-        full = error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+    except (OSError, ValueError, RuntimeError) as error:
+        fault = machine_fault(error)
+        if fault is None and not isinstance(error, OSError):
+            raise StoreCorruptError(
+                f"cannot write {what}: a file of it is damaged ({error}). Run g2l store verify"
+            ) from error
+        said = (fault.strerror if fault else getattr(error, "strerror", None)) or error
+        remedy = MACHINE_FAULTS[fault.errno or 0] if fault else "make the store writable"
         raise StoreError(
-            f"cannot write {what}: {error.strerror or error}; {'free space' if full else 'make the store writable'} "
-            "and run the same command again: what is recorded is kept"
+            f"cannot write {what}: {said}; {remedy} and run the same command again: what is recorded is kept"
         ) from error

@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import UInt8
 from numcodecs.checksum32 import CRC32C
 
-from g2l_core.errors import StoreCorruptError
+from g2l_core.errors import StoreCorruptError, StoreError, refuse_open_files
 from g2l_core.files import write_bytes
 from g2l_core.store import format1, schema
 from g2l_core.store.documents import GROUP_FILE, read_slide, slide_facts
@@ -133,14 +133,19 @@ def count_good(status: UInt8[np.ndarray, " patch"]) -> UInt8[np.ndarray, " block
 
 
 def load(store: Path) -> dict[str, Entry]:
-    """The entries of the catalogue file; none where it is absent or damaged."""
+    """The entries of the catalogue file; none where it is absent or damaged.
+
+    Raises:
+        StoreError: Too many files are open.
+    """
     try:
         head, _, body = (store / CATALOGUE).read_bytes().partition(b"\n")
         if json.loads(head) != _head(body):
             return {}
         with _without_collections():
             return dict(_entry_of(json.loads(line)) for line in body.splitlines())
-    except (OSError, ValueError, RecursionError, TypeError, AttributeError, KeyError):
+    except (OSError, ValueError, RecursionError, TypeError, AttributeError, KeyError) as error:
+        refuse_open_files(error, store / CATALOGUE, StoreError)
         return {}
 
 

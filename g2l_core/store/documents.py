@@ -12,7 +12,7 @@ from typing import Any
 
 from numcodecs.checksum32 import CRC32C
 
-from g2l_core.errors import StoreCorruptError
+from g2l_core.errors import StoreCorruptError, StoreError, refuse_open_files
 from g2l_core.files import write_text
 from g2l_core.store import format1, schema
 from g2l_core.store.facts import OK, SlideFacts
@@ -91,12 +91,14 @@ def _reading(path: Path) -> Iterator[None]:
     Raises:
         FileNotFoundError: It is absent.
         StoreCorruptError: The block raised one of the others.
+        StoreError: Too many files are open, so that nobody knows whether it is damaged.
     """
     try:
         yield
     except FileNotFoundError:
         raise
     except (OSError, ValueError, RecursionError, TypeError, AttributeError, KeyError) as error:
+        refuse_open_files(error, path, StoreError)
         said = error.strerror if isinstance(error, OSError) else str(error) or type(error).__name__
         raise StoreCorruptError(
             f"{path} is damaged: {said}. Restore it from a copy, or run g2l store verify"

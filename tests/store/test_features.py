@@ -403,7 +403,7 @@ def test_a_full_disk_keeps_what_is_recorded(tmp_path, small_shards):
     arguments = np.ones((16, 4096), np.float16), hashes_of(16, 1)[:, 0], np.zeros(16, np.uint8)
     writer.write(Shard(0, 16, 0), *arguments)
     with files_limited_to(20_000), pytest.raises(
-        StoreError, match=r"cannot write features of slide x: File too large; free space and run the same command again"
+        StoreError, match=r"cannot write features of slide x: File too large; raise the limit of file sizes"
     ):  # fmt: skip
         writer.write(Shard(0, 16, 1), *arguments)
     assert [s.name for s in writer.missing([0, 1])] == ["0.1"]
