@@ -122,16 +122,17 @@ def _run(
 
     waiting = {submit(group, -place): group for place, group in enumerate(groups)}
     suspects: deque[str] = deque()
+    is_alone = False
     while waiting or suspects:
         if not waiting:  # a worker that dies takes all tasks with it that it was given: nothing else may be under way
-            alone = [suspects.popleft()]
+            alone, is_alone = [suspects.popleft()], True
             waiting = {submit(alone): alone}
         for future in _ended(client, list(waiting), where):
             group = waiting.pop(future)
             outcome, fatal = _outcome(future, where)
             if fatal:
                 raise G2LError(fatal)
-            if isinstance(outcome, str) and (len(group) > 1 or waiting):
+            if isinstance(outcome, str) and not is_alone:
                 suspects += group
             else:
                 yield group, outcome
@@ -148,7 +149,7 @@ def _outcome(future: "Future[Any]", where: str) -> tuple["ExtractionProgress | s
     try:
         return future.result()
     except KilledWorker:
-        return "workers died of it, for want of memory perhaps; see the logs of the scheduler", ""
+        return "workers died of it, for want of memory perhaps: start fewer of them, or with more memory each", ""
     except Exception as error:
         if future.cancelled():
             raise _no_scheduler(where) from error
@@ -159,7 +160,7 @@ def _ended(client: "Client", futures: Sequence["Future[Any]"], where: str) -> li
     """The futures that have ended, at least one.
 
     Raises:
-        G2LError: The scheduler is lost, or has had no worker for `NO_WORKER_S`.
+        G2LError: The scheduler is lost, or has had no worker that takes tasks for `NO_WORKER_S`.
     """
     from concurrent.futures import CancelledError
 
@@ -174,7 +175,7 @@ def _ended(client: "Client", futures: Sequence["Future[Any]"], where: str) -> li
         except CancelledError as error:
             raise _no_scheduler(where) from error
         try:
-            has_workers = bool(client.status == "running" and client.nthreads())
+            has_workers = client.status == "running" and _has_workers(client)
         except (OSError, CancelledError, TimeoutError) as error:
             raise _no_scheduler(where) from error
         if client.status != "running":
@@ -182,9 +183,15 @@ def _ended(client: "Client", futures: Sequence["Future[Any]"], where: str) -> li
         alone_since = None if has_workers else alone_since or perf_counter()
         if alone_since and perf_counter() - alone_since > NO_WORKER_S:
             raise G2LError(
-                f"the dask scheduler {where} has had no worker for {NO_WORKER_S:.0f} s: all of them died or were "
-                f"ended. Start new ones and {_AGAIN}"
+                f"the dask scheduler {where} has had no worker for {NO_WORKER_S:.0f} s: all of them died, were "
+                f"ended, or pause for want of memory. Start new ones and {_AGAIN}"
             )
+
+
+def _has_workers(client: "Client") -> bool:
+    """Whether some worker takes tasks, or is at one: those that pause for want of memory take none."""
+    workers = client.scheduler_info(n_workers=-1)["workers"].values()
+    return any(worker["status"] == "running" or worker["metrics"].get("executing") for worker in workers)
 
 
 _AGAIN = "run the same command again: what is recorded is kept"
@@ -243,14 +250,16 @@ def encode_group(
 def _stop_if_unwanted(_: ExtractionProgress) -> None:
     """End the task if it is no longer wanted: its caller or the scheduler has died, or another worker was given it.
 
+    A worker that pauses for want of memory takes no further task, but ends the one that it has.
+
     Raises:
         G2LError: Nobody wants it.
     """
     from distributed import Status, get_worker
 
-    worker = get_worker()
+    worker, at_work = get_worker(), {Status.running, Status.paused}
     task = worker.state.tasks.get(worker.get_current_task())
-    if worker.status != Status.running or task is None or task.state == "cancelled":
+    if worker.status not in at_work or task is None or task.state == "cancelled":
         raise G2LError("the run that asked for these slides is gone")
 
 
@@ -317,6 +326,9 @@ def _client(settings: ExtractionSettings) -> "Iterator[Client]":
                 threads_per_worker=1,
                 processes=True,
                 dashboard_address=None,
+                scheduler_kwargs={
+                    "dashboard_address": "127.0.0.1:0"
+                },  # else its port is 8787, which a second run warns of
                 silence_logs=logging.ERROR,
             ) as cluster,
             Client(cluster) as client,

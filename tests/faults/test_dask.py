@@ -1,11 +1,15 @@
 """Workers, schedulers and callers that die or hang: each costs its slides at most, and the same command goes on."""
 
 import json
+import os
 import shutil
 import signal
 import time
+from functools import partial
 from threading import Thread
 
+import dask
+import distributed
 import numpy as np
 import pytest
 
@@ -69,6 +73,65 @@ def test_a_slide_that_kills_its_worker_is_lost_alone(mortal, slides, tmp_path):
     assert summary["patches"] == sum(sizes.values())
     for name in ("p01-1", "p03-1"):
         assert opened.slide(name).features(KEY, view=1).shape == (sizes[name], 1024)
+
+
+@pytest.fixture
+def small_workers(monkeypatch):
+    """Workers of this machine with 1.2 GB each, which one death of a group is enough for."""
+    monkeypatch.setattr(pipeline.cluster, "DEATHS", 1)
+    monkeypatch.setattr(distributed, "LocalCluster", partial(distributed.LocalCluster, memory_limit="1.2GB"))
+    with dask.config.set({"distributed.worker.preload": ["tests.faults.poison"]}):
+        yield
+
+
+@pytest.mark.parametrize("name", ["killed", "hungry"])
+def test_a_slide_that_takes_all_memory_is_lost_alone(small_workers, slides, tmp_path, name):
+    """Whether the system ends the worker or its nanny does."""
+    store = tmp_path / "s.zarr"
+    (slides / "p02-1.tiff").rename(slides / f"{name}.tiff")
+    done = cache(slides, store, "--views", "1", "--local-workers", "1")
+    refused(done, f"failed  {name}: workers died of it, for want of memory perhaps", "with more memory each", code=1)
+    opened = FeatureStore.open(store)
+    for neighbor in ("p01-1", "p03-1"):
+        assert np.isfinite(opened.slide(neighbor).features(KEY, view=1)).all()
+    again = cache(slides, store, "--views", "1")
+    assert again.returncode == 0, again.stderr
+    require_complete(store, slides)
+
+
+def test_a_worker_that_pauses_for_memory_goes_on(small_workers, slides, tmp_path):
+    store = tmp_path / "s.zarr"
+    (slides / "p02-1.tiff").rename(slides / "heavy.tiff")
+    done = cache(slides, store, "--views", "1", "--local-workers", "1")
+    assert done.returncode == 0, done.stderr
+    require_complete(store, slides)
+
+
+def test_workers_that_pause_for_ever_end_the_run(small_workers, slides, tmp_path, monkeypatch):
+    """One that holds memory after its slides were encoded takes no others."""
+    monkeypatch.setattr(pipeline.cluster, "NO_WORKER_S", 1.0)
+    monkeypatch.setattr(pipeline.cluster, "make_groups", lambda missing, *_: [[slide_id] for slide_id in missing])
+    store = tmp_path / "s.zarr"
+    (slides / "p01-1.tiff").rename(slides / "heavy.tiff")
+    done = cache(slides, store, "--views", "1", "--local-workers", "1")
+    refused(done, "has had no worker for 1 s", "pause for want of memory", "run the same command again")
+    again = cache(slides, store, "--views", "1")
+    assert again.returncode == 0, again.stderr
+    require_complete(store, slides)
+
+
+def test_a_worker_that_is_killed_under_its_nanny_costs_nothing(mortal, slides, tmp_path):
+    """As the system does it where another process takes the memory: no slide is to blame."""
+    store = tmp_path / "s.zarr"
+    with distributed.Client(mortal.address, timeout=30) as client:
+        (pid,) = client.run(os.getpid).values()
+    running = cache_process(slides, store, "--scheduler", mortal.address, views="8")
+    until(lambda: begun(store), running)
+    os.kill(pid, signal.SIGKILL)
+    done = ended(running)
+    assert done.returncode == 0, done.stderr
+    assert "failed" not in done.stderr
+    require_complete(store, slides)
 
 
 def test_a_caller_that_dies_is_followed_by_another(mortal, slides, tmp_path):
