@@ -70,8 +70,8 @@ _ORDER = (PATCH_ID, "coords", "view_params", "patch_status", "pixel_hash")
 def repair_tables(store: FeatureStore, problems: Iterable[Problem]) -> Iterator[tuple[Problem, str]]:
     """Derive damaged tables again from their slides; what is derived counts only if its checksums are those recorded.
 
-    A slide that is readable but does not give what was recorded is removed, so that stage one caches it anew. One that
-    cannot be read is left as it is.
+    A slide that is readable but does not give what was recorded is withdrawn, so that stage one caches it anew; so is
+    one whose patches a network or annotations gave. One that cannot be read is left as it is.
 
     Args:
         store: Opened for writing, and locked by the caller.
@@ -90,25 +90,22 @@ def repair_tables(store: FeatureStore, problems: Iterable[Problem]) -> Iterator[
 
 
 def _repair_slide(store: FeatureStore, slide_id: str, names: set[str]) -> str:
-    """Derive some tables of a slide again, or remove the slide; says what was done."""
+    """Derive some tables of a slide again, or withdraw the slide; says what was done."""
     try:
         refuse_writing(store.facts.format, store.path)
         underived = sorted(names.difference(_ORDER))
         if underived:  # labels by patch come from the manifest, which only the caching command has
-            store.remove_slide(slide_id)
-            return f"{underived[0]} cannot be derived; {_REMOVED}"
+            return _withdrawn(store, slide_id, f"{underived[0]} cannot be derived")
         for name in filter(names.__contains__, _ORDER):
             slide = store.slide(slide_id)
             with slide_errors(SlideError):
                 fitting = (values for values in _derived(store, slide, name) if _is_recorded(slide, name, values))
                 values = next(fitting, None)
             if values is None:
-                store.remove_slide(slide_id)
-                return f"{name} cannot be derived as it was; {_REMOVED}"
+                return _withdrawn(store, slide_id, f"{name} cannot be derived as it was")
             _write_table(slide, name, values)
     except UsageError as error:
-        store.remove_slide(slide_id)
-        return f"its patches cannot be found again ({error}); {_REMOVED}"
+        return _withdrawn(store, slide_id, f"its patches cannot be found again ({error})")
     except SlideError as error:
         source = store.slide(slide_id).facts.source
         advice = "Make it readable, or point to it with g2l store relocate, and repair again"
@@ -118,7 +115,15 @@ def _repair_slide(store: FeatureStore, slide_id: str, names: set[str]) -> str:
     return "derived again, with the checksums that were recorded"
 
 
-_REMOVED = "the slide was removed, the caching command caches it anew"
+def _withdrawn(store: FeatureStore, slide_id: str, why: str) -> str:
+    try:
+        store.withdraw_slide(slide_id, f"{why}; what was cached of it was removed by g2l store verify --repair")
+    except StoreError as error:
+        return f"not repaired: {why}: {error}"
+    return f"{why}; what was cached of the slide was removed. {NEXT}"
+
+
+NEXT = "The caching command caches it anew, with the same inputs and options; until then it counts as failed"
 
 
 def _derived(store: FeatureStore, slide: StoredSlide, name: str) -> Iterator[np.ndarray]:

@@ -397,6 +397,22 @@ class FeatureStore:
             shutil.rmtree(aside)
         self._entries.pop(slide_id, None)
 
+    def withdraw_slide(self, slide_id: str, reason: str) -> None:
+        """Delete what was cached of a slide whose document is whole, and keep it with its labels as one that failed.
+
+        So nobody takes the store for complete, and stage one tries the slide again.
+
+        Args:
+            slide_id: Its id.
+            reason: Why, in words.
+
+        Raises:
+            StoreError: It cannot be deleted or written.
+        """
+        known = self.slide(slide_id).facts
+        self.remove_slide(slide_id)
+        self.fail_slide(slide_id, known.source, reason, known.labels)
+
     def restore_document(self, slide_id: str) -> bool:
         """Put a slide's document back from the catalogue, if that has one; whether it had.
 

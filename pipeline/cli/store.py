@@ -103,23 +103,29 @@ def verify(
     """Read everything again and compare it with its checksums.
 
     With --repair, what is damaged is dropped, and the caching command computes that alone again; tables are derived
-    from the slides, and a slide's document comes back from the catalogue.
+    from the slides, and a slide's document comes back from the catalogue. Where a network or annotations found the
+    patches, these cannot be derived: then all of the slide is dropped but its labels, to be cached anew.
 
-    Exit code 1 if anything is damaged, missing or failed, and not repaired; leftovers of killed writers are harmless.
+    Exit code 1 if anything is damaged, missing or failed, and not repaired or dropped; leftovers of killed writers are
+    harmless.
     """
     from g2l_core.store.features import FeatureStore
 
-    opened = FeatureStore.open(store)
+    opened, to_cache = FeatureStore.open(store), set[str]()
     problems = _verified(opened)
     if recompute:
         problems += _recompute(opened, recompute, seed, device, trust_code or ())
     if repair:
-        problems = _repaired(store, problems)
+        left = _repaired(store, problems)
+        problems = [problem for problem in left if problem.kind == "damaged"]
+        to_cache = {problem.slide_id for problem in left if problem.kind in {"missing", "failed"}}
     else:
         for problem in problems:
             typer.echo(str(problem))
     wrong = sum(problem.kind != "leftover" for problem in problems)
     typer.echo(f"{store}: " + (f"{wrong} problems" if wrong else "every recorded shard is as it was written"))
+    if to_cache:
+        typer.echo(f"{len(to_cache)} slides are not complete: run the caching command again, which fills them")
     raise typer.Exit(EXIT_SOME_FAILED if wrong else EXIT_DONE)
 
 
@@ -148,7 +154,7 @@ def _repaired(path: Path, problems: "list[Problem]") -> "list[Problem]":
             typer.echo(f"{problem}" + (f"\n         {done}" if done else ""))
         left = _verified(store)
         store.save_catalogue()
-    return [problem for problem in left if problem.kind == "damaged"]
+    return left
 
 
 def _recompute(store: "FeatureStore", n: int, seed: int, device: str, trusted: Collection[str]) -> "list[Problem]":

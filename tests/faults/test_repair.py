@@ -1,7 +1,9 @@
 """Damaged tables of a store: derived again from the slides bit by bit, or the slide is cached anew."""
 
+import json
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -22,7 +24,9 @@ from pipeline.cache_teacher import run_extraction
 from pipeline.extract import ExtractionSettings
 from tests.conftest import TEACHER
 from tests.faults.small_run import KEY, flipped
+from tests.pipeline.test_cli import cache, g2l
 from tests.store.toy import change_facts
+from tests.tissue.test_network import save_torchscript
 
 TABLES = ("coords", "patch_status", "view_params", "pixel_hash")
 SLIDE = "p02-1"
@@ -120,9 +124,8 @@ def test_a_slide_that_gives_something_else_is_removed_and_cached_anew(store, coh
     shutil.rmtree(slide.folder / "pixel_hash")
     ((problem, text),) = repaired(store)
     assert (problem.slide_id, problem.table) == (SLIDE, "pixel_hash")
-    assert text == "pixel_hash cannot be derived as it was; the slide was removed, the caching command caches it anew"
-    assert SLIDE not in FeatureStore.open(store).slide_ids()
-    assert problems(store) == []
+    assert text.startswith("pixel_hash cannot be derived as it was; what was cached of the slide was removed. The cach")
+    withdrawn(store, slide.labels)
     teacher = resolve_encoder(TEACHER, weights="random:0")
     how = ExtractionSettings(batch_size=16, device="cpu", views=2)
     done = run_extraction([cohort], store, [teacher], GridSpec(), ViewSpec(), how)
@@ -144,11 +147,62 @@ def test_a_slide_that_cannot_be_read_is_left_as_it_is(store):
 def test_what_needs_a_file_that_the_store_does_not_have_is_cached_anew(store):
     opened = FeatureStore.open(store, writable=True)
     opened._set_facts(grid={**opened.grid, "tissue": "network:n@sha256:0123"})
+    labels = opened.slide(SLIDE).labels
     shutil.rmtree(store / "slides" / SLIDE / "coords")
     ((_, text),) = repaired(store)
     assert "give its file again with --tissue" in text
-    assert "the slide was removed" in text
-    assert problems(store) == []
+    assert "what was cached of the slide was removed. The caching command caches it anew" in text
+    withdrawn(store, labels)
+
+
+def withdrawn(store, labels):
+    """The slide is not forgotten: it counts as failed, and keeps what the manifest said of it."""
+    opened = FeatureStore.open(store)
+    assert labels
+    assert opened.failed_labels() == {SLIDE: labels}
+    assert "removed by g2l store verify --repair" in opened.failed_slides()[SLIDE]
+    assert SLIDE not in {slide.slide_id for slide in opened.slides()}
+    assert [(problem.kind, problem.slide_id) for problem in verify(opened)] == [("failed", SLIDE)]
+
+
+@pytest.mark.parametrize("tissue", ["annotations", "network"])
+def test_patches_of_annotations_or_a_network_are_filled_by_the_next_run(cohort, tmp_path, tissue):
+    store, method = tmp_path / "s.zarr", tissue_of(tissue, cohort, tmp_path)
+    cache_again = partial(cache, cohort, store, "--views", "0", "--tissue", method)
+    assert cache_again().returncode == 0
+    before, features = FeatureStore.open(store).slide(SLIDE), content(store, SLIDE)[2]
+    for file in files_of(store, "coords"):
+        file.unlink()
+    done = g2l("store", "verify", store, "--repair")
+    assert done.returncode == 0, done.stdout
+    told = " ".join(done.stdout.split())
+    assert f"damaged slide {SLIDE}: " in told
+    assert "again with --tissue); what was cached of the slide was removed. The caching command caches it anew" in told
+    assert "1 slides are not complete: run the caching command again, which fills them" in told
+    withdrawn(store, before.labels)
+    assert g2l("store", "verify", store).returncode == 1
+    again = cache_again()
+    assert again.returncode == 0, again.stderr
+    after = FeatureStore.open(store).slide(SLIDE)
+    assert after.facts.labels == before.labels
+    assert (after.facts.mpp, after.facts.tissue_sha256) == (before.facts.mpp, before.facts.tissue_sha256)
+    assert np.array_equal(after.coords, before.coords)
+    assert content(store, SLIDE)[2] == features
+    assert g2l("store", "verify", store).returncode == 0
+
+
+def tissue_of(kind, cohort, folder):
+    """A `--tissue` whose file the store does not have: annotations of all slides, or a network."""
+    if kind == "network":
+        save_torchscript(folder / "green.pt")
+        return folder / "green.pt"
+    ring = [[0, 0], [1024, 0], [1024, 1024], [0, 1024], [0, 0]]
+    area = {"type": "Feature", "properties": {}, "geometry": {"type": "Polygon", "coordinates": [ring]}}
+    (folder / "areas").mkdir()
+    for path in (cohort.parent / "slides").glob("*.tiff"):
+        text = json.dumps({"type": "FeatureCollection", "features": [area]})
+        (folder / f"areas/{path.stem}.geojson").write_text(text)
+    return folder / "areas"
 
 
 def test_tables_that_only_the_settings_give(store):
@@ -156,7 +210,7 @@ def test_tables_that_only_the_settings_give(store):
     changed_view_seed(store)
     shutil.rmtree(store / "slides" / SLIDE / "view_params")
     ((_, text),) = repaired(store)
-    assert text.startswith("view_params cannot be derived as it was; the slide was removed")
+    assert text.startswith("view_params cannot be derived as it was; what was cached of the slide was removed")
 
 
 def test_patches_that_could_not_be_read_are_still_counted_as_such(store):
@@ -207,4 +261,4 @@ def test_patch_images(tmp_path):
     (folder / "patch 99.png").write_bytes((folder / "patch 1.png").read_bytes())
     shutil.rmtree(path / "slides/images/patch_id")
     ((_, text),) = repaired(path)
-    assert text.startswith("patch_id cannot be derived as it was; the slide was removed")
+    assert text.startswith("patch_id cannot be derived as it was; what was cached of the slide was removed")
