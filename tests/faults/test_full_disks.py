@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from functools import partial
 
 import pytest
+from PIL import Image
 
 from g2l_core.patches.reader_pool import MAX_OPEN, default_max_open
 from g2l_core.store.features import FeatureStore
@@ -139,6 +140,7 @@ def test_embedding_onto_a_full_disk(files, cached_store, tmp_path):
 
 def limit_for(more):
     """The limit at which this process can open so many more files; listing those that are open takes one."""
+    Image.init()  # which leaves a file open where its plug-ins cannot be
     used = {int(name) for name in os.listdir("/proc/self/fd")}  # noqa: PTH208
     return next(itertools.islice((n for n in itertools.count() if n not in used), more - 1, None))
 

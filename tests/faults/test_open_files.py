@@ -138,6 +138,9 @@ class Reader:
     def read(self, _row, _max_absent=1.0):
         raise ReadError(f"cannot read x: {self.error.strerror}") from self.error
 
+    def close(self):
+        pass
+
 
 def test_a_patch_that_cannot_be_opened_is_not_unreadable():
     render = partial(
