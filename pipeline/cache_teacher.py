@@ -86,6 +86,8 @@ def run_extraction(
         require_mpp(spec, grid.mpp)
     with locked(store_path / LOCKS / "writer", wait_s=0, holder="another g2l command writes into it"):
         sources, refused = recognized_sources(inputs, store_path, settings)
+        if tissue is not None:
+            tissue.require_distinct(sources)
         trial = without_killers(sources, store_path, grid, settings)
         keys = stored_keys(store_path, encoder_specs, settings)
         needed = encoder_specs if has_work(trial.sources, store_path, keys, settings) else ()

@@ -70,6 +70,8 @@ def make_plan(
     epochs: int,
 ) -> Plan:
     """Find the patches of all sources on their thumbnails, and measure reading and encoding on some of them."""
+    if tissue is not None:
+        tissue.require_distinct(sources)
     patched: list[tuple[Source, PatchedSlide]] = []
     failed: dict[str, str] = {}
     outcomes = patch_sources(

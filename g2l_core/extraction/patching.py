@@ -10,7 +10,8 @@ import numpy as np
 
 from g2l_core.concurrency import run_ahead
 from g2l_core.errors import G2LError, MppError, NoTissueError, ReadError, SlideError, StoreMismatchError
-from g2l_core.patches.grid import GridSpec, grid_coords, image_order, patch_side_level0
+from g2l_core.extraction.given_coords import patch_coords
+from g2l_core.patches.grid import GridSpec, image_order, patch_side_level0
 from g2l_core.patches.identity import images_fingerprint, require_same_slide
 from g2l_core.patches.render import read_image
 from g2l_core.patches.views import COLUMNS, ViewSpec, sample_views
@@ -26,7 +27,7 @@ from g2l_core.slides.under_way import UnderWay
 from g2l_core.store.facts import SlideFacts
 from g2l_core.store.features import FeatureStore, StoredSlide
 from g2l_core.tissue.glass import colored_glass
-from g2l_core.tissue.methods import FoundTissue, TissueMethod, resolve_tissue
+from g2l_core.tissue.methods import COORDINATES, FoundTissue, TissueMethod, resolve_tissue
 from g2l_core.tissue.overview import SlideOverview, thumbnail_to_show, write_overview
 from g2l_core.tissue.thresholds import THUMBNAIL_MPP
 from g2l_core.types import Coords, Level0Px
@@ -90,18 +91,17 @@ def _patch_slide(
     with open_slide(source.path, manifest_mpp=source.mpp, mpp_override=mpp_override) as slide:
         side = patch_side_level0(grid, slide.mpp)
         found = tissue.find(slide, source.slide_id)
-        downsample = slide.thumbnail_frame(THUMBNAIL_MPP).downsample
-        coords = grid_coords(slide.level0_size, side, found.mask, downsample, grid, source.slide_id)
+        coords, left_out = patch_coords(slide, side, found, grid, source.slide_id)
         overview = SlideOverview(
             slide_id=source.slide_id,
             coords=coords,
             side=side,
             mask=found.mask,
-            downsample=downsample,
+            downsample=slide.thumbnail_frame(THUMBNAIL_MPP).downsample,
             method=tissue.identity,
         )
         remarks = _write_overview(qc, slide, overview, found) if qc is not None else ()
-        notes = (*slide.notes, *found.notes, *_glass_notes(slide, found, may_read=qc is not None))
+        notes = (*slide.notes, *found.notes, *left_out, *_glass_notes(slide, found, may_read=qc is not None))
         if not len(coords):
             raise NoTissueError(_nothing_left(slide, side, tissue, notes))
         facts = SlideFacts(
@@ -135,6 +135,8 @@ def _glass_notes(slide: Slide, found: FoundTissue, *, may_read: bool) -> Iterato
 def _nothing_left(slide: Slide, side: Level0Px, tissue: TissueMethod, notes: Sequence[Note]) -> str:
     width, height = slide.level0_size
     said = "".join(f"; {note.text} ({note.detail})" for note in notes)
+    if tissue.identity == COORDINATES:
+        return f"its coordinates leave no patch of {side} level-0 px in {width} x {height} px{said}"
     return (
         f"tissue method {tissue.identity!r} leaves no patch of {side} level-0 px in {width} x {height} px{said}. "
         "If there is tissue, try --tissue none or a smaller --min-tissue"
@@ -270,8 +272,8 @@ def refresh_stored(
     """
     ids = source.patch_ids
     within(timeout, lambda: require_same_slide(stored, source.path, ids), "comparing it with what was cached")
-    if tissue is not None:
-        _require_same_annotation(stored, tissue)
+    if tissue is not None and not ids:
+        _require_same_annotation(stored, source.path, tissue)
     kept, state = stored.patch_ids, file_state(source.path)
     current = stored.facts.fingerprint if kept is None else images_fingerprint(source.path, kept)
     now = str(source.path.resolve()), current, state
@@ -298,11 +300,12 @@ def _refresh_labels(stored: StoredSlide, source: Source) -> None:
     stored.set_patch_labels([{**old, **own} for old, own in zip(others, new, strict=True)])
 
 
-def _require_same_annotation(stored: StoredSlide, tissue: TissueMethod) -> None:
-    """Refuse a slide whose annotation has changed since its patches were found; it may be absent by now."""
-    current, kept = tissue.file_sha256(stored.slide_id), stored.facts.tissue_sha256 or None
+def _require_same_annotation(stored: StoredSlide, path: Path, tissue: TissueMethod) -> None:
+    """Refuse a slide whose annotation or coordinates have changed since its patches were found; they may be absent."""
+    current, kept = tissue.file_sha256(stored.slide_id, path), stored.facts.tissue_sha256 or None
     if current is not None and current != kept:
+        what = "coordinates have" if tissue.identity == COORDINATES else "annotation has"
         raise StoreMismatchError(
-            f"slide {stored.slide_id}: its annotation has changed since its patches were laid (sha256 {current[:12]}, "
+            f"slide {stored.slide_id}: its {what} changed since its patches were laid (sha256 {current[:12]}, "
             f"stored {str(kept)[:12]} of {stored.facts.tissue_file or None}). Restore it, or use another --store"
         )

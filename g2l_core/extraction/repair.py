@@ -8,8 +8,9 @@ import numpy as np
 
 from g2l_core.concurrency import run_ahead
 from g2l_core.errors import ReadError, SlideError, StoreError, StoreMismatchError, UsageError
+from g2l_core.extraction.given_coords import patch_coords
 from g2l_core.patches.artifacts import ArtifactSpec
-from g2l_core.patches.grid import GridSpec, blocks, grid_coords, image_order
+from g2l_core.patches.grid import GridSpec, blocks, image_order
 from g2l_core.patches.render import PatchReader, RenderedBlock, open_patches, render_block
 from g2l_core.patches.views import COLUMNS, ViewSpec, sample_views
 from g2l_core.rng import keyed_generator
@@ -25,7 +26,6 @@ from g2l_core.store.tables import changed_blocks
 from g2l_core.store.verify import Problem
 from g2l_core.store.zarr_files import create_array
 from g2l_core.tissue.methods import resolve_tissue
-from g2l_core.tissue.thresholds import THUMBNAIL_MPP
 from g2l_core.types import Coords, Level0Px
 
 COMPARED_PATCHES = 64
@@ -157,10 +157,9 @@ def _derived_coords(slide: StoredSlide, grid: GridSpec) -> Coords:
     if slide.has_patch_ids:
         return np.zeros((len(slide), 2), np.int32)
     with open_slide(Path(facts.source), manifest_mpp=facts.mpp) as opened:
-        mask = resolve_tissue(grid.tissue).find(opened, slide.slide_id).mask
-        downsample = opened.thumbnail_frame(THUMBNAIL_MPP).downsample
-        side = Level0Px(facts.patch_px_level0)
-        return grid_coords(opened.level0_size, side, mask, downsample, grid, slide.slide_id)
+        found = resolve_tissue(grid.tissue).find(opened, slide.slide_id)
+        coords, _ = patch_coords(opened, Level0Px(facts.patch_px_level0), found, grid, slide.slide_id)
+        return coords
 
 
 def _rendered(slide: StoredSlide, name: str, grid: GridSpec, views: ViewSpec) -> Iterator[np.ndarray]:

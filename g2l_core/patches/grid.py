@@ -1,13 +1,13 @@
 """Decide which squares of a slide become patches, and in which order they are stored.
 
 Pure arithmetic. All lengths are level-0 pixels unless a name says otherwise; a scale is rounded once, in
-`patch_side_level0`, and every coordinate is a whole multiple of that side.
+`patch_side_level0`, and every coordinate of the grid is a whole multiple of that side. Given coordinates are anywhere.
 """
 
 from itertools import pairwise
 
 import numpy as np
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool, Int32, Int64
 
 from g2l_core.errors import MppError
 from g2l_core.patches.spec import ARTIFACTS as ARTIFACTS
@@ -65,10 +65,35 @@ def grid_coords(
     if tissue is not None:
         share = tissue_share(coords, side, tissue, mask_downsample)
         coords = coords[share >= spec.min_tissue if spec.min_tissue > 0 else share > 0]
+    return stored_coords(coords, side, spec, slide_id)
+
+
+def stored_coords(coords: Coords, side: Level0Px, spec: GridSpec, slide_id: str) -> Int32[np.ndarray, "kept 2"]:
+    """The patches of a slide that are kept, at most `spec.max_patches`, in stored order."""
     if spec.max_patches is not None and len(coords) > spec.max_patches:
         chosen = keyed_generator("max_patches", spec.seed, slide_id).permutation(len(coords))
         coords = coords[np.sort(chosen[: spec.max_patches])]
     return coords[cell_order(coords, side, spec, slide_id)]
+
+
+def coords_in_boxes(
+    level0_size: tuple[int, int], side: Level0Px, corners: Int64[np.ndarray, "box 2"], sizes: Int64[np.ndarray, "box 2"]
+) -> Coords:
+    """Coordinates of the grid's patches that lie wholly inside one of some boxes, row by row.
+
+    Args:
+        level0_size: Width and height of the slide in level-0 pixels.
+        side: Side of a patch in level-0 pixels.
+        corners: x and y of the boxes' top-left corners, level-0 pixels.
+        sizes: Width and height of the boxes, level-0 pixels.
+    """
+    shape = level0_size[1] // side, level0_size[0] // side
+    inside = np.zeros(shape, bool)
+    first = -(-np.maximum(corners, 0) // side)
+    stop = np.maximum(corners + sizes, 0) // side
+    for (left, top), (right, bottom) in zip(first.tolist(), stop.tolist(), strict=True):
+        inside[top:bottom, left:right] = True
+    return (np.argwhere(inside)[:, ::-1] * side).astype(np.int32)
 
 
 def tissue_share(coords: Coords, side: Level0Px, tissue: TissueMask, mask_downsample: float) -> np.ndarray:

@@ -48,6 +48,7 @@ _DICOM = "dicom.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0].Pixel
 _PHILIPS = "philips.DICOM_PIXEL_SPACING"
 _HAMAMATSU = "hamamatsu.PhysicalWidth", "hamamatsu.PhysicalHeight"
 _TIFF = "tiff.XResolution", "tiff.YResolution"
+_OME = "ome.PhysicalSizeX", "ome.PhysicalSizeY"
 
 _UM_PER_UNIT = (
     (*_OPENSLIDE, 1.0),
@@ -62,7 +63,10 @@ _UM_PER_UNIT = (
 
 _UM_PER_TIFF_UNIT = {"inch": 25_400.0, "centimeter": 10_000.0}
 
-KEYS = (*(x for x, _, _ in _UM_PER_UNIT), _PHILIPS, _HAMAMATSU[0], _TIFF[0])
+_UM_PER_OME_UNIT = {"\u00b5m": 1.0, "\u03bcm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6}
+"""The units of length of OME-XML that a slide may have; its pixel and reference frame are no lengths."""
+
+KEYS = (*(x for x, _, _ in _UM_PER_UNIT), _PHILIPS, _HAMAMATSU[0], _OME[0], _TIFF[0])
 """The keys that are looked for; of a pair, the key of x."""
 
 
@@ -163,7 +167,15 @@ def _header_scale(properties: Mapping[str, str], level0_size: tuple[int, int]) -
         implausible = (
             implausible or f"its header's {key} gives {mean:g} um/px, outside {_describe_range(PLAUSIBLE_MPP)}"
         )
-    return None, implausible
+    return None, implausible or _no_length(properties)
+
+
+def _no_length(properties: Mapping[str, str]) -> str:
+    """What is wrong with the unit of OME-XML's scale; empty if it has none, or a length."""
+    units = {properties.get(f"{key}Unit", "\u00b5m") for key in _OME if key in properties}
+    if unknown := sorted(units - _UM_PER_OME_UNIT.keys()):
+        return f"its header's {_OME[0]} is given in {unknown[0]!r}, not in \u00b5m, nm, mm, cm or m"
+    return ""
 
 
 def _header_values(properties: Mapping[str, str], level0_size: tuple[int, int]) -> Iterator[tuple[str, float, float]]:
@@ -178,6 +190,10 @@ def _header_values(properties: Mapping[str, str], level0_size: tuple[int, int]) 
     width, height = (_number(properties.get(key)) for key in _HAMAMATSU)
     if width is not None and height is not None:
         yield _HAMAMATSU[0], width / 1e3 / level0_size[0], height / 1e3 / level0_size[1]  # nanometers, the whole slide
+    sizes = [_number(properties.get(key)) for key in _OME]
+    units = [_UM_PER_OME_UNIT.get(properties.get(f"{key}Unit", "\u00b5m")) for key in _OME]
+    if sizes[0] is not None and units[0] is not None and sizes[1] is not None and units[1] is not None:
+        yield _OME[0], sizes[0] * units[0], sizes[1] * units[1]
     across, down = (_number(properties.get(key)) for key in _TIFF)
     if across is not None and down is not None:
         um_per_unit = _UM_PER_TIFF_UNIT.get(properties.get("tiff.ResolutionUnit", "inch"))

@@ -1,4 +1,4 @@
-"""The readers that open slides: installed plug-ins, OME-Zarr, OpenSlide, and Pillow for plain images.
+"""The readers that open slides: installed plug-ins, OME-Zarr, OME-TIFF, OpenSlide, other TIFFs, and plain images.
 
 This is the only module that opens slides with OpenSlide. A reader of another format is a plug-in: see docs/readers.md.
 """
@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol, runtime_checkable
 
 import openslide
@@ -19,6 +20,7 @@ from g2l_core.slides.images import read_plain_image, turned_notes
 from g2l_core.slides.limits import require_file_or_folder, require_pixels
 from g2l_core.slides.notes import Note
 from g2l_core.slides.ome_zarr import is_ome_zarr, open_ome_zarr
+from g2l_core.slides.tiff_slide import open_ome_tiff, open_tiff, plain_resolution
 
 SLIDE_SUFFIXES = frozenset(".svs .tif .tiff .ndpi .mrxs .scn .bif .vms .vmu .svslide .dcm .qptiff .czi .avs".split())
 """Suffixes of the files in a folder that are taken for slides, in lower case. Plug-ins add to them."""
@@ -26,6 +28,9 @@ SLIDE_SUFFIXES = frozenset(".svs .tif .tiff .ndpi .mrxs .scn .bif .vms .vmu .svs
 IMAGE_SUFFIXES = frozenset(".png .jpg .jpeg .bmp .webp".split())
 
 PLUG_IN_GROUP = "g2l.readers"
+
+_UNKNOWN_COMPRESSION = "Unsupported TIFF compression"
+"""How OpenSlide's error begins for a TIFF whose tiles it cannot decode."""
 
 
 @runtime_checkable
@@ -117,21 +122,20 @@ def open_handle(path: Path) -> SlideHandle:
         require_file_or_folder(path)
     except ReadError as error:
         raise NotASlideError(str(error)) from error
-    for name, reader in installed_readers():
-        try:
-            handle = reader(path)
-        except (OSError, ValueError) as error:
-            raise NotASlideError(f"the reader {name!r} cannot open it: {error}") from error
-        if handle is not None:
-            return handle
+    if (handle := _plugged_in(path) or open_ome_tiff(path)) is not None:
+        return handle
     if is_ome_zarr(path):
         return open_ome_zarr(path)
     try:
         slide = openslide.OpenSlide(path)
     except openslide.OpenSlideUnsupportedFormatError:
-        return _open_image(path)
+        if openslide.OpenSlide.detect_format(path):  # which it does not where it could open no file
+            raise NotASlideError(machine_fault_text(OSError(errno.EMFILE, os.strerror(errno.EMFILE)), path)) from None
+        return open_tiff(path) or _open_image(path)
     except openslide.OpenSlideError as error:
         refuse_open_files(error, path, NotASlideError)
+        if str(error).startswith(_UNKNOWN_COMPRESSION) and (tiff := open_tiff(path)) is not None:
+            return tiff
         reason = " ".join(str(error).split())
         raise NotASlideError(f"OpenSlide cannot open it ({reason}); is the file complete?") from error
     try:
@@ -140,6 +144,22 @@ def open_handle(path: Path) -> SlideHandle:
         slide.close()
         raise NotASlideError(str(error)) from error
     return slide
+
+
+def _plugged_in(path: Path) -> SlideHandle | None:
+    """The slide as the first plug-in that knows it opens it.
+
+    Raises:
+        NotASlideError: A plug-in knows its format, but cannot open it.
+    """
+    for name, reader in installed_readers():
+        try:
+            handle = reader(path)
+        except (OSError, ValueError) as error:
+            raise NotASlideError(f"the reader {name!r} cannot open it: {error}") from error
+        if handle is not None:
+            return handle
+    return None
 
 
 def _require_decodable(slide: openslide.OpenSlide) -> None:
@@ -165,9 +185,10 @@ def dicom_series(path: Path) -> str:
 
 
 class PlainImage(openslide.ImageSlide):
-    """A plain image as a slide, with notes about it."""
+    """A plain image as a slide, with notes about it and the resolution that a TIFF gives."""
 
     notes: tuple[Note, ...] = ()
+    properties: Mapping[str, str] = MappingProxyType({})
 
 
 def _open_image(path: Path) -> SlideHandle:
@@ -176,7 +197,7 @@ def _open_image(path: Path) -> SlideHandle:
     except UnidentifiedImageError as error:
         raise NotASlideError(
             "it is neither a slide that OpenSlide reads (SVS, NDPI, MRXS, SCN, BIF, tiled TIFF, DICOM) "
-            "nor an OME-Zarr folder, nor an image that Pillow reads"
+            "nor OME-TIFF or OME-Zarr, nor an image that Pillow reads"
         ) from error
     except OSError as error:
         refuse_open_files(error, path, NotASlideError)
@@ -185,8 +206,6 @@ def _open_image(path: Path) -> SlideHandle:
         raise NotASlideError(str(error)) from error
     except (ValueError, SyntaxError) as error:
         raise NotASlideError(f"Pillow cannot decode it ({error}); is the file complete?") from error
-    if openslide.OpenSlide.detect_format(path):  # which it does not where it could open no file
-        raise NotASlideError(machine_fault_text(OSError(errno.EMFILE, os.strerror(errno.EMFILE)), path))
     slide = PlainImage(image)
-    slide.notes = turned_notes(orientation)
+    slide.notes, slide.properties = turned_notes(orientation), plain_resolution(path)
     return slide

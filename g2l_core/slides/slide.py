@@ -19,6 +19,7 @@ from g2l_core.slides.limits import require_pixels
 from g2l_core.slides.mpp import Scale, ScaleFacts, find_scale, objective_power
 from g2l_core.slides.notes import Note
 from g2l_core.slides.readers import SlideHandle, open_handle
+from g2l_core.slides.tiff_slide import TiffSlide
 from g2l_core.slides.tiff_tiles import VENDORS, TilePyramid, open_tiles, require_tagged_space
 from g2l_core.types import Level0Px, Mpp, Rgb
 
@@ -320,6 +321,8 @@ def _own_tiles(path: Path, handle: SlideHandle) -> TilePyramid | None:
     Raises:
         NotASlideError: The header contradicts the color space of tiles that only OpenSlide reads.
     """
+    if isinstance(handle, TiffSlide):
+        return handle.tiles
     vendor = handle.properties.get(openslide.PROPERTY_NAME_VENDOR)
     if vendor in VENDORS:
         return open_tiles(path, handle.level_dimensions)

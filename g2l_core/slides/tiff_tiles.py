@@ -7,23 +7,31 @@ OpenSlide's own libraries, and the pixels are the same: 0 gray levels of differe
 A read goes like this. `open_tiles` finds the page of each level, `TilePyramid.read` collects the tiles that a region
 touches, and `_decode` decodes those that the cache does not hold. Everything else (other formats, missing or damaged
 tiles, regions over the slide's edge) gives None and is read through OpenSlide, so that a store does not depend on which
-of the two has read.
+of the two has read. `pyramid_of` has the pages that OpenSlide does not read at all (`tiff_slide`), in more formats.
 """
 
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import imagecodecs
 import numpy as np
 import tifffile
 
 from g2l_core.errors import NotASlideError, refuse_open_files
-from g2l_core.slides.color_space import RGB, YCBCR, jpeg2000_is_transformed, jpeg_space
+from g2l_core.slides.color_space import jpeg2000_is_transformed, jpeg_space
+from g2l_core.slides.tiff_codecs import (
+    JPEG,
+    JPEG2000,
+    JPEG2000_YCBCR,
+    PHOTOMETRIC,
+    Decode,
+    decoder,
+    decoder_beside_openslide,
+)
 from g2l_core.types import Rgb
 
 CACHE_BYTES = 128 << 20
@@ -32,15 +40,13 @@ CACHE_BYTES = 128 << 20
 VENDORS = frozenset({"aperio", "generic-tiff"})
 """OpenSlide's names of the formats whose levels are plain tiled TIFF pages without overlap."""
 
-JPEG, JPEG2000_YCBCR, JPEG2000_RGB = 7, 33003, 33005
-
-PHOTOMETRIC = {6: YCBCR, 2: RGB}
-"""Values of the tag PhotometricInterpretation that are read here."""
+SEPARATE = 2
+"""The value of the tag PlanarConfiguration for samples that lie in planes."""
 
 LOOKED_AT = 5
 """Tiles of a level, spread over it, whose color space is compared with the tag."""
 
-_UNREADABLE = (
+UNREADABLE = (
     ValueError, RuntimeError, OSError, KeyError, IndexError, TypeError, OverflowError, MemoryError,
     tifffile.TiffFileError,
 )  # fmt: skip
@@ -49,22 +55,38 @@ _UNREADABLE = (
 
 @dataclass(frozen=True, kw_only=True)
 class _Level:
-    """One page of tiles."""
+    """One page of tiles, or of strips, which are tiles as wide as the page."""
 
     size: tuple[int, int]
     tile: tuple[int, int]
     offsets: np.ndarray
+    """Of each tile, (planes, tiles): one plane if the samples of a pixel lie together, else three."""
     counts: np.ndarray
-    decode: Callable[[bytes, Rgb], np.ndarray] | None
+    """Bytes of each tile, (planes, tiles)."""
+    is_striped: bool
+    """Whether the last tile ends with the page; tiles are filled up beyond it."""
+    decode: Decode | None
     """None for a format that only OpenSlide reads."""
     only_here: bool
-    """Whether OpenSlide takes the tag's color space against the tiles' own, or reads tiles that lie nowhere."""
+    """Whether OpenSlide does not read the page, takes the tag's color space against the tiles' own, or reads tiles that
+    lie nowhere."""
     resolution: float
     """Pixels per unit of length by the tags; 0 where they do not say."""
 
     @property
     def columns(self) -> int:
         return -(-self.size[0] // self.tile[0])
+
+    @property
+    def present(self) -> np.ndarray:
+        """Whether the file has a tile, bool (tiles,)."""
+        return np.all(self.counts > 0, axis=0)
+
+    def shape(self, index: int) -> tuple[int, int]:
+        """Height and width of a tile's pixels."""
+        width, height = self.tile
+        left = self.size[1] - index // self.columns * height
+        return (min(height, left) if self.is_striped else height), width
 
 
 class TilePyramid:
@@ -85,7 +107,7 @@ class TilePyramid:
     @property
     def absent_shares(self) -> dict[int, float]:
         """The fraction of each level's tiles that the file does not have."""
-        return {i: float((level.counts == 0).mean()) for i, level in enumerate(self._levels) if level is not None}
+        return {i: float(1 - level.present.mean()) for i, level in enumerate(self._levels) if level is not None}
 
     @property
     def declared_downsamples(self) -> list[float | None]:
@@ -149,7 +171,7 @@ class TilePyramid:
         width, height = page.tile
         for row in range(top // height, -(-bottom // height)):
             for column in range(left // width, -(-right // width)):
-                if page.counts[row * page.columns + column]:
+                if (page.counts[:, row * page.columns + column] > 0).all():
                     x, y = max(left, column * width), max(top, row * height)
                     yield x, y, min(right, (column + 1) * width) - x, min(bottom, (row + 1) * height) - y
 
@@ -171,14 +193,22 @@ class TilePyramid:
         return tile
 
     def _decode(self, page: _Level, index: int) -> np.ndarray | None:
-        if page.decode is None or not page.counts[index]:
+        planes = [self._decode_plane(page, index, plane) for plane in range(len(page.counts))]
+        decoded = [plane for plane in planes if plane is not None]
+        if len(decoded) < len(planes):
+            return None
+        return decoded[0] if len(decoded) == 1 else np.stack(decoded, axis=-1)
+
+    def _decode_plane(self, page: _Level, index: int, plane: int) -> np.ndarray | None:
+        count, shape = int(page.counts[plane, index]), page.shape(index)
+        if page.decode is None or not count:
             return None
         try:
-            content = os.pread(self._file, int(page.counts[index]), int(page.offsets[index]))
-            if len(content) < page.counts[index]:
+            content = os.pread(self._file, count, int(page.offsets[plane, index]))
+            if len(content) < count:
                 return None  # libjpeg would fill in what is missing
-            return page.decode(content, np.empty((page.tile[1], page.tile[0], 3), np.uint8))
-        except _UNREADABLE:
+            return page.decode(content, np.empty((*shape, 3) if len(page.counts) == 1 else shape, np.uint8))
+        except UNREADABLE:
             return None
 
 
@@ -202,7 +232,7 @@ def open_tiles(
         with tifffile.TiffFile(path) as tiff:
             pages = [page for page in _pages(tiff) if page.is_tiled]
             levels = [_level(tiff, pages, size) for size in level_sizes]
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         refuse_open_files(error, path, NotASlideError)  # else the pixels would be those of OpenSlide
         return None
     return TilePyramid(path, levels, cache_bytes) if any(levels) else None
@@ -221,7 +251,7 @@ def require_tagged_space(path: Path) -> None:
             for page in _pages(tiff):
                 if page.is_tiled and _differs(tiff, page):
                     raise _contradiction(page)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         refuse_open_files(error, path, NotASlideError)
         return
 
@@ -243,24 +273,61 @@ def _pages(tiff: tifffile.TiffFile) -> list[Any]:
     return pages
 
 
+def pyramid_of(path: Path, tiff: tifffile.TiffFile, pages: Sequence[Any]) -> TilePyramid:
+    """The tiles or strips of pages that OpenSlide does not read. Strips that were decoded once are all kept.
+
+    Args:
+        path: The file.
+        tiff: The same, opened.
+        pages: The levels, the finest first; `tiff_codecs.is_rgb` holds for them.
+
+    Raises:
+        NotASlideError: The compression or the color space of one is not read.
+    """
+    levels = []
+    for page in pages:
+        differs = _differs(tiff, page, any_jpeg2000=True)
+        decode = decoder(page, differs=differs)
+        if decode is None:
+            raise NotASlideError(
+                f"its level of {page.imagewidth} x {page.imagelength} px has compression {_name(page.compression)} "
+                f"and photometric interpretation {_name(page.photometric)}, which are not read: convert it to a tiled "
+                "TIFF of RGB with JPEG, LZW or Deflate"
+            )
+        levels.append(_level_of(page, decode, only_here=True))
+    strips = sum(3 * page.imagewidth * page.imagelength for page in pages if not page.is_tiled)
+    return TilePyramid(path, levels, CACHE_BYTES + strips)
+
+
+def _name(value: Any) -> str:
+    return f"{int(value)} ({getattr(value, 'name', 'unknown')})"
+
+
 def _level(tiff: tifffile.TiffFile, pages: Sequence[Any], size: tuple[int, int]) -> _Level | None:
     fitting = [page for page in pages if (page.imagewidth, page.imagelength) == size]
     differing = [page for page in fitting if _differs(tiff, page)]
-    decode = _decoder(fitting[0], differs=bool(differing)) if len(fitting) == 1 else None  # of two, which is it?
+    decode = None
+    if len(fitting) == 1:  # of two, which is it?
+        decode = decoder_beside_openslide(fitting[0], differs=bool(differing))
     if decode is None and differing:
         raise _contradiction(differing[0])
-    if len(fitting) != 1:
-        return None
-    page = fitting[0]
-    nowhere = np.array(page.dataoffsets, np.int64) == 0
+    return _level_of(fitting[0], decode, only_here=bool(differing)) if len(fitting) == 1 else None
+
+
+def _level_of(page: Any, decode: Decode | None, *, only_here: bool) -> _Level:
+    """The level of a page. OpenSlide reads tiles that lie nowhere, so that such a page is read here alone."""
+    size = page.imagewidth, page.imagelength
+    planes = 3 if page.planarconfig == SEPARATE and page.samplesperpixel == 3 else 1
+    offsets, counts = (np.array(of, np.int64).reshape(planes, -1) for of in (page.dataoffsets, page.databytecounts))
+    nowhere = offsets == 0
     return _Level(
         size=size,
-        tile=(page.tilewidth, page.tilelength),
-        offsets=np.array(page.dataoffsets, np.int64),
-        counts=np.where(nowhere, 0, np.array(page.databytecounts, np.int64)),
+        tile=(page.tilewidth, page.tilelength) if page.is_tiled else (size[0], min(page.rowsperstrip, size[1])),
+        offsets=offsets,
+        counts=np.where(nowhere, 0, counts),
+        is_striped=not page.is_tiled,
         decode=decode,
-        only_here=bool(differing)
-        or (decode is not None and bool((nowhere & (np.array(page.databytecounts) != 0)).any())),
+        only_here=only_here or (decode is not None and bool((nowhere & (counts != 0)).any())),
         resolution=_resolution(page),
     )
 
@@ -271,39 +338,24 @@ def _resolution(page: Any) -> float:
     return numerator / denominator if denominator else 0.0
 
 
-def _differs(tiff: tifffile.TiffFile, page: Any) -> bool:
-    """Whether some of the tiles are coded in another color space than the page's tags say."""
+def _differs(tiff: tifffile.TiffFile, page: Any, *, any_jpeg2000: bool = False) -> bool:
+    """Whether some of the tiles are coded in another color space than the page's tags say.
+
+    Aperio's compression 33003 means color differences whatever the other tag says; `any_jpeg2000` asks for all others
+    as well.
+    """
     compression, tagged = int(page.compression), PHOTOMETRIC.get(int(page.photometric))
-    if compression not in {JPEG, JPEG2000_YCBCR} or page.samplesperpixel != 3 or tagged is None:
+    asked = {JPEG, *(JPEG2000 if any_jpeg2000 else [JPEG2000_YCBCR])}
+    if compression not in asked or page.samplesperpixel != 3 or tagged is None:
         return False
     present = np.flatnonzero(np.array(page.databytecounts, np.int64) * np.array(page.dataoffsets, np.int64))
     for index in np.unique(present[np.linspace(0, len(present) - 1, LOOKED_AT).astype(int)] if len(present) else []):
         tiff.filehandle.seek(page.dataoffsets[index])
         tile = tiff.filehandle.read(page.databytecounts[index])
-        if compression == JPEG2000_YCBCR:
+        if compression != JPEG:
             differs = jpeg2000_is_transformed(tile) is True
         else:
             differs = jpeg_space(tile) not in {None, tagged}
         if differs:
             return True
     return False
-
-
-def _decoder(page: Any, *, differs: bool) -> Callable[[bytes, Rgb], np.ndarray] | None:
-    """The function that decodes the page's tiles; None for a format that only OpenSlide reads.
-
-    It decodes into an array of the tile's size, and refuses by its header an image of any other size. The markers of
-    a tile decide on its color space; the tag does where they say nothing.
-    """
-    if page.samplesperpixel != 3 or page.bitspersample != 8 or page.planarconfig != 1 or page.tiledepth != 1:
-        return None
-    compression, tagged = int(page.compression), PHOTOMETRIC.get(int(page.photometric))
-    if compression == JPEG and tagged:
-        tables = page.jpegtables
-        return lambda data, tile: imagecodecs.jpeg8_decode(
-            data, tables=tables, colorspace=jpeg_space(data) or tagged, outcolorspace=RGB, out=tile
-        )
-    is_rgb = compression == JPEG2000_RGB and tagged == RGB
-    if is_rgb or (compression == JPEG2000_YCBCR and differs):  # the codestream's own transform gives RGB
-        return lambda data, tile: imagecodecs.jpeg2k_decode(data, out=tile)
-    return None

@@ -202,7 +202,7 @@ class SlideFacts(Facts):
     level0_size: tuple[int, int] = field(default=(0, 0), metadata=_SPARSE)
     """Width and height in level-0 pixels."""
     tissue_file: str = field(default="", metadata=_SPARSE)
-    """The annotation that the tissue came from, if any."""
+    """The annotation that the tissue came from, or the file of the patches' coordinates, if any."""
     tissue_sha256: str = field(default="", metadata=_SPARSE)
     patch_px_level0: int = field(default=0, metadata=_SPARSE)
     """Side of a patch in level-0 pixels."""

@@ -13,7 +13,7 @@ from g2l_core.errors import UsageError, with_remedy
 from g2l_core.options import OUTPUT, PATCHES
 from g2l_core.patches.spec import GridSpec, ViewSpec
 from pipeline.cli import EXIT_DONE, EXIT_SOME_FAILED
-from pipeline.cli.options import Inputs, Json, Store, Weights, from_specs
+from pipeline.cli.options import Coordinates, Inputs, Json, Store, Weights, from_specs, resolve_patches
 from pipeline.cli.plan import EPOCHS, print_plan
 from pipeline.settings import ExtractionSettings
 
@@ -34,6 +34,7 @@ def cache_teacher(
     views: ViewSpec,
     settings: ExtractionSettings,
     weights: Weights = None,
+    coords: Coordinates = None,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Only plan: patches, bytes, hours. See g2l plan.", rich_help_panel=OUTPUT),
@@ -45,9 +46,8 @@ def cache_teacher(
     Interrupt it at any time: the same command again goes on where it stopped.
     """
     from g2l_core.encoders.resolve import resolve_encoder
-    from g2l_core.tissue.methods import resolve_tissue
 
-    tissue = resolve_tissue(grid.tissue)
+    tissue = resolve_patches(grid.tissue, coords)
     grid = replace(grid, tissue=tissue.identity)
     specs = [resolve_encoder(teacher, weights=weights, trusted=settings.trust_code)]
     if dry_run:
@@ -68,6 +68,7 @@ def embed(
             help="The store's network or folder again, for new slides.", show_default=False, rich_help_panel=PATCHES
         ),
     ] = None,
+    coords: Coordinates = None,
     as_json: Json = False,
 ) -> None:
     """Cache any encoder's features beside the teacher's, all of them in one decode of the slides.
@@ -76,13 +77,13 @@ def embed(
     """
     from g2l_core.encoders.resolve import resolve_encoder
     from g2l_core.store.features import FeatureStore
-    from g2l_core.tissue.methods import resolve_tissue
 
     existing = FeatureStore.open(store)
     grid = GridSpec.from_json(existing.grid)
-    method = resolve_tissue(tissue) if tissue else None
+    method = resolve_patches(tissue or GridSpec.tissue, coords) if tissue or coords else None
     if method and method.identity != grid.tissue:
-        raise UsageError(f"--tissue {tissue}: the store's tissue method is {grid.tissue!r}, not {method.identity!r}")
+        asked = f"--coords {coords}" if coords else f"--tissue {tissue}"
+        raise UsageError(f"{asked}: the store's tissue method is {grid.tissue!r}, not {method.identity!r}")
     specs = [resolve_encoder(name, weights=weights, trusted=settings.trust_code) for name in encoder]
     if len(specs) > 1 and weights is not None:
         raise UsageError("--weights speaks of one encoder; embed them one after the other")

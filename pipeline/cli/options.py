@@ -5,13 +5,18 @@ from dataclasses import is_dataclass
 from functools import wraps
 from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 from typer.models import OptionInfo
 
-from g2l_core.options import ENCODER, OUTPUT, PANELS, Entry, build, entries
+from g2l_core.errors import UsageError
+from g2l_core.options import ENCODER, OUTPUT, PANELS, PATCHES, Entry, build, entries
+from g2l_core.patches.spec import GridSpec
 from pipeline.settings import TRUST_CODE
+
+if TYPE_CHECKING:
+    from g2l_core.tissue.methods import TissueMethod
 
 Command = Callable[..., None]
 
@@ -33,8 +38,35 @@ Weights = Annotated[
 TrustCode = Annotated[
     list[str] | None, typer.Option(help=TRUST_CODE, metavar="TEXT", rich_help_panel=ENCODER, show_default=False)
 ]
+Coordinates = Annotated[
+    Path | None,
+    typer.Option(
+        "--coords",
+        help="Given patches, in place of tissue and grid: a folder with a file a slide (H5 of TRIDENT or CLAM, CSV, "
+        "Parquet), or one table with a column slide_id. Columns: x, y; or x, y, width, height of boxes.",
+        show_default=False,
+        rich_help_panel=PATCHES,
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Random seed.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the summary as JSON on stdout.", rich_help_panel=OUTPUT)]
+
+
+def resolve_patches(tissue: str, coordinates: Path | None) -> "TissueMethod":
+    """The method that finds patches: that of `--coords` if it is given, else that of `--tissue`.
+
+    Raises:
+        UsageError: Both are given, or one of them cannot be used.
+        ManifestError: The coordinates are a table that cannot be read.
+    """
+    from g2l_core.tissue.methods import COORDINATES, resolve_coords, resolve_tissue
+
+    if coordinates is None:
+        return resolve_tissue(tissue)
+    if tissue not in {GridSpec.tissue, COORDINATES}:
+        raise UsageError(f"--tissue {tissue} and --coords {coordinates}: given patches need no tissue; leave one out")
+    return resolve_coords(coordinates)
+
 
 _METAVARS = {int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH", bool: ""}
 

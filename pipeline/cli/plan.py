@@ -11,7 +11,7 @@ import typer
 from g2l_core.options import PATCHES
 from g2l_core.patches.spec import GridSpec, ViewSpec
 from pipeline.cli import EXIT_DONE, EXIT_SOME_FAILED
-from pipeline.cli.options import Inputs, Json, Weights, from_specs
+from pipeline.cli.options import Coordinates, Inputs, Json, Weights, from_specs, resolve_patches
 from pipeline.settings import ExtractionSettings
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ def plan(
     views: ViewSpec,
     settings: ExtractionSettings,
     weights: Weights = None,
+    coords: Coordinates = None,
     epochs: Annotated[
         int, typer.Option(min=1, help="Epochs of distillation that the views are for.", rich_help_panel=PATCHES)
     ] = EPOCHS,
@@ -43,9 +44,8 @@ def plan(
     Thumbnails are read to count patches; a few hundred patches are read and encoded to measure this machine.
     """
     from g2l_core.encoders.resolve import resolve_encoder
-    from g2l_core.tissue.methods import resolve_tissue
 
-    tissue = resolve_tissue(grid.tissue)
+    tissue = resolve_patches(grid.tissue, coords)
     specs = [resolve_encoder(name, weights=weights, trusted=settings.trust_code) for name in teacher]
     grid = replace(grid, tissue=tissue.identity)
     raise typer.Exit(print_plan(inputs, specs, grid, tissue, views, settings, epochs, as_json))
