@@ -14,7 +14,9 @@ class Estimate:
     low: float = nan
     high: float = nan
     method: str = "none"
-    """How the interval was made, for people: "bootstrap over 8 patients, 1,000 draws"."""
+    """How the interval was made, for people: "jackknife over 8 patients, t with 7.0 degrees of freedom"; or why not."""
+    clusters: int = 0
+    """How many patients (or slides, if that is what is independent) the value rests on; 0 where nobody counted."""
 
 
 Better = Literal["higher", "lower", "neither"]
@@ -40,7 +42,7 @@ class Result:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """The difference between the values of an encoder and of a reference encoder, on the same draws."""
+    """The difference between the values of an encoder and of a reference encoder, on the same patients."""
 
     task: str
     metric: str
@@ -49,11 +51,15 @@ class Comparison:
     difference: Estimate
     """The encoder's value minus the reference's."""
     p_value: float
-    """Two-sided; NaN where there can be no interval."""
+    """Two-sided; NaN where there can be none."""
     p_holm: float = nan
-    """Adjusted by Holm's method over the tasks that compare the same encoders by the same metric."""
+    """Adjusted by Holm's method over the metrics and tasks that compare the same two encoders."""
     tests: int = 1
-    """The number of these tasks."""
+    """The number of these comparisons."""
+    margin: float = nan
+    """By how much the two may differ and still count as equally good."""
+    p_equivalent: float = nan
+    """Of the hypothesis that they differ by the margin or more (two one-sided t tests)."""
 
 
 @dataclass(frozen=True, kw_only=True)

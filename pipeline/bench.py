@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from g2l_core.benchmark.evaluate import BenchSpec, TaskOutcome, adjusted_over_tasks, evaluate_task
+from g2l_core.benchmark.evaluate import BenchSpec, TaskOutcome, adjusted, evaluate_task
 from g2l_core.benchmark.rows import stored_encoders
 from g2l_core.benchmark.task_file import read_task, task_tables
 from g2l_core.encoders.resolve import find_stored, spec_from_json
@@ -88,7 +88,7 @@ def _run_bench(
         summary=tuple(s for name in tables if (s := summary_sentence(name, bench, outcome.results))),
         encoders=tuple(encoder_summary(key, known[key]) for key in keys),
         results=tuple(outcome.results),
-        comparisons=tuple(adjusted_over_tasks(outcome.comparisons)),
+        comparisons=tuple(adjusted(outcome.comparisons)),
         failures=tuple(outcome.failures),
         provenance=provenance(tasks_path, tasks_file, stores),
         notes=tuple(outcome.notes),

@@ -12,12 +12,13 @@ from typing import TypeVar
 import numpy as np
 
 from g2l_core.benchmark.damage import Damages, damaged_documents, damaged_features, describe
-from g2l_core.benchmark.metric_groups import METRIC_GROUPS, MetricValue, Resampling, TaskInput
+from g2l_core.benchmark.metric_groups import METRIC_GROUPS, MetricValue, TaskInput
 from g2l_core.benchmark.notes import notes_on
 from g2l_core.benchmark.plots import confusion_matrix, task_plots
 from g2l_core.benchmark.rows import TaskRows, gather
 from g2l_core.benchmark.spec import TaskSpec
 from g2l_core.errors import G2LError, StoreError, TaskError
+from g2l_core.metrics.intervals import compare, estimate
 from g2l_core.metrics.statistics import holm
 from g2l_core.results import Comparison, Estimate, Failure, Plots, PublishedValue, Result
 from g2l_core.store.features import FeatureStore
@@ -28,13 +29,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class BenchSpec:
-    """Which encoders are compared, and how intervals are drawn."""
+    """Which encoders are compared, and how."""
 
     encoders: tuple[str, ...]
     """Keys of encoders. The first is the teacher, which the others are compared with."""
     baseline: str = ""
     """A second encoder that the others' differences are taken from: the student before distillation."""
     draws: int = 1000
+    """Random exchanges of two encoders, where there are too many patients to try all."""
+    margin: float = 0.02
+    """By how much an encoder may differ from another and still count as equally good."""
     seed: int = 0
     device: str = "cpu"
     """Where CKA's sums over rows are taken: "cpu" or a torch device, which changes last digits."""
@@ -169,30 +173,37 @@ def _add_intervals(
     bench: BenchSpec,
     outcome: TaskOutcome,
 ) -> None:
-    """An interval for every metric value, and for every difference on the same draws."""
-    resampling = Resampling(unit=rows.cluster_unit, draws=bench.draws, seed=bench.seed)
+    """An interval for every metric value, and for every difference on the same patients."""
     for encoder, of_encoder in values.items():
         for value in of_encoder:
-            estimate = _guarded(outcome, spec, encoder, value.metric, partial(value.interval.estimate, resampling))
-            if estimate:
-                outcome.results.append(_result(spec, encoder, value, estimate))
+            found = _guarded(outcome, spec, encoder, value.metric, partial(estimate, value.figure))
+            if found:
+                outcome.results.append(_result(spec, encoder, value, found))
     for encoder, reference in bench.pairs:
-        references = {value.metric: value.interval for value in values.get(reference, [])}
+        references = {value.metric: value.figure for value in values.get(reference, [])}
         for value in values.get(encoder, []):
             if value.metric not in references:
                 continue
-            compare = partial(value.interval.difference, references[value.metric], resampling)
-            compared = _guarded(outcome, spec, encoder, value.metric, compare)
+            difference = partial(
+                compare,
+                value.figure,
+                references[value.metric],
+                draws=bench.draws,
+                seed=bench.seed,
+                margin=bench.margin,
+            )
+            compared = _guarded(outcome, spec, encoder, value.metric, difference)
             if compared:
-                difference, p_value = compared
                 outcome.comparisons.append(
                     Comparison(
                         task=spec.name,
                         metric=value.metric,
                         encoder=encoder,
                         reference=reference,
-                        difference=difference,
-                        p_value=p_value,
+                        difference=compared.estimate,
+                        p_value=compared.p_value,
+                        margin=bench.margin,
+                        p_equivalent=compared.p_equivalent,
                     )
                 )
 
@@ -209,20 +220,20 @@ def _result(spec: TaskSpec, encoder: str, value: MetricValue, estimate: Estimate
     )
 
 
-def adjusted_over_tasks(comparisons: Iterable[Comparison]) -> list[Comparison]:
-    """Every comparison with Holm's p-value over the tasks.
+def adjusted(comparisons: Iterable[Comparison]) -> list[Comparison]:
+    """Every comparison with Holm's p-value over all that the report compares of the same two encoders.
 
-    The comparisons of one encoder with one reference by one metric are adjusted together; each task is one test.
+    Each metric on each task is one test, as the page shows them side by side and anyone may pick the least p.
     """
-    adjusted = list(comparisons)
-    families: dict[tuple[str, str, str], list[int]] = {}
-    for i, row in enumerate(adjusted):
-        families.setdefault((row.metric, row.encoder, row.reference), []).append(i)
+    rows = list(comparisons)
+    families: dict[tuple[str, str], list[int]] = {}
+    for i, row in enumerate(rows):
+        families.setdefault((row.encoder, row.reference), []).append(i)
     for members in families.values():
-        p_values = holm(np.array([adjusted[i].p_value for i in members]))
+        p_values = holm(np.array([rows[i].p_value for i in members]))
         for i, p_value in zip(members, p_values.tolist(), strict=True):
-            adjusted[i] = replace(adjusted[i], p_holm=p_value, tests=int(np.isfinite(p_values).sum()))
-    return adjusted
+            rows[i] = replace(rows[i], p_holm=p_value, tests=int(np.isfinite(p_values).sum()))
+    return rows
 
 
 def _add_plots(

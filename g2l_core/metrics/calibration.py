@@ -1,4 +1,4 @@
-"""Calibration of predicted probabilities, from sums that a bootstrap can draw (`statistics.of_sums`)."""
+"""Calibration of predicted probabilities, from sums over patients (`intervals.of_sums`)."""
 
 import numpy as np
 from jaxtyping import Float64, Shaped
@@ -9,6 +9,12 @@ from g2l_core.metrics.statistics import cluster_sums, require_aligned
 
 BINS = 15
 """Bins of the confidence, equally wide over [0, 1], as in Guo et al. (2017)."""
+
+NO_INTERVAL = (
+    "the calibration error of few rows is biased upwards, more than any interval around it could say; the Brier score "
+    "has one"
+)
+"""Why the calibration error is given without an interval."""
 
 
 def _hot(

@@ -273,8 +273,8 @@ def average_performance_drop(
     """Compute PathoROB's APD: the mean over repeats of mean over levels b > 0 of accuracy(b) / accuracy(0), minus 1.
 
     Accuracy is the balanced accuracy over classes. The drop is 0 where the bias has no effect, and -0.3 where 30 % of
-    the accuracy is lost. An interval over slides (`statistics.of_sums` with the counts of `BiasedProbes`) covers the
-    choice of test slides; the probes are not fitted again.
+    the accuracy is lost. An interval over slides (`intervals.of_group_sums` of the counts of `BiasedProbes`) covers
+    the choice of test slides; the probes are not fitted again.
 
     Args:
         matrices: (draw, level, repeat, class, class) counts [truth, predicted], summed over the slides of each draw.

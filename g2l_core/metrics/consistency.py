@@ -5,20 +5,22 @@ from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
-from jaxtyping import Float, Float64, Num, Shaped
+from jaxtyping import Float, Float64, Int64, Num, Shaped
 
 from g2l_core.errors import TaskError
-from g2l_core.metrics.knn.neighbors import nearest
-from g2l_core.metrics.statistics import cluster_sums, require_aligned
+from g2l_core.metrics.intervals import leave_out_groups
+from g2l_core.metrics.knn.leave_out import Search, leave_out_sums
+from g2l_core.metrics.knn.neighbors import Neighbors, nearest
+from g2l_core.metrics.statistics import require_aligned
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConsistencySums:
-    """Sums over the patches of each cluster, for every pair of conditions: `statistics.of_sums` takes them."""
+    """Sums over patches for every pair of conditions: of all patches, then without each group of clusters."""
 
     pairs: tuple[tuple[str, str], ...]
     ks: tuple[int, ...]
-    sums: Float64[np.ndarray, "cluster pair column"]
+    sums: Float64[np.ndarray, "whole_and_group pair column"]
     """Number of patches; sum of cosines; for each k how many patches were retrieved, the mean of both directions."""
 
     def column(self, k: int | None = None) -> int:
@@ -67,14 +69,42 @@ def registered_pair(
     if not ks or min(ks) < 1 or max(ks) > 2 * len(first) - 2:
         raise TaskError(f"retrieval needs ks between 1 and 2 patches - 2 = {2 * len(first) - 2}; got {list(ks)}")
     count = len(first)
-    pool = np.concatenate([first, second])
-    graph = nearest(pool, None, max(ks) + 1)
-    counterpart = (np.arange(2 * count) + count) % (2 * count)
-    own = graph.indices == counterpart[:, None]
+    graph = nearest(np.concatenate([first, second]), None, max(ks) + 1)
+    hits = _retrieved(graph, _counterparts(count), ks).reshape(2, count, len(ks))
+    return np.column_stack([np.ones(count), _cosines(first, second), hits.mean(axis=0)])
+
+
+def _counterparts(count: int) -> Int64[np.ndarray, " query"]:
+    """Where each patch of both conditions, one behind the other, is under the other one."""
+    return (np.arange(2 * count) + count) % (2 * count)
+
+
+def _retrieved(
+    graph: Neighbors, counterparts: Int64[np.ndarray, " query"], ks: Sequence[int]
+) -> Float64[np.ndarray, "query k"]:
+    own = graph.indices == counterparts[:, None]
     distance = np.where(own.any(axis=1), np.where(own, graph.distances, 0).sum(axis=1), np.inf)
-    hits = [distance < graph.distances[:, k] for k in ks]  # the counterpart is one of the k + 1: k - 1 others at most
-    both = [(hit[:count].astype(np.float64) + hit[count:]) / 2 for hit in hits]
-    return np.column_stack([np.ones(count), _cosines(first, second), *both])
+    # The counterpart is one of the k + 1 neighbors: k - 1 others at most are as near.
+    return np.stack([distance < graph.distances[:, k] for k in ks], axis=1).astype(np.float64)
+
+
+def _leave_out_sums(
+    first: Float[np.ndarray, "patch dim"],
+    second: Float[np.ndarray, "patch_b dim_b"],
+    clusters: Shaped[np.ndarray, " patch"],
+    ks: Sequence[int],
+) -> Float64[np.ndarray, "whole_and_group column"]:
+    """Sums of `registered_pair` over all patches, and without each group; the pool is without the group too."""
+    own = registered_pair(first, second, ks=ks)
+    codes, count = leave_out_groups(clusters)
+    counterparts, both = _counterparts(len(first)), np.tile(codes, 2)
+    search = Search(reference=np.concatenate([first, second]), k=max(ks) + 1, left_out_with=both)
+    halves = np.tile(own[:, :2], (2, 1)) / 2
+
+    def contributions(queries: Int64[np.ndarray, " some"], graph: Neighbors) -> Float64[np.ndarray, "some column"]:
+        return np.hstack([halves[queries], _retrieved(graph, counterparts[queries], ks) / 2])
+
+    return leave_out_sums([search], contributions, both, count).totals
 
 
 def _cosines(
@@ -97,8 +127,8 @@ def consistency_sums(
 ) -> ConsistencySums:
     """Compare registered patches for every pair of conditions.
 
-    `statistics.of_sums(median_over_pairs(sums.column()), sums.sums)` is the median cosine over pairs, ready for
-    a bootstrap over the clusters. `pair_means` gives the values of each pair.
+    `median_over_pairs(sums.column())(sums.sums)` is the median cosine over pairs, of all patches and without each group
+    of clusters, as `intervals.Figure` needs it. `pair_means` gives the values of each pair.
 
     Args:
         features: (patch, dim) features of the same patches, in the same order, by condition (scanner and stain).
@@ -107,32 +137,32 @@ def consistency_sums(
         ks: Numbers of neighbors.
 
     Returns:
-        The sums of each cluster and pair.
+        The sums of each pair.
 
     Raises:
         TaskError: As `registered_pair`, and if there is no pair, a name is unknown, or the lengths differ.
 
     Examples:
         >>> conditions = {"a": np.eye(3), "b": np.eye(3) + 0.1}
-        >>> consistency_sums(conditions, np.array(["s1", "s1", "s2"]), ks=[1]).sums.round(3).tolist()
-        [[[2.0, 1.984, 2.0]], [[1.0, 0.992, 1.0]]]
+        >>> consistency_sums(conditions, np.array(["s1", "s1", "s2"]), ks=[1]).sums[0].round(3).tolist()
+        [[3.0, 2.976, 3.0]]
     """
     pairs = list(combinations(features, 2)) if pairs is None else list(pairs)
     unknown = sorted({name for pair in pairs for name in pair} - set(features))
     if not pairs or unknown or any(a == b for a, b in pairs):
         raise TaskError(f"consistency needs pairs of two of the conditions {sorted(features)}; got {pairs}")
-    parts = [cluster_sums(registered_pair(features[a], features[b], ks=ks), clusters) for a, b in pairs]
+    parts = [_leave_out_sums(features[a], features[b], clusters, ks) for a, b in pairs]
     return ConsistencySums(pairs=tuple(pairs), ks=tuple(ks), sums=np.stack(parts, axis=1))
 
 
 def pair_means(sums: Num[np.ndarray, "draw pair column"]) -> Float64[np.ndarray, "draw pair statistic"]:
-    """Return the mean cosine and retrieval accuracies of each pair over the patches drawn.
+    """Return the mean cosine and retrieval accuracies of each pair.
 
     Args:
-        sums: (draw, pair, column) sums, added up over the clusters of each draw.
+        sums: (draw, pair, column) sums from `consistency_sums`.
 
     Returns:
-        (draw, pair, column - 1); NaN where a draw has no patch.
+        (draw, pair, column - 1); NaN where there is no patch.
 
     Examples:
         >>> pair_means(np.array([[[2.0, 1.8, 1.0]]])).tolist()
@@ -145,7 +175,7 @@ def pair_means(sums: Num[np.ndarray, "draw pair column"]) -> Float64[np.ndarray,
 def median_over_pairs(
     column: int, among: Sequence[int] | None = None
 ) -> Callable[[Num[np.ndarray, "draw pair column"]], Float64[np.ndarray, " draw"]]:
-    """Return the score that `statistics.of_sums` needs for the median over pairs of one column of `pair_means`.
+    """Return a score of sums: the median over pairs of one column of `pair_means`.
 
     Args:
         column: From `ConsistencySums.column`.

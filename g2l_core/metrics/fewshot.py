@@ -125,8 +125,11 @@ def prototypes(
 
 
 def retrieval_sums(
-    neighbors: Neighbors, labels: Shaped[np.ndarray, " row"], k: Sequence[int]
-) -> Float64[np.ndarray, "row column"]:
+    neighbors: Neighbors,
+    labels: Shaped[np.ndarray, " row"],
+    k: Sequence[int],
+    query_labels: Shaped[np.ndarray, " query"] | None = None,
+) -> Float64[np.ndarray, "query column"]:
     """Score the retrieval of each query: whether a row of its class is among the first k, and the average precision.
 
     Average precision at k is the mean of the precisions at the ranks, up to k, of rows of the query's class; 0 where
@@ -136,9 +139,10 @@ def retrieval_sums(
         neighbors: From `nearest` with `queries` None, the slides or patients left out as `groups`.
         labels: (row,) class of each row.
         k: One or several numbers of neighbors.
+        query_labels: (query,) class of each query; None: every row is one, in the order of the rows.
 
     Returns:
-        (row, 2 len(k)): the hits at each k, then the average precisions at each k.
+        (query, 2 len(k)): the hits at each k, then the average precisions at each k.
 
     Raises:
         TaskError: If the lengths differ, or a k is larger than the number of neighbors.
@@ -152,11 +156,12 @@ def retrieval_sums(
         >>> retrieval_sums(graph, np.array(["a", "b", "a"]), [1, 2]).tolist()
         [[0.0, 1.0, 0.0, 0.5], [0.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.5]]
     """
-    require_aligned(rows=len(neighbors.indices), labels=len(labels))
+    wanted = labels if query_labels is None else query_labels
+    require_aligned(queries=len(neighbors.indices), labels=len(wanted))
     available = neighbors.indices.shape[1]
     if not k or min(k) < 1 or max(k) > available:
         raise TaskError(f"k must lie between 1 and the {available} neighbors found; got {list(k)}")
-    hits = (labels[neighbors.indices] == labels[:, None]).astype(np.float64)
+    hits = (labels[neighbors.indices] == wanted[:, None]).astype(np.float64)
     counts = hits.cumsum(axis=1)
     gained = (hits * counts / np.arange(1, available + 1)).cumsum(axis=1)
     ends = np.asarray(k) - 1

@@ -1,23 +1,30 @@
 """The linear probe, and the scores of any classifier's predictions.
 
-Scores have a leading axis of draws, so that a bootstrap computes thousands at once (`statistics.of_sums`
-for those of a confusion matrix, `statistics.of_weights` for the area under the ROC curve).
+Scores have a leading axis, so that they are computed for many sets of patients at once (`intervals.of_sums` for those
+of a confusion matrix, `auc_figure` for the area under the ROC curve).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 from jaxtyping import Bool, Float, Float64, Int64, Num, Shaped
+from scipy.stats import rankdata
 
 from g2l_core.errors import TaskError
 from g2l_core.metrics import logistic
 from g2l_core.metrics.folds import stratified_group_folds
+from g2l_core.metrics.intervals import (
+    MAX_SUMMED_GROUPS,
+    SHARE,
+    Design,
+    Exchangeable,
+    Figure,
+    leave_out_groups,
+)
 from g2l_core.metrics.rows import require_finite
-from g2l_core.metrics.statistics import Statistic, cluster_codes, of_weights, require_aligned
-
-_COUNTED_CLUSTERS = 512
-"""Up to this many clusters, counting the pairs of each two of them costs less than 1,000 draws."""
+from g2l_core.metrics.statistics import cluster_codes, require_aligned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,41 +255,85 @@ def macro_auc(
     return _mean_of_defined(concordant, pairs)
 
 
-def auc_statistic(
+@dataclass(frozen=True, kw_only=True)
+class _Ranked(Exchangeable):
+    """The scores of each class by their ranks among an encoder's own, so that those of two encoders can be mixed."""
+
+    positive: Bool[np.ndarray, "column row"]
+    ranks: Float64[np.ndarray, "column row"]
+    codes: Int64[np.ndarray, " row"]
+    count: int
+
+    def differences(
+        self, other: Exchangeable, exchanged: Bool[np.ndarray, "draw group"]
+    ) -> Float64[np.ndarray, " draw"]:
+        """See `Exchangeable.differences`."""
+        assert isinstance(other, _Ranked)
+        codes = np.concatenate([self.codes, self.codes + self.count])
+        parts = [
+            _cluster_pairs(np.tile(positive, 2), np.concatenate([mine, theirs]), codes, 2 * self.count)
+            for positive, mine, theirs in zip(self.positive, self.ranks, other.ranks, strict=True)
+        ]
+        first = np.concatenate([~exchanged, exchanged], axis=1).astype(np.float64)
+        return _areas(parts, first) - _areas(parts, 1 - first)
+
+
+_Pairs: TypeAlias = tuple[Float64[np.ndarray, "group group"], Float64[np.ndarray, "group group"]]
+"""Pairs of a positive row of one group and a negative row of another: those in order, ties half; and all."""
+
+
+def _areas(parts: Sequence[_Pairs], taken: Float64[np.ndarray, "draw group"]) -> Float64[np.ndarray, " draw"]:
+    """The mean area over classes, of the groups that are taken."""
+    concordant, pairs = (np.stack(counts) for counts in zip(*parts, strict=True))
+    return _mean_of_defined(*(((taken @ counts) * taken).sum(axis=2).T for counts in (concordant, pairs)))
+
+
+def auc_figure(
     truth: Shaped[np.ndarray, " row"],
     probabilities: Float64[np.ndarray, "probability_row column"],
     classes: Shaped[np.ndarray, " class"],
     clusters: Shaped[np.ndarray, " cluster_row"],
-) -> Statistic:
-    """Return `macro_auc` as a statistic for the cluster bootstrap.
+    design: Design,
+) -> Figure:
+    """Return `macro_auc` on all patients and without each.
 
-    With up to 512 clusters, the ordered pairs between each two are counted once; a draw that takes them u and v times
-    has u v times as many. With more, each draw counts for itself. Arguments are those of `macro_auc`, and
-    `clusters`, the (row,) patient or slide of each row.
+    The ordered pairs between each two groups of patients are counted once. Leaving out a patient removes its pairs as
+    positive and as negative, which gives the variance of Obuchowski's clustered form of DeLong's. Two encoders are
+    compared by exchanging the ranks of their scores. Arguments are those of `macro_auc`, and:
+
+    Args:
+        truth: (row,) class of each row.
+        probabilities: (row, class) probabilities.
+        classes: (class,) classes of the columns.
+        clusters: (row,) patient or slide of each row.
+        design: Of the same clusters, with at most `intervals.MAX_SUMMED_GROUPS` groups; strata are classes.
+
+    Returns:
+        The figure.
 
     Raises:
         TaskError: As `macro_auc`.
 
+    References:
+        Obuchowski, Nonparametric Analysis of Clustered ROC Curve Data (1997).
+
     Examples:
-        >>> scores = np.array([[0.9, 0.1], [0.4, 0.6], [0.6, 0.4], [0.2, 0.8]])
-        >>> area = auc_statistic(np.array([0, 0, 1, 1]), scores, np.array([0, 1]), np.array(["p1", "p2", "p1", "p2"]))
-        >>> area(np.array([[1, 1], [2, 0]])).tolist()
-        [0.75, 1.0]
+        >>> scores, patients = np.array([[0.9, 0.1], [0.4, 0.6], [0.6, 0.4], [0.2, 0.8]]), np.array([1, 2, 3, 4])
+        >>> from g2l_core.metrics.intervals import design_of
+        >>> truth, design = np.array([0, 0, 1, 1]), design_of(patients, np.array([0, 0, 1, 1]), unit="patients")
+        >>> auc_figure(truth, scores, np.array([0, 1]), patients, design).values.tolist()
+        [0.75, 0.5, 1.0, 1.0, 0.5]
     """
     macro_auc(truth, probabilities, classes)
     require_aligned(truth=len(truth), clusters=len(clusters))
-    codes, count = cluster_codes(clusters)
-    if count > _COUNTED_CLUSTERS:
-        return of_weights(lambda weights: macro_auc(truth, probabilities, classes, weights), clusters)
+    codes, count = leave_out_groups(clusters, MAX_SUMMED_GROUPS)
     columns = [1] if len(classes) == 2 else range(len(classes))
-    parts = [_cluster_pairs(truth == classes[c], probabilities[:, c], codes, count) for c in columns]
-    concordant, pairs = (np.stack(values) for values in zip(*parts, strict=True))
-
-    def statistic(drawn: Int64[np.ndarray, "draw cluster"]) -> Float64[np.ndarray, " draw"]:
-        times = drawn.astype(np.float64)
-        return _mean_of_defined(*(((times @ counts) * times).sum(axis=2).T for counts in (concordant, pairs)))
-
-    return statistic
+    positive = np.stack([truth == classes[c] for c in columns])
+    parts = [_cluster_pairs(p, probabilities[:, c], codes, count) for p, c in zip(positive, columns, strict=True)]
+    values = _areas(parts, np.concatenate([np.ones((1, count)), 1 - np.eye(count)]))
+    ranks = np.stack([rankdata(probabilities[:, c]) for c in columns])
+    exchange = _Ranked(positive=positive, ranks=ranks, codes=codes, count=count)
+    return Figure(values=values, design=design, scale=SHARE, exchange=exchange)
 
 
 def _cluster_pairs(

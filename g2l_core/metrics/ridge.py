@@ -195,7 +195,7 @@ def mean_cosine(sums: Float64[np.ndarray, "draw 4"]) -> Float64[np.ndarray, " dr
 def correlation_sums(
     predicted: Float64[np.ndarray, " row"], truth: Float[np.ndarray, " truth_row"]
 ) -> Float64[np.ndarray, "row 6"]:
-    """Compute what `pearson` needs of each row, about the means of all.
+    """Compute what `pearson` needs of each row, about the mean of the truth, which is the same for every encoder.
 
     Args:
         predicted: (row,) predictions.
@@ -209,10 +209,10 @@ def correlation_sums(
 
     Examples:
         >>> correlation_sums(np.array([1.0, 3.0]), np.array([2.0, 6.0])).tolist()
-        [[-1.0, -2.0, 1.0, 4.0, 2.0, 1.0], [1.0, 2.0, 1.0, 4.0, 2.0, 1.0]]
+        [[-3.0, -2.0, 9.0, 4.0, 6.0, 1.0], [-1.0, 2.0, 1.0, 4.0, -2.0, 1.0]]
     """
     require_aligned(predicted=len(predicted), truth=len(truth))
-    p, t = predicted - predicted.mean(), truth - truth.mean()
+    p, t = predicted - truth.mean(), truth - truth.mean()
     return np.stack([p, t, p * p, t * t, p * t, np.ones(len(p))], axis=1)
 
 

@@ -6,8 +6,8 @@ Of a query's k nearest neighbors, those of its own slide left out, these are cou
 - SO: same class, other center (near because of the biology);
 - OS: other class, same center (near because of the center).
 
-Sums of these counts over queries give both indices, so a bootstrap over slides or patients only sums again. The
-neighbors stay those of the whole data.
+Sums of these counts over queries give both indices. For their intervals each patient is left out, as a query and as a
+neighbor (`knn.leave_out`).
 
 Neighbors are searched among all rows, or in the paired design: within balanced subsets of two classes and two
 centers. There SO and OS are equally likely by chance if each slide holds one class, so that 1/2 means that neither
@@ -16,13 +16,16 @@ dominates. (Where slides hold both classes, leaving out the query's slide remove
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations, product
 
 import numpy as np
 from jaxtyping import Bool, Float, Float64, Int64, Num, Shaped
 
 from g2l_core.errors import TaskError
-from g2l_core.metrics.knn.neighbors import Neighbors, knn_predict, nearest
+from g2l_core.metrics.intervals import leave_out_groups
+from g2l_core.metrics.knn.leave_out import Search, leave_out_sums
+from g2l_core.metrics.knn.neighbors import Neighbors, knn_predict
 from g2l_core.metrics.probe import balanced_accuracy, confusion
 from g2l_core.metrics.statistics import cluster_codes, require_aligned
 from g2l_core.rng import keyed_generator
@@ -52,6 +55,7 @@ def robustness_counts(
             then meaningless.
 
     Examples:
+        >>> from g2l_core.metrics.knn.neighbors import nearest
         >>> features = np.array([[1.0, 0.0], [0.9, 0.1], [0.8, 0.2], [0.0, 1.0]])
         >>> graph = nearest(features, None, 2)
         >>> classes, centers = np.array(["t", "t", "n", "n"]), np.array([1, 2, 1, 2])
@@ -73,6 +77,55 @@ def robustness_counts(
             "as those of the same slide are left out, some center needs two slides at least"
         )
     return _count_kinds(same_class, same_center)
+
+
+def robustness_sums(
+    features: Float[np.ndarray, "row dim"],
+    biological_classes: Shaped[np.ndarray, " row"],
+    medical_centers: Shaped[np.ndarray, " center_row"],
+    slides: Shaped[np.ndarray, " slide_row"],
+    clusters: Shaped[np.ndarray, " cluster_row"],
+    *,
+    ks: Sequence[int],
+) -> tuple[Mapping[int, Float64[np.ndarray, "whole_and_group 3"]], Mapping[int, float]]:
+    """Count the neighbors of other slides by the cosine: of all rows, then without each group of patients.
+
+    Args:
+        features: (row, dim) features of any float type, not normalized.
+        biological_classes: (row,) tissue class of each row.
+        medical_centers: (row,) center of each row.
+        slides: (row,) slide of each row, whose rows are no neighbors.
+        clusters: (row,) patient of each row, which is left out with its queries and as a neighbor.
+        ks: Numbers of neighbors.
+
+    Returns:
+        For each k the SS, SO and OS, and the share of rows with a neighbor of kind SO or OS.
+
+    Raises:
+        TaskError: As `robustness_counts` and `nearest`.
+    """
+    groups, count = leave_out_groups(clusters)
+    search = Search(reference=features, k=max(ks), groups=slides, left_out_with=groups)
+
+    sums = leave_out_sums([search], partial(_kinds, biological_classes, medical_centers, ks), groups, count)
+    for k in ks:
+        robustness_counts(sums.first[0], biological_classes, medical_centers, k=k)  # refuses what has no index
+    totals, base = (table.reshape(len(table), len(ks), 3) for table in (sums.totals, sums.base))
+    support = base[:, :, 1:].any(axis=2).mean(axis=0)
+    return {k: totals[:, i] for i, k in enumerate(ks)}, dict(zip(ks, support.tolist(), strict=True))
+
+
+def _kinds(
+    classes: Shaped[np.ndarray, " row"],
+    centers: Shaped[np.ndarray, " row"],
+    ks: Sequence[int],
+    queries: Int64[np.ndarray, " query"],
+    graph: Neighbors,
+) -> Int64[np.ndarray, "query column"]:
+    """SS, SO and OS of some queries at each k."""
+    same_class = classes[graph.indices] == classes[queries, None]
+    same_center = centers[graph.indices] == centers[queries, None]
+    return np.hstack([_count_kinds(same_class[:, :k], same_center[:, :k]) for k in ks])
 
 
 def _count_kinds(
@@ -143,7 +196,9 @@ class PairedCounts:
     """Neighbors of each kind in the paired design, for one k."""
 
     counts: Int64[np.ndarray, "row 3"]
-    """SS, SO and OS of each row, summed over the combinations that hold it; a bootstrap sums them."""
+    """SS, SO and OS of each row, summed over the combinations that hold it."""
+    totals: Float64[np.ndarray, "whole_and_group 3"]
+    """SS, SO and OS of all rows; then without each group of clusters (`intervals.leave_out_groups`)."""
     combinations: Int64[np.ndarray, "combination 3"]
     """SS, SO and OS summed over the rows of each combination."""
     occurrences: int
@@ -252,6 +307,7 @@ def paired_counts(
     design: Sequence[Combination],
     *,
     ks: Sequence[int],
+    clusters: Shaped[np.ndarray, " row"] | None = None,
 ) -> Mapping[int, PairedCounts]:
     """Count neighbors by the cosine within each combination, those of the query's slide left out.
 
@@ -267,6 +323,7 @@ def paired_counts(
         slides: (row,) slide (or patient) of each row.
         design: From `paired_combinations`, for the greatest of `ks`.
         ks: Numbers of neighbors.
+        clusters: (row,) patient of each row, for `PairedCounts.totals`; None: the slides.
 
     Returns:
         The counts at each k.
@@ -285,11 +342,21 @@ def paired_counts(
     """
     if not ks or not design:
         raise TaskError(f"paired counts need a k and a combination; got ks {list(ks)}, {len(design)} combinations")
-    parts = [
-        _within(features[rows], biological_classes[rows], medical_centers[rows], slides[rows], ks)
-        for rows in (combination.rows for combination in design)
-    ]
+    groups, count = leave_out_groups(slides if clusters is None else clusters)
+    parts = []
+    for rows in (combination.rows for combination in design):
+        of_rows = features[rows], biological_classes[rows], medical_centers[rows], slides[rows], groups[rows]
+        parts.append(_within(*of_rows, count, ks))
     return {k: _pooled([part[k] for part in parts], design, len(features)) for k in ks}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """One combination at one k."""
+
+    counts: Int64[np.ndarray, "row 3"]
+    totals: Float64[np.ndarray, "whole_and_group 3"]
+    class_accuracy: float
 
 
 def _within(
@@ -297,31 +364,33 @@ def _within(
     classes: Shaped[np.ndarray, " row"],
     centers: Shaped[np.ndarray, " row"],
     slides: Shaped[np.ndarray, " row"],
+    groups: Int64[np.ndarray, " row"],
+    count: int,
     ks: Sequence[int],
-) -> dict[int, tuple[Int64[np.ndarray, "row 3"], float]]:
-    """Return for each k every row's counts within one combination, and the balanced accuracy of the class's vote."""
-    graph = nearest(features, None, max(ks), groups=slides)
-    same_class = classes[graph.indices] == classes[:, None]
-    same_center = centers[graph.indices] == centers[:, None]
+) -> dict[int, _Part]:
+    """Return for each k the counts within one combination, and the balanced accuracy of the class's vote."""
+    search = Search(reference=features, k=max(ks), groups=slides, left_out_with=groups)
+
+    sums = leave_out_sums([search], partial(_kinds, classes, centers, ks), groups, count)
     return {
-        k: (
-            _count_kinds(same_class[:, :k], same_center[:, :k]),
-            float(balanced_accuracy(confusion(classes, knn_predict(graph, classes, k=k)))[0]),
+        k: _Part(
+            counts=sums.base[:, 3 * i : 3 * i + 3].astype(np.int64),
+            totals=sums.totals[:, 3 * i : 3 * i + 3],
+            class_accuracy=float(balanced_accuracy(confusion(classes, knn_predict(sums.first[0], classes, k=k)))[0]),
         )
-        for k in ks
+        for i, k in enumerate(ks)
     }
 
 
-def _pooled(
-    parts: Sequence[tuple[Int64[np.ndarray, "_ 3"], float]], design: Sequence[Combination], rows: int
-) -> PairedCounts:
+def _pooled(parts: Sequence[_Part], design: Sequence[Combination], rows: int) -> PairedCounts:
     counts = np.zeros((rows, 3), np.int64)
-    for combination, (own, _) in zip(design, parts, strict=True):
-        counts[combination.rows] += own
+    for combination, part in zip(design, parts, strict=True):
+        counts[combination.rows] += part.counts
     return PairedCounts(
         counts=counts,
-        combinations=np.stack([own.sum(axis=0) for own, _ in parts]),
-        occurrences=sum(len(own) for own, _ in parts),
-        informative=sum(int(own[:, 1:].any(axis=1).sum()) for own, _ in parts),
-        class_accuracy=float(np.mean([accuracy for _, accuracy in parts])),
+        totals=np.sum([part.totals for part in parts], axis=0),
+        combinations=np.stack([part.counts.sum(axis=0) for part in parts]),
+        occurrences=sum(len(part.counts) for part in parts),
+        informative=sum(int(part.counts[:, 1:].any(axis=1).sum()) for part in parts),
+        class_accuracy=float(np.mean([part.class_accuracy for part in parts])),
     )

@@ -1,26 +1,25 @@
-"""Linear CKA between the features of two encoders: exact in one pass, with jackknife intervals over clusters."""
+"""Linear CKA between the features of two encoders: exact in one pass, on all rows and without each cluster.
+
+The bootstrap does not serve for CKA. It draws clusters several times over, and the debiased estimator is an average
+over pairs of *different* rows: a row and its copy would count as such a pair, which puts back the products of rows with
+themselves that debiasing removed. `intervals.estimate` only leaves clusters out.
+"""
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from math import nan, sqrt
+from math import sqrt
 
 import numpy as np
-from jaxtyping import Bool, Float, Float64, Int64, Shaped
-from scipy.special import stdtr, stdtrit
+from jaxtyping import Bool, Float, Float64, Shaped
 
 from g2l_core.errors import TaskError
+from g2l_core.metrics.intervals import leave_out_groups
 from g2l_core.metrics.moments import CkaMoments, Side, cka_center, cka_moments
 from g2l_core.metrics.rows import require_finite
-from g2l_core.metrics.statistics import cluster_codes, require_aligned
-from g2l_core.results import Estimate
-from g2l_core.rng import keyed_generator
+from g2l_core.metrics.statistics import require_aligned
 
 _DIGITS_LOST = 1e-11
 """A sum of squares smaller than this share of the terms it is the difference of has under five digits left."""
-
-MAX_GROUPS = 32
-"""More clusters than this are left out by groups: the t quantile of 31 degrees of freedom is within 4 % of the normal
-one, and each group left out costs a CKA."""
 
 
 def _biased_hsic(moments: CkaMoments, left: Side, right: Side) -> float:
@@ -97,8 +96,8 @@ def leave_out_each(
     clusters: Shaped[np.ndarray, " cluster_row"],
     debiased: bool,
     device: str = "cpu",
-) -> tuple[float, Float64[np.ndarray, " group"]]:
-    """Compute linear CKA of all rows, and without each group of clusters, for `jackknife`.
+) -> Float64[np.ndarray, " whole_and_group"]:
+    """Compute linear CKA of all rows, and without each group of clusters, for `intervals.Figure`.
 
     Args:
         x: (row, dim_x) features of one encoder; any float type.
@@ -109,7 +108,7 @@ def leave_out_each(
             on the CPU.
 
     Returns:
-        The value, and the (group,) values without each group; none where there is one cluster.
+        The value, then the values without each group of `intervals.leave_out_groups`; none where there is one cluster.
 
     Raises:
         TaskError: As `cka_moments` and `linear_cka`, which must hold without any one group too.
@@ -117,9 +116,8 @@ def leave_out_each(
     Examples:
         >>> x = np.random.default_rng(0).standard_normal((60, 4))
         >>> patients = np.repeat(np.arange(6), 10)
-        >>> value, without = leave_out_each(x, x + 1, patients, debiased=True)
-        >>> round(value, 6), without.round(6).tolist()
-        (1.0, [1.0, 1.0, 1.0, 1.0, 1.0, 1.0])
+        >>> leave_out_each(x, x + 1, patients, debiased=True).round(6).tolist()
+        [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
     """
     if len(x) > x.shape[1] + y.shape[1]:  # whichever matrices are the smaller
         return leave_out_moments(partial(linear_cka, debiased=debiased), x, y, clusters, device)
@@ -129,7 +127,7 @@ def leave_out_each(
     kernels = [_kernel(features) for features in (x, y)]
     kept = (np.flatnonzero(keep) for keep in _without_each(clusters))
     without = [kernel_cka(*(k[np.ix_(rows, rows)] for k in kernels), debiased=debiased) for rows in kept]
-    return kernel_cka(kernels[0], kernels[1], debiased=debiased), np.array(without)
+    return np.array([kernel_cka(kernels[0], kernels[1], debiased=debiased), *without])
 
 
 def leave_out_moments(
@@ -138,7 +136,7 @@ def leave_out_moments(
     y: Float[np.ndarray, "row_y dim_y"],
     clusters: Shaped[np.ndarray, " cluster_row"],
     device: str = "cpu",
-) -> tuple[float, Float64[np.ndarray, " group"]]:
+) -> Float64[np.ndarray, " whole_and_group"]:
     """Compute a measure that follows from moments for all rows, and without each group of clusters.
 
     The moments of a group are subtracted from those of all rows; those of one group at a time are held.
@@ -158,39 +156,20 @@ def leave_out_moments(
 
     Examples:
         >>> x = np.random.default_rng(0).standard_normal((40, 3))
-        >>> value, without = leave_out_moments(partial(linear_cka, debiased=False), x, x + 1, np.repeat([1, 2], 20))
-        >>> round(value, 6), without.round(6).tolist()
-        (1.0, [1.0, 1.0])
+        >>> leave_out_moments(partial(linear_cka, debiased=False), x, x + 1, np.repeat([1, 2], 20)).round(6).tolist()
+        [1.0, 1.0, 1.0]
     """
     require_aligned(x=len(x), y=len(y), clusters=len(clusters))
     moments = partial(cka_moments, center=cka_center(x, y), device=device)
     whole = moments(x, y)
     without = [measure(whole - moments(x[~keep], y[~keep])) for keep in _without_each(clusters)]
-    return measure(whole), np.array(without)
+    return np.array([measure(whole), *without])
 
 
 def _without_each(clusters: Shaped[np.ndarray, " row"]) -> Iterator[Bool[np.ndarray, " row"]]:
     """Yield for each group of clusters which rows are outside it; nothing where there is one."""
-    groups, count = jackknife_groups(clusters)
+    groups, count = leave_out_groups(clusters)
     return (groups != group for group in range(count if count > 1 else 0))
-
-
-def jackknife_groups(clusters: Shaped[np.ndarray, " row"]) -> tuple[Int64[np.ndarray, " row"], int]:
-    """Number the clusters, or, where they are many, `MAX_GROUPS` equal random groups of whole clusters.
-
-    Returns:
-        The (row,) group of each row, and the number of groups.
-
-    Examples:
-        >>> groups, count = jackknife_groups(np.array(["b", "a", "b"]))
-        >>> groups.tolist(), count
-        ([1, 0, 1], 2)
-    """
-    codes, count = cluster_codes(clusters)
-    if count <= MAX_GROUPS:
-        return codes, count
-    group_of = keyed_generator("jackknife groups", count).permutation(count) % MAX_GROUPS
-    return group_of[codes], MAX_GROUPS
 
 
 def _kernel(features: Float[np.ndarray, "row dim"]) -> Float64[np.ndarray, "row row"]:
@@ -245,56 +224,3 @@ def _hollow_hsic(k: Float64[np.ndarray, "row row"], other: Float64[np.ndarray, "
     n, sums, other_sums = len(k), k.sum(axis=0), other.sum(axis=0)
     correction = sums.sum() * other_sums.sum() / ((n - 1) * (n - 2)) - 2 * (sums @ other_sums) / (n - 2)
     return float(np.vdot(k, other) + correction)
-
-
-def jackknife_unit(clusters: Shaped[np.ndarray, " row"], unit: str) -> str:
-    """Return the name of what is left out at a time: the unit itself, or groups of it where they are many.
-
-    Examples:
-        >>> jackknife_unit(np.arange(3), "patients"), jackknife_unit(np.arange(100), "patients")
-        ('patients', 'groups of 100 patients')
-    """
-    _, count = cluster_codes(clusters)
-    return unit if count <= MAX_GROUPS else f"groups of {count} {unit}"
-
-
-def jackknife(value: float, without: Float64[np.ndarray, " group"], unit: str) -> tuple[Estimate, float]:
-    """Return the 95 % interval of a value, and its p-value against 0, from leaving out one group at a time.
-
-    With G groups, value v, values v_g without each and their mean m, the variance is (G - 1) / G sum_g (v_g - m)^2, and
-    the interval is v -+ t sqrt(variance) with the t quantile of G - 1 degrees of freedom.
-
-    The bootstrap does not serve for CKA. It draws clusters several times over, and the debiased estimator is an average
-    over pairs of *different* rows: a row and its copy would count as such a pair, which puts back the products of rows
-    with themselves that debiasing removed. The jackknife only leaves rows out; of many clusters, random groups of them
-    (Kott 2001).
-
-    For the difference of two encoders to one teacher, give the differences of values taken on the same groups: what the
-    two share cancels.
-
-    Args:
-        value: Of all rows.
-        without: (group,) values without each group, as from `leave_out_each`.
-        unit: What a group is, in the plural, for the method's text (`jackknife_unit`).
-
-    Returns:
-        The estimate, whose bounds are not clamped; and the two-sided p-value of the t test against 0. NaN where there
-        is one cluster.
-
-    References:
-        Efron & Tibshirani, An Introduction to the Bootstrap (1993), equation 11.5; U-statistics: Arvesen,
-        Jackknifing U-Statistics (1969).
-
-    Examples:
-        >>> estimate, p_value = jackknife(0.5, np.array([0.4, 0.5, 0.6]), "slides")
-        >>> round(estimate.low, 3), round(estimate.high, 3), round(p_value, 3)
-        (0.003, 0.997, 0.049)
-    """
-    count = len(without)
-    if count < 2:
-        return Estimate(value=value, method=f"none: all rows are of one cluster ({unit})"), nan
-    error = sqrt((count - 1) / count * float(((without - without.mean()) ** 2).sum()))
-    half = float(stdtrit(count - 1, 0.975)) * error
-    p_value = float(2 * stdtr(count - 1, -abs(value) / error)) if error else float(value == 0)
-    method = f"jackknife over {count} {unit}, t with {count - 1} degrees of freedom"
-    return Estimate(value=value, low=value - half, high=value + half, method=method), p_value

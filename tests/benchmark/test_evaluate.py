@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from sklearn.neighbors import KNeighborsClassifier
 
-from g2l_core.benchmark.evaluate import BenchSpec, adjusted_over_tasks, evaluate_task
+from g2l_core.benchmark.evaluate import BenchSpec, adjusted, evaluate_task
 from g2l_core.benchmark.rows import gather, parts
 from g2l_core.benchmark.spec import KnnOptions, RobustnessOptions, TaskSpec
 from g2l_core.errors import LeakError, ManifestError, TaskError
@@ -318,7 +318,7 @@ def test_a_class_with_fewer_patches_than_neighbors_is_noted(planted, tmp_path):
     assert not found.failures
 
 
-def test_p_values_are_adjusted_over_tasks():
+def test_p_values_are_adjusted():
     def compared(task, metric, p_value):
         nothing = Estimate(value=0.1)
         return Comparison(task=task, metric=metric, encoder="b", reference="a", difference=nothing, p_value=p_value)
@@ -329,8 +329,9 @@ def test_p_values_are_adjusted_over_tasks():
         compared("x", "n", 0.04),
         compared("z", "m", float("nan")),
     ]
-    adjusted = adjusted_over_tasks(rows)
-    assert [row.p_holm for row in adjusted[:3]] == [0.02, 0.04, 0.04]
-    assert [row.tests for row in adjusted] == [2, 2, 1, 2]
-    assert np.isnan(adjusted[3].p_holm)
-    assert [row.p_value for row in adjusted[:3]] == [0.01, 0.04, 0.04]
+    found = adjusted([*rows, replace(compared("x", "m", 0.03), reference="c")])
+    assert [row.p_holm for row in found[:3]] == pytest.approx([0.03, 0.08, 0.08])  # three metrics and tasks
+    assert [row.tests for row in found] == [3, 3, 3, 3, 1]
+    assert np.isnan(found[3].p_holm)
+    assert found[4].p_holm == 0.03
+    assert [row.p_value for row in found[:3]] == [0.01, 0.04, 0.04]

@@ -37,13 +37,14 @@ from g2l_core.metrics.center_bias import (
     predict_centers,
 )
 from g2l_core.metrics.consistency import consistency_sums, pair_means
+from g2l_core.metrics.intervals import Figure, design_of, estimate
 from g2l_core.metrics.knn.neighbors import knn_predict, nearest
 from g2l_core.metrics.mil import AbmilSettings, train_abmil
 from g2l_core.metrics.moments import cka_center, cka_moments
 from g2l_core.metrics.probe import balanced_accuracy, confusion, linear_probe
 from g2l_core.metrics.ridge import fit_ridge
 from g2l_core.metrics.robustness import paired_combinations, paired_counts, pathorob_index
-from g2l_core.metrics.similarity import jackknife, leave_out_each
+from g2l_core.metrics.similarity import leave_out_each
 from g2l_core.metrics.survival import concordance_index, fit_cox
 from tests.planted import PATCHES, make_store, write_labels
 
@@ -124,11 +125,16 @@ def test_every_group_has_its_needs_and_every_metric_one_group():
 # -- similarity ----------------------------------------------------------------------------------------------
 
 
+def cka_estimate(values, rows):
+    """All rows of the task are tested here."""
+    return estimate(Figure(values=values, design=design_of(rows.cluster, unit="patients", most=32)))
+
+
 def test_cka_is_the_pure_function_s_with_its_interval(evaluated):
     _, outcome, rows, weak, teacher = evaluated("cka")
     for kind in ("debiased", "biased"):
         pure = leave_out_each(weak, teacher, rows.cluster, debiased=kind == "debiased")
-        assert result(outcome, f"cka_{kind}").estimate == jackknife(*pure, "patients")[0]
+        assert result(outcome, f"cka_{kind}").estimate == cka_estimate(pure, rows)
     assert compared(outcome, "cka_debiased") == {("strong", "weak")}
 
 
@@ -153,7 +159,7 @@ def test_similarity(evaluated):
     assert value(outcome, "similarity_rbf_cka") == pytest.approx(rbf_cka(weak, teacher, debiased=True, seed=0))
     kept = central_rows(weak, teacher, share=0.02)
     pure = leave_out_each(weak[kept], teacher[kept], rows.cluster[kept], debiased=True)
-    assert result(outcome, "similarity_trimmed_cka").estimate == jackknife(*pure, "patients")[0]
+    assert result(outcome, "similarity_trimmed_cka").estimate == cka_estimate(pure, rows)
     graphs = [nearest(features, None, 10) for features in (weak, teacher)]
     shared = mutual_neighbors(*graphs, [5])
     assert value(outcome, "similarity_mutual_knn_k5") == pytest.approx(shared.mean() / 5)
@@ -399,7 +405,7 @@ def test_consistency_between_conditions(evaluated):
     spots, scanners = rows.columns["spot"], rows.columns["scanner"]
     order = [sorted(np.flatnonzero(scanners == name), key=lambda row: spots[row]) for name in ("north", "south")]
     pure = consistency_sums({str(i): weak[o] for i, o in enumerate(order)}, rows.cluster[order[0]], ks=(1, 5))
-    means = pair_means(pure.sums.sum(axis=0)[None])[0, 0]
+    means = pair_means(pure.sums)[0, 0]
     shown = [value(outcome, f"consistency_{name}") for name in ("cosine", "top_k1", "top_k5")]
     assert shown == pytest.approx(means.tolist())
     assert "8 groups of specimen" in result(outcome, "consistency_cosine").estimate.method

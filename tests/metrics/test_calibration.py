@@ -8,7 +8,6 @@ from sklearn.metrics import brier_score_loss
 
 from g2l_core.errors import TaskError
 from g2l_core.metrics.calibration import BINS, brier_score, brier_sums, calibration_error, calibration_sums
-from g2l_core.metrics.statistics import cluster_bootstrap, of_sums
 
 CLASSES = np.array(["fat", "stroma", "tumor"])
 
@@ -60,21 +59,6 @@ def test_overconfidence_costs_and_truth_is_calibrated():
     honest, bold = (whole(calibration_sums(truth, p, CLASSES, patients)) for p in (probabilities, sharp))
     assert calibration_error(honest)[0] < 0.02
     assert calibration_error(bold)[0] > 0.15
-
-
-@pytest.mark.parametrize(("sums", "score"), [(brier_sums, brier_score), (calibration_sums, calibration_error)])
-def test_draws_equal_repeated_rows(sums, score):
-    truth, probabilities, patients = predicted(3)
-    drawn = np.array([[2, 0, 1, 1, 0, 2], [1, 1, 1, 1, 1, 1]])
-    got = of_sums(score, sums(truth, probabilities, CLASSES, patients))(drawn)
-    for value, draw in zip(got, drawn, strict=True):
-        rows = np.repeat(np.arange(len(truth)), draw[patients])
-        alone = score(whole(sums(truth[rows], probabilities[rows], CLASSES, patients[rows])))[0]
-        assert value == pytest.approx(alone, abs=1e-13)
-    interval = cluster_bootstrap(
-        of_sums(score, sums(truth, probabilities, CLASSES, patients)), patients, draws=50, seed=0
-    )
-    assert interval.low < interval.high
 
 
 @pytest.mark.parametrize("sums", [brier_sums, calibration_sums])

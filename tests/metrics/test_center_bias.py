@@ -19,8 +19,8 @@ from g2l_core.metrics.center_bias import (
     predict_centers,
 )
 from g2l_core.metrics.folds import stratified_group_folds
+from g2l_core.metrics.intervals import design_of, estimate, of_group_sums
 from g2l_core.metrics.probe import balanced_accuracy, confusion, linear_probe
-from g2l_core.metrics.statistics import cluster_bootstrap, of_sums
 
 DESIGN = BiasDesign(centers=(0, 1), slides_per_class=8, rows_per_slide=4, test_slides=3, repeats=4)
 
@@ -200,7 +200,7 @@ def test_same_seed_same_counts_and_an_interval_over_slides():
     first, again, other = (biased_probes(*data, replace(DESIGN, repeats=2), seed=s).in_domain for s in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, other)
-    got = cluster_bootstrap(of_sums(average_performance_drop, first), data[3], unit="slides", seed=0)
+    got = estimate(of_group_sums(average_performance_drop, first, design_of(data[3], unit="slides")))
     assert got.low < got.value < got.high
     assert got.value == average_performance_drop(first.sum(axis=0, keepdims=True))[0]
 

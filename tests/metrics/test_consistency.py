@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from g2l_core.errors import TaskError
 from g2l_core.metrics.consistency import consistency_sums, median_over_pairs, pair_means, registered_pair
-from g2l_core.metrics.statistics import cluster_bootstrap, of_sums
+from g2l_core.metrics.intervals import Figure, design_of, estimate
 
 KS = (1, 3, 5, 10)
 
@@ -70,9 +70,7 @@ def test_consistency_falls_with_the_strength_of_the_condition():
     values = []
     for strength in (0.0, 0.5, 1.0, 2.0):
         data = scans(1, strength)
-        values.append(
-            pair_means(consistency_sums(data, np.arange(200)).sums.sum(axis=0, keepdims=True))[0].mean(axis=0)
-        )
+        values.append(pair_means(consistency_sums(data, np.arange(200)).sums[:1])[0].mean(axis=0))
     assert (np.diff(np.array(values), axis=0) < -0.02).all()
 
 
@@ -86,18 +84,27 @@ def test_medians_over_pairs_and_their_interval():
     data, regions = scans(0, 0.6, count=4), np.arange(200) // 10
     got = consistency_sums(data, regions, ks=(1, 5))
     assert len(got.pairs) == 6
-    assert got.sums.shape == (20, 6, 4)
+    assert got.sums.shape == (1 + 20, 6, 4)
     by_pair = np.stack([registered_pair(data[a], data[b], ks=(1, 5)).mean(axis=0) for a, b in got.pairs])
     for k, expected in ((None, by_pair[:, 1]), (1, by_pair[:, 2]), (5, by_pair[:, 3])):
         column = got.column(k)
-        statistic = of_sums(median_over_pairs(column), got.sums)
-        estimate = cluster_bootstrap(statistic, regions, unit="regions", seed=0)
-        assert estimate.value == pytest.approx(np.median(expected), abs=1e-12)
-        assert estimate.low < estimate.value < estimate.high
-        among = of_sums(median_over_pairs(column, among=[0, 5]), got.sums)(np.ones((1, 20), np.int64))
+        figure = Figure(values=median_over_pairs(column)(got.sums), design=design_of(regions, unit="regions"))
+        found = estimate(figure)
+        assert found.value == pytest.approx(np.median(expected), abs=1e-12)
+        assert found.low < found.value < found.high
+        among = median_over_pairs(column, among=[0, 5])(got.sums)
         assert among[0] == pytest.approx((expected[0] + expected[5]) / 2, abs=1e-12)
     some = consistency_sums(data, regions, pairs=[("scanner 3", "scanner 1")], ks=(1, 5))
     np.testing.assert_allclose(some.sums[:, 0], got.sums[:, got.pairs.index(("scanner 1", "scanner 3"))], atol=1e-12)
+
+
+def test_a_region_is_left_out_of_the_pool_too():
+    data, regions = scans(0, 0.6), np.arange(200) // 25
+    got = consistency_sums(data, regions, ks=(1, 5))
+    for region in range(8):
+        kept = {name: rows[regions != region] for name, rows in data.items()}
+        alone = consistency_sums(kept, regions[regions != region], ks=(1, 5)).sums[0]
+        np.testing.assert_allclose(got.sums[1 + region], alone, atol=1e-9)
 
 
 def test_what_cannot_be_compared_is_refused():

@@ -101,7 +101,7 @@ def test_what_cannot_be_done():
         (lambda: prototypes(features[:1], labels[:1]), "two classes at least"),
         (lambda: prototypes(features, labels, np.zeros(3)), "dim 10, center 3"),
         (lambda: retrieval_sums(graph, labels, [6]), "between 1 and the 5"),
-        (lambda: retrieval_sums(graph, labels[1:], [5]), "rows 300, labels 299"),
+        (lambda: retrieval_sums(graph, labels[1:], [5]), "queries 300, labels 299"),
     ):
         with pytest.raises(TaskError, match=said):
             call()

@@ -1,6 +1,7 @@
 """The paired 2x2 design against croma, by hand, and on planted truth."""
 
 import warnings
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from g2l_core.errors import TaskError
+from g2l_core.metrics.intervals import SHARE, Figure, design_of, estimate
 from g2l_core.metrics.knn.neighbors import nearest
 from g2l_core.metrics.robustness import (
     paired_combinations,
@@ -19,7 +21,6 @@ from g2l_core.metrics.robustness import (
     ratio_index,
     robustness_counts,
 )
-from g2l_core.metrics.statistics import cluster_bootstrap, cluster_sums, of_sums
 
 KS = [1, 5, 11]
 
@@ -233,7 +234,19 @@ def test_draw_depends_on_the_seed_and_on_no_other_class(seed):
 def test_interval_over_slides():
     features, classes, centers, slides = cohort(0, 1, 1)
     design = paired_combinations(classes, centers, slides, k=5, seed=0)
-    counts = paired_counts(features, classes, centers, slides, design, ks=[5])[5].counts
-    got = cluster_bootstrap(of_sums(pathorob_index, cluster_sums(counts, slides)), slides, unit="slides", seed=1)
+    counts = paired_counts(features, classes, centers, slides, design, ks=[5])[5]
+    figure = Figure(values=pathorob_index(counts.totals), design=design_of(slides, unit="slides"), scale=SHARE)
+    got = estimate(figure)
     assert got.low < got.value < got.high
-    assert got.value == pathorob_index(counts.sum(axis=0, keepdims=True))[0]
+    assert got.value == pathorob_index(counts.counts.sum(axis=0, keepdims=True))[0]
+
+
+def test_a_slide_is_left_out_as_query_and_as_neighbor():
+    features, classes, centers, slides = cohort(0, 1, 1)
+    design = paired_combinations(classes, centers, slides, k=5, seed=0)
+    totals = paired_counts(features, classes, centers, slides, design, ks=[5])[5].totals
+    names = np.unique(slides)
+    for number, name in enumerate(names.tolist()):
+        kept = [replace(part, rows=part.rows[slides[part.rows] != name]) for part in design]
+        alone = paired_counts(features, classes, centers, slides, kept, ks=[5])[5].counts.sum(axis=0)
+        np.testing.assert_array_equal(totals[1 + number], alone)

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from g2l_core.metrics.fewshot import draw_shots, prototypes, retrieval_sums
+from g2l_core.metrics.intervals import SHARE, Figure, design_of, estimate, of_group_sums
 from g2l_core.metrics.knn.neighbors import knn_predict, nearest
-from g2l_core.metrics.probe import accuracy, auc_statistic, confusion, linear_probe
+from g2l_core.metrics.probe import accuracy, auc_figure, confusion, linear_probe
 from g2l_core.metrics.robustness import pathorob_index, robustness_counts
-from g2l_core.metrics.similarity import jackknife, leave_out_each
-from g2l_core.metrics.statistics import cluster_bootstrap, of_sums
+from g2l_core.metrics.similarity import leave_out_each
 
 REPEATS = 200
 
@@ -21,10 +21,11 @@ def test_cka_of_independent_features_holds_zero():
     """Too surely: under independence HSIC is a degenerate U-statistic, and the jackknife takes it for a regular one."""
     rng = np.random.default_rng(0)
     patients = np.repeat(np.arange(15), 4)
-    intervals = []
+    design, intervals = design_of(patients, unit="patients"), []
     for _ in range(REPEATS):
         x, y = rng.standard_normal((60, 8)), rng.standard_normal((60, 6))
-        intervals.append(jackknife(*leave_out_each(x, y, patients, debiased=True), "patients")[0])
+        values = leave_out_each(x, y, patients, debiased=True)
+        intervals.append(estimate(Figure(values=values, design=design)))
     assert share_that_holds(0.0, intervals) >= 0.94
     values = np.array([interval.value for interval in intervals])
     assert abs(values.mean()) < 3 * values.std() / np.sqrt(REPEATS)
@@ -37,11 +38,11 @@ def test_votes_of_other_patients_on_independent_features_hold_chance():
     rng = np.random.default_rng(1)
     patients = np.repeat(np.arange(40), 3)
     intervals = []
-    for repeat in range(REPEATS):
+    for _ in range(REPEATS):
         features, labels = rng.standard_normal((120, 6)), rng.integers(4, size=120)
         predicted = knn_predict(nearest(features, None, 5, groups=patients), labels)
         matrices = confusion(labels, predicted, patients)
-        intervals.append(cluster_bootstrap(of_sums(accuracy, matrices), patients, draws=300, seed=repeat))
+        intervals.append(estimate(of_group_sums(accuracy, matrices, design_of(patients, unit="patients"), SHARE)))
     assert 0.90 <= share_that_holds(0.25, intervals) <= 0.99
 
 
@@ -49,12 +50,12 @@ def test_probe_on_independent_features_holds_chance():
     rng = np.random.default_rng(2)
     patients = np.repeat(np.arange(25), 4)
     intervals = []
-    for repeat in range(REPEATS):
+    for _ in range(REPEATS):
         features, labels = rng.standard_normal((140, 5)), rng.integers(2, size=140)
         held = labels[40:]
         result = linear_probe(features[:40], labels[:40], features[40:], seed=0)
-        statistic = auc_statistic(held, result.probabilities, result.classes, patients)
-        intervals.append(cluster_bootstrap(statistic, patients, draws=300, seed=repeat))
+        design = design_of(patients, held, unit="patients")
+        intervals.append(estimate(auc_figure(held, result.probabilities, result.classes, patients, design)))
     assert 0.90 <= share_that_holds(0.5, intervals) <= 0.99
 
 

@@ -12,17 +12,17 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from g2l_core.errors import TaskError
-from g2l_core.metrics import logistic, probe
+from g2l_core.metrics import logistic
+from g2l_core.metrics.intervals import design_of
 from g2l_core.metrics.probe import (
     accuracy,
-    auc_statistic,
+    auc_figure,
     balanced_accuracy,
     confusion,
     linear_probe,
     macro_auc,
     macro_f1,
 )
-from g2l_core.metrics.statistics import of_weights
 
 
 def problem(seed, classes=3, n=150, dim=6, noise=1.5):
@@ -204,25 +204,29 @@ def test_macro_auc_equals_scikit_learns_own():
 
 
 @given(seed=st.integers(0, 2**32 - 1), classes=st.integers(2, 4), decimals=st.sampled_from([1, 9]))
-def test_counted_pairs_of_clusters_equal_weighted_rows(seed, classes, decimals):
+def test_areas_without_each_patient_equal_those_of_the_other_rows(seed, classes, decimals):
     rng = np.random.default_rng(seed)
     truth = np.r_[np.arange(classes), rng.integers(classes, size=50)]
     scores = np.round(rng.dirichlet(np.ones(classes), size=len(truth)), decimals)
     patients = rng.integers(6, size=len(truth))
-    count = len(np.unique(patients))
-    drawn = rng.multinomial(count, np.full(count, 1 / count), size=20)
-    got = auc_statistic(truth, scores, np.arange(classes), patients)(drawn)
-    expected = of_weights(lambda w: macro_auc(truth, scores, np.arange(classes), w), patients)(drawn)
-    np.testing.assert_allclose(got, expected, atol=1e-12)
+    names = np.unique(patients)
+    design = design_of(patients, truth, unit="patients")
+    got = auc_figure(truth, scores, np.arange(classes), patients, design).values
+    kept = [np.ones(len(truth), bool), *(patients != name for name in names)]
+    weights = np.stack(kept).astype(np.int64)
+    np.testing.assert_allclose(got, macro_auc(truth, scores, np.arange(classes), weights), atol=1e-12)
 
 
-def test_many_clusters_are_weighted_row_by_row(monkeypatch):
+def test_exchanging_all_patients_exchanges_the_encoders():
     rng = np.random.default_rng(0)
-    truth, scores = rng.integers(3, size=90), rng.dirichlet(np.ones(3), size=90)
-    drawn = rng.multinomial(30, np.full(30, 1 / 30), size=20)
-    counted = auc_statistic(truth, scores, np.arange(3), np.arange(90) % 30)(drawn)
-    monkeypatch.setattr(probe, "_COUNTED_CLUSTERS", 29)
-    np.testing.assert_allclose(auc_statistic(truth, scores, np.arange(3), np.arange(90) % 30)(drawn), counted)
+    truth, patients = rng.integers(3, size=90), np.arange(90) % 9
+    design = design_of(patients, truth, unit="patients")
+    one, other = (
+        auc_figure(truth, rng.dirichlet(np.ones(3), size=90), np.arange(3), patients, design) for _ in range(2)
+    )
+    nobody, everyone = one.exchange.differences(other.exchange, np.array([[False] * 9, [True] * 9]))
+    assert nobody == pytest.approx(one.values[0] - other.values[0], abs=1e-12)
+    assert everyone == pytest.approx(-nobody, abs=1e-12)
 
 
 def test_of_two_classes_the_second_ones_score_counts():

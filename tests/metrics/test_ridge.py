@@ -8,8 +8,8 @@ from scipy.stats import pearsonr
 from sklearn.linear_model import Ridge
 
 from g2l_core.errors import TaskError
+from g2l_core.metrics.intervals import design_of, estimate, of_sums
 from g2l_core.metrics.ridge import correlation_sums, explained_share, fit_ridge, mean_cosine, pearson, ridge_sums
-from g2l_core.metrics.statistics import cluster_bootstrap, cluster_sums, of_sums
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -60,7 +60,8 @@ def test_scores_on_held_out_slides():
     assert explained_share(total)[0] == pytest.approx(1 - ((held - truth) ** 2).sum() / baseline, abs=1e-12)
     cosines = (held * truth).sum(1) / np.linalg.norm(held, axis=1) / np.linalg.norm(truth, axis=1)
     assert mean_cosine(total)[0] == pytest.approx(cosines.mean(), abs=1e-12)
-    interval = cluster_bootstrap(of_sums(explained_share, cluster_sums(sums, slides[150:])), slides[150:], seed=0)
+    design = design_of(slides[150:], unit="slides")
+    interval = estimate(of_sums(explained_share, sums, slides[150:], design))
     assert interval.low < interval.value < interval.high < 1
 
 

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from g2l_core.errors import TaskError
 from g2l_core.metrics.knn.neighbors import Neighbors, nearest
-from g2l_core.metrics.robustness import pathorob_index, ratio_index, robustness_counts
-from g2l_core.metrics.statistics import cluster_bootstrap, cluster_sums, of_sums
+from g2l_core.metrics.robustness import pathorob_index, ratio_index, robustness_counts, robustness_sums
 
 KS = [1, 3, 5, 10, 20]
 
@@ -96,13 +95,17 @@ def test_counts_are_shares_of_k(seed, k):
     assert (counts.sum(axis=1) <= k).all()
 
 
-def test_bootstrap_resums_the_counts_of_drawn_slides():
+def test_a_patient_is_left_out_as_query_and_as_neighbor():
     features, classes, centers, slides = cohort(0, 1, 1)
-    counts = robustness_counts(nearest(features, None, 5, groups=slides), classes, centers, k=5)
-    got = cluster_bootstrap(of_sums(pathorob_index, cluster_sums(counts, slides)), slides, unit="slides", seed=1)
-    assert got.low < got.value < got.high
-    assert got.value == pathorob_index(counts.sum(axis=0, keepdims=True))[0]
-    assert got.method == "bootstrap over 18 slides, 1,000 draws"
+    patients = slides // 2
+    totals, support = robustness_sums(features, classes, centers, slides, patients, ks=[1, 5])
+    for number, kept in enumerate([np.ones(len(slides), bool), *(patients != p for p in np.unique(patients))]):
+        graph = nearest(features[kept], None, 5, groups=slides[kept])
+        for k in (1, 5):
+            counts = robustness_counts(graph, classes[kept], centers[kept], k=k)
+            np.testing.assert_array_equal(totals[k][number], counts.sum(axis=0))
+            if not number:
+                assert support[k] == counts[:, 1:].any(axis=1).mean()
 
 
 def test_what_says_nothing_is_refused():

@@ -6,10 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from g2l_core.errors import TaskError
-from g2l_core.metrics import similarity
+from g2l_core.metrics import intervals, similarity
+from g2l_core.metrics.intervals import Figure, compare, design_of, estimate
 from g2l_core.metrics.moments import CkaMoments, cka_center, cka_moments
 from g2l_core.metrics.rows import require_finite
-from g2l_core.metrics.similarity import jackknife, jackknife_unit, leave_out_each, linear_cka
+from g2l_core.metrics.similarity import leave_out_each, linear_cka
 
 ESTIMATORS = pytest.mark.parametrize("debiased", [False, True])
 
@@ -40,12 +41,15 @@ def cka(x, y, debiased):
 
 
 def cka_interval(x, y, clusters, debiased, unit="clusters"):
-    return jackknife(*leave_out_each(x, y, clusters, debiased), jackknife_unit(clusters, unit))[0]
+    values = leave_out_each(x, y, clusters, debiased)
+    return estimate(Figure(values=values, design=design_of(clusters, unit=unit, most=intervals.MAX_GROUPS)))
 
 
 def cka_difference(x, reference, y, clusters):
-    (value, without), (other, others) = (leave_out_each(side, y, clusters, True) for side in (x, reference))
-    return jackknife(value - other, without - others, "patients")
+    design = design_of(clusters, unit="patients", most=intervals.MAX_GROUPS)
+    figures = [Figure(values=leave_out_each(side, y, clusters, True), design=design) for side in (x, reference)]
+    found = compare(*figures, seed=0, margin=0.02)
+    return found.estimate, found.p_value
 
 
 def related(seed, n=40, dim_x=7, dim_y=5):
@@ -195,20 +199,20 @@ def test_lengths_must_agree():
 @ESTIMATORS
 def test_jackknife_equals_recomputation_without_each_cluster(debiased):
     x, y = related(1, n=60)
-    clusters = np.array(list("cab"))[np.random.default_rng(2).integers(3, size=60)]
-    without = [dense_cka(x[clusters != c], y[clusters != c], debiased) for c in "abc"]
-    spread = np.sqrt(2 / 3 * np.sum((without - np.mean(without)) ** 2))
+    clusters = np.array(list("cabd"))[np.random.default_rng(2).permutation(60) % 4]
+    without = [dense_cka(x[clusters != c], y[clusters != c], debiased) for c in "abcd"]
+    spread = np.sqrt(3 / 4 * np.sum((without - np.mean(without)) ** 2))
     got = cka_interval(x.astype(np.float32), y.astype(np.float32), clusters, debiased=debiased, unit="slides")
     assert got.value == pytest.approx(dense_cka(x, y, debiased), abs=1e-6)
-    assert (got.high - got.low) / 2 == pytest.approx(4.302653 * spread, rel=1e-4)
-    assert got.method == "jackknife over 3 slides, t with 2 degrees of freedom"
+    assert (got.high - got.low) / 2 == pytest.approx(3.182446 * spread, rel=1e-4)
+    assert got.method == "jackknife over 4 slides, t with 3.0 degrees of freedom"
 
 
 def test_one_cluster_has_no_interval():
     x, y = related(1)
     got = cka_interval(x, y, np.zeros(40, int), debiased=True, unit="patients")
     assert np.isnan([got.low, got.high]).all()
-    assert "one cluster (patients)" in got.method
+    assert got.method == "none: 1 patients, and an interval needs 4"
     difference, p_value = cka_difference(x, y, y, np.zeros(40, int))
     assert np.isnan([difference.low, p_value]).all()
 
@@ -238,7 +242,7 @@ def test_difference_of_two_encoders_to_one_teacher():
     got, p_value = cka_difference(after, before, teacher, clusters)
     assert got.value == pytest.approx(cka(after, teacher, True) - cka(before, teacher, True), abs=1e-12)
     assert got.low > 0
-    assert p_value < 1e-3
+    assert p_value == 2.0**-9  # the t test's is smaller, but exchanging ten patients could give no less
     swapped, p_swapped = cka_difference(before, after, teacher, clusters)
     assert (swapped.low, swapped.high) == pytest.approx((-got.high, -got.low), abs=1e-12)
     assert p_swapped == pytest.approx(p_value)
@@ -254,7 +258,7 @@ def test_p_value_and_interval_agree_at_five_percent():
         teacher = rng.standard_normal((90, 3))
         a, b = (teacher + rng.standard_normal((90, 3)) for _ in "ab")
         got, p_value = cka_difference(a, b, teacher, clusters)
-        agree.append((p_value < 0.05) == (got.low > 0 or got.high < 0))
+        agree.append((p_value < 0.05) == (got.low > 0 or got.high < 0) or p_value == 2**-5)
     assert all(agree)
 
 
@@ -290,8 +294,9 @@ def test_many_clusters_are_left_out_by_groups_and_agree_with_one_at_a_time(monke
     y = x @ rng.normal(size=(8, 6)) + rng.normal(size=(400, 6))
     clusters = np.arange(400) // 2
     grouped = cka_interval(x, y, clusters, debiased=True, unit="images")
-    assert grouped.method == "jackknife over 32 groups of 200 images, t with 31 degrees of freedom"
-    monkeypatch.setattr(similarity, "MAX_GROUPS", 1000)
+    assert grouped.method == "jackknife over 200 images in 32 groups, t with 30.4 degrees of freedom"
+    monkeypatch.setattr(intervals, "MAX_GROUPS", 1000)
+    monkeypatch.setattr(similarity, "leave_out_groups", lambda clusters: intervals.leave_out_groups(clusters, 1000))
     single = cka_interval(x, y, clusters, debiased=True)
     assert grouped.value == single.value
     assert (grouped.high - grouped.low) == pytest.approx(single.high - single.low, rel=0.35)

@@ -11,7 +11,6 @@ from scipy.optimize import minimize
 from sklearn.model_selection import StratifiedKFold
 
 from g2l_core.errors import TaskError
-from g2l_core.metrics.statistics import cluster_bootstrap, of_weights
 from g2l_core.metrics.survival import choose_cox_penalty, concordance_index, fit_cox
 
 
@@ -75,19 +74,6 @@ def test_blocks_do_not_matter(monkeypatch):
     whole = concordance_index(times, events, features[:, 0], weights)
     monkeypatch.setattr("g2l_core.metrics.survival._BLOCK_PAIRS", 7 * 150)
     np.testing.assert_array_equal(concordance_index(times, events, features[:, 0], weights), whole)
-
-
-def test_bootstrap_over_patients_holds_the_value():
-    features, times, events = cohort(1)
-
-    def score(weights):
-        return concordance_index(times, events, features[:, 0], weights)
-
-    patients = np.arange(150)
-    got = cluster_bootstrap(of_weights(score, patients), patients, unit="patients", seed=0)
-    assert got.value == concordance_index(times, events, features[:, 0])[0]
-    assert got.low < got.value < got.high
-    assert got.high - got.low < 0.2
 
 
 @pytest.mark.parametrize("penalty", [0.01, 0.3])

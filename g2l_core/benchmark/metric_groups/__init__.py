@@ -7,9 +7,9 @@ group needs of a task is in `spec.NEEDS`; docs/tasks.md says what its metrics me
 from collections.abc import Callable, Mapping
 
 from g2l_core.benchmark.metric_groups import patches, robustness, similarity, slides
-from g2l_core.benchmark.metric_groups.values import MetricValue, Resampling, TaskInput
+from g2l_core.benchmark.metric_groups.values import MetricValue, TaskInput
 
-__all__ = ("METRIC_GROUPS", "MetricValue", "Resampling", "TaskInput")
+__all__ = ("METRIC_GROUPS", "MetricValue", "TaskInput")
 
 METRIC_GROUPS: Mapping[str, Callable[[TaskInput], list[MetricValue]]] = {
     "cka": similarity.cka,

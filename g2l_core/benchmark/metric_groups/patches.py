@@ -1,30 +1,43 @@
 """Metric groups of single patches: `knn`, `probe`, `prototypes`, `regression`, `retrieval`."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import numpy as np
 from jaxtyping import Float, Float64, Int64, Shaped
 
 from g2l_core.benchmark.metric_groups.values import (
+    CLASSIFIED,
     MetricValue,
     Settings,
     TaskInput,
-    bootstrapped_values,
     classification_values,
     describe_choices,
-    mean_statistic,
+    metric_values,
+    ratio,
 )
 from g2l_core.benchmark.rows import parts, split_parts
 from g2l_core.benchmark.spec import PROBE_C, ProbeOptions
 from g2l_core.errors import TaskError
-from g2l_core.metrics.calibration import brier_score, brier_sums, calibration_error, calibration_sums
+from g2l_core.metrics.calibration import NO_INTERVAL, brier_score, brier_sums, calibration_error, calibration_sums
 from g2l_core.metrics.fewshot import draw_shots, prototypes, retrieval_sums
-from g2l_core.metrics.knn.neighbors import Neighbors, knn_predict, nearest
-from g2l_core.metrics.probe import ProbeResult, auc_statistic, linear_probe
+from g2l_core.metrics.intervals import (
+    CORRELATION,
+    MAX_GROUPS,
+    MAX_SUMMED_GROUPS,
+    POSITIVE,
+    SHARE,
+    Figure,
+    leave_out_groups,
+    of_group_sums,
+    of_sums,
+)
+from g2l_core.metrics.knn.leave_out import Search, leave_out_sums
+from g2l_core.metrics.knn.neighbors import Neighbors, knn_predict
+from g2l_core.metrics.probe import ProbeResult, auc_figure, linear_probe
 from g2l_core.metrics.ridge import correlation_sums, explained_share, fit_ridge, pearson, ridge_sums
-from g2l_core.metrics.statistics import cluster_sums, of_sums
 from g2l_core.rng import keyed_generator
 
 _WEIGHTS: dict[tuple[str, str], tuple[Literal["uniform", "distance", "similarity"], str]] = {
@@ -39,34 +52,112 @@ def _distance(name: str) -> Literal["cosine", "euclidean"]:
     return "cosine" if name == "cosine" else "euclidean"
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Ballot:
+    """One way of voting."""
+
+    prefix: str
+    weights: Literal["uniform", "distance", "similarity"]
+    description: str
+    k: int
+
+
+def _ballots(task: TaskInput) -> list[_Ballot]:
+    options = task.spec.knn
+    return [
+        _Ballot(
+            prefix="knn" if vote == options.votes[0] else f"knn_{vote}",
+            weights=_WEIGHTS[vote, options.distance][0],
+            description=_WEIGHTS[vote, options.distance][1],
+            k=k,
+        )
+        for vote in options.votes
+        for k in options.k
+    ]
+
+
 def knn(task: TaskInput) -> list[MetricValue]:
-    """The vote of the nearest training patches, for each k and way of voting. One search serves all of them."""
-    rows, options = task.rows, task.spec.knn
-    graphs: list[tuple[Neighbors, np.ndarray]] = []
-    tested = []
+    """The vote of the nearest training patches, for each k and way of voting. One search serves all of them.
+
+    With folds, every patient is tested and votes for others, and is left out as both.
+    """
+    rows, options, ballots = task.rows, task.spec.knn, _ballots(task)
+    classes, labels = np.unique(rows.label, return_inverse=True)
+    groups, count = leave_out_groups(rows.cluster)
+    shape = len(ballots), len(classes), len(classes)
+    order, predicted = np.zeros(0, np.int64), np.zeros((0, len(ballots)), np.int64)
+    totals = np.zeros((1 + count, *shape))
     for train, test in parts(rows, task.spec, task.seed):
-        metric = _distance(options.distance)
-        graph = nearest(task.features[train], task.features[test], max(options.k), metric=metric)
-        graphs.append((graph, rows.label[train]))
-        tested.append(test)
-    order = np.concatenate(tested)
-    single = len(options.k) == len(options.votes) == 1
+        voters = groups[train] if task.spec.folds else np.full(len(train), -1)
+        search = Search(
+            reference=task.features[train],
+            queries=task.features[test],
+            k=max(options.k),
+            metric=_distance(options.distance),
+            left_out_with=voters,
+        )
+        sums = leave_out_sums(
+            [search],
+            partial(_votes, ballots, labels[train]),
+            groups[test],
+            count,
+            partial(_matrices, labels[test], len(classes)),
+        )
+        order, predicted = np.append(order, test), np.vstack([predicted, sums.base.astype(np.int64)])
+        totals += sums.totals.reshape(1 + count, *shape)
     values: list[MetricValue] = []
-    for vote in options.votes:
-        weights, description = _WEIGHTS[vote, options.distance]
-        prefix = "knn" if vote == options.votes[0] else f"knn_{vote}"
-        for k in options.k:
-            predicted = np.concatenate([knn_predict(graph, labels, k=k, weights=weights) for graph, labels in graphs])
-            values += classification_values(
-                prefix,
-                rows.label[order],
-                predicted,
-                rows.cluster[order],
-                {"k": k, "distance": options.distance, "vote": description, **task.split_settings},
-                suffix="" if single else f"_k{k}",
-                plotted=not values,
-            )
+    for i, ballot in enumerate(ballots):
+        suffix = "" if len(ballots) == 1 else f"_k{ballot.k}"
+        settings = {"k": ballot.k, "distance": options.distance, "vote": ballot.description, **task.split_settings}
+        of_ballot = classification_values(
+            task,
+            ballot.prefix,
+            rows.label[order],
+            classes[predicted[:, i]],
+            rows.cluster[order],
+            settings,
+            suffix=suffix,
+            plotted=not values,
+        )
+        values += _both_ways(task, of_ballot, totals[:, i], order) if task.spec.folds else of_ballot
     return values
+
+
+def _votes(
+    ballots: Sequence[_Ballot], labels: Int64[np.ndarray, " train"], _: Int64[np.ndarray, " query"], graph: Neighbors
+) -> Int64[np.ndarray, "query ballot"]:
+    """The class that each way of voting predicts for some queries."""
+    return np.stack([knn_predict(graph, labels, k=ballot.k, weights=ballot.weights) for ballot in ballots], axis=1)
+
+
+def _matrices(
+    labels: Int64[np.ndarray, " test"],
+    classes: int,
+    queries: Int64[np.ndarray, " query"],
+    predicted: Float64[np.ndarray, "query ballot"],
+) -> Float64[np.ndarray, " sum"]:
+    """The confusion matrix of each way of voting, one behind the other."""
+    cells = labels[queries, None] * classes + predicted.astype(np.int64)
+    size = classes * classes
+    return np.concatenate([np.bincount(column, minlength=size) for column in cells.T]).astype(np.float64)
+
+
+def _both_ways(
+    task: TaskInput,
+    values: Sequence[MetricValue],
+    totals: Float64[np.ndarray, "whole_and_group class class"],
+    order: Int64[np.ndarray, " test"],
+) -> list[MetricValue]:
+    """The same values, without each patient as a voter too. Nothing can then be exchanged between two encoders."""
+    clusters, labels = task.rows.cluster[order], task.rows.label[order]
+    by_row, by_class = (task.design(clusters, strata, most=MAX_GROUPS) for strata in (None, labels))
+    return [
+        replace(
+            value,
+            figure=Figure(values=score(totals), design=by_row if name == "accuracy" else by_class, scale=SHARE),
+        )
+        for (name, score), value in zip(CLASSIFIED.items(), values, strict=True)
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,17 +201,21 @@ class Predicted:
             predictions=np.concatenate([predicted for _, _, predicted in folds]),
         )
 
-    def values(self, group: str, settings: Settings) -> list[MetricValue]:
+    def values(self, task: TaskInput, group: str, settings: Settings) -> list[MetricValue]:
         """Accuracy, balanced accuracy, F1, AUC, Brier score, calibration error."""
-        data = (self.truth, self.probabilities, self.classes, self.clusters)
+        codes, _ = leave_out_groups(self.clusters, MAX_SUMMED_GROUPS)
+        data, n = (self.truth, self.probabilities, self.classes), len(self.truth)
+        by_row, by_class = task.design(self.clusters), task.design(self.clusters, self.truth)
+        calibration = of_group_sums(calibration_error, calibration_sums(*data, codes), by_row)
         errors = {
-            "brier": of_sums(brier_score, brier_sums(*data)),
-            "ece": of_sums(calibration_error, calibration_sums(*data)),
+            "brier": of_group_sums(brier_score, brier_sums(*data, codes), by_row, POSITIVE),
+            "ece": replace(calibration, no_interval=NO_INTERVAL),
         }
+        area = auc_figure(*data, self.clusters, by_class)
         return [
-            *classification_values(group, self.truth, self.predictions, self.clusters, settings),
-            *bootstrapped_values(group, {"auc": auc_statistic(*data)}, self.clusters, settings),
-            *bootstrapped_values(group, errors, self.clusters, settings, better="lower"),
+            *classification_values(task, group, self.truth, self.predictions, self.clusters, settings),
+            *metric_values(group, {"auc": area}, settings, n=n),
+            *metric_values(group, errors, settings, n=n, better="lower"),
         ]
 
 
@@ -183,7 +278,7 @@ def probe(task: TaskInput) -> list[MetricValue]:
     """Logistic regression on single patches."""
     rows = task.rows
     predicted, settings = probe_folds(task, task.features, rows.label, rows.cluster, parts(rows, task.spec, task.seed))
-    return predicted.values("probe", settings)
+    return predicted.values(task, "probe", settings)
 
 
 def prototype_vote(task: TaskInput) -> list[MetricValue]:
@@ -202,6 +297,7 @@ def prototype_vote(task: TaskInput) -> list[MetricValue]:
                 tested.append(test)
         order = np.concatenate(tested)
         values += classification_values(
+            task,
             "prototypes",
             rows.label[order],
             np.concatenate(predicted),
@@ -248,12 +344,13 @@ def regression(task: TaskInput) -> list[MetricValue]:
     order = np.concatenate(tested)
     clusters = rows.cluster[order]
     correlations = correlation_sums(np.concatenate(predicted), truth[order, 0])
-    statistics = {
-        "pearson": of_sums(pearson, cluster_sums(correlations, clusters)),
-        "r2": of_sums(explained_share, cluster_sums(np.concatenate(errors), clusters)),
+    design = task.design(clusters)
+    figures = {
+        "pearson": of_sums(pearson, correlations, clusters, design, CORRELATION),
+        "r2": of_sums(explained_share, np.concatenate(errors), clusters, design),
     }
     settings = {"penalty": describe_choices(penalties), **task.split_settings}
-    return bootstrapped_values("regression", statistics, clusters, settings)
+    return metric_values("regression", figures, settings, n=len(order))
 
 
 def retrieval(task: TaskInput) -> list[MetricValue]:
@@ -263,8 +360,12 @@ def retrieval(task: TaskInput) -> list[MetricValue]:
     if len(np.unique(labels)) < 2:
         raise TaskError(f"retrieval needs two classes at least; all {len(labels):,} rows are {labels[0]}")
     metric = _distance(options.distance)
-    graph = nearest(task.features[tested], None, max(options.k), metric=metric, groups=clusters)
-    sums = retrieval_sums(graph, labels, options.k)
+    groups, count = leave_out_groups(clusters)
+    search = Search(
+        reference=task.features[tested], k=max(options.k), metric=metric, groups=clusters, left_out_with=groups
+    )
+    sums = leave_out_sums([search], partial(_retrieved, labels, options.k), groups, count)
+    design = task.design(clusters, most=MAX_GROUPS)
     values = []
     for column, k in enumerate(options.k):
         settings: Settings = {
@@ -273,9 +374,17 @@ def retrieval(task: TaskInput) -> list[MetricValue]:
             "among": f"{task.test_rows_name} rows of other {task.rows.cluster_unit}",
             "duplicates_dropped": task.rows.duplicates_dropped,
         }
-        statistics = {
-            f"top_k{k}": mean_statistic(sums[:, column], clusters),
-            f"map_k{k}": mean_statistic(sums[:, len(options.k) + column], clusters),
+        names = {f"top_k{k}": column, f"map_k{k}": len(options.k) + column}
+        figures = {
+            name: Figure(values=ratio(sums.totals[:, [of, -1]]), design=design, scale=SHARE)
+            for name, of in names.items()
         }
-        values += bootstrapped_values("retrieval", statistics, clusters, settings)
+        values += metric_values("retrieval", figures, settings, n=len(tested))
     return values
+
+
+def _retrieved(
+    labels: Shaped[np.ndarray, " row"], ks: Sequence[int], queries: Int64[np.ndarray, " query"], graph: Neighbors
+) -> Float64[np.ndarray, "query column"]:
+    """What `retrieval_sums` says of some queries, and 1 for each."""
+    return np.column_stack([retrieval_sums(graph, labels, ks, labels[queries]), np.ones(len(queries))])

@@ -3,7 +3,7 @@
 import numpy as np
 from jaxtyping import Int64, Shaped
 
-from g2l_core.benchmark.metric_groups.values import MetricValue, Settings, TaskInput, bootstrapped_values
+from g2l_core.benchmark.metric_groups.values import MetricValue, Settings, TaskInput, metric_values
 from g2l_core.benchmark.rows import TaskRows
 from g2l_core.errors import TaskError
 from g2l_core.metrics.center_bias import (
@@ -14,16 +14,25 @@ from g2l_core.metrics.center_bias import (
     predict_centers,
 )
 from g2l_core.metrics.consistency import consistency_sums, median_over_pairs
-from g2l_core.metrics.knn.neighbors import nearest
+from g2l_core.metrics.intervals import (
+    CORRELATION,
+    MAX_GROUPS,
+    MAX_SUMMED_GROUPS,
+    POSITIVE,
+    SHARE,
+    Design,
+    Figure,
+    leave_out_groups,
+    of_group_sums,
+)
 from g2l_core.metrics.probe import balanced_accuracy, confusion
 from g2l_core.metrics.robustness import (
     paired_combinations,
     paired_counts,
     pathorob_index,
     ratio_index,
-    robustness_counts,
+    robustness_sums,
 )
-from g2l_core.metrics.statistics import cluster_sums, of_sums
 from g2l_core.types import Features
 
 
@@ -40,20 +49,22 @@ def robustness(task: TaskInput) -> list[MetricValue]:
     """Both indices over k, with neighbors among all rows of other slides."""
     rows, features = _tested(task, "robustness")
     ks = task.spec.robustness.k
-    graph = nearest(features, None, max(ks), groups=rows.slide_ids)
+    totals, support = robustness_sums(features, rows.label, rows.center, rows.slide_ids, rows.cluster, ks=ks)
+    design = task.design(rows.cluster, most=MAX_GROUPS)
     values = []
     for k in ks:
-        counts = robustness_counts(graph, rows.label, rows.center, k=k)
-        sums = cluster_sums(counts, rows.cluster)
         settings: Settings = {
             "k": k,
             "distance": "cosine",
             "design": "all rows",
             "neighbors": "of other slides",
-            "support": round(float(counts[:, 1:].any(axis=1).mean()), 4),
+            "support": round(support[k], 4),
         }
-        statistics = {f"ratio_k{k}": of_sums(ratio_index, sums), f"pathorob_k{k}": of_sums(pathorob_index, sums)}
-        values += bootstrapped_values("robustness", statistics, rows.cluster, settings)
+        figures = {
+            f"ratio_k{k}": Figure(values=ratio_index(totals[k]), design=design, scale=POSITIVE),
+            f"pathorob_k{k}": Figure(values=pathorob_index(totals[k]), design=design, scale=SHARE),
+        }
+        values += metric_values("robustness", figures, settings, n=len(rows))
     return values
 
 
@@ -69,10 +80,9 @@ def robustness_paired(task: TaskInput) -> list[MetricValue]:
         rows_per_stratum=options.rows_per_stratum or None,
         seed=task.seed,
     )
-    by_k = paired_counts(features, rows.label, rows.center, rows.slide_ids, design, ks=options.k)
-    values = []
+    by_k = paired_counts(features, rows.label, rows.center, rows.slide_ids, design, ks=options.k, clusters=rows.cluster)
+    patients, values = task.design(rows.cluster, most=MAX_GROUPS), []
     for k, counts in by_k.items():
-        statistic = of_sums(pathorob_index, cluster_sums(counts.counts, rows.cluster))
         settings: Settings = {
             "k": k,
             "distance": "cosine",
@@ -81,9 +91,8 @@ def robustness_paired(task: TaskInput) -> list[MetricValue]:
             "support": round(counts.support, 4),
             "class_accuracy": round(counts.class_accuracy, 4),
         }
-        values += bootstrapped_values(
-            "robustness_paired", {f"k{k}": statistic}, rows.cluster, settings, n=counts.occurrences
-        )
+        figure = Figure(values=pathorob_index(counts.totals), design=patients, scale=SHARE)
+        values += metric_values("robustness_paired", {f"k{k}": figure}, settings, n=counts.occurrences)
     return values
 
 
@@ -99,8 +108,10 @@ def center(task: TaskInput) -> list[MetricValue]:
     }
     if task.spec.label:
         settings["told_by_class"] = round(centers_predicted_by_class(rows.center, rows.label), 4)
-    statistics = {"balanced_accuracy": of_sums(balanced_accuracy, confusion(rows.center, predicted, rows.cluster))}
-    return bootstrapped_values("center", statistics, rows.cluster, settings, better="lower")
+    codes, _ = leave_out_groups(rows.cluster, MAX_SUMMED_GROUPS)
+    by_center = task.design(rows.cluster, rows.center, stratum="center")
+    figure = of_group_sums(balanced_accuracy, confusion(rows.center, predicted, codes), by_center, SHARE)
+    return metric_values("center", {"balanced_accuracy": figure}, settings, n=len(rows), better="lower")
 
 
 def bias_drop(task: TaskInput) -> list[MetricValue]:
@@ -129,10 +140,24 @@ def bias_drop(task: TaskInput) -> list[MetricValue]:
     values = []
     for domain, of_domain in (("in_domain", counts.in_domain), ("out_of_domain", counts.out_of_domain)):
         if of_domain.any():
-            statistics = {domain: of_sums(average_performance_drop, of_domain)}
-            n = int(of_domain[:, 0, 0].sum())
-            values += bootstrapped_values("bias_drop", statistics, rows.cluster, settings, n=n)
+            figure = _drop(of_domain, rows)
+            values += metric_values("bias_drop", {domain: figure}, settings, n=int(of_domain[:, 0, 0].sum()))
     return values
+
+
+def _drop(matrices: Int64[np.ndarray, "cluster level repeat class class"], rows: TaskRows) -> Figure:
+    """The drop of the patients that are tested, whose rows are counted at the first level."""
+    matrices = matrices[matrices.any(axis=(1, 2, 3, 4))]
+    groups, count = leave_out_groups(np.arange(len(matrices)), MAX_SUMMED_GROUPS)
+    sums = np.zeros((count, *matrices.shape[1:]))
+    np.add.at(sums, groups, matrices)
+    design = Design(
+        counts=sums[:, 0].sum(axis=(1, 3)),
+        strata=tuple(f"class {name}" for name in np.unique(rows.label).tolist()),
+        unit=rows.cluster_unit,
+        clusters=len(matrices),
+    )
+    return of_group_sums(average_performance_drop, sums, design)
 
 
 def _largest_centers(rows: TaskRows) -> tuple[str, ...]:
@@ -169,8 +194,14 @@ def consistency(task: TaskInput) -> list[MetricValue]:
         "distance": "cosine",
     }
     columns = {"cosine": pairs.column(), **{f"top_k{k}": pairs.column(k) for k in options.k}}
-    statistics = {name: of_sums(median_over_pairs(column), pairs.sums) for name, column in columns.items()}
-    return bootstrapped_values("consistency", statistics, clusters, settings)
+    design = task.design(clusters, most=MAX_GROUPS)
+    figures = {
+        name: Figure(
+            values=median_over_pairs(column)(pairs.sums), design=design, scale=SHARE if column else CORRELATION
+        )
+        for name, column in columns.items()
+    }
+    return metric_values("consistency", figures, settings, n=len(clusters))
 
 
 def _by_key(

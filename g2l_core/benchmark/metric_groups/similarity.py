@@ -8,20 +8,30 @@ import numpy as np
 from jaxtyping import Bool, Float16, Float64, Int64, Shaped
 
 from g2l_core.benchmark.metric_groups.values import (
-    Jackknifed,
     MetricValue,
     Settings,
     TaskInput,
-    bootstrapped_values,
     describe_choices,
-    mean_statistic,
+    metric_values,
+    ratio,
 )
 from g2l_core.errors import TaskError
 from g2l_core.metrics.alignment import central_rows, effective_rank, mutual_neighbors, procrustes_similarity, rbf_cka
-from g2l_core.metrics.knn.neighbors import nearest
+from g2l_core.metrics.intervals import (
+    CORRELATION,
+    MAX_GROUPS,
+    SHARE,
+    Design,
+    Figure,
+    design_of,
+    leave_out_groups,
+    of_sums,
+)
+from g2l_core.metrics.knn.leave_out import Search, leave_out_sums
+from g2l_core.metrics.knn.neighbors import Neighbors
 from g2l_core.metrics.ridge import RidgeMap, explained_share, fit_ridge, mean_cosine, ridge_sums
-from g2l_core.metrics.similarity import jackknife_groups, jackknife_unit, leave_out_each, leave_out_moments
-from g2l_core.metrics.statistics import cluster_codes, cluster_sums, of_sums
+from g2l_core.metrics.similarity import leave_out_each, leave_out_moments
+from g2l_core.metrics.statistics import cluster_codes
 from g2l_core.rng import keyed_generator
 from g2l_core.types import Features
 
@@ -33,16 +43,15 @@ class _Pair:
     x: Features
     y: Float16[np.ndarray, "patch dim_y"]
     clusters: Shaped[np.ndarray, " row"]
-    unit: str
-    """What is left out at a time."""
+    design: Design
     settings: Settings
     device: str
     """Where sums over rows are taken."""
 
     @property
     def groups(self) -> Int64[np.ndarray, " row"]:
-        """What the jackknife leaves out together. All rows count, so that encoders whose rows are trimmed agree."""
-        return jackknife_groups(self.clusters)[0]
+        """What is left out together. All rows count, so that encoders whose rows are trimmed agree."""
+        return leave_out_groups(self.clusters)[0]
 
     def drawn(self, max_rows: int, seed: int) -> "_Pair":
         """At most so many of the rows, the same ones for every encoder."""
@@ -50,7 +59,9 @@ class _Pair:
             return self
         rows = np.sort(keyed_generator("similarity rows", seed).choice(len(self.x), max_rows, replace=False))
         settings = {**self.settings, "rows_drawn": max_rows}
-        return replace(self, x=self.x[rows], y=self.y[rows], clusters=self.clusters[rows], settings=settings)
+        clusters = self.clusters[rows]
+        design = design_of(clusters, unit=self.design.unit, most=MAX_GROUPS)
+        return replace(self, x=self.x[rows], y=self.y[rows], clusters=clusters, design=design, settings=settings)
 
 
 def _pair(task: TaskInput) -> _Pair | None:
@@ -68,7 +79,7 @@ def _with_itself(task: TaskInput) -> _Pair:
         x=task.features[chosen],
         y=task.features[chosen],
         clusters=clusters,
-        unit=jackknife_unit(clusters, task.rows.cluster_unit),
+        design=task.design(clusters, most=MAX_GROUPS),
         settings={"rows": task.test_rows_name},
         device=task.device,
     )
@@ -81,22 +92,25 @@ def cka(task: TaskInput) -> list[MetricValue]:
 
 
 def _linear(metric: str, pair: _Pair, debiased: bool) -> MetricValue:
-    value, without = leave_out_each(pair.x, pair.y, pair.groups, debiased, pair.device)
-    return _left_out(metric, value, without, pair, pair.settings)
+    values = leave_out_each(pair.x, pair.y, pair.groups, debiased, pair.device)
+    return _left_out(metric, values, pair, pair.settings)
 
 
 def _left_out(
-    metric: str, value: float, without: Float64[np.ndarray, " group"], pair: _Pair, settings: Settings
+    metric: str, values: Float64[np.ndarray, " whole_and_group"], pair: _Pair, settings: Settings
 ) -> MetricValue:
-    interval = Jackknifed(value=value, without=without, unit=pair.unit)
-    return MetricValue(metric=metric, interval=interval, n=len(pair.x), settings=settings)
+    figure = Figure(values=values, design=pair.design)
+    return MetricValue(metric=metric, figure=figure, n=len(pair.x), settings=settings)
 
 
-def _without_each(measure: Callable[[Bool[np.ndarray, " row"]], float], pair: _Pair) -> Float64[np.ndarray, " group"]:
-    """A measure of the rows without each group; empty where there is only one group."""
+def _leaving_out_each(
+    measure: Callable[[Bool[np.ndarray, " row"]], float], pair: _Pair
+) -> Float64[np.ndarray, " whole_and_group"]:
+    """A measure of all rows, then of those without each group, of which there is none where one group is all."""
     groups = pair.groups
     names = np.unique(groups)
-    return np.array([measure(groups != name) for name in names] if len(names) > 1 else [])
+    everyone = np.ones(len(groups), bool)
+    return np.array([measure(kept) for kept in (everyone, *(groups != name for name in names if len(names) > 1))])
 
 
 def similarity(task: TaskInput) -> list[MetricValue]:
@@ -119,8 +133,8 @@ def _rbf(pair: _Pair, task: TaskInput) -> MetricValue:
     bandwidth = task.spec.similarity.bandwidth
     measure = partial(rbf_cka, debiased=True, bandwidth=bandwidth, max_rows=len(pair.x), seed=task.seed)
     settings = {**pair.settings, "bandwidth": bandwidth, "debiased": True}
-    without = _without_each(lambda kept: measure(pair.x[kept], pair.y[kept]), pair)
-    return _left_out("similarity_rbf_cka", measure(pair.x, pair.y), without, pair, settings)
+    values = _leaving_out_each(lambda kept: measure(pair.x[kept], pair.y[kept]), pair)
+    return _left_out("similarity_rbf_cka", values, pair, settings)
 
 
 def _trimmed(pair: _Pair, task: TaskInput) -> MetricValue:
@@ -129,35 +143,41 @@ def _trimmed(pair: _Pair, task: TaskInput) -> MetricValue:
     groups = pair.groups
     if len(np.unique(groups[kept])) < len(np.unique(groups)):
         raise TaskError(f"a share of {share} of all rows is all of a patient's; lower similarity_trim")
-    value, without = leave_out_each(pair.x[kept], pair.y[kept], groups[kept], True, pair.device)
+    values = leave_out_each(pair.x[kept], pair.y[kept], groups[kept], True, pair.device)
     settings = {**pair.settings, "trimmed_share": share, "rows_left_out": int((~kept).sum()), "debiased": True}
-    return _left_out("similarity_trimmed_cka", value, without, pair, settings)
+    return _left_out("similarity_trimmed_cka", values, pair, settings)
 
 
 def _mutual(pair: _Pair, task: TaskInput) -> list[MetricValue]:
-    """Shares of common neighbors: sums over rows, so they are bootstrapped; the neighbors stay those of all rows."""
+    """Shares of common neighbors, without each patient's rows as queries and as neighbors."""
     ks = task.spec.similarity.k
-    graphs = [nearest(features, None, max(ks)) for features in (pair.x, pair.y)]
-    shared = mutual_neighbors(graphs[0], graphs[1], ks)
+    searches = [
+        Search(reference=features, k=max(ks), left_out_with=pair.groups) for features in (pair.x, np.asarray(pair.y))
+    ]
+
+    def shared(queries: Int64[np.ndarray, " some"], own: Neighbors, other: Neighbors) -> Float64[np.ndarray, "_ _"]:
+        counts = mutual_neighbors(own, other, ks) if len(queries) else np.zeros((0, len(ks)))
+        return np.column_stack([counts / np.array(ks), np.ones(len(queries))])
+
+    totals = leave_out_sums(searches, shared, pair.groups, len(pair.design.counts)).totals
     values = []
     for column, k in enumerate(ks):
-        statistic = mean_statistic(shared[:, column], pair.clusters, per_item=k)
+        figure = Figure(values=ratio(totals[:, [column, -1]]), design=pair.design, scale=SHARE)
         chance = round(k / (len(pair.x) - 1), 4)
         settings = {**pair.settings, "k": k, "distance": "cosine", "chance": chance}
-        values += bootstrapped_values("similarity", {f"mutual_knn_k{k}": statistic}, pair.clusters, settings)
+        values += metric_values("similarity", {f"mutual_knn_k{k}": figure}, settings, n=len(pair.x))
     return values
 
 
 def _procrustes(pair: _Pair) -> MetricValue:
-    value, without = leave_out_moments(procrustes_similarity, pair.x, pair.y, pair.clusters, pair.device)
-    return _left_out("similarity_procrustes", value, without, pair, pair.settings)
+    values = leave_out_moments(procrustes_similarity, pair.x, pair.y, pair.clusters, pair.device)
+    return _left_out("similarity_procrustes", values, pair, pair.settings)
 
 
 def _effective_rank(pair: _Pair) -> MetricValue:
-    without = _without_each(lambda kept: effective_rank(pair.x[kept]), pair)
+    values = _leaving_out_each(lambda kept: effective_rank(pair.x[kept]), pair)
     settings = {name: value for name, value in pair.settings.items() if name != "to"}
-    value = _left_out("similarity_effective_rank", effective_rank(pair.x), without, pair, settings)
-    return replace(value, better="neither")
+    return replace(_left_out("similarity_effective_rank", values, pair, settings), better="neither")
 
 
 def _ridge(task: TaskInput) -> list[MetricValue]:
@@ -171,14 +191,17 @@ def _ridge(task: TaskInput) -> list[MetricValue]:
         penalties.append(ridge.penalty)
     rows = np.concatenate(tested)
     clusters = task.rows.cluster[rows]
-    totals = cluster_sums(np.concatenate(sums), clusters)
+    design, of_rows = task.design(clusters), np.concatenate(sums)
     settings = {
         "to": task.teacher,
         "penalty": describe_choices(penalties),
         "fitted_on": f"other {task.rows.cluster_unit}",
     }
-    statistics = {"ridge_r2": of_sums(explained_share, totals), "projected_cosine": of_sums(mean_cosine, totals)}
-    return bootstrapped_values("similarity", statistics, clusters, settings)
+    figures = {
+        "ridge_r2": of_sums(explained_share, of_rows, clusters, design),
+        "projected_cosine": of_sums(mean_cosine, of_rows, clusters, design, CORRELATION),
+    }
+    return metric_values("similarity", figures, settings, n=len(rows))
 
 
 def _ridge_parts(task: TaskInput) -> Iterator[tuple[Int64[np.ndarray, "_"], Int64[np.ndarray, "_"]]]:

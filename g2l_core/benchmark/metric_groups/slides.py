@@ -11,14 +11,14 @@ from g2l_core.benchmark.metric_groups.values import (
     MetricValue,
     Settings,
     TaskInput,
-    bootstrapped_values,
     describe_choices,
+    metric_values,
 )
 from g2l_core.benchmark.rows import Bags, bags, split_parts
 from g2l_core.errors import TaskError
 from g2l_core.metrics.bags import bag_values, mean_pool, patch_vote
+from g2l_core.metrics.intervals import MAX_GROUPS, SHARE, Figure, leave_out_groups
 from g2l_core.metrics.mil import train_abmil
-from g2l_core.metrics.statistics import of_weights
 from g2l_core.metrics.survival import choose_cox_penalty, concordance_index, fit_cox
 
 _OBSERVED = ("1", "1.0", "true", "yes", "y", "deceased", "dead", "died", "event", "recurred", "progressed")
@@ -47,7 +47,7 @@ def slide_probe(task: TaskInput) -> list[MetricValue]:
     whole = bags(task.rows, task.spec)
     _, means = mean_pool(task.features, whole.of_row)
     predicted, settings = probe_folds(task, means, whole.label, whole.cluster, _bag_parts(task, whole))
-    return predicted.values("slide_probe", {"bag": task.spec.bag, "pooling": "mean of patches", **settings})
+    return predicted.values(task, "slide_probe", {"bag": task.spec.bag, "pooling": "mean of patches", **settings})
 
 
 def slide_vote(task: TaskInput) -> list[MetricValue]:
@@ -64,7 +64,7 @@ def slide_vote(task: TaskInput) -> list[MetricValue]:
         tested.append(test)
     predicted = Predicted.of_folds(whole.label, whole.cluster, tested, folds)
     settings = {"bag": spec.bag, "vote": "majority; mean probability", **probe_settings(task, probes)}
-    return predicted.values("slide_vote", settings)
+    return predicted.values(task, "slide_vote", settings)
 
 
 def abmil(task: TaskInput) -> list[MetricValue]:
@@ -88,7 +88,7 @@ def abmil(task: TaskInput) -> list[MetricValue]:
         epochs.append(result.epochs)
     predicted = Predicted.of_folds(whole.label, whole.cluster, tested, folds)
     settings = {"bag": task.spec.bag, "epochs": ", ".join(map(str, epochs)), **asdict(options)}
-    return predicted.values("abmil", {**settings, **task.split_settings})
+    return predicted.values(task, "abmil", {**settings, **task.split_settings})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,10 +158,11 @@ def survival(task: TaskInput) -> list[MetricValue]:
         "left_out": patients.left_out,
         **task.split_settings,
     }
-    return _concordance(patients, risks, tested, settings)
+    return _concordance(task, patients, risks, tested, settings)
 
 
 def _concordance(
+    task: TaskInput,
     patients: _Patients,
     risks: Float64[np.ndarray, " patient"],
     tested: Sequence[Int64[np.ndarray, "_"]],
@@ -182,4 +183,7 @@ def _concordance(
         return np.divide(sums, counts, out=np.full(len(values), np.nan), where=counts > 0)
 
     clusters = patients.names[order]
-    return bootstrapped_values("survival", {"c_index": of_weights(score, clusters)}, clusters, settings)
+    groups, count = leave_out_groups(clusters)
+    weights = np.vstack([np.ones(len(order), np.int64), np.arange(count)[:, None] != groups]).astype(np.int64)
+    figure = Figure(values=score(weights), design=task.design(clusters, most=MAX_GROUPS), scale=SHARE)
+    return metric_values("survival", {"c_index": figure}, settings, n=len(order))

@@ -1,80 +1,27 @@
 """A metric value of one encoder before its interval, and what metric groups compute it from."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
-from jaxtyping import Bool, Float16, Float64, Int64, Shaped
+from jaxtyping import Bool, Float16, Float64, Int64, Num, Shaped
 
 from g2l_core.benchmark.rows import TaskRows
 from g2l_core.benchmark.spec import TaskSpec
+from g2l_core.metrics.intervals import (
+    MAX_SUMMED_GROUPS,
+    SHARE,
+    Design,
+    Figure,
+    design_of,
+    leave_out_groups,
+    of_group_sums,
+)
 from g2l_core.metrics.probe import accuracy, balanced_accuracy, confusion, macro_f1
-from g2l_core.metrics.similarity import jackknife
-from g2l_core.metrics.statistics import Statistic, cluster_bootstrap, cluster_sums, of_sums, paired_bootstrap
-from g2l_core.results import Better, Estimate
+from g2l_core.results import Better
 from g2l_core.types import Features
 
 Settings = Mapping[str, str | int | float | bool]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Resampling:
-    """How intervals are drawn: the arguments of `statistics.cluster_bootstrap`."""
-
-    unit: str
-    """What a cluster is, in the plural."""
-    draws: int
-    seed: int
-
-
-class Interval(ABC):
-    """A metric value that can be computed on other clusters; the same clusters serve for every encoder."""
-
-    @abstractmethod
-    def estimate(self, resampling: Resampling) -> Estimate:
-        """The metric value with its interval."""
-
-    @abstractmethod
-    def difference(self, reference: "Interval", resampling: Resampling) -> tuple[Estimate, float]:
-        """This value minus a reference encoder's, with the two-sided p-value."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Bootstrapped(Interval):
-    """A statistic over clusters, which are drawn with replacement."""
-
-    statistic: Statistic
-    clusters: Shaped[np.ndarray, " item"]
-
-    def estimate(self, resampling: Resampling) -> Estimate:
-        """See `statistics.cluster_bootstrap`."""
-        return cluster_bootstrap(self.statistic, self.clusters, **asdict(resampling))
-
-    def difference(self, reference: Interval, resampling: Resampling) -> tuple[Estimate, float]:
-        """See `statistics.paired_bootstrap`."""
-        assert isinstance(reference, Bootstrapped)
-        return paired_bootstrap(self.statistic, reference.statistic, self.clusters, **asdict(resampling))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Jackknifed(Interval):
-    """A value of pairs of rows, which copies of rows would falsify: groups are left out in turn, nothing is drawn."""
-
-    value: float
-    without: Float64[np.ndarray, " group"]
-    """The value without each group of clusters."""
-    unit: str
-    """What is left out at a time."""
-
-    def estimate(self, resampling: Resampling) -> Estimate:
-        """See `similarity.jackknife`."""
-        return jackknife(self.value, self.without, self.unit)[0]
-
-    def difference(self, reference: Interval, resampling: Resampling) -> tuple[Estimate, float]:
-        """See `similarity.jackknife`."""
-        assert isinstance(reference, Jackknifed)
-        return jackknife(self.value - reference.value, self.without - reference.without, self.unit)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +40,8 @@ class MetricValue:
     """One metric of one encoder."""
 
     metric: str
-    interval: Interval
+    figure: Figure
+    """The value on all patients, and without each."""
     n: int
     """How many patches, slides or patients it rests on."""
     settings: Settings
@@ -134,47 +82,47 @@ class TaskInput:
         split = f"{spec.folds} folds by {rows.cluster_unit}" if spec.folds else f"fixed, {spec.split or spec.test}"
         return {"split": split, "duplicates_dropped": rows.duplicates_dropped}
 
+    def design(
+        self,
+        clusters: Shaped[np.ndarray, " item"],
+        strata: Shaped[np.ndarray, " item"] | None = None,
+        *,
+        stratum: str = "class",
+        most: int = MAX_SUMMED_GROUPS,
+    ) -> Design:
+        """How some items fall to the patients. See `intervals.design_of`."""
+        return design_of(clusters, strata, unit=self.rows.cluster_unit, stratum=stratum, most=most)
 
-def bootstrapped_values(
-    group: str,
-    statistics: Mapping[str, Statistic],
-    clusters: Shaped[np.ndarray, " item"],
-    settings: Settings,
-    *,
-    n: int | None = None,
-    better: Better = "higher",
+
+def metric_values(
+    group: str, figures: Mapping[str, Figure], settings: Settings, *, n: int, better: Better = "higher"
 ) -> list[MetricValue]:
-    """Values of several statistics on the same clusters, named GROUP_STATISTIC.
+    """Values of several figures on the same items, named GROUP_FIGURE.
 
     Args:
         group: The first part of the names.
-        statistics: By the second part of the names.
-        clusters: The cluster of each item.
+        figures: By the second part of the names.
         settings: What must be known to read the values.
-        n: How many items they rest on, if not as many as `clusters`.
+        n: How many items they rest on.
         better: Which values are the better ones.
     """
     return [
-        MetricValue(
-            metric=f"{group}_{name}",
-            interval=Bootstrapped(statistic=statistic, clusters=clusters),
-            n=len(clusters) if n is None else n,
-            settings=settings,
-            better=better,
-        )
-        for name, statistic in statistics.items()
+        MetricValue(metric=f"{group}_{name}", figure=figure, n=n, settings=settings, better=better)
+        for name, figure in figures.items()
     ]
 
 
-def mean_statistic(
-    values: Shaped[np.ndarray, " item"], clusters: Shaped[np.ndarray, " item"], per_item: int = 1
-) -> Statistic:
-    """The mean of the values over the items that are drawn, each of which counts as `per_item`."""
-    sums = cluster_sums(np.stack([values, np.full(len(values), per_item)], axis=1), clusters)
-    return of_sums(lambda totals: totals[:, 0] / totals[:, 1], sums)
+def ratio(totals: Float64[np.ndarray, "set 2"]) -> Float64[np.ndarray, " set"]:
+    """The first column of sums over the second; NaN where that is 0."""
+    return np.divide(totals[:, 0], totals[:, 1], out=np.full(len(totals), np.nan), where=totals[:, 1] > 0)
+
+
+CLASSIFIED = {"accuracy": accuracy, "balanced_accuracy": balanced_accuracy, "f1": macro_f1}
+"""The scores of a confusion matrix."""
 
 
 def classification_values(
+    task: TaskInput,
     prefix: str,
     truth: Shaped[np.ndarray, " item"],
     predicted: Shaped[np.ndarray, " item"],
@@ -186,15 +134,25 @@ def classification_values(
     plotted: bool = True,
 ) -> list[MetricValue]:
     """Accuracy, balanced accuracy and macro F1 of predictions, named PREFIX_accuracySUFFIX and so on."""
-    matrices = confusion(truth, predicted, clusters)
-    scores = {"accuracy": accuracy, "balanced_accuracy": balanced_accuracy, "f1": macro_f1}
-    statistics = {f"{name}{suffix}": of_sums(score, matrices) for name, score in scores.items()}
-    first, *others = bootstrapped_values(prefix, statistics, clusters, settings, n=n)
+    codes, _ = leave_out_groups(clusters, MAX_SUMMED_GROUPS)
+    matrices = confusion(truth, predicted, codes)
+    figures = classified(matrices, task.design(clusters), task.design(clusters, truth), suffix)
+    table = None
     if plotted:
         classes = np.unique(np.concatenate([truth, predicted]))
         table = Confusion(classifier=prefix + suffix, classes=classes, counts=matrices.sum(axis=0))
-        first = replace(first, confusion=table)
-    return [first, *others]
+    first, *others = metric_values(prefix, figures, settings, n=len(truth) if n is None else n)
+    return [replace(first, confusion=table), *others]
+
+
+def classified(
+    matrices: Num[np.ndarray, "group class class"], by_row: Design, by_class: Design, suffix: str = ""
+) -> dict[str, Figure]:
+    """The scores of each group's confusion matrix. Accuracy is a mean over rows, not over classes."""
+    return {
+        f"{name}{suffix}": of_group_sums(score, matrices, by_row if name == "accuracy" else by_class, SHARE)
+        for name, score in CLASSIFIED.items()
+    }
 
 
 def describe_choices(values: Sequence[float]) -> str | float:

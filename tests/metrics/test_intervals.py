@@ -1,0 +1,268 @@
+"""Leaving patients out against recomputation, exchanging encoders against all ways by hand, and coverage."""
+
+from dataclasses import replace
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from sklearn.metrics import balanced_accuracy_score
+
+from g2l_core.benchmark.metric_groups.values import ratio
+from g2l_core.errors import TaskError
+from g2l_core.metrics.intervals import (
+    CORRELATION,
+    LINE,
+    POSITIVE,
+    SHARE,
+    Figure,
+    averaged,
+    compare,
+    design_of,
+    effective_freedom,
+    estimate,
+    leave_out_groups,
+    of_group_sums,
+    of_sums,
+)
+from g2l_core.metrics.knn.leave_out import Search, leave_out_sums
+from g2l_core.metrics.knn.neighbors import knn_predict, nearest
+from g2l_core.metrics.probe import balanced_accuracy, confusion
+from tests.benchmarks import bench_coverage
+
+
+def predictions(seed=0, n=90, clusters=7):
+    rng = np.random.default_rng(seed)
+    truth = rng.integers(2, size=n)
+    predicted = np.where(rng.random(n) < 0.7, truth, 1 - truth)
+    return truth, predicted, np.array([f"p{i}" for i in rng.permutation(n) % clusters])
+
+
+def share_of(right, patients, scale=SHARE):
+    rows = np.stack([right, np.ones(len(right))], axis=1)
+    return of_sums(ratio, rows, patients, design_of(patients, unit="patients"), scale)
+
+
+def test_values_without_each_patient_are_those_of_the_other_rows():
+    truth, predicted, patients = predictions()
+    figure = of_group_sums(
+        balanced_accuracy, confusion(truth, predicted, patients), design_of(patients, truth, unit="patients"), SHARE
+    )
+    kept = [np.ones(90, bool), *(patients != name for name in np.unique(patients))]
+    expected = [balanced_accuracy_score(truth[rows], predicted[rows]) for rows in kept]
+    np.testing.assert_allclose(figure.values, expected, atol=1e-14)
+
+
+def test_the_mean_of_equal_patients_has_student_s_interval():
+    rng = np.random.default_rng(0)
+    values, patients = rng.standard_normal(12), np.arange(12)
+    got = estimate(share_of(values, patients, LINE))
+    expected = stats.t.interval(0.95, 11, values.mean(), stats.sem(values))
+    assert (got.low, got.high) == pytest.approx(expected, abs=1e-12)
+    assert got.method == "jackknife over 12 patients, t with 11.0 degrees of freedom"
+    assert got.clusters == 12
+
+
+def test_two_classes_of_whole_patients_have_welch_s_degrees_of_freedom():
+    design = design_of(np.arange(9), np.array([0] * 3 + [1] * 6), unit="patients")
+    factor, freedom = effective_freedom(design)
+    # equal variances: (1/3 + 1/6)^2 / ((1/3)^2 / 2 + (1/6)^2 / 5), as Welch has it, with shares' moves a / (1 - a)
+    moves = np.array([1 / (3 - 1) ** 2 * (1 - 1 / 3)] * 3 + [1 / (6 - 1) ** 2 * (1 - 1 / 6)] * 6)
+    assert factor == pytest.approx((1 / 3 + 1 / 6) / (moves.sum() * 8 / 9))
+    assert freedom == pytest.approx((1 / 2 + 1 / 5) ** 2 / (1 / 2**3 + 1 / 5**3))
+
+
+def test_the_corrected_variance_is_unbiased_for_unequal_patients():
+    """Patients' means of one variance, weighted by very unequal sizes."""
+    rng = np.random.default_rng(0)
+    sizes = np.array([1, 2, 4, 8, 16, 32])
+    patients = np.repeat(np.arange(6), sizes)
+    design = design_of(patients, unit="patients")
+    factor, _ = effective_freedom(design)
+    shares = sizes / sizes.sum()
+    found = []
+    for _ in range(4000):
+        without = share_of(rng.standard_normal(6)[patients], patients, LINE).values[1:]
+        found.append(factor * 5 / 6 * ((without - without.mean()) ** 2).sum())
+    # m = mean of the values without each is not the mean itself: a bias of some percent is left
+    assert np.mean(found) == pytest.approx((shares**2).sum(), rel=0.15)
+
+
+@given(
+    shares=st.lists(st.floats(0, 1), min_size=4, max_size=20),
+    scale=st.sampled_from([SHARE, POSITIVE, CORRELATION]),
+)
+def test_intervals_hold_the_value_and_keep_the_scale_s_bounds(shares, scale):
+    figure = share_of(np.array(shares), np.arange(len(shares)), scale)
+    got = estimate(figure)
+    if scale.bounds[0] < got.value < scale.bounds[1]:
+        assert scale.bounds[0] <= got.low <= got.value + 1e-12
+        assert got.value - 1e-12 <= got.high <= scale.bounds[1]
+    wider = estimate(figure, level=0.99)
+    assert wider.low <= got.low + 1e-12
+    assert got.high <= wider.high + 1e-12
+
+
+@pytest.mark.parametrize(("value", "bounds"), [(1.0, (0.025 ** (1 / 8), 1.0)), (0.0, (0.0, 1 - 0.025 ** (1 / 8)))])
+def test_a_share_of_all_or_none_is_as_uncertain_as_so_many_patients(value, bounds):
+    got = estimate(share_of(np.full(16, value), np.arange(16) % 8))
+    assert (got.low, got.high) == pytest.approx(bounds)
+
+
+@pytest.mark.parametrize("patients", [1, 2, 3])
+def test_fewer_than_four_patients_have_no_interval_and_no_p(patients):
+    figure = share_of(np.arange(12.0) % 2, np.arange(12) % patients)
+    got = estimate(figure)
+    assert np.isnan([got.low, got.high]).all()
+    assert got.method == f"none: {patients} patients, and an interval needs 4"
+    found = compare(figure, figure, seed=0, margin=0.1)
+    assert np.isnan([found.p_value, found.p_equivalent, found.estimate.low]).all()
+
+
+def test_a_class_of_one_patient_has_no_interval():
+    truth, patients = np.array([0, 0, 0, 0, 1, 1]), np.array([1, 2, 3, 4, 5, 5])
+    figure = of_group_sums(
+        balanced_accuracy, confusion(truth, truth, patients), design_of(patients, truth, unit="patients"), SHARE
+    )
+    assert estimate(figure).method == "none: all rows of class 1 are of one of the patients"
+    assert np.isnan(compare(figure, figure, seed=0, margin=0.1).p_value)
+
+
+def test_undefined_values_are_refused_or_said():
+    design = design_of(np.arange(5), unit="slides")
+    values = np.array([0.5, 0.4, np.nan, 0.5, 0.6, 0.5])
+    assert estimate(Figure(values=values, design=design)).method == "none: undefined without one of the slides"
+    with pytest.raises(TaskError, match="undefined"):
+        estimate(Figure(values=np.full(6, np.nan), design=design))
+
+
+def test_a_figure_without_interval_is_still_compared_by_exchange():
+    truth, predicted, patients = predictions(n=400, clusters=9)
+    one = replace(share_of((truth == predicted).astype(float), patients), no_interval="it has none")
+    other = replace(share_of(np.ones(400), patients), no_interval="it has none")
+    assert estimate(one).method == "none: it has none"
+    found = compare(other, one, seed=0, margin=0.1)
+    assert found.p_value == pytest.approx(2 / 2**9)
+    assert np.isnan([found.estimate.low, found.p_equivalent]).all()
+
+
+def test_p_is_the_share_of_all_exchanges_by_hand():
+    rng = np.random.default_rng(3)
+    patients, right = np.arange(30) % 6, rng.random((2, 30)) < [[0.9], [0.6]]
+    figures = [share_of(row.astype(float), patients) for row in right]
+    observed = abs(right[0].mean() - right[1].mean())
+    differences = []
+    for flips in product([False, True], repeat=6):
+        swapped = np.array(flips)[patients]
+        one, other = np.where(swapped, right[::-1], right)
+        differences.append(abs(one.mean() - other.mean()))
+    expected = np.mean(np.array(differences) >= observed - 1e-12)
+    assert compare(*figures, seed=0, margin=0.1).p_value == pytest.approx(expected)
+
+
+@settings(max_examples=30)
+@given(seed=st.integers(0, 2**32 - 1), clusters=st.integers(4, 30))
+def test_p_is_never_below_what_so_many_patients_can_give(seed, clusters):
+    rng = np.random.default_rng(seed)
+    patients = np.arange(60) % clusters
+    one, other = (share_of((rng.random(60) < chance).astype(float), patients) for chance in (0.98, 0.1))
+    for exchange in (one.exchange, None):
+        found = compare(replace(one, exchange=exchange), other, draws=200, seed=0, margin=0.1)
+        assert 2.0 ** (1 - clusters) <= found.p_value <= 1
+
+
+def test_comparing_the_other_way_round_turns_the_sign():
+    truth, predicted, patients = predictions(n=300, clusters=20)
+    right = (truth == predicted).astype(float)
+    one, other = share_of(right, patients), share_of(np.ones(300), patients)
+    there, back = (compare(*pair, seed=1, margin=0.1) for pair in ((one, other), (other, one)))
+    assert (back.estimate.low, back.estimate.high) == pytest.approx((-there.estimate.high, -there.estimate.low))
+    assert back.p_value == there.p_value
+    same = compare(one, one, seed=1, margin=0.1)
+    assert (same.estimate.low, same.estimate.high, same.p_value) == (0.0, 0.0, 1.0)
+    assert same.p_equivalent == 0.0
+
+
+def test_equivalence_is_two_one_sided_tests():
+    rng = np.random.default_rng(0)
+    one, other = rng.random(40), rng.random(40)
+    found = compare(*(share_of(row, np.arange(40), LINE) for row in (one, other)), seed=0, margin=0.3)
+    difference = one - other
+    error = stats.sem(difference)
+    lower = stats.t.sf((difference.mean() + 0.3) / error, 39)
+    upper = stats.t.cdf((difference.mean() - 0.3) / error, 39)
+    assert found.p_equivalent == pytest.approx(max(lower, upper), rel=1e-9)
+
+
+def test_seeds_widen_the_interval_of_their_mean():
+    patients = np.arange(10)
+    rng = np.random.default_rng(1)
+    tissue = rng.random(10)
+    seeds = [share_of(np.clip(tissue + shift, 0, 1), patients, LINE) for shift in (-0.1, 0.0, 0.1)]
+    mean = averaged(seeds, "seeds")
+    single, both = estimate(replace(mean, more=())), estimate(mean)
+    assert both.value == pytest.approx(np.mean([figure.values[0] for figure in seeds]))
+    values = [figure.values[0] for figure in seeds]
+    first, second = np.var(values, ddof=1) / 3, (single.high - single.low) ** 2 / 4 / stats.t.ppf(0.975, 9) ** 2
+    freedom = (first + second) ** 2 / (first**2 / 2 + second**2 / 9)
+    assert both.high - both.value == pytest.approx(stats.t.ppf(0.975, freedom) * np.sqrt(first + second), rel=1e-9)
+    assert "over 10 patients and 3 seeds" in both.method
+    with pytest.raises(TaskError, match="two at least"):
+        averaged(seeds[:1], "seeds")
+
+
+@pytest.mark.parametrize("listed", [1, 500_000])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_neighbors_without_a_patient_are_those_of_the_other_rows(monkeypatch, listed, grouped):
+    """Also where the list of neighbors is too short, so that some queries are searched for again."""
+    monkeypatch.setattr("g2l_core.metrics.knn.leave_out._LISTED", listed)
+    rng = np.random.default_rng(0)
+    patients = np.repeat(np.arange(5), [3, 20, 12, 30, 8])
+    features = rng.standard_normal((5, 6))[patients] + 0.2 * rng.standard_normal((73, 6))
+    labels, slides = rng.integers(3, size=73), np.arange(73) // 2
+    groups = slides if grouped else None
+    search = Search(reference=features, k=7, groups=groups, left_out_with=patients)
+
+    def contributions(queries, graph):
+        return np.stack([knn_predict(graph, labels) == labels[queries], graph.distances.sum(axis=1)], axis=1)
+
+    totals = leave_out_sums([search], contributions, patients, 5).totals
+    for number, kept in enumerate([np.ones(73, bool), *(patients != patient for patient in range(5))]):
+        graph = nearest(features[kept], None, 7, groups=slides[kept] if grouped else None)
+        right = knn_predict(graph, labels[kept]) == labels[kept]
+        np.testing.assert_allclose(totals[number], [right.sum(), graph.distances.sum()], atol=1e-9)
+
+
+def test_too_few_rows_without_a_patient_are_no_number():
+    patients = np.array([0] * 8 + [1, 2])
+    features = np.random.default_rng(0).standard_normal((10, 3))
+    search = Search(reference=features, k=4, left_out_with=patients)
+    totals = leave_out_sums([search], lambda rows, graph: graph.distances[:, :1], patients, 3).totals
+    assert np.isnan(totals[1]).all()
+    assert np.isfinite(totals[[0, 2, 3]]).all()
+
+
+def test_many_patients_are_left_out_in_groups():
+    codes, count = leave_out_groups(np.repeat(np.arange(100), 3), 8)
+    assert count == 8
+    assert all(len(np.unique(codes[3 * patient : 3 * patient + 3])) == 1 for patient in range(100))
+    assert np.ptp(np.bincount(codes)) <= 6
+
+
+@pytest.mark.parametrize("patients", [6, 20])
+def test_coverage_and_false_positives_on_planted_cohorts(patients):
+    """The bench in small; its table in docs/intervals.md has 500 repeats."""
+    setting, repeats = ("plain", 0.5, patients), 60
+    rows = bench_coverage.rows_of(
+        setting, bench_coverage.simulate(setting, repeats, 50), bench_coverage.truths("plain", 0.5)
+    )
+    rows = list(rows)
+    ours = [row for row in rows if row["method"] == "jackknife"]
+    assert len(ours) == len({row["figure"] for row in rows}) >= 20
+    assert np.mean([row["coverage"] for row in ours]) >= 0.93
+    assert min(row["coverage"] for row in ours) >= 0.82  # three standard errors of 60 repeats below 0.95
+    assert np.mean([row["false_positives"] for row in ours]) <= 0.06
+    drawn = {row["figure"]: row["coverage"] for row in rows if row["method"] == "bootstrap"}
+    assert np.mean(list(drawn.values())) < np.mean([row["coverage"] for row in ours if row["figure"] in drawn])
