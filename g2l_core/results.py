@@ -6,6 +6,10 @@ from math import nan
 from typing import Literal
 
 
+FEWEST = 4
+"""With fewer patients there is no interval: of three, each one decides a third of it, and no test can reach 0.05."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
     """A metric value with its 95 % interval. The bounds are NaN where there can be no interval (a single cluster)."""
@@ -17,6 +21,8 @@ class Estimate:
     """How the interval was made, for people: "jackknife over 8 patients, t with 7.0 degrees of freedom"; or why not."""
     clusters: int = 0
     """How many patients (or slides, if that is what is independent) the value rests on; 0 where nobody counted."""
+    unit: str = ""
+    """What these are, in the plural."""
 
 
 Better = Literal["higher", "lower", "neither"]

@@ -32,6 +32,7 @@ def run_bench(
     *,
     baseline: str = "",
     draws: int = 1000,
+    margin: float = 0.02,
     seed: int = 0,
     device: str = "cpu",
 ) -> Report:
@@ -43,15 +44,17 @@ def run_bench(
         encoders: Names as users write them; the first is the teacher.
         out: The report's folder; results.json, .csv, .md and report.html are replaced there.
         baseline: A second encoder to take differences from.
-        draws: The number of bootstrap resamples.
-        seed: The random seed of folds and bootstrap.
+        draws: Random exchanges of two encoders, where there are too many patients to try all.
+        margin: By how much two encoders may differ and still count as equally good, in each metric's own unit.
+        seed: The random seed of folds and exchanges.
         device: Where CKA's sums over rows are taken: cpu, cuda, or auto, which is the GPU where there is one.
 
     Raises:
         G2LError: Nothing could be started. A task that fails is a `Failure` of the report instead.
     """
     with writing(out), locked_output(out):
-        return _run_bench(tasks_path, store_paths, encoders, out, baseline, draws, seed, device)
+        statistics = {"draws": draws, "margin": margin, "seed": seed}
+        return _run_bench(tasks_path, store_paths, encoders, out, baseline, statistics, device)
 
 
 def _run_bench(
@@ -60,8 +63,7 @@ def _run_bench(
     encoders: Sequence[str],
     out: Path,
     baseline: str,
-    draws: int,
-    seed: int,
+    statistics: Mapping[str, Any],
     device: str,
 ) -> Report:
     tasks_file, folder = find_tasks(tasks_path)
@@ -72,8 +74,7 @@ def _run_bench(
     bench = BenchSpec(
         encoders=keys,
         baseline=find_stored(baseline, known) if baseline else "",
-        draws=draws,
-        seed=seed,
+        **statistics,
         device=_sums_device(device),
     )
     if len(set(keys)) < len(keys):

@@ -15,11 +15,9 @@ from scipy.special import expit, logit, stdtr, stdtrit
 
 from g2l_core.errors import TaskError
 from g2l_core.metrics.statistics import cluster_codes, require_aligned
-from g2l_core.results import Estimate
+from g2l_core.results import FEWEST, Estimate
 from g2l_core.rng import keyed_generator
 
-FEWEST = 4
-"""With fewer patients there is no interval: of three, each one decides a third of it, and no test can reach 0.05."""
 MAX_GROUPS = 32
 """Of more patients, this many random groups are left out where each costs a pass over the rows."""
 MAX_SUMMED_GROUPS = 128
@@ -317,13 +315,20 @@ def estimate(figure: Figure, level: float = 0.95) -> Estimate:
         >>> round(found.low, 3), round(found.high, 3), found.method
         (0.11, 0.89, 'jackknife over 4 slides, t with 3.0 degrees of freedom')
     """
-    value, clusters = _value(figure), figure.design.clusters
+    value, design = _value(figure), figure.design
     reason = _reason(figure)
     if reason:
-        return Estimate(value=value, method=f"none: {reason}", clusters=clusters)
+        return Estimate(value=value, method=f"none: {reason}", clusters=design.clusters, unit=design.unit)
     error, freedom = _error(figure)
     low, high = _bounds(figure, value, float(stdtrit(freedom, (1 + level) / 2)) * error, (1 - level) / 2)
-    return Estimate(value=value, low=low, high=high, method=_method(figure, freedom), clusters=clusters)
+    return Estimate(
+        value=value,
+        low=low,
+        high=high,
+        method=_method(figure, freedom),
+        clusters=design.clusters,
+        unit=design.unit,
+    )
 
 
 def _bounds(figure: Figure, value: float, half: float, tail: float) -> tuple[float, float]:

@@ -17,7 +17,9 @@ from g2l_core.report.tables import (
     decimals,
     encoder_order,
     estimate_text,
+    few_patients,
     interval,
+    is_as_good,
     meaning_of,
     number,
     p_text,
@@ -31,8 +33,8 @@ from g2l_core.results import Better, Comparison, Estimate, Report, Result
 
 _BETTER: Mapping[Better, str] = {"higher": "", "lower": "lower is better", "neither": "neither way is better"}
 _DIFFERENCE_CAPTION = (
-    "Right of the line: higher than the reference, both taken on the same draws. p is adjusted by Holm's method over "
-    "the tasks that compare the same two encoders by the same metric."
+    "Right of the line: higher than the reference, on the same patients. p is adjusted by Holm's method over all that "
+    'this report compares of the same two encoders. "Within" the margin: two one-sided tests find the two as good.'
 )
 
 
@@ -62,6 +64,7 @@ def page(report: Report) -> str:
         cells=cells,
         curves_over_k=_curves_over_k,
         differences=_differences,
+        few_patients=few_patients,
         found_cell=_found_cell,
         how_computed=_how_computed,
         intervals=_intervals,
@@ -181,7 +184,8 @@ def _difference_group(metric: str, comparisons: Sequence[Comparison], order: Seq
             series=order.index(row.encoder),
             estimate=row.difference,
             text=estimate_text(row.difference, digits, "+"),
-            aside=p_text(row.p_value if isnan(row.p_holm) else row.p_holm),
+            aside=p_text(row.p_value if isnan(row.p_holm) else row.p_holm)
+            + (f", within {row.margin:g}" if is_as_good(row) else ""),
         )
         for row in comparisons
     )

@@ -10,6 +10,8 @@ from g2l_core.report.tables import (
     decimals,
     encoder_order,
     estimate_text,
+    few_patients,
+    is_as_good,
     meaning_of,
     number,
     p_text,
@@ -81,8 +83,13 @@ def _overview(parts: Sequence[TaskPart], order: Sequence[str]) -> list[str]:
 def _values(part: TaskPart) -> list[str]:
     if not part.results:
         return []
-    rows = ([_title(metric), *_cells(part, row, part.encoders)] for metric, row in part.results.items())
-    return _table(["metric", *map(_escaped, part.encoders)], rows)
+    rows = (
+        [_title(metric), _escaped(support(row)), *_cells(part, row, part.encoders)]
+        for metric, row in part.results.items()
+    )
+    few = few_patients(part)
+    table = _table(["metric", "support", *map(_escaped, part.encoders)], rows)
+    return [*([f"**{_escaped(few)}**", ""] if few else []), *table]
 
 
 def _cells(part: TaskPart, row: Mapping[str, Result], keys: Sequence[str]) -> Iterator[str]:
@@ -117,11 +124,12 @@ def _differences(part: TaskPart) -> list[str]:
             f"{_escaped(row.encoder)} - {_escaped(row.reference)}",
             estimate_text(row.difference, decimals([row.difference], spare=1), "+"),
             p_text(row.p_value),
-            p_text(row.p_holm) + (f" over {row.tests} tasks" if row.tests > 1 else ""),
+            p_text(row.p_holm) + (f" over {row.tests}" if row.tests > 1 else ""),
+            f"within {row.margin:g}" if is_as_good(row) else "",
         ]
         for row in part.comparisons
     )
-    return _table(["metric", "difference", "value", "p", "adjusted (Holm)"], rows)
+    return _table(["metric", "difference", "value", "p", "adjusted (Holm)", "as good"], rows)
 
 
 def _matrices(pictures: Plots) -> list[str]:

@@ -9,10 +9,13 @@ from typing import Literal
 
 from g2l_core.errors import TaskError
 from g2l_core.report.meanings import METRICS, Meaning
-from g2l_core.results import Comparison, Estimate, Failure, Plots, PublishedValue, Report, Result
+from g2l_core.results import FEWEST, Comparison, Estimate, Failure, Plots, PublishedValue, Report, Result
 
 _MAX_DECIMALS = 5
 _LARGE = 1e7
+ALPHA = 0.05
+_FEW = 10
+"""Fewer patients than this are said to be few."""
 _ROUNDING = 1e-9
 """A value that is off by exactly the tolerance is within it."""
 
@@ -147,7 +150,25 @@ def support(row: Mapping[str, Result]) -> str:
     k = ("k", split_k(results[0].metric)[1])
     settings = settings_text({name: value for name, value in shared if (name, value) != k})
     count = " to ".join(f"{n:,}" for n in dict.fromkeys((rows[0], rows[-1])))
-    return "; ".join(filter(None, (f"n = {count}", settings)))
+    over = results[0].estimate
+    patients = f" of {over.clusters:,} {over.unit}" if over.clusters and over.clusters != rows[-1] else ""
+    return "; ".join(filter(None, (f"n = {count}{patients}", settings)))
+
+
+def few_patients(part: "TaskPart") -> str:
+    """What a reader must know where a task tests few patients; empty where it tests ten or more."""
+    over = [result.estimate for row in part.results.values() for result in row.values() if result.estimate.clusters]
+    least = min(over, key=lambda estimate: estimate.clusters, default=None)
+    if least is None or least.clusters >= _FEW:
+        return ""
+    count, unit = least.clusters, least.unit
+    if count < FEWEST:
+        return f"Only {count} {unit} are tested: too few for an interval, which needs {FEWEST}, or for a p-value."
+    sure = (
+        "no difference can reach p < 0.05" if 2.0 ** (1 - count) >= ALPHA else "only a difference that nearly all show"
+    )
+    end = "" if sure.startswith("no") else " can reach p < 0.05"
+    return f"Only {count} {unit} are tested: each of them decides much, intervals are wide, and {sure}{end}."
 
 
 def settings_text(settings: Mapping[str, str | int | float | bool]) -> str:
@@ -213,14 +234,35 @@ def listed(words: Sequence[str]) -> str:
     return " and ".join(filter(None, (", ".join(named[:-1]), *named[-1:])))
 
 
-def best(row: Mapping[str, Result]) -> frozenset[str]:
-    """The encoders with the best value of one metric; none where fewer than two have a value, or none is better."""
+def best(part: TaskPart, row: Mapping[str, Result]) -> frozenset[str]:
+    """The encoder that is ahead of all others in one metric: its differences from them are sure, all together.
+
+    None where fewer than two have a value, none is better, or a difference was not taken or may be 0: where its
+    interval holds 0, or its adjusted p is not below 0.05.
+    """
     values = {key: result.estimate.value for key, result in row.items() if not isnan(result.estimate.value)}
     better = next(iter(row.values())).better
     if len(values) < 2 or better == "neither":
         return frozenset()
-    top = (max if better == "higher" else min)(values.values())
-    return frozenset(key for key, value in values.items() if value == top)
+    top = (max if better == "higher" else min)(values, key=values.__getitem__)
+    metric = next(iter(row.values())).metric
+    behind = {
+        row.reference if row.encoder == top else row.encoder
+        for row in part.comparisons
+        if row.metric == metric and top in (row.encoder, row.reference) and is_sure(row)
+    }
+    return frozenset({top}) if behind >= set(values) - {top} else frozenset()
+
+
+def is_sure(row: Comparison) -> bool:
+    """Whether a difference is not 0: by its interval, and by its p-value among all that were taken."""
+    p_value = row.p_value if isnan(row.p_holm) else row.p_holm
+    return p_value < ALPHA and not row.difference.low <= 0 <= row.difference.high
+
+
+def is_as_good(row: Comparison) -> bool:
+    """Whether two encoders differ by less than the margin (two one-sided tests)."""
+    return row.p_equivalent < ALPHA
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,7 +276,7 @@ class Cell:
 
 def cells(part: TaskPart, row: Mapping[str, Result], keys: Iterable[str]) -> Iterator[Cell]:
     """The cells of one metric, one for each of the encoders."""
-    digits, leading = decimals((result.estimate for result in row.values()), spare=1), best(row)
+    digits, leading = decimals((result.estimate for result in row.values()), spare=1), best(part, row)
     for key in keys:
         if key not in row:
             yield Cell(text=part.gap(key), kind=part.gap(key))

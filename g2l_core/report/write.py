@@ -20,7 +20,7 @@ from g2l_core.files import csv_row, parse_json, replacing
 from g2l_core.report.html import page
 from g2l_core.report.json import FORMAT, json_text, report_of
 from g2l_core.report.markdown import markdown
-from g2l_core.report.tables import TaskPart, decimals, estimate_text, meaning_of, task_parts
+from g2l_core.report.tables import TaskPart, decimals, estimate_text, few_patients, meaning_of, task_parts
 from g2l_core.results import Comparison, Report, Result
 
 _GAP, _MIN_TITLE, _MIN_COLUMN = 2, 18, 12
@@ -100,11 +100,12 @@ def _csv_text(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 def _results_csv(results: Sequence[Result]) -> str:
     names = sorted({name for row in results for name in row.settings})
-    header = ["task", "metric", "encoder", "value", "low", "high", "n", "method", "better"]
+    header = ["task", "metric", "encoder", "value", "low", "high", "n", "clusters", "unit", "method", "better"]
     rows = (
         [
             *(row.task, row.metric, row.encoder, row.estimate.value, row.estimate.low, row.estimate.high),
-            *(row.n, row.estimate.method, row.better, *map(row.settings.get, names)),
+            *(row.n, row.estimate.clusters, row.estimate.unit, row.estimate.method, row.better),
+            *map(row.settings.get, names),
         ]
         for row in results
     )
@@ -113,11 +114,12 @@ def _results_csv(results: Sequence[Result]) -> str:
 
 def _comparisons_csv(comparisons: Sequence[Comparison]) -> str:
     header = ["task", "metric", "encoder", "reference", "difference", "low", "high", "p_value", "method"]
-    header += ["p_holm", "tests"]
+    header += ["p_holm", "tests", "margin", "p_equivalent"]
     rows = (
         [
             *(row.task, row.metric, row.encoder, row.reference, row.difference.value, row.difference.low),
             *(row.difference.high, row.p_value, row.difference.method, row.p_holm, row.tests),
+            *(row.margin, row.p_equivalent),
         ]
         for row in comparisons
     )
@@ -145,7 +147,8 @@ def terminal_table(report: Report | Sequence[Result], width: int = 80) -> str:
     lines += [""] if lines else []
     for part in task_parts(report):
         if part.results:
-            lines += [*_lines(part.name, width), *_terminal_part(part, width)]
+            few = few_patients(part)
+            lines += [*_lines(part.name, width), *(_lines(few, width) if few else ()), *_terminal_part(part, width)]
     for facts in report.encoders:
         if facts.note:
             lines += _lines(f"{facts.key}: {facts.note}", width)

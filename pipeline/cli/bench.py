@@ -21,7 +21,12 @@ def bench(
     baseline: Annotated[
         str, typer.Option(help="An encoder to take further differences from.", show_default=False)
     ] = "",
-    draws: Annotated[int, typer.Option(min=100, help="Bootstrap resamples.")] = 1000,
+    draws: Annotated[
+        int, typer.Option(min=100, help="Random exchanges of two encoders, where there are too many to try all.")
+    ] = 1000,
+    margin: Annotated[
+        float, typer.Option(min=0.0, help="By how much encoders may differ and still count as equally good.")
+    ] = 0.02,
     seed: Seed = 0,
     device: Annotated[
         str, typer.Option(help="Where CKA's sums are taken: cpu, cuda or auto.", rich_help_panel=MACHINE)
@@ -33,7 +38,9 @@ def bench(
     from pipeline.bench import refuse_no_results, run_bench
 
     names = [name.strip() for name in encoders.split(",") if name.strip()]
-    report = run_bench(tasks, store, names, out, baseline=baseline, draws=draws, seed=seed, device=device)
+    report = run_bench(
+        tasks, store, names, out, baseline=baseline, draws=draws, margin=margin, seed=seed, device=device
+    )
     for failure in report.failures:
         who = f" ({failure.encoder})" if failure.encoder else ""
         typer.echo(f"failed  {failure.task}{who}: {failure.reason}", err=True)

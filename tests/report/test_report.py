@@ -17,7 +17,17 @@ from g2l_core.report import write as module
 from g2l_core.report.html import page
 from g2l_core.report.json import json_text
 from g2l_core.report.meanings import METRICS
-from g2l_core.report.tables import best, decimals, estimate_text, meaning_of, number, p_text, split_k, task_parts
+from g2l_core.report.tables import (
+    best,
+    decimals,
+    estimate_text,
+    few_patients,
+    meaning_of,
+    number,
+    p_text,
+    split_k,
+    task_parts,
+)
 from g2l_core.report.write import read_report, terminal_table, write_report
 from g2l_core.results import (
     CkaMatrix,
@@ -379,17 +389,16 @@ def test_terminal_table_keeps_to_its_width_and_cuts_no_figure(width, count, valu
 def test_markdown_by_hand(full, tmp_path):
     write_report(full, tmp_path)
     lines = (tmp_path / "results.md").read_text().splitlines()
-    assert "| kNN accuracy | **0.870** [0.830, 0.910] | 0.700 [0.660, 0.740] | 0.860 [0.820, 0.900] |" in lines
-    assert "| kNN accuracy | **0.870** [0.830, 0.910] | failed | 0.860 [0.820, 0.900] |" in lines
-    assert "| kNN accuracy | after - teacher | -0.010 [-0.030, +0.010] | p = 0.321 | p = 0.642 over 2 tasks |" in lines
+    about = "| kNN accuracy | n = 100; k = 3; split: fixed |"
+    assert f"{about} 0.870 [0.830, 0.910] | 0.700 [0.660, 0.740] | 0.860 [0.820, 0.900] |" in lines
+    assert f"{about} 0.870 [0.830, 0.910] | failed | 0.860 [0.820, 0.900] |" in lines
+    assert "| kNN accuracy | after - teacher | -0.010 [-0.030, +0.010] | p = 0.321 | p = 0.642 over 2 |  |" in lines
     assert "| breast | before | no probe converged |" in lines
     assert "- 3 slides of oral were distilled on." in lines
     assert "| kNN accuracy | Teacher | 0.870 [0.830, 0.910] | 0.86 \u00b1 0.01 | within | Table 2 |" in lines
     assert "| teacher | 1.00 | 0.25 |" in lines
     assert "| benign | 3 | 1 |" in lines
-    overview = (
-        "| oral | kNN accuracy | n = 100; k = 3; split: fixed | **0.870** [0.830, 0.910] | 0.700 [0.660, 0.740] |"
-    )
+    overview = "| oral | kNN accuracy | n = 100; k = 3; split: fixed | 0.870 [0.830, 0.910] | 0.700 [0.660, 0.740] |"
     assert f"{overview} 0.860 [0.820, 0.900] |" in lines
 
 
@@ -447,12 +456,46 @@ def test_figures_stand_in_the_order_of_the_encoder_that_has_most():
     assert list(shown[0].results) == ["cka", "rank", "knn", "more"]
 
 
-def test_best_follows_the_direction_and_takes_ties():
-    row = {key: result(encoder=key, value=value) for key, value in {"a": 1.0, "b": 2.0, "c": 2.0}.items()}
-    assert best(row) == {"b", "c"}
-    assert best({key: replace(r, better="lower") for key, r in row.items()}) == {"a"}
-    assert best({key: replace(r, better="neither") for key, r in row.items()}) == frozenset()
-    assert best({"a": row["a"], "d": result(value=math.nan)}) == frozenset()
+def led(better, *differences):
+    """Which of a (1), b (2) and c (3) leads, given sure or unsure differences."""
+    row = {
+        key: result(encoder=key, value=value, better=better) for key, value in {"a": 1.0, "b": 2.0, "c": 3.0}.items()
+    }
+    comparisons = tuple(
+        Comparison(
+            task="oral",
+            metric="knn_accuracy",
+            encoder=pair[0],
+            reference=pair[1],
+            difference=estimate(0.5, half),
+            p_value=0.001,
+            p_holm=p_holm,
+        )
+        for pair, half, p_holm in differences
+    )
+    (part,) = task_parts(report(results=tuple(row.values()), comparisons=comparisons))
+    return best(part, part.results["knn_accuracy"])
+
+
+def test_only_a_value_that_is_surely_ahead_of_all_others_leads():
+    sure = [("ca", 0.1, 0.01), ("bc", 0.1, 0.01), ("ba", 0.1, 0.01)]
+    assert led("higher", *sure) == {"c"}
+    assert led("lower", *sure) == {"a"}
+    assert led("neither", *sure) == frozenset()
+    assert led("higher", sure[0]) == frozenset()  # not compared with b
+    assert led("higher", sure[0], ("bc", 0.6, 0.01)) == frozenset()  # the interval holds 0
+    assert led("higher", sure[0], ("bc", 0.1, 0.06)) == frozenset()  # not after adjustment
+
+
+@pytest.mark.parametrize(
+    ("clusters", "words"),
+    [(0, ""), (3, "too few for an interval"), (5, "no difference can reach"), (6, "nearly all show"), (10, "")],
+)
+def test_few_patients_are_said_to_be_few(clusters, words):
+    value = replace(estimate(0.5, 0.1), clusters=clusters, unit="patients")
+    (part,) = task_parts(report(results=(replace(result(), estimate=value),)))
+    assert words in few_patients(part)
+    assert bool(few_patients(part)) == bool(words)
 
 
 def test_parts_keep_the_order_of_the_report():
