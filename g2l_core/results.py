@@ -5,7 +5,6 @@ from dataclasses import dataclass, field, fields
 from math import nan
 from typing import Literal
 
-
 FEWEST = 4
 """With fewer patients there is no interval: of three, each one decides a third of it, and no test can reach 0.05."""
 

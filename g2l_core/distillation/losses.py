@@ -318,7 +318,9 @@ def rkd(student: Float[Tensor, "n d"], teacher: Float[Tensor, "n d"]) -> Float[T
 
     L = mean_ij h(D(s)_ij - D(t)_ij) + 2 mean_ijk h(A(s)_ijk - A(t)_ijk), with h as in `smooth_l1`. D_ij is the distance
     of patches i and j over the mean of all distances, A_ijk the cosine of the angle at patch i between j and k. Park et
-    al., CVPR 2019 (arXiv 1904.05068), equations 5 to 10 with the weights of section 4.
+    al., CVPR 2019 (arXiv 1904.05068), equations 5 to 10 with the weights of section 4. As there, pairs and triples are
+    of different patches. The authors' program, and torchdistill after it, divide by n^2 and n^3 instead, so that their
+    terms are (n - 1) / n and (n - 1) (n - 2) / n^2 times these.
 
     Args:
         student: Projected student features, (n, d).
@@ -335,12 +337,14 @@ def rkd(student: Float[Tensor, "n d"], teacher: Float[Tensor, "n d"]) -> Float[T
         >>> bool(rkd(10 * triangle + 1, triangle) < 1e-6)  # neither shift nor scale matters
         True
         >>> rkd(torch.tensor([[0.0, 0.0], [3.0, 0.0], [6.0, 0.0]]), triangle)
-        tensor(0.3233)
+        tensor(1.1633)
     """
     if len(student) < 3:
         raise UsageError(f"rkd: expected a batch of at least 3 rows, got {len(student)}. Raise the batch size.")
     distance = F.smooth_l1_loss(_relative_distances(student), _relative_distances(teacher))
-    return distance + 2 * F.smooth_l1_loss(_angles(student), _angles(teacher))
+    n = len(student)
+    angle = F.smooth_l1_loss(_angles(student), _angles(teacher)) * n**2 / ((n - 1) * (n - 2))
+    return distance + 2 * angle
 
 
 def _relative_distances(z: Tensor) -> Tensor:

@@ -37,7 +37,8 @@ class ProbeResult:
     c: float
     """The inverse penalty that was used, scikit-learn's C."""
     converged: bool
-    """False where L-BFGS stopped before `logistic.GRADIENT_TOLERANCE` in any fit, those of the folds included."""
+    """False where the fit stopped before `logistic.PROBABILITY_TOLERANCE`, or one of the folds' before
+    `logistic.GRADIENT_TOLERANCE`."""
 
     @property
     def predictions(self) -> Shaped[np.ndarray, " test"]:
@@ -124,7 +125,7 @@ def _choose_c(
         design = logistic.design_of(features[fit], codes[fit], int(codes.max()) + 1, scaling)
         weights = None
         for i, c in enumerate(c_values):
-            weights, reached = logistic.fit(design, c, start=weights, max_iterations=iterations)
+            weights, reached = logistic.fit(design, c, start=weights, max_iterations=iterations, rough=True)
             logs = logistic.log_probabilities(features[held], scaling, weights)
             losses[i] -= logs[np.arange(len(held)), codes[held]].mean()
             converged &= reached

@@ -79,6 +79,20 @@ def test_equals_scikit_learn_in_either_precision(classes, c, doubles, monkeypatc
     np.testing.assert_allclose(result.probabilities, expected, atol=1e-4)
 
 
+@pytest.mark.parametrize(("classes", "rows", "dim"), [(2, 300, 512), (2, 300, 64), (5, 500, 100)])
+def test_separable_classes_with_a_weak_penalty_are_fitted_to_the_end(classes, rows, dim):
+    """L-BFGS alone says that it has converged with probabilities that are off by several percent."""
+    rng = np.random.default_rng(0)
+    labels, mixing = rng.integers(classes, size=rows), 0.3 * rng.standard_normal((dim, dim))
+    features = rng.standard_normal((rows, dim)) @ mixing + rng.standard_normal((classes, dim))[labels]
+    others = rng.standard_normal((500, dim)) @ mixing
+    result = linear_probe(features, labels, others, c_values=(1000.0,), seed=0)
+    solver = "newton-cholesky" if classes == 2 else "newton-cg"
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=1000.0, tol=1e-10, max_iter=10_000, solver=solver))
+    assert result.converged
+    np.testing.assert_allclose(result.probabilities, model.fit(features, labels).predict_proba(others), atol=5e-3)
+
+
 def test_nearly_collinear_features_take_few_iterations():
     rng = np.random.default_rng(0)
     labels = rng.integers(3, size=600)
