@@ -7,9 +7,9 @@ from itertools import permutations
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn import functional
 
 from g2l_core.distillation.losses import LOSSES, cosine, logsum, loss_by_name, mse, rkd, smooth_l1, standardize
 from g2l_core.distillation.spec import ObjectiveSpec
@@ -229,7 +229,7 @@ def test_shapes_that_would_broadcast_are_refused(name):
 def test_rkd_is_the_mean_over_pairs_and_triples_of_different_patches():
     """As the sums of the paper's equations have them, not over all n^2 and n^3 as the authors' program divides."""
     torch.manual_seed(0)
-    student, teacher = torch.randn(5, 3), torch.randn(5, 4)
+    student, teacher = torch.randn(5, 4), torch.randn(5, 4)
 
     def relations(rows):
         pairs = list(permutations(range(5), 2))
@@ -241,5 +241,5 @@ def test_rkd_is_the_mean_over_pairs_and_triples_of_different_patches():
         return distances / distances.mean(), torch.stack(angles)
 
     (d, a), (d_teacher, a_teacher) = relations(student), relations(teacher)
-    expected = F.smooth_l1_loss(d, d_teacher) + 2 * F.smooth_l1_loss(a, a_teacher)
+    expected = functional.smooth_l1_loss(d, d_teacher) + 2 * functional.smooth_l1_loss(a, a_teacher)
     torch.testing.assert_close(rkd(student, teacher), expected)
