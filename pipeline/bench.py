@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from g2l_core.store.features import FeatureStore
 from g2l_core.store.locks import locked_output
 from g2l_core.store.provenance import digest, software
 from g2l_core.store.schema import PATCH_LABELS
+from pipeline.seeds import grouped_by_seed
 
 SHIPPED = Path(__file__).parent / "tasks"
 
@@ -70,9 +72,10 @@ def _run_bench(
     title, tables = task_tables(tasks_file)
     stores = [FeatureStore.open(path) for path in store_paths]
     known = stored_encoders(stores)
-    keys, damaged = find_encoders(encoders, known)
+    keys, damaged, seeds = find_encoders(encoders, known)
     bench = BenchSpec(
         encoders=keys,
+        seeds=seeds,
         baseline=find_stored(baseline, known) if baseline else "",
         **statistics,
         device=_sums_device(device),
@@ -87,7 +90,7 @@ def _run_bench(
     report = Report(
         title=title,
         summary=tuple(s for name in tables if (s := summary_sentence(name, bench, outcome.results))),
-        encoders=tuple(encoder_summary(key, known[key]) for key in keys),
+        encoders=tuple(_summary(key, bench, known) for key in keys),
         results=tuple(outcome.results),
         comparisons=tuple(adjusted(outcome.comparisons)),
         failures=tuple(outcome.failures),
@@ -100,21 +103,32 @@ def _run_bench(
     return report
 
 
-def find_encoders(texts: Sequence[str], known: Mapping[str, EncoderFacts]) -> tuple[tuple[str, ...], dict[str, str]]:
-    """The keys of the stored encoders that a user names, and why run folders among them cannot be read.
+def find_encoders(
+    texts: Sequence[str], known: Mapping[str, EncoderFacts]
+) -> tuple[tuple[str, ...], dict[str, str], dict[str, tuple[str, ...]]]:
+    """The keys of the stored encoders that a user names, why run folders among them cannot be read, and seeds.
+
+    The last maps the name of each encoder that is a mean over seeds (see `pipeline.seeds`) to the keys of its runs.
 
     Raises:
         G2LError: A name is unknown or means several, or the first, which the others are compared with, cannot be read.
     """
-    keys, damaged = [], {}
-    for text in texts:
-        try:
-            keys.append(find_stored(text, known))
-        except EncoderError as error:
-            if not keys:
-                raise
-            damaged[text] = str(error)
-    return tuple(keys), damaged
+    keys: list[str] = []
+    damaged: dict[str, str] = {}
+    seeds: dict[str, tuple[str, ...]] = {}
+    for name, members in grouped_by_seed(texts):
+        found = []
+        for text in members:
+            try:
+                found.append(find_stored(text, known))
+            except EncoderError as error:
+                if not keys:
+                    raise
+                damaged[text] = str(error)
+        if len(found) > 1:
+            seeds[name] = tuple(found)
+        keys += [name] if len(found) > 1 else found
+    return tuple(keys), damaged, seeds
 
 
 def _evaluate(
@@ -167,6 +181,16 @@ def _sums_device(device: str) -> str:
     from g2l_core.encoders.loading import choose_device
 
     return str(choose_device(device))
+
+
+def _summary(key: str, bench: BenchSpec, known: Mapping[str, EncoderFacts]) -> EncoderSummary:
+    """What the report says of an encoder, or of the first of several seeds."""
+    members = bench.members(key)
+    summary = replace(encoder_summary(members[0], known[members[0]]), key=key)
+    if len(members) == 1:
+        return summary
+    words = f"mean over {len(members)} seeds; digest of the first"
+    return replace(summary, note=", ".join(filter(None, (summary.note, words))))
 
 
 def encoder_summary(key: str, facts: EncoderFacts) -> EncoderSummary:

@@ -18,7 +18,7 @@ from g2l_core.benchmark.plots import confusion_matrix, task_plots
 from g2l_core.benchmark.rows import TaskRows, gather
 from g2l_core.benchmark.spec import TaskSpec
 from g2l_core.errors import G2LError, StoreError, TaskError
-from g2l_core.metrics.intervals import compare, estimate
+from g2l_core.metrics.intervals import averaged, compare, estimate
 from g2l_core.metrics.statistics import holm
 from g2l_core.results import Comparison, Estimate, Failure, Plots, PublishedValue, Result
 from g2l_core.store.features import FeatureStore
@@ -33,6 +33,8 @@ class BenchSpec:
 
     encoders: tuple[str, ...]
     """Keys of encoders. The first is the teacher, which the others are compared with."""
+    seeds: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """The keys in the store that an encoder is a mean over: students that differ in their seed alone."""
     baseline: str = ""
     """A second encoder that the others' differences are taken from: the student before distillation."""
     draws: int = 1000
@@ -42,6 +44,15 @@ class BenchSpec:
     seed: int = 0
     device: str = "cpu"
     """Where CKA's sums over rows are taken: "cpu" or a torch device, which changes last digits."""
+
+    def members(self, encoder: str) -> tuple[str, ...]:
+        """The keys in the store that an encoder stands for: its own, or those of its seeds."""
+        return self.seeds.get(encoder, (encoder,))
+
+    @property
+    def stored(self) -> tuple[str, ...]:
+        """All keys in the store, those of seeds one by one."""
+        return tuple(key for encoder in self.encoders for key in self.members(encoder))
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
@@ -98,11 +109,13 @@ def evaluate_task(stores: Sequence[FeatureStore], spec: TaskSpec, bench: BenchSp
         outcome.failures.append(Failure(task=spec.name, reason=str(error)))
         return outcome
     _note_damages(damages, spec, outcome)
-    outcome.notes += notes_on(rows, spec, stores, bench.encoders)
+    outcome.notes += notes_on(rows, spec, stores, bench.stored)
     outcome.failures += [Failure(task=spec.name, reason=str(why), encoder=key) for key, why in errors.items()]
     values = {encoder: _metric_values(encoder, rows, features, spec, bench, outcome) for encoder in features}
-    _add_intervals(values, rows, spec, bench, outcome)
-    _add_plots(values, rows, features, spec, bench, outcome)
+    means = _over_seeds(values, bench)
+    _add_intervals(means, rows, spec, bench, outcome)
+    first = {key: features[key] for encoder in means if (key := bench.members(encoder)[0]) in features}
+    _add_plots(means, rows, first, spec, bench, outcome)
     return outcome
 
 
@@ -110,7 +123,7 @@ def _damaged_features(rows: TaskRows, bench: BenchSpec, errors: Mapping[str, G2L
     """The slides of the rows whose features are damaged for some encoder; looked for where reading them failed."""
     if not any(isinstance(error, StoreError) for error in errors.values()):
         return {}
-    return damaged_features((rows.slides[i] for i in np.unique(rows.slide_index).tolist()), bench.encoders)
+    return damaged_features((rows.slides[i] for i in np.unique(rows.slide_index).tolist()), bench.stored)
 
 
 def _note_damages(damages: Damages, spec: TaskSpec, outcome: TaskOutcome) -> None:
@@ -132,7 +145,7 @@ def _features(rows: TaskRows, bench: BenchSpec) -> tuple[dict[str, Features], di
     """The features of every encoder, or why they cannot be read."""
     features: dict[str, Features] = {}
     errors: dict[str, G2LError] = {}
-    for encoder in bench.encoders:
+    for encoder in bench.stored:
         try:
             features[encoder] = rows.features(encoder)
         except G2LError as error:
@@ -164,6 +177,23 @@ def _metric_values(
         if group in spec.metrics:
             values += _guarded(outcome, spec, encoder, group, partial(evaluate, task)) or []
     return values
+
+
+def _over_seeds(values: Mapping[str, list[MetricValue]], bench: BenchSpec) -> dict[str, list[MetricValue]]:
+    """The metric values of every encoder; of several seeds, the mean of what all of them have."""
+    found = {}
+    for encoder in bench.encoders:
+        members = [values[key] for key in bench.members(encoder) if key in values]
+        if len(members) > 1:
+            by_metric = [{value.metric: value for value in of_seed} for of_seed in members]
+            common = [value for value in members[0] if all(value.metric in of_seed for of_seed in by_metric)]
+            found[encoder] = [
+                replace(value, figure=averaged([of_seed[value.metric].figure for of_seed in by_metric], "seeds"))
+                for value in common
+            ]
+        elif members:
+            found[encoder] = members[0]
+    return found
 
 
 def _add_intervals(

@@ -15,7 +15,12 @@ def bench(
     tasks: Annotated[Path, typer.Argument(help="The task file (TOML), or a shipped one's name.", show_default=False)],
     store: Annotated[list[Path], typer.Option(help="A feature store; repeatable.", show_default=False)],
     encoders: Annotated[
-        str, typer.Option(help="Names, keys or run folders, by comma; the teacher first.", show_default=False)
+        str,
+        typer.Option(
+            help="Names, keys or run folders, by comma; the teacher first. Runs that a pattern names and that differ "
+            "in their seed alone are one encoder: a mean over seeds.",
+            show_default=False,
+        ),
     ],
     out: Annotated[Path, typer.Option(help="The report's folder.", show_default=False)],
     baseline: Annotated[
