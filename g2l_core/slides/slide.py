@@ -88,7 +88,7 @@ class Slide:
         self._background = tuple(bytes.fromhex(color))
         declared = getattr(handle, "declared_downsamples", None) or (tiles.declared_downsamples if tiles else ())
         self._levels = [0, *(i for i in range(1, len(self._downsamples)) if self._shows_level0(i, declared))]
-        absent = tiles.absent_shares if tiles is not None else {}
+        absent = tiles.absent_shares if tiles is not None else getattr(handle, "absent_shares", {})
         self._whole_levels = [i for i in self._levels if absent.get(i, 0.0) <= absent.get(0, 0.0) + ABSENT_SHARE]
         self.notes: tuple[Note, ...] = (*self._level_notes(), *getattr(handle, "notes", ()), *_depth_notes(handle))
 
