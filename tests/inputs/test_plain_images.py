@@ -60,6 +60,20 @@ def test_more_than_8_bits_are_refused_by_both(tmp_path, image, kind):
             read(tmp_path / name)
 
 
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("compression", [None, "deflate", "lzw"])
+def test_a_tiled_tiff_of_more_than_8_bits_is_read_by_its_upper_8_and_noted(tmp_path, compression, bits):
+    """OpenSlide reads it; libtiff rounds, so that the last bit may differ."""
+    kind = {8: np.uint8, 16: np.uint16}[bits]
+    pixels = np.random.default_rng(0).integers(0, 1 << bits, (512, 512, 3)).astype(kind)
+    tifffile.imwrite(tmp_path / "a.tif", pixels, photometric="rgb", tile=(256, 256), compression=compression)
+    with open_slide(tmp_path / "a.tif", mpp_override=0.5) as slide:
+        patch = slide.read_patch(0, 0, 512, 512)
+        noted = [(note.text, note.detail) for note in slide.notes]
+    assert noted == ([("more than 8 bits a sample: the upper 8 are read", "16 bits")] if bits == 16 else [])
+    assert np.abs(patch.astype(int) - (pixels >> (bits - 8))).max() <= (bits == 16)
+
+
 def with_exif(path, image, orientation):
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
