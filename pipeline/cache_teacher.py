@@ -7,7 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
-from g2l_core.encoders.loading import LoadedEncoder, load_encoder, require_mpp, stored_facts, stored_key
+from g2l_core.encoders.loading import (
+    LoadedEncoder,
+    load_encoder,
+    require_input_side,
+    require_mpp,
+    stored_facts,
+    stored_key,
+)  # fmt: skip
 from g2l_core.encoders.resolve import EncoderSpec
 from g2l_core.encoders.weights import require_weights
 from g2l_core.errors import SlideError, StoreCorruptError, StoreMismatchError
@@ -93,6 +100,7 @@ def run_extraction(
         keys = stored_keys(store_path, encoder_specs, settings)
         needed = encoder_specs if has_work(trial.sources, store_path, keys, settings) else ()
         for spec in needed:
+            require_input_side(spec)
             require_weights(spec)
         audit_new(trial.sources, store_path, settings)
         encoders = load_encoders(needed, settings)  # before the store: a failure leaves no empty one behind
