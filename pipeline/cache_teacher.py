@@ -7,7 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
-from g2l_core.encoders.loading import LoadedEncoder, load_encoder, require_mpp, stored_facts, stored_key
+from g2l_core.encoders.loading import (
+    LoadedEncoder,
+    load_encoder,
+    require_input_side,
+    require_mpp,
+    stored_facts,
+    stored_key,
+)  # fmt: skip
 from g2l_core.encoders.resolve import EncoderSpec
 from g2l_core.encoders.weights import require_weights
 from g2l_core.errors import SlideError, StoreCorruptError, StoreMismatchError
@@ -18,6 +25,7 @@ from g2l_core.patches.artifacts import count_artifacts
 from g2l_core.patches.grid import GridSpec
 from g2l_core.patches.views import ViewSpec
 from g2l_core.slides.boundary import within
+from g2l_core.slides.images import TURNED
 from g2l_core.slides.manifest import Source, read_sources
 from g2l_core.slides.mpp import audit_table, describe_unused_override, differs
 from g2l_core.slides.under_way import UnderWay
@@ -55,7 +63,7 @@ class ExtractionSummary:
     """Patches without features, by the artifact that they show. They are not losses."""
     seconds: dict[str, float]
     notes: tuple[str, ...]
-    """What is not as expected about slides that this call found patches of, a sentence for each kind."""
+    """What is not as expected about slides and images that this call has read, a sentence for each kind."""
     elapsed: float
     """Seconds from the first patch asked for to the last shard written."""
 
@@ -92,6 +100,7 @@ def run_extraction(
         keys = stored_keys(store_path, encoder_specs, settings)
         needed = encoder_specs if has_work(trial.sources, store_path, keys, settings) else ()
         for spec in needed:
+            require_input_side(spec)
             require_weights(spec)
         audit_new(trial.sources, store_path, settings)
         encoders = load_encoders(needed, settings)  # before the store: a failure leaves no empty one behind
@@ -109,7 +118,7 @@ def run_extraction(
             encoders = load_encoders(encoder_specs, settings)
             add_encoders(store, encoders)
         summary = _encode(store, ready, failed, [encoder.key for encoder in encoders] or keys, encoders, settings)
-        return replace(summary, notes=_told(notes))
+        return replace(summary, notes=(*_told(notes), *summary.notes))
 
 
 def _told(notes: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
@@ -119,6 +128,13 @@ def _told(notes: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
     )
 
 
+def _told_turned(turned: Mapping[str, int]) -> tuple[str, ...]:
+    """A sentence on patch images that were turned, if there are some, with how many of each set."""
+    count = sum(turned.values())
+    named = some([f"{slide_id} ({n:,})" for slide_id, n in turned.items()])
+    return (f"{count:,} image{'s' * (count > 1)} {TURNED}: {named}",) if count else ()
+
+
 def some(names: Sequence[str]) -> str:
     """The first names, and how many there are beyond."""
     more = len(names) - SHOWN_SLIDES
@@ -126,10 +142,22 @@ def some(names: Sequence[str]) -> str:
 
 
 def blame(store: FeatureStore, trial: Trial) -> dict[str, str]:
-    """Record the slides that ended processes as failed, and return their reasons."""
-    for slide_id, reason in trial.blamed.items():
-        store.fail_slide(slide_id, str(trial.paths[slide_id]), reason)
+    """Record the slides that ended processes as failed, and return their reasons.
+
+    If patches of one are stored, but no encoder has features of all, they go: nothing will ever be read of them, and a
+    benchmark would wait for them.
+    """
+    stored = {slide.slide_id: slide for slide in store.slides()}
+    for source in trial.left_out:
+        slide = stored.get(source.slide_id)
+        if slide is not None and not any(_has_features(slide, key) for key in slide.encoder_keys):
+            store.remove_slide(slide.slide_id)
+        store.fail_slide(source.slide_id, str(source.path.resolve()), trial.blamed[source.slide_id], source.labels)
     return trial.blamed
+
+
+def _has_features(slide: StoredSlide, key: str) -> bool:
+    return slide.records(key, [0]).keys() >= {shard.name for shard in slide.shards([0])}
 
 
 def _encode(
@@ -158,7 +186,7 @@ def _encode(
         unreadable={slide.slide_id: lost for slide in sound if (lost := list(slide.unreadable.values()))},
         left_out=count_artifacts(np.concatenate([np.zeros(0, np.uint8), *(slide.patch_status for slide in sound)])),
         seconds=progress.seconds,
-        notes=(),
+        notes=_told_turned(progress.turned),
         elapsed=progress.elapsed,
     )
 

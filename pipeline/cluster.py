@@ -218,6 +218,7 @@ def _add(
     total.patches_done += sum(missing[slide_id] for slide_id in group if slide_id not in outcome.failed_slides)
     total.failed_slides |= outcome.failed_slides
     total.unreadable |= outcome.unreadable
+    total.turned |= outcome.turned
     for part, seconds in outcome.seconds.items():
         total.seconds[part] += seconds / workers
 

@@ -40,10 +40,10 @@ class Trial:
     """The sources that can be read."""
     blamed: dict[str, str]
     """Why the others cannot, by id."""
+    left_out: tuple[Source, ...]
+    """The others."""
     acquitted: frozenset[str]
     """Slides that were suspects or blamed, and can be read."""
-    paths: dict[str, Path]
-    """Where the blamed slides are, by id."""
 
 
 def without_killers(sources: Sequence[Source], store: Path, grid: GridSpec, settings: ExtractionSettings) -> Trial:
@@ -67,12 +67,12 @@ def without_killers(sources: Sequence[Source], store: Path, grid: GridSpec, sett
                 watch.acquit(source.slide_id)
                 blamed.pop(source.slide_id, None)
                 acquitted.add(source.slide_id)
-    left_out = [source for source in sources if source.slide_id in blamed]
+    left_out = tuple(source for source in sources if source.slide_id in blamed)
     return Trial(
         sources=tuple(source for source in sources if source.slide_id not in blamed),
         blamed={source.slide_id: blamed[source.slide_id] for source in left_out},
+        left_out=left_out,
         acquitted=frozenset(acquitted),
-        paths={source.slide_id: source.path.resolve() for source in left_out},
     )
 
 

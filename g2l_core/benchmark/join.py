@@ -32,7 +32,7 @@ class SlideColumns:
 
     def __init__(self, slide: StoredSlide, table: LabelTable | None) -> None:
         self.slide, self._table = slide, table
-        self._of_table = table.of(slide) if table else {}
+        self._of_table = table.of(slide) if table else None
         self._of_slide, self._of_patch = slide.labels, slide.patch_labels if slide.has_patch_labels else []
         self._by_patch = {column for labels in self._of_patch for column in labels}
 
@@ -44,11 +44,11 @@ class SlideColumns:
     def column(self, name: str, rows: Int64[np.ndarray, " row"]) -> Shaped[np.ndarray, " row"]:
         """The values of some stored rows, as texts; empty where there is none."""
         name = spelled(name, self.names)
+        if self._table and self._of_table is not None and name in self._table.columns:
+            return self._table.texts(name, self._of_table[rows])
         of_rows: Mapping[str, str] | Sequence[Mapping[str, str]] = self._of_slide
         if name == "slide_id":
             of_rows = {name: self.slide.slide_id}
-        elif self._table and name in self._table.columns:
-            of_rows = self._of_table
         elif name in self._by_patch:
             of_rows = self._of_patch
         if isinstance(of_rows, Mapping):

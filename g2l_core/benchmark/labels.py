@@ -5,6 +5,9 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+from jaxtyping import Int64, Shaped
+
 from g2l_core.benchmark.spec import TaskSpec
 from g2l_core.errors import ManifestError, TaskError
 from g2l_core.slides.manifest import canonical_column, fits, open_table, parse_condition
@@ -14,11 +17,17 @@ from g2l_core.store.features import FeatureStore, StoredSlide
 NAMED = 3
 """How many examples a note has."""
 
-Key = tuple[()] | str | tuple[int, int]
-"""What a label row is of: a whole slide, a patch image, or the patch at a corner."""
+Key = str | int
+"""What a label row is of: a patch image by its id, the patch at a corner by `_corners`, or `WHOLE`."""
 
-Numbered = tuple[int, Mapping[str, str]]
-"""The line of a label row, and the row."""
+WHOLE = ""
+"""The key of a whole slide."""
+
+NO_ROW = -1
+"""The row of what has no label; all its values are empty."""
+
+_BLANK = 1 << 31
+"""In place of a coordinate that is blank; no coordinate is as large."""
 
 
 class LabelTable:
@@ -47,7 +56,7 @@ class LabelTable:
                 "folder, where g2l datasets NAME --root DIR writes it"
             )
         table = open_table(path)
-        if not table.rows or "slide_id" not in table.columns:
+        if not len(table.lines) or "slide_id" not in table.columns:
             raise ManifestError(
                 f"the label file {path} needs a column slide_id and rows; its columns are {', '.join(table.columns)}"
             )
@@ -56,17 +65,17 @@ class LabelTable:
         self.path, self._spec, self._table = path, spec, table
         self._corner = _corner_columns(table.columns, spec)
         self.columns = frozenset(table.columns) - {"slide_id", "patch_id", *self._corner}
+        self._values = {name: np.append(texts, "") for name, texts in table.values.items()}
         self._compared = [c for c in dict.fromkeys(spelled(c, self.columns) for c in spec.columns) if c in self.columns]
-        self._rows: dict[str, list[Numbered]] = defaultdict(list)
         self._respelled: dict[str, str] = {}
         self._unmatched: list[int] = []
-        self._numbers: dict[str, int] = {}
+        self._numbers: dict[str, int] = {"": _BLANK}
         stored = [slide_id for store in stores for slide_id in store.slide_ids()]
-        names = _stored_names(dict.fromkeys(row["slide_id"] for row in table.rows), stored, path)
-        for line, row in zip(table.lines, table.rows, strict=True):
-            if not row["slide_id"]:
-                raise ManifestError(f"{path}, line {line} has no slide_id")
-            self._rows[names[row["slide_id"]]].append((line, row))
+        ids = table.values["slide_id"].tolist()
+        if "" in ids:
+            raise ManifestError(f"{path}, line {table.lines[ids.index('')]} has no slide_id")
+        names = _stored_names(dict.fromkeys(ids), stored, path)
+        self._rows = _rows_by_name([names[slide_id] for slide_id in ids])
         self._respelled |= {asked: found for asked, found in names.items() if asked != found}
         absent = sorted(self._rows.keys() - set(stored))
         if absent and spec.missing != "note":
@@ -89,80 +98,94 @@ class LabelTable:
         if self._unmatched:
             notes.append(
                 f"{len(self._unmatched):,} rows of {self.path.name} match no stored patch of their slide, first line "
-                f"{min(self._unmatched)}"
+                f"{self._lines[min(self._unmatched)]}"
             )
         return notes
 
-    def of(self, slide: StoredSlide) -> Mapping[str, str] | list[Mapping[str, str]]:
-        """The label row of a slide, or of each of its stored rows; empty where there is none.
+    def texts(self, column: str, rows: Int64[np.ndarray, " row"]) -> Shaped[np.ndarray, " row"]:
+        """What some rows of the file say in a column; empty for `NO_ROW`."""
+        return self._values[column][rows]
+
+    def of(self, slide: StoredSlide) -> Int64[np.ndarray, " patch"]:
+        """The row of each stored patch of a slide, in the file; `NO_ROW` where there is none.
 
         Raises:
             ManifestError: Two rows contradict each other, or say where a patch is without a number.
         """
-        by_key: dict[Key, Numbered] = {}
-        for numbered in self._rows.get(slide.slide_id, ()):
-            key = self._key(numbered, slide)
-            if (first := by_key.setdefault(key, numbered)) is not numbered:
-                self._require_equal(first, numbered, slide.slide_id, key)
-        whole = by_key.pop((), None)
+        rows = self._rows.get(slide.slide_id)
+        if rows is None:
+            return np.full(len(slide), NO_ROW)
+        keys, numbers = self._keys(slide, rows), rows.tolist()
+        by_key = dict(zip(reversed(keys), reversed(numbers), strict=True))
+        if len(by_key) < len(keys):
+            for key, row in zip(keys, numbers, strict=True):
+                self._require_equal(by_key[key], row, slide.slide_id, key)
+        whole = by_key.pop(WHOLE, None)
         if not by_key:
-            return whole[1] if whole else {}
-        if whole:
-            line = next(iter(by_key.values()))[0]
+            return np.full(len(slide), NO_ROW if whole is None else whole)
+        if whole is not None:
             raise ManifestError(
-                f"{self.path}: line {whole[0]} is of the whole slide {slide.slide_id}, line {line} of a patch of it; "
-                "keep one kind"
+                f"{self.path}: line {self._lines[whole]} is of the whole slide {slide.slide_id}, line "
+                f"{self._lines[min(by_key.values())]} of a patch of it; keep one kind"
             )
-        keys = self._stored_keys(slide, by_key)
-        found = [by_key.get(key) for key in keys]
-        used = {numbered[0] for numbered in found if numbered}
-        self._unmatched += [line for line, _ in by_key.values() if line not in used]
-        return [numbered[1] if numbered else {} for numbered in found]
+        found = [by_key.get(key, NO_ROW) for key in self._stored_keys(slide, by_key)]
+        self._unmatched += {*by_key.values()} - {*found}
+        return np.array(found, np.int64)
 
-    def _key(self, numbered: Numbered, slide: StoredSlide) -> Key:
-        line, row = numbered
-        if slide.has_patch_ids or not self._corner:
-            return row.get("patch_id") or ()
-        x, y = (self._whole_number(row[column], column, line) for column in self._corner)
-        if x is None or y is None:
-            return ()
-        return x, y
+    @property
+    def _lines(self) -> Int64[np.ndarray, " row"]:
+        return self._table.lines
 
-    def _whole_number(self, text: str, column: str, line: int) -> int | None:
-        """A coordinate, also one that was written as 512.0; None if it is blank."""
-        if not text:
-            return None
-        if text in self._numbers:
-            return self._numbers[text]
+    def _keys(self, slide: StoredSlide, rows: Int64[np.ndarray, " row"]) -> Sequence[Key]:
+        """What some rows of one slide are of."""
+        if not slide.has_patch_ids and self._corner:
+            x, y = (self._whole_numbers(column, rows) for column in self._corner)
+            keys: list[Key] = _corners(x, y).tolist()
+            for blank in np.flatnonzero((x == _BLANK) | (y == _BLANK)).tolist():
+                keys[blank] = WHOLE
+            return keys
+        return self._values["patch_id"][rows].tolist() if "patch_id" in self._values else [WHOLE] * len(rows)
+
+    def _whole_numbers(self, column: str, rows: Int64[np.ndarray, " row"]) -> Int64[np.ndarray, " row"]:
+        """Coordinates, also those that were written as 512.0; `_BLANK` where there is none."""
+        texts = self._values[column][rows].tolist()
+        for text in dict.fromkeys(texts):
+            if text not in self._numbers:
+                self._numbers[text] = self._whole_number(text, column, int(rows[texts.index(text)]))
+        return np.fromiter(map(self._numbers.__getitem__, texts), np.int64, len(texts))
+
+    def _whole_number(self, text: str, column: str, row: int) -> int:
         try:
             number = float(text)
-            if number == int(number):
-                return self._numbers.setdefault(text, int(number))
-        except (ValueError, OverflowError):
+            if number.is_integer() and abs(number) < 1 << 31:
+                return int(number)
+        except ValueError:
             pass
         raise ManifestError(
-            f"{self.path}, line {line}: {column} is {text!r}, expected a whole number of level-0 pixels"
+            f"{self.path}, line {self._lines[row]}: {column} is {text!r}, expected a whole number of level-0 pixels"
         )
 
-    def _require_equal(self, first: Numbered, second: Numbered, slide_id: str, key: Key) -> None:
+    def _require_equal(self, first: int, second: int, slide_id: str, key: Key) -> None:
         """Refuse two rows of one thing that differ in what the task reads."""
         for column in self._compared:
-            values = [self._value(row, column) for _, row in (first, second)]
+            values = [self._value(row, column) for row in (first, second)]
             if values[0] != values[1]:
-                patch = f", patch {key if isinstance(key, str) else ','.join(map(str, key))}" if key else ""
+                corner = ",".join(self._values[axis][first] for axis in self._corner)
+                patch = "" if key == WHOLE else f", patch {corner if isinstance(key, int) else key}"
                 raise ManifestError(
-                    f"{self.path}: lines {first[0]} and {second[0]} give slide {slide_id}{patch} different {column}, "
-                    f"{values[0]!r} and {values[1]!r}; keep the right one"
+                    f"{self.path}: lines {self._lines[first]} and {self._lines[second]} give slide {slide_id}{patch} "
+                    f"different {column}, {values[0]!r} and {values[1]!r}; keep the right one"
                 )
 
-    def _value(self, row: Mapping[str, str], column: str) -> str:
-        is_label = column == spelled(self._spec.label, self.columns)
-        return self._spec.class_of(row[column]) if is_label else row[column]
+    def _value(self, row: int, column: str) -> str:
+        text: str = self._values[column][row]
+        return self._spec.class_of(text) if column == spelled(self._spec.label, self.columns) else text
 
     def _stored_keys(self, slide: StoredSlide, by_key: Collection[Key]) -> Sequence[Key]:
         """What each stored patch is called in the label file."""
         if not slide.has_patch_ids:
-            return [(x, y) for x, y in slide.coords.tolist()]
+            x, y = slide.coords.astype(np.int64).T
+            return _corners(x, y).tolist()
         files = slide.patch_ids or []
         own = [labels.get("patch_id", "") for labels in slide.patch_labels]
         keys = [name if name in by_key else file for name, file in zip(own, files, strict=True)]
@@ -199,8 +222,29 @@ class LabelTable:
         return [(reason, found) for ids, reason in (*reasons, (absent, "in no store")) if (found := self._classes(ids))]
 
     def _classes(self, slide_ids: Collection[str]) -> dict[str, list[str]]:
-        known = self._rows.keys() & set(slide_ids)
-        return slides_by_class(((i, row) for i in sorted(known) for _, row in self._rows[i]), self._spec)
+        read = [parse_condition(text)[0] for text in self._spec.where] + [spelled(self._spec.label, self.columns)]
+        columns = [column for column in dict.fromkeys(["slide_id", *read]) if column in self._values]
+        values = (
+            (slide_id, dict(zip(columns, texts, strict=True)))
+            for slide_id in sorted(self._rows.keys() & set(slide_ids))
+            for texts in {
+                *zip(*(self._values[column][self._rows[slide_id]].tolist() for column in columns), strict=True)
+            }
+        )
+        return slides_by_class(values, self._spec)
+
+
+def _rows_by_name(names: Sequence[str]) -> dict[str, Int64[np.ndarray, " row"]]:
+    """Where each name stands."""
+    codes = {name: code for code, name in enumerate(dict.fromkeys(names))}
+    of_row = np.fromiter(map(codes.__getitem__, names), np.int64, len(names))
+    order = np.argsort(of_row, kind="stable")
+    return dict(zip(codes, np.split(order, np.searchsorted(of_row[order], np.arange(1, len(codes)))), strict=True))
+
+
+def _corners(x: Int64[np.ndarray, " patch"], y: Int64[np.ndarray, " patch"]) -> Int64[np.ndarray, " patch"]:
+    """One number for each corner, of coordinates of at most 32 bits: Python compares numbers faster than tuples."""
+    return (x << 32) + y
 
 
 def slides_by_class(values: Iterable[tuple[str, Mapping[str, str]]], spec: TaskSpec) -> dict[str, list[str]]:

@@ -206,8 +206,9 @@ def without_duplicates(rows: TaskRows) -> TaskRows:
 
 def _codes(values: Shaped[np.ndarray, " row"]) -> Int64[np.ndarray, " row"]:
     """A number for each value, the same for equal ones."""
-    known: dict[str, int] = {}
-    return np.fromiter((known.setdefault(value, len(known)) for value in values.tolist()), np.int64, len(values))
+    texts = values.tolist()
+    codes = {text: code for code, text in enumerate(dict.fromkeys(texts))}
+    return np.fromiter(map(codes.__getitem__, texts), np.int64, len(texts))
 
 
 def refuse_leaks(rows: TaskRows, spec: TaskSpec) -> None:

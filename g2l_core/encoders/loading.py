@@ -4,7 +4,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from g2l_core.encoders.architectures import build_architecture
 from g2l_core.encoders.networks import choose_network
-from g2l_core.encoders.patch_encoder import PatchEncoder
+from g2l_core.encoders.patch_encoder import PatchEncoder, require_whole_steps, side_step
 from g2l_core.encoders.resolve import (
     RESTORE,
     STUDENT_RECORD,
@@ -278,6 +278,21 @@ def encode_all(
         batch[: stop - start] = pixels[start:stop]
         out[start:stop] = encode(encoder, batch)[: stop - start]
     return out
+
+
+def require_input_side(spec: EncoderSpec) -> None:
+    """Refuse an input whose last pixels the network would not see, without its weights and without memory for them.
+
+    Only `load_encoder` tells of networks that a user's function builds.
+
+    Raises:
+        UsageError: The side is no multiple of the network's step. The message names the next sizes.
+    """
+    if code_of(spec):
+        return
+    with suppress(NotImplementedError), torch.device("meta"):  # a network that computes with its weights as it is built
+        step = side_step(build_architecture(spec.architecture, spec.arguments, seed=0))
+        require_whole_steps(spec, step)
 
 
 def require_mpp(spec: EncoderSpec, mpp: float) -> None:

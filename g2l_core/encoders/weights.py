@@ -117,34 +117,42 @@ def _hub_name_and_etag(spec: EncoderSpec) -> tuple[str, str]:
 
 
 def hub_file(spec: EncoderSpec) -> Path:
-    """The local copy of a repository's weights file, downloaded if it is not in the hub's cache.
+    """The local copy of a repository's weights file, downloaded with its shards if they are not in the hub's cache.
 
     HF_TOKEN, HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE mean what they mean to `huggingface_hub`.
 
     Raises:
         EncoderError: The file cannot be downloaded. The message says why and what to do.
     """
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import errors, hf_hub_download
 
     source = spec.source
 
     def download(name: str) -> Path:
         return Path(hf_hub_download(source.where, name, revision=source.revision or None))
 
-    path = _of_hub(spec, _file_names(spec), download)
-    for shard in sorted(set(shard_names(path).values())) if path.name.endswith(INDEX) else ():
-        _of_hub(spec, (str(Path(path.name if not source.file else source.file).with_name(shard)),), download)
+    def find(name: str) -> Path:
+        try:
+            return download(name)
+        except errors.LocalEntryNotFoundError:  # which does not say whether the repository has a file of this name
+            if (cached := _cached_file(spec)) is None:
+                raise
+            return cached
+
+    path = _of_hub(spec, _file_names(spec), find)
+    for shard in shards_of(path) if path.name.endswith(INDEX) else ():
+        _of_hub(spec, (str(Path(source.file).with_name(shard.name) if source.file else shard.name),), download)
     return path
 
 
 def _cached_file(spec: EncoderSpec) -> Path | None:
-    """The weights file in the hub's cache; None if it is not there."""
+    """The weights file in the hub's cache; None if it, or a shard of it, is not there."""
     from huggingface_hub import try_to_load_from_cache
 
     source = spec.source
     for name in _file_names(spec):
         found = try_to_load_from_cache(source.where, name, revision=source.revision or None)
-        if isinstance(found, str):
+        if isinstance(found, str) and all(file.is_file() for file in shards_of(Path(found))):
             return Path(found)
     return None
 

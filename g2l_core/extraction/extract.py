@@ -38,9 +38,10 @@ from g2l_core.extraction.batching import Batcher, ShardBuffer
 from g2l_core.patches.artifacts import ArtifactSpec
 from g2l_core.patches.grid import GridSpec
 from g2l_core.patches.grid import blocks as row_blocks
-from g2l_core.patches.render import PatchReader, RenderedBlock, open_patches, render_block
+from g2l_core.patches.render import ImagePatches, PatchReader, RenderedBlock, open_patches, render_block
 from g2l_core.patches.views import ViewSpec
 from g2l_core.slides.boundary import within
+from g2l_core.slides.images import TURNED
 from g2l_core.slides.staging import Stage
 from g2l_core.slides.under_way import UnderWay
 from g2l_core.store.features import FeatureStore, StoredSlide
@@ -64,6 +65,8 @@ class ExtractionProgress:
     failed_slides: dict[str, str] = field(default_factory=dict)
     unreadable: dict[str, list[str]] = field(default_factory=dict)
     """Reasons of unreadable patches, by slide."""
+    turned: dict[str, int] = field(default_factory=dict)
+    """How many images were turned as EXIF says, by set of patch images."""
 
     @property
     def utilization(self) -> float:
@@ -315,13 +318,17 @@ def _missing_rows(buffers: Sequence[ShardBuffer], cells: Sequence[tuple[int, int
 
 
 def _note(block: _Block, rendered: RenderedBlock, progress: ExtractionProgress) -> None:
-    """Count a rendered block, and keep why patches of it could not be read."""
+    """Count a rendered block, and keep why patches of it could not be read and whether images were turned."""
     progress.patches_done += len(block.rows)
     progress.seconds["read"] += rendered.seconds_read
     progress.seconds["augment"] += rendered.seconds_augment
     if rendered.reasons:
         progress.unreadable.setdefault(block.slide.slide_id, []).extend(rendered.reasons.values())
         block.slide.note_losses(rendered.reasons)
+    if isinstance(block.reader, ImagePatches) and (turned := block.reader.turned.intersection(block.rows.tolist())):
+        known = progress.turned.setdefault(block.slide.slide_id, 0)
+        progress.turned[block.slide.slide_id] = known + len(turned)
+        block.slide.add_note(TURNED)
 
 
 def _fill(buffer: ShardBuffer, batcher: Batcher, block: _Block, rendered: RenderedBlock) -> None:

@@ -17,8 +17,6 @@ from g2l_core.patches.render import read_image
 from g2l_core.patches.views import COLUMNS, ViewSpec, sample_views
 from g2l_core.slides.boundary import slide_errors, within
 from g2l_core.slides.fingerprint import file_state, fingerprint
-from g2l_core.slides.images import orientation_of, turned_notes
-from g2l_core.slides.limits import opened_image
 from g2l_core.slides.manifest import Source
 from g2l_core.slides.mpp import TOLD
 from g2l_core.slides.notes import Note
@@ -158,7 +156,7 @@ def _patch_images(source: Source, grid: GridSpec, mpp_override: float | None) ->
     names = source.patch_ids
     mpp = source.mpp if source.mpp is not None else mpp_override
     remark = _require_scale(mpp, "manifest" if source.mpp is not None else "--mpp-override", grid, source.slide_id)
-    notes = _require_first_image(source, grid)
+    _require_first_image(source, grid)
     order = image_order(len(names), grid, source.slide_id)[: grid.max_patches]
     patch_ids = tuple(names[i] for i in order)
     facts = SlideFacts(
@@ -173,7 +171,7 @@ def _patch_images(source: Source, grid: GridSpec, mpp_override: float | None) ->
     )
     coords = np.zeros((len(order), 2), np.int32)
     remarks = (remark,) if remark else ()
-    return PatchedSlide(facts=facts, coords=coords, patch_ids=patch_ids, remarks=remarks, notes=notes)
+    return PatchedSlide(facts=facts, coords=coords, patch_ids=patch_ids, remarks=remarks)
 
 
 def _require_scale(mpp: float | None, source: str, grid: GridSpec, slide_id: str) -> str:
@@ -194,16 +192,17 @@ def _require_scale(mpp: float | None, source: str, grid: GridSpec, slide_id: str
     return f"slide {slide_id}: {given}; patch images are encoded as they are" if share > TOLD else ""
 
 
-def _require_first_image(source: Source, grid: GridSpec) -> tuple[Note, ...]:
-    """Refuse a set of images if the first one has another size than the store's patches. Returns notes about it."""
-    path = source.path / source.patch_ids[0]
+def _require_first_image(source: Source, grid: GridSpec) -> None:
+    """Refuse a set of images if the first one has another size than the store's patches.
+
+    Raises:
+        ReadError: It has, or it cannot be read.
+    """
     try:
-        read_image(path, grid.patch_px)
+        read_image(source.path / source.patch_ids[0], grid.patch_px)
     except ReadError as error:
         advice = ". Give their size with --patch-px" if "the store's patches" in str(error) else ""
         raise ReadError(f"{error}{advice}") from error
-    with opened_image(path) as image:
-        return turned_notes(orientation_of(image))
 
 
 def patch_sources(

@@ -60,15 +60,23 @@ class SlidePatches:
 
 
 class ImagePatches:
-    """Patches that are image files of their own."""
+    """Patches that are image files of their own.
+
+    Attributes:
+        turned: The rows of those that were turned as EXIF says, among all that were read.
+    """
 
     def __init__(self, folder: Path, names: Sequence[str], patch_px: int) -> None:
         self._folder, self._names, self._patch_px = folder, names, patch_px
+        self.turned = set[int]()
 
     def read(self, row: int, max_absent: float = 1.0) -> Rgb:
         """The image of the row. It must have the store's patch size, for nothing is resampled."""
         with slide_errors(ReadError):
-            return read_image(self._folder / self._names[row], self._patch_px)
+            image, orientation = _read_upright(self._folder / self._names[row], self._patch_px)
+        if orientation != UPRIGHT:
+            self.turned.add(row)
+        return image
 
     def close(self) -> None:
         """Do nothing, for no file stays open."""
@@ -80,6 +88,11 @@ def read_image(path: Path, patch_px: int) -> Rgb:
     Raises:
         ReadError: It cannot be decoded, or has another size.
     """
+    return _read_upright(path, patch_px)[0]
+
+
+def _read_upright(path: Path, patch_px: int) -> tuple[Rgb, int]:
+    """The image as `read_image` gives it, and the orientation that its EXIF says, `UPRIGHT` if none."""
     require_file_or_folder(path)
     try:
         encoded = path.read_bytes()
@@ -92,7 +105,8 @@ def read_image(path: Path, patch_px: int) -> Rgb:
         if size != (patch_px, patch_px):
             raise ReadError(f"it is {size[0]} x {size[1]} px, the store's patches {patch_px} x {patch_px}")
         if not is_plain:
-            return np.asarray(over_white(read_plain_image(BytesIO(encoded))[0]))
+            decoded, orientation = read_plain_image(BytesIO(encoded))
+            return np.asarray(over_white(decoded)), orientation
     except ReadError as error:
         raise ReadError(f"{path}: {error}") from error
     except (OSError, ValueError, SyntaxError, struct.error) as error:
@@ -100,7 +114,7 @@ def read_image(path: Path, patch_px: int) -> Rgb:
     image = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR_RGB)
     if image is None or image.shape != (patch_px, patch_px, 3):
         raise ReadError(f"{path} is no image that OpenCV decodes")
-    return image
+    return image, UPRIGHT
 
 
 def _is_plain(image: Image.Image) -> bool:

@@ -16,6 +16,9 @@ from g2l_core.slides.notes import Note
 
 ORIENTATION = 0x112
 UPRIGHT = 1
+TURNED = "turned upright as EXIF says"
+"""The note about an image that was turned."""
+
 TILE_WIDTH = 322
 
 
@@ -85,7 +88,7 @@ def turned_notes(orientation: int) -> tuple[Note, ...]:
     """The note about an image that is turned."""
     if orientation == UPRIGHT:
         return ()
-    return (Note(text="turned upright as EXIF says", detail=f"orientation {orientation}"),)
+    return (Note(text=TURNED, detail=f"orientation {orientation}"),)
 
 
 def require_8_bits(image: Image.Image) -> None:

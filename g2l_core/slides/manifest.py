@@ -14,8 +14,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from io import StringIO
+from itertools import islice
 from math import ceil, isfinite
 from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int64, Shaped
 
 from g2l_core.errors import ManifestError, UsageError
 from g2l_core.files import csv_value
@@ -30,6 +34,10 @@ _log = logging.getLogger(__name__)
 
 _NAMED = 4
 """How many examples a note has."""
+
+_ROWS_AT_ONCE = 256
+"""Rows of a table that are split into columns together: so few that they are gone before Python's garbage collector
+has counted enough of them to look through all objects, which takes most of the time with 4,096."""
 
 COLUMN_ALIASES: Mapping[str, tuple[str, ...]] = {
     "path": ("path", "image_path", "slide_path", "wsi", "file", "filename"),
@@ -191,12 +199,12 @@ def _id_of(relative: Path) -> SlideId:
 def _from_manifest(path: Path) -> list[Source]:
     table = open_table(path)
     table.log_notes()
-    if not table.rows or "path" not in table.columns:
+    if not len(table.lines) or "path" not in table.columns:
         raise ManifestError(
             f"{path} needs a header line with a column path (or {', '.join(COLUMN_ALIASES['path'][1:])}) and rows; "
             f"its columns are {', '.join(table.columns)}"
         )
-    rows = [dict(items) for items in dict.fromkeys(tuple(row.items()) for row in table.rows)]
+    rows = [dict(items) for items in dict.fromkeys(tuple(row.items()) for row in table.rows())]
     for row in rows:
         if not row["path"]:
             raise ManifestError(
@@ -288,15 +296,25 @@ def _mpp_of(rows: Sequence[Mapping[str, str]], slide_id: str, manifest: Path) ->
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """A table with a header. Every value is text, and one that is missing is an empty string."""
+    """A table with a header, by column. Every value is text, and one that is missing is an empty string."""
 
     path: Path
-    columns: tuple[str, ...]
-    rows: tuple[dict[str, str], ...]
-    lines: tuple[int, ...]
+    values: Mapping[str, Shaped[np.ndarray, " row"]]
+    """The texts of each column; equal cells of one share their text."""
+    lines: Int64[np.ndarray, " row"]
     """The line of each row, as a spreadsheet counts them."""
     notes: tuple[str, ...]
     """What was read otherwise than it is written, one sentence each."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The names of the columns."""
+        return tuple(self.values)
+
+    def rows(self) -> list[dict[str, str]]:
+        """Each row by column, which takes much more room than the columns."""
+        texts = (column.tolist() for column in self.values.values())
+        return [dict(zip(self.values, row, strict=True)) for row in zip(*texts, strict=True)]
 
     def log_notes(self) -> None:
         """Log each note as a warning."""
@@ -312,7 +330,7 @@ def read_table(path: Path) -> list[dict[str, str]]:
     """
     table = open_table(path)
     table.log_notes()
-    return list(table.rows)
+    return table.rows()
 
 
 def open_table(path: Path) -> Table:
@@ -328,42 +346,70 @@ def open_table(path: Path) -> Table:
     if not text.strip():
         raise ManifestError(f"the table {path} is empty; expected a header line")
     delimiter = _delimiter(text, "\t" if path.suffix.lower() == ".tsv" else ",")
+    reader = csv.reader(StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
-        names, *rows = csv.reader(StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        names = next(reader)
+        header = [canonical_column(csv_value(name.strip())) for name in names]
+        if len(set(header)) < len(header):
+            raise ManifestError(f"{path} has two columns of one meaning: {', '.join(names)}")
+        columns, lines = _read_columns(header, reader, path)
     except csv.Error as error:
         raise ManifestError(f"{path} is no table of comma- or tab-separated values: {error}") from error
-    header = [canonical_column(csv_value(name.strip())) for name in names]
-    if len(set(header)) < len(header):
-        raise ManifestError(f"{path} has two columns of one meaning: {', '.join(names)}")
-    numbered, blanks = _records(header, rows, path)
+    blanks = {(column.name, value): count for column in columns for value, count in column.blanks.items()}
     return Table(
         path=path,
-        columns=tuple(header),
-        rows=tuple(numbered.values()),
-        lines=tuple(numbered),
+        values={column.name: np.array(column.texts, dtype=object) for column in columns},
+        lines=np.array(lines, np.int64),
         notes=(*notes, *([_describe_blanks(path, blanks)] if blanks else [])),
     )
 
 
-def _records(
-    header: Sequence[str], rows: Iterable[Sequence[str]], path: Path
-) -> tuple[dict[int, dict[str, str]], Counter[tuple[str, str]]]:
-    """The values of each line by column, equal ones one object; and how often each blank was met, by column."""
-    known: dict[str, str] = {}
-    blanks: Counter[tuple[str, str]] = Counter()
-    records: dict[int, dict[str, str]] = {}
-    for number, row in enumerate(rows, start=2):
-        fields = [known.get(cell) or known.setdefault(cell, csv_value(cell.strip())) for cell in row]
-        if not any(fields):
-            continue  # spreadsheets leave lines of commas behind
-        if len(fields) != len(header):
-            raise ManifestError(f"{path}, line {number}: {len(fields)} fields where the header has {len(header)}")
-        record = records[number] = dict(zip(header, fields, strict=True))
-        for column, value in record.items():
-            if value.lower() in BLANKS and column not in _IDS:
-                blanks[column, value] += 1
-                record[column] = ""
-    return records, blanks
+class _Column:
+    """The texts of a column whose cells come in parts. What a cell says is found once for equal ones.
+
+    Attributes:
+        name: G2L's name of the column.
+        texts: What the cells say.
+        blanks: How often each way to write that a value is missing was met.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name, self.texts = name, list[str]()
+        self.blanks = Counter[str]()
+        self._known = dict[str, str]()
+        self._missing = dict[str, str]()
+
+    def add(self, cells: Sequence[str]) -> None:
+        """Take further cells."""
+        for cell in set(cells).difference(self._known):
+            text = csv_value(cell.strip())
+            if self.name not in _IDS and text.lower() in BLANKS:
+                self._missing[cell], text = text, ""
+            self._known[cell] = text
+        self.texts += map(self._known.__getitem__, cells)
+        for cell, value in self._missing.items():
+            self.blanks[value] += cells.count(cell)
+
+
+def _read_columns(header: Sequence[str], rows: Iterable[list[str]], path: Path) -> tuple[list[_Column], list[int]]:
+    """The columns, and the line of each row.
+
+    Raises:
+        ManifestError: A row has another number of fields than the header.
+    """
+    columns, lines = [_Column(name) for name in header], list[int]()
+    filled = ((line, row) for line, row in enumerate(rows, start=2) if any(map(str.strip, row)))
+    while part := list(
+        islice(filled, _ROWS_AT_ONCE)
+    ):  # spreadsheets leave lines of commas behind, which are not filled
+        numbers, records = zip(*part, strict=True)
+        for line, row in part if {*map(len, records)} != {len(header)} else ():
+            if len(row) != len(header):
+                raise ManifestError(f"{path}, line {line}: {len(row)} fields where the header has {len(header)}")
+        lines += numbers
+        for column, cells in zip(columns, zip(*records, strict=True), strict=True):
+            column.add(cells)
+    return columns, lines
 
 
 def _describe_blanks(path: Path, blanks: Mapping[tuple[str, str], int]) -> str:

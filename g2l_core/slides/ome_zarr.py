@@ -2,12 +2,17 @@
 
 The format: https://ngff.openmicroscopy.org/0.4 and /0.5. The layout of bioformats2raw, which puts the slide beside its
 label into numbered groups, is followed to group 0.
+
+To Zarr, a chunk that is not stored has the fill value. Here its pixels are absent, as those of a tile that a TIFF file
+does not have. Each level is opened twice, with fill values that differ: a pixel is absent where the two give different
+values. So all layouts are told alike, also shards that have some of their chunks.
 """
 
 import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache
-from math import prod
+from math import ceil, prod
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -24,6 +29,12 @@ METADATA_NAMES = frozenset({"zarr.json", ".zattrs", ".zgroup", ".zarray", ".zmet
 UM_PER_UNIT = {"nanometer": 1e-3, "micrometer": 1.0, "millimeter": 1e3}
 """The units in which a scale is understood. With any other unit, or without one, um/px is unknown."""
 
+FILLS = (1, 2)
+"""The fill values that the two arrays of a level are opened with; few pixels of a slide have the first by chance."""
+
+LOOKED_AT = 16
+"""Maximum number of columns, and of rows, of a level's chunks that are looked for to tell how many are absent."""
+
 _MALFORMED = (KeyError, TypeError, IndexError, ValueError, AttributeError)
 """What reading metadata raises if the JSON has not the shape of the format."""
 
@@ -36,6 +47,8 @@ class OmeZarr:
         level_dimensions: Width and height of every level.
         level_downsamples: Level-0 pixels per pixel of each level, the mean of x and y.
         declared_downsamples: The same by the scales in the metadata; None where they do not say.
+        absent_shares: The fraction of each level's chunks (where there are shards, of its shards) that are not stored,
+            among those that were looked for.
         properties: openslide.vendor, and openslide.mpp-x and -y if the axes have a length unit.
     """
 
@@ -46,7 +59,8 @@ class OmeZarr:
         properties: Mapping[str, str],
         declared: Sequence[float | None] = (),
     ) -> None:
-        self._levels, self._axes = levels, axes
+        self._levels = [{fill: _with_fill(array, fill) for fill in FILLS} for array in levels]
+        self._axes = axes
         x, y = axes.index("x"), axes.index("y")
         self.level_dimensions = tuple((int(array.shape[x]), int(array.shape[y])) for array in levels)
         self.dimensions = self.level_dimensions[0]
@@ -54,9 +68,12 @@ class OmeZarr:
         self.level_downsamples = tuple((width / w + height / h) / 2 for w, h in self.level_dimensions)
         self.declared_downsamples = list(declared)
         self.properties = dict(properties)
+        self.absent_shares = {level: _absent_share(array, axes) for level, array in enumerate(levels)}
 
     def read_region(self, location: tuple[int, int], level: int, size: tuple[int, int]) -> Image.Image:
-        """RGBA pixels of a level, transparent outside of it; `location` in level-0 pixels, `size` in the level's.
+        """RGBA pixels of a level, transparent outside of it and where a chunk is not stored.
+
+        `location` is in level-0 pixels, `size` in the level's.
 
         Raises:
             ValueError: A chunk cannot be decoded.
@@ -70,22 +87,56 @@ class OmeZarr:
         region = np.zeros((size[1], size[0], 4), np.uint8)
         if x.start < x.stop and y.start < y.stop:
             inside = region[y.start - top : y.stop - top, x.start - left : x.stop - left]
-            inside[..., :3] = self._pixels(level, x, y)
+            inside[..., :3] = pixels = self._pixels(level, x, y, FILLS[0])
             inside[..., 3] = 255
+            if self._may_be_absent(level, x, y, pixels):
+                absent = pixels != self._pixels(level, x, y, FILLS[1])
+                inside[absent.any(axis=2)] = 0
         return Image.fromarray(region, "RGBA")
 
     def close(self) -> None:
         """Does nothing, since no file is kept open."""
 
-    def _pixels(self, level: int, x: slice, y: slice) -> np.ndarray:
-        """uint8 (height, width, 3) of t and z 0."""
+    def _pixels(self, level: int, x: slice, y: slice, fill: int) -> np.ndarray:
+        """uint8 (height, width, 3) of t and z 0, with one of `FILLS` where no chunk is stored."""
         index = {"x": x, "y": y, "c": slice(None)}
         kept = [axis for axis in self._axes if axis in index]
         try:
-            pixels = self._levels[level][tuple(index.get(axis, 0) for axis in self._axes)]
+            pixels = self._levels[level][fill][tuple(index.get(axis, 0) for axis in self._axes)]
         except (RuntimeError, EOFError, zlib.error) as error:  # as numcodecs' decoders have it
             raise ValueError(f"a chunk of level {level} does not decode: {error}") from error
         return np.asarray(pixels).transpose([kept.index(axis) for axis in "yxc"])
+
+    def _may_be_absent(self, level: int, x: slice, y: slice, pixels: np.ndarray) -> bool:
+        """Whether the first pixel of some chunk's part in a region has the fill value."""
+        sides = dict(zip(self._axes, self._levels[level][FILLS[0]].chunks, strict=True))
+        firsts = (
+            [0, *range(sides[axis] - at.start % sides[axis], at.stop - at.start, sides[axis])]
+            for axis, at in (("y", y), ("x", x), ("c", slice(0, 3)))
+        )
+        return bool((pixels[np.ix_(*firsts)] == FILLS[0]).any())
+
+
+def _with_fill(array: Any, fill: int) -> Any:
+    """The array with another fill value, which chunks read as that are not stored."""
+    import zarr
+
+    metadata = replace(array.metadata, fill_value=np.uint8(fill))
+    return zarr.Array(zarr.AsyncArray(metadata=metadata, store_path=array.store_path, config=array.config))
+
+
+def _absent_share(array: Any, axes: Sequence[str]) -> float:
+    """The fraction of places in x and y for which a channel's chunk, or shard, is no file of the array."""
+    grid = dict(zip(axes, map(ceil, np.divide(array.shape, array.shards or array.chunks)), strict=True))
+    x, y = (np.unique(np.linspace(0, grid[axis] - 1, LOOKED_AT).astype(int)).tolist() for axis in "xy")
+    folder = Path(array.store.root, array.path)
+
+    def is_stored(**place: int) -> bool:
+        key = array.metadata.encode_chunk_key(tuple(place.get(axis, 0) for axis in axes))
+        return (folder / key).exists()
+
+    stored = [all(is_stored(x=column, y=row, c=c) for c in range(grid["c"])) for column in x for row in y]
+    return 1 - sum(stored) / len(stored)
 
 
 def is_ome_zarr(path: Path) -> bool:

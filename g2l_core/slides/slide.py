@@ -88,9 +88,9 @@ class Slide:
         self._background = tuple(bytes.fromhex(color))
         declared = getattr(handle, "declared_downsamples", None) or (tiles.declared_downsamples if tiles else ())
         self._levels = [0, *(i for i in range(1, len(self._downsamples)) if self._shows_level0(i, declared))]
-        absent = tiles.absent_shares if tiles is not None else {}
+        absent = tiles.absent_shares if tiles is not None else getattr(handle, "absent_shares", {})
         self._whole_levels = [i for i in self._levels if absent.get(i, 0.0) <= absent.get(0, 0.0) + ABSENT_SHARE]
-        self.notes: tuple[Note, ...] = (*self._level_notes(), *getattr(handle, "notes", ()), *_depth_notes(handle))
+        self.notes: tuple[Note, ...] = (*self._level_notes(), *getattr(handle, "notes", ()), *_depth_notes(tiles))
 
     def _shows_level0(self, level: int, declared: Sequence[float | None]) -> bool:
         """Whether a level has the proportions of level 0 at its own scale, so that it is neither padded nor cut."""
@@ -272,10 +272,9 @@ class Slide:
                 self._handle = open_handle(self.path)
 
 
-def _depth_notes(handle: SlideHandle) -> Iterator[Note]:
-    bits = handle.properties.get("tiff.BitsPerSample", "8")
-    if bits.isdecimal() and int(bits) > 8:
-        yield Note(text="more than 8 bits a sample: the upper 8 are read", detail=f"{bits} bits")
+def _depth_notes(tiles: TilePyramid | None) -> Iterator[Note]:
+    if tiles is not None and tiles.bits > 8:
+        yield Note(text="more than 8 bits a sample: the upper 8 are read", detail=f"{tiles.bits} bits")
 
 
 def _possible_scales(level0: tuple[int, int], size: tuple[int, int]) -> Iterator[tuple[float, float]]:

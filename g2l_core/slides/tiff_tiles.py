@@ -70,6 +70,8 @@ class _Level:
     only_here: bool
     """Whether OpenSlide does not read the page, takes the tag's color space against the tiles' own, or reads tiles that
     lie nowhere."""
+    bits: int
+    """Bits of a sample."""
     resolution: float
     """Pixels per unit of length by the tags; 0 where they do not say."""
 
@@ -108,6 +110,11 @@ class TilePyramid:
     def absent_shares(self) -> dict[int, float]:
         """The fraction of each level's tiles that the file does not have."""
         return {i: float(1 - level.present.mean()) for i, level in enumerate(self._levels) if level is not None}
+
+    @property
+    def bits(self) -> int:
+        """Most bits of a sample in any level; OpenSlide makes 8 of them."""
+        return max(level.bits for level in self._levels if level is not None)
 
     @property
     def declared_downsamples(self) -> list[float | None]:
@@ -328,6 +335,7 @@ def _level_of(page: Any, decode: Decode | None, *, only_here: bool) -> _Level:
         is_striped=not page.is_tiled,
         decode=decode,
         only_here=only_here or (decode is not None and bool((nowhere & (counts != 0)).any())),
+        bits=int(page.bitspersample),
         resolution=_resolution(page),
     )
 

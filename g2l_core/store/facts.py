@@ -218,7 +218,7 @@ class SlideFacts(Facts):
     reason: str = field(default="", metadata=_SPARSE)
     """Why stage one could not use it."""
     notes: tuple[str, ...] = field(default=(), metadata=_SPARSE)
-    """What was not as expected about the slide when its patches were found; it was used all the same."""
+    """What was not as expected about the slide, or about its images; it was used all the same."""
     unreadable: Mapping[str, str] = field(default_factory=dict, metadata=_SPARSE)
     """Why patches could not be read, by row."""
     tables: Mapping[str, Mapping[str, int]] = field(default_factory=dict, metadata=_SPARSE)

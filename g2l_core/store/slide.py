@@ -285,6 +285,11 @@ class StoredSlide:
 
         self._update(noted)
 
+    def add_note(self, text: str) -> None:
+        """Keep what is not as expected about the slide, once."""
+        if text not in self.facts.notes:
+            self._update(lambda facts: replace(facts, notes=(*facts.notes, text)))
+
     def forget(self, start: int) -> None:
         """Drop the completion records of all encoders and views of the shard that begins at row `start`.
 

@@ -62,11 +62,14 @@ def print_plan(
     as_json: bool,
 ) -> int:
     """Make the plan, print it, and return the exit code."""
+    from g2l_core.encoders.loading import require_input_side
     from g2l_core.slides.manifest import read_sources
     from g2l_core.slides.mpp import audit_table
     from pipeline.audit import audit_sources
     from pipeline.plan import make_plan, plan_json, plan_text
 
+    for spec in specs:
+        require_input_side(spec)
     sources = read_sources(inputs)
     facts, findings, _ = audit_sources(
         sources, mpp_override=settings.mpp_override, workers=settings.workers, timeout=settings.slide_timeout

@@ -131,11 +131,11 @@ def settings_of_a_hub(home: Path, endpoint: str, **settings: str) -> dict[str, s
     }  # fmt: skip
 
 
-def load(home: Path, endpoint: str, *weights: str, **settings: str) -> list[str]:
-    """The weights digest, or the error, of each spec, in a process whose hub client has these settings."""
+def load(home: Path, endpoint: str, *weights: str, code: str = LOAD, **settings: str) -> list[str | None]:
+    """What the code says of each spec: its weights digest, or the error. A process has these settings of the client."""
     specs = [spec_to_json(replace(SPEC, weights=source)) for source in weights]
     done = subprocess.run(
-        [sys.executable, "-c", LOAD, json.dumps(specs)],
+        [sys.executable, "-c", code, json.dumps(specs)],
         env=settings_of_a_hub(home, endpoint, **settings), cwd=Path(__file__).parents[2],
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
@@ -181,6 +181,53 @@ def test_weights_from_a_hub(hub, tmp_path):
     assert uncached.startswith("hubbed: the hub cannot be reached and lab/never is not in the cache. Connect once")
     assert uncached.endswith("or give --weights FILE")
     assert hub.asked == []
+
+
+def serve_shards(hub, repository, folder=""):
+    """A network in two shards with an index; returns its digest and the names of the shards."""
+    state = build_network(SPEC).state_dict()
+    shards = [f"model-{i}-of-2.safetensors" for i in (1, 2)]
+    names = {key: shards[i % 2] for i, key in enumerate(state)}
+    base = f"/lab/{repository}/resolve/main/{folder}"
+    for shard in shards:
+        hub.files[base + shard] = save({key: state[key] for key in state if names[key] == shard})
+    hub.files[f"{base}model.safetensors.index.json"] = json.dumps({"weight_map": names}).encode()
+    return load_encoder(SPEC).weights_digest, shards
+
+
+def test_shards_from_a_hub(hub, tmp_path):
+    """Each file is downloaded once; then neither the hub nor a look for the names that it lacks is needed."""
+    digest, shards = serve_shards(hub, "shards")
+    serve_shards(hub, "deep", "weights/")
+    serve_shards(hub, "lacking")
+    del hub.files[f"/lab/lacking/resolve/main/{shards[1]}"]
+    sources = ["hub:lab/shards", "hub:lab/deep#weights/model.safetensors.index.json"]
+    *found, lacking = load(tmp_path / "home", hub.url, *sources, "hub:lab/lacking")
+    assert found == [digest, digest]
+    assert lacking == f"hubbed: lab/lacking has no {shards[1]}"
+    got = [asked.removeprefix("GET ") for asked in hub.asked if asked.startswith("GET ")]
+    assert sorted(got) == sorted(hub.files)
+    assert load(tmp_path / "home", closed_port(), *sources) == [digest, digest]
+    hub.asked.clear()
+    assert load(tmp_path / "home", hub.url, *sources, HF_HUB_OFFLINE="1") == [digest, digest]
+    assert hub.asked == []
+
+
+REQUIRE = LOAD.replace("encoders.loading import load_encoder", "encoders.weights import require_weights").replace(
+    'load_encoder(spec, device="cpu").weights_digest', "require_weights(spec)"
+)
+
+
+def test_shards_that_are_not_all_in_the_cache_need_the_hub(hub, tmp_path):
+    _, shards = serve_shards(hub, "shards")
+    load(tmp_path / "home", hub.url, "hub:lab/shards")
+    assert load(tmp_path / "home", hub.url, "hub:lab/shards", code=REQUIRE, HF_HUB_OFFLINE="1") == [None]
+    (shard,) = (tmp_path / "home").rglob(shards[1])
+    shard.unlink()
+    for code in (REQUIRE, LOAD):
+        (outcome,) = load(tmp_path / "home", hub.url, "hub:lab/shards", code=code, HF_HUB_OFFLINE="1")
+        assert outcome.startswith("hubbed: the hub cannot be reached and lab/shards is not in the cache")
+    assert load(tmp_path / "home", hub.url, "hub:lab/shards", code=REQUIRE) == [None]
 
 
 def test_a_hub_that_is_down(tmp_path):

@@ -185,6 +185,29 @@ def test_a_slide_that_ends_the_process_is_named_by_the_next(site, tmp_path, kind
     assert {slide.slide_id for slide in FeatureStore.open(tmp_path / "s.zarr").slides()} == {"good", "good2"}
 
 
+@pytest.mark.parametrize("kind", ["abort open", "exit patch"])
+def test_bench_counts_a_slide_that_ended_the_process_among_its_class(site, tmp_path, kind):
+    traps(tmp_path / "in", bad=kind, g1="fine", g2="fine", g3="fine", g4="fine")
+    rows = [f"in/{name}.trap,{kind},{name},{part}" for name, kind, part in [
+        ("bad", "a", "train"), ("g1", "a", "train"), ("g2", "b", "train"), ("g3", "a", "test"), ("g4", "b", "test"),
+    ]]  # fmt: skip
+    manifest, store = tmp_path / "m.csv", tmp_path / "s.zarr"
+    manifest.write_text("\n".join(["path,kind,patient_id,split", *rows]))
+    killed_and_named(site, manifest, store, "SIGABRT" if kind == "abort open" else "exit code 3")
+    assert FeatureStore.open(store).failed_labels() == {"bad": {"kind": "a", "patient_id": "bad", "split": "train"}}
+    (tmp_path / "t.toml").write_text('[tasks.t]\nlabel = "kind"\nsplit = "split"\nmetrics = ["knn"]\nknn_k = 3\n')
+    (tmp_path / "l.toml").write_text((tmp_path / "t.toml").read_text() + 'labels = "labels.csv"\n')
+    (tmp_path / "labels.csv").write_text("slide_id,kind\nbad,a\ng1,a\ng2,b\ng3,a\ng4,b\n")
+    (encoder,) = FeatureStore.open(store).encoders
+    for tasks in ("t.toml", "l.toml"):
+        done = subprocess.run(
+            [*G2L, "bench", tmp_path / tasks, "--store", store, "--encoders", encoder, "--out", tmp_path / "out"],
+            capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert "left out, failed in stage one: 1 slide (bad), 1 of a" in " ".join(done.stdout.split())
+
+
 @pytest.mark.slow
 def test_a_slide_that_ends_the_process_stays_out_until_it_is_retried(site, tmp_path):
     folder, store = traps(tmp_path / "in", bad="segfault patch", good="fine"), tmp_path / "s.zarr"

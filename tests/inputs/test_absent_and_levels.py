@@ -148,3 +148,92 @@ def test_the_levels_of_an_ome_zarr_are_held_against_their_scales(tmp_path, pad, 
         assert metadata.read_text() != text
     with open_slide(path) as slide:
         assert bool(slide.notes) == is_refused
+
+
+ZARR = {
+    "Zarr 2": {"version": "0.4"},
+    "Zarr 2, nested, channels together": {
+        "version": "0.4", "axes": "yxc", "chunks": (TILE, TILE, 3),
+        "chunk_key_encoding": {"name": "v2", "separator": "/"},
+    },
+    "Zarr 3": {"version": "0.5"},
+    "Zarr 3, white by default": {"version": "0.5", "fill_value": 255},
+    "Zarr 3, shards": {"version": "0.5", "axes": "cyx", "chunks": (1, TILE, TILE), "shards": (3, 2 * TILE, 2 * TILE)},
+    "Zarr 3, shards of one chunk": {
+        "version": "0.5", "axes": "cyx", "chunks": (3, TILE, TILE), "shards": (3, TILE, TILE)
+    },
+}  # fmt: skip
+
+
+def zarr_with_hole(path, levels, hole, *, stored=False, **options):
+    """An OME-Zarr whose levels have the fill value in some places, which is written to the disk or is not.
+
+    `hole` has (level, column, row, channels), the middle two in tiles.
+    """
+    fill = options.get("fill_value", 0)
+    levels = [level.copy() for level in levels]
+    for level, column, row, channels in hole:
+        levels[level][row * TILE : (row + 1) * TILE, column * TILE : (column + 1) * TILE, channels] = fill
+    options = {"fill_value": fill, **options}
+    return levels, write_ome_zarr(path, levels, config={"write_empty_chunks": stored}, **options)
+
+
+@pytest.mark.parametrize(
+    ("layout", "channels"),
+    [(layout, [0, 1, 2]) for layout in ZARR] + [(name, [1]) for name in ("Zarr 2", "Zarr 3", "Zarr 3, shards")],
+)
+def test_chunks_that_are_not_stored_are_absent_pixels(tmp_path, image, layout, channels):
+    drawn, path = zarr_with_hole(tmp_path / "a.zarr", [image], [(0, 1, 1, channels)], **ZARR[layout])
+    few = round(TILE * ABSENT_SHARE)
+    with open_slide(path) as slide:
+        for x, absent in ((0, 0), (few - 1, few - 1), (few + 2, few + 2), (TILE, TILE), (2 * TILE, 0)):
+            expected = drawn[0][TILE : 2 * TILE, x : x + TILE].copy()
+            expected[:, max(TILE - x, 0) : max(TILE - x, 0) + absent] = 255
+            np.testing.assert_array_equal(slide.read_patch(x, TILE, Level0Px(TILE), TILE), expected)
+            if absent / TILE <= ABSENT_SHARE:
+                slide.read_patch(x, TILE, Level0Px(TILE), TILE, ABSENT_SHARE)
+            else:
+                with pytest.raises(AbsentPixelsError, match=f"{absent / TILE:.0%} of the patch at {x}, 256"):
+                    slide.read_patch(x, TILE, Level0Px(TILE), TILE, ABSENT_SHARE)
+
+
+@pytest.mark.parametrize("layout", ZARR)
+def test_a_stored_chunk_of_the_fill_value_is_a_real_one(tmp_path, image, layout):
+    drawn, path = zarr_with_hole(tmp_path / "a.zarr", [image], [(0, 1, 1, [0, 1, 2])], stored=True, **ZARR[layout])
+    with open_slide(path) as slide:
+        np.testing.assert_array_equal(slide.read_patch(0, 0, SIDE, SIDE, 0.0), drawn[0])
+
+
+def test_pixels_of_the_values_that_tell_absence_are_read(tmp_path, image):
+    image = np.where(image < 128, 1, 2).astype(np.uint8)
+    path = write_ome_zarr(tmp_path / "a.zarr", [image])
+    with open_slide(path) as slide:
+        np.testing.assert_array_equal(slide.read_patch(0, 0, SIDE, SIDE, 0.0), image)
+
+
+@pytest.mark.parametrize("layout", ZARR)
+def test_a_level_without_chunks_is_read_from_level_0(tmp_path, image, layout):
+    big = np.tile(image, (2, 2, 1))
+    lower = np.ascontiguousarray(big.reshape(SIDE, 2, SIDE, 2, 3).mean((1, 3)).astype(np.uint8))
+    hole = [(1, column, row, [0, 1, 2]) for column in range(3) for row in range(3)]
+    _, path = zarr_with_hole(tmp_path / "a.zarr", [big, lower], hole, **ZARR[layout])
+    with open_slide(path) as slide:
+        patch = slide.read_patch(0, 0, Level0Px(2 * TILE), TILE, ABSENT_SHARE)
+        thumbnail = slide.read_thumbnail(Mpp(8.0)).image
+        assert [(note.text, note.detail) for note in slide.notes] == [
+            ("a lower level has absent tiles; another is read", "level 1")
+        ]
+    assert np.abs(patch.astype(int) - lower[:TILE, :TILE]).max() <= 1
+    assert np.abs(thumbnail.mean((0, 1)) - big.mean((0, 1))).max() < 3
+
+
+@pytest.mark.parametrize("layout", ZARR)
+def test_a_level_that_lacks_what_level_0_lacks_is_read(tmp_path, image, layout):
+    big = np.tile(image, (2, 2, 1))
+    hole = [(0, column, row, [0, 1, 2]) for column in (0, 1, 2, 3) for row in (0, 1, 2, 3)]
+    hole += [(1, column, row, [0, 1, 2]) for column in (0, 1) for row in (0, 1)]
+    _, path = zarr_with_hole(tmp_path / "a.zarr", [big, big[::2, ::2]], hole, **ZARR[layout])
+    with open_slide(path) as slide:
+        assert slide.notes == ()
+        thumbnail = slide.read_thumbnail(Mpp(8.0)).image
+    assert (thumbnail[: 2 * TILE // 16, : 2 * TILE // 16] == 255).all()

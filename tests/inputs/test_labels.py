@@ -232,12 +232,21 @@ def test_coordinates_in_any_number_form(store, tmp_path, form):
     assert len(joined(store, tmp_path, rows)[0]) == PATIENTS * PATCHES
 
 
-@pytest.mark.parametrize("x", ["16.5", "sixteen", "16,5", "inf"])
+@pytest.mark.parametrize("x", ["16.5", "sixteen", "16,5", "inf", "nan", "1e300", "4294967296"])
 def test_coordinates_that_are_none(store, tmp_path, x):
     with pytest.raises(
         ManifestError, match=r"labels\.csv, line 2: x is '.*', expected a whole number of level-0 pixels"
     ):
         joined(store, tmp_path, [{**patch_labels()[0], "x": x}])
+
+
+def test_corners_are_told_apart_by_both_coordinates(store, tmp_path):
+    """Also negative ones and those that are the other way around, none of which is a patch of the slide."""
+    strays = [("0", "16"), ("-16", "0"), ("0", "-1"), ("16", "-0.5e1"), ("2147483647", "2147483647"), ("-1", "-1")]
+    rows = patch_labels() + [{"slide_id": "s0", "x": x, "y": y, "kind": "c"} for x, y in strays]
+    found, notes = joined(store, tmp_path, rows)
+    assert found.label.tolist() == [row["kind"] for row in patch_labels()]
+    assert notes == [f"task t: {len(strays)} rows of labels.csv match no stored patch of their slide, first line 322"]
 
 
 def test_coordinates_with_capital_letters(store, tmp_path):

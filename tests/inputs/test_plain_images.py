@@ -11,12 +11,11 @@ import tifffile
 from PIL import Image
 
 from g2l_core.errors import NotASlideError, ReadError
-from g2l_core.extraction.patching import patch_source
-from g2l_core.patches.grid import GridSpec
-from g2l_core.patches.render import read_image
+from g2l_core.patches.render import ImagePatches, read_image
 from g2l_core.slides.limits import PIXELS
-from g2l_core.slides.manifest import Source, read_sources
+from g2l_core.slides.manifest import read_sources
 from g2l_core.slides.slide import open_slide
+from g2l_core.store.features import FeatureStore
 from g2l_core.tissue.glass import colored_glass
 from tests.conftest import TEACHER
 from tests.inputs.drawn import jfif, picture, write_tiles
@@ -61,6 +60,20 @@ def test_more_than_8_bits_are_refused_by_both(tmp_path, image, kind):
             read(tmp_path / name)
 
 
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("compression", [None, "deflate", "lzw"])
+def test_a_tiled_tiff_of_more_than_8_bits_is_read_by_its_upper_8_and_noted(tmp_path, compression, bits):
+    """OpenSlide reads it; libtiff rounds, so that the last bit may differ."""
+    kind = {8: np.uint8, 16: np.uint16}[bits]
+    pixels = np.random.default_rng(0).integers(0, 1 << bits, (512, 512, 3)).astype(kind)
+    tifffile.imwrite(tmp_path / "a.tif", pixels, photometric="rgb", tile=(256, 256), compression=compression)
+    with open_slide(tmp_path / "a.tif", mpp_override=0.5) as slide:
+        patch = slide.read_patch(0, 0, 512, 512)
+        noted = [(note.text, note.detail) for note in slide.notes]
+    assert noted == ([("more than 8 bits a sample: the upper 8 are read", "16 bits")] if bits == 16 else [])
+    assert np.abs(patch.astype(int) - (pixels >> (bits - 8))).max() <= (bits == 16)
+
+
 def with_exif(path, image, orientation):
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
@@ -79,8 +92,31 @@ def test_both_turn_an_image_as_exif_says(tmp_path, image, suffix, orientation):
     assert np.abs(slide.astype(int) - turned[orientation]).mean() < (8 if suffix == ".jpg" else 0.01)
     with open_slide(path, mpp_override=0.5) as opened:
         assert [note.detail for note in opened.notes] == ([f"orientation {orientation}"] if orientation > 1 else [])
-    patched = patch_source(Source(slide_id="a", path=tmp_path, patch_ids=(path.name,)), GridSpec(patch_px=SIDE), 0.5)
-    assert [note.text for note in patched.notes] == (["turned upright as EXIF says"] if orientation > 1 else [])
+    patches = ImagePatches(tmp_path, [path.name], SIDE)
+    np.testing.assert_array_equal(patches.read(0), patch)
+    assert patches.turned == ({0} if orientation > 1 else set())
+
+
+@pytest.mark.parametrize("more", [[], ["--local-workers", "1"]])
+def test_images_that_were_turned_are_counted_one_by_one(tmp_path, image, more):
+    """The first of the set is upright; of those that are turned, one cannot be decoded."""
+    for name, orientations in (("a", [1, 6, 1, 3, 8]), ("b", [1, 1]), ("d", [8])):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        for i, orientation in enumerate(orientations):
+            with_exif(tmp_path / f"in/{name}/{i}.jpg", np.roll(image, i + len(orientations), axis=0), orientation)
+    torn = tmp_path / "in/a/4.jpg"
+    torn.write_bytes(torn.read_bytes()[:2000])
+    done = cache(tmp_path, tmp_path / "in", "--patch-px", str(SIDE), "--json", *more)
+    assert done.returncode == 1, done.stderr
+    summary = json.loads(done.stdout)
+    assert list(summary["unreadable"]) == ["a"]
+    assert summary["notes"] == ["3 images turned upright as EXIF says: a (2), d (1)"]
+    store = FeatureStore.open(tmp_path / "s.zarr")
+    assert {slide.slide_id: slide.facts.notes for slide in store.slides()} == {
+        "a": ("turned upright as EXIF says",), "b": (), "d": ("turned upright as EXIF says",)
+    }  # fmt: skip
+    again = cache(tmp_path, tmp_path / "in", "--patch-px", str(SIDE), "--json")
+    assert json.loads(again.stdout)["notes"] == []  # nothing is read again
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P", "RGB with a transparent color"])

@@ -96,6 +96,27 @@ def test_an_encoder_that_cannot_be_had_is_not_measured(cohort, monkeypatch):
     assert "MB a view" in done.stdout
 
 
+@pytest.mark.parametrize(
+    "call", [["plan"], ["cache-teacher", "--store", "s.zarr", "--dry-run"], ["cache-teacher", "--store", "s.zarr"]]
+)
+@pytest.mark.parametrize(
+    ("teacher", "sizes"), [("h-optimus-0@225", "224 and 238"), ("timm:vit_tiny_patch16_224@225", "224 and 240")]
+)
+def test_an_input_side_is_refused_before_weights_and_slides(tmp_path, monkeypatch, call, teacher, sizes):
+    """Neither can be read here, so that a plan that looked at them would end otherwise."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/broken.svs").write_text("no slide")
+    (tmp_path / "w.pth").write_text("no weights")
+    weights = ["--weights", "w.pth"] if teacher.startswith("timm") else []
+    done = g2l(*call, tmp_path / "in", "--teacher", teacher, *weights)
+    assert done.returncode == 2
+    assert f"{teacher}: an input of 225 px is no multiple of the network's" in done.stderr
+    assert f"The next sizes are {sizes}" in done.stderr
+    assert not (tmp_path / "s.zarr").exists()
+
+
 def test_sets_of_images_beside_a_slide(cohort, oscc_patches):
     done = plan(cohort.parent / "slides/p01-1.tiff", oscc_patches, "--patch-px", "224", "--json")
     facts = json.loads(done.stdout)

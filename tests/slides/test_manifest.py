@@ -4,6 +4,8 @@ import re
 from math import ceil
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,6 +15,7 @@ from g2l_core.slides.manifest import (
     COLUMN_ALIASES,
     fits,
     held_out_groups,
+    open_table,
     parse_condition,
     read_sources,
     read_table,
@@ -286,6 +289,34 @@ def test_table_with_byte_order_mark_windows_lines_blank_lines_and_quotes(tmp_pat
         {"slide_id": "S1", "Note": 'a, "b"\nc'},
         {"slide_id": "S2", "Note": "x"},
     ]
+
+
+def test_a_table_that_is_read_in_many_parts_is_what_pandas_reads(tmp_path):
+    """Blank lines, blanks and cells that recur in later parts; columns of few and of many values."""
+    rng, n = np.random.default_rng(0), 1500
+    frame = pd.DataFrame(
+        {
+            "slide_id": [f"s{i // 400}" for i in range(n)],
+            "patch_id": [f"{i}.png" for i in range(n)],
+            "kind": rng.choice(["a", " b", "NA", "na", ""], n),
+            "note": ["n/a" if i == n - 1 else str(i) for i in range(n)],
+        }
+    )
+    lines = frame.to_csv(index=False).splitlines()
+    for at in (1200, 700, 300):
+        lines[at:at] = ["", ",,, "]
+    table = open_table(write(tmp_path / "t.csv", "\n".join(lines)))
+    expected = frame.apply(lambda column: column.str.strip())
+    expected["kind"] = expected["kind"].replace(["NA", "na"], "")
+    expected.loc[n - 1, "note"] = ""
+    pd.testing.assert_frame_equal(pd.DataFrame(dict(table.values)), expected)
+    filled = [number for number, line in enumerate(lines, start=1) if line.strip(", ")]
+    assert table.lines.tolist() == filled[1:]
+    counts = frame["kind"].value_counts()
+    assert f"'NA' in kind ({counts['NA']}), 'na' in kind ({counts['na']}), 'n/a' in note (1)." in table.notes[0]
+    lines[1100] += ",x"
+    with pytest.raises(ManifestError, match="line 1101: 5 fields where the header has 4"):
+        open_table(write(tmp_path / "t.csv", "\n".join(lines)))
 
 
 def test_tab_separated_table(tmp_path):

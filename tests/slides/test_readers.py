@@ -143,8 +143,8 @@ def test_the_files_of_a_dicom_series_are_one_slide(tmp_path):
 UNITS = {"nanometer": 250.0, "micrometer": 0.25, "millimeter": 0.00025}
 
 
-def write_ome_zarr(path, levels, *, version="0.5", axes="tczyx", unit="micrometer", scale=None):
-    """Pictures of one slide, the finest first, as multiscales; `axes` in the arrays' order."""
+def write_ome_zarr(path, levels, *, version="0.5", axes="tczyx", unit="micrometer", scale=None, **options):
+    """Pictures of one slide, the finest first, as multiscales; `axes` in the arrays' order; `options` of the arrays."""
     step = scale or UNITS.get(unit, 1.0)
     datasets = []
     for level, pixels in enumerate(levels):
@@ -154,7 +154,7 @@ def write_ome_zarr(path, levels, *, version="0.5", axes="tczyx", unit="micromete
         )
         array = zarr.create_array(
             str(path / str(level)), shape=ordered.shape, dtype=pixels.dtype, zarr_format=2 if version == "0.4" else 3,
-            chunks=tuple(256 if a in "yx" else 1 for a in axes),
+            **{"chunks": tuple(256 if a in "yx" else 1 for a in axes), **options},
         )  # fmt: skip
         array[...] = ordered
         factor = levels[0].shape[0] / pixels.shape[0]
