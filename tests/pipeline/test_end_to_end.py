@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -42,6 +43,27 @@ def test_the_demo_brings_the_student_closer_on_held_out_patients(demo):
     page = (folder / "report" / "report.html").read_text()
     assert "untrained" in page
     assert "ImageNet" in page
+
+
+FIGURE = r"[+-]?\d+(?:\.\d+)?"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("document", ["README.md", "docs/quickstart.md"])
+def test_the_table_in_the_documents_is_what_the_demo_prints(demo, document):
+    """Word for word but for the figures, of which threads and processors move the students'."""
+    _, printed = demo
+    shown = (Path(__file__).parents[2] / document).read_text()
+    begin, end = "on held-out slides", "robustness index"
+    table, told = (
+        text[text.index(begin) : text.index("\n", text.index(end, text.index(begin)))].splitlines()
+        for text in (printed, shown)
+    )
+    assert [re.sub(FIGURE, "#", line).split() for line in told] == [re.sub(FIGURE, "#", line).split() for line in table]
+    for ours, theirs in zip(told, table, strict=True):
+        if theirs.startswith(("CKA", "kNN", "robustness")):
+            values, found = (np.array(re.findall(FIGURE, line), float)[-5:] for line in (ours, theirs))
+            np.testing.assert_allclose(values[:3], found[:3], atol=0.15)
 
 
 def test_the_demo_takes_own_slides(cohort, tmp_path):
