@@ -3,6 +3,7 @@
 import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isnan
 from pathlib import Path
 from textwrap import fill
 
@@ -208,7 +209,7 @@ def _interval(gain: Comparison | None) -> str:
 
 
 def _method(results: Sequence[Result], after: str) -> str:
-    found = [r.estimate.method for r in results if r.encoder == after]
+    found = [r.estimate.method for r in results if r.encoder == after and not isnan(r.estimate.low)]
     return "95 %     " + "; ".join(dict.fromkeys(found)) if found else ""
 
 
