@@ -48,7 +48,7 @@ class PatchBags(Dataset[dict[str, Any]]):
         firsts = dict(zip((part.slide_id for part in parts), np.cumsum([0, *map(len, parts)]).tolist(), strict=False))
         whole, skipped = whole_parts(parts, encoder, options.view, options.missing)
         self.skipped = dict(skipped)
-        self._bags: dict[str, list[tuple[Part, Int64[np.ndarray, " row"]]]] = defaultdict(list)
+        self._bags: dict[str, list[tuple[Part, Int64[np.ndarray, _]]]] = defaultdict(list)
         labels: dict[str, set[str]] = defaultdict(set)
         for part in whole:
             for name, places in self._groups(part):
@@ -62,7 +62,7 @@ class PatchBags(Dataset[dict[str, Any]]):
             why = next(iter(self.skipped.items()), ("", "it has no patches"))
             raise ManifestError(f"no bag is left; {why[0]}: {why[1]}")
 
-    def _groups(self, part: Part) -> Iterator[tuple[str, Int64[np.ndarray, " row"]]]:
+    def _groups(self, part: Part) -> Iterator[tuple[str, Int64[np.ndarray, "_"]]]:
         """The bags that a slide's patches are of, with the places of these among them."""
         by = self._options.by
         names = part.columns.column(by, part.rows)
@@ -119,8 +119,8 @@ class PatchBags(Dataset[dict[str, Any]]):
         return bag | {"label": self.labels[name], "target": self.classes.index(self.labels[name])}
 
     def _drawn(
-        self, name: str, parts: list[tuple[Part, Int64[np.ndarray, " row"]]]
-    ) -> list[tuple[Part, Int64[np.ndarray, " row"]]]:
+        self, name: str, parts: list[tuple[Part, Int64[np.ndarray, "_"]]]
+    ) -> list[tuple[Part, Int64[np.ndarray, "_"]]]:
         """At most `max_patches` of a bag, drawn by the seed, the epoch and the bag alone."""
         sizes, limit = [len(index) for _, index in parts], self._options.max_patches
         if limit is None or sum(sizes) <= limit:
@@ -143,7 +143,7 @@ class PatchBags(Dataset[dict[str, Any]]):
         return f"<PatchBags: {len(self):,} by {options.by} of {self._encoder}{classes}{drawn}{skipped}>"
 
 
-def _readable(part: Part, index: Int64[np.ndarray, " row"]) -> tuple[Part, Int64[np.ndarray, " row"]]:
+def _readable(part: Part, index: Int64[np.ndarray, "_"]) -> tuple[Part, Int64[np.ndarray, " row"]]:
     good = part.status == 0
     return (part, index) if good.all() else (replace(part, chosen=part.rows[good]), index[good])
 

@@ -25,13 +25,13 @@ class Block:
     index: Int64[np.ndarray, " row"]
     """Their places in the cohort's table of patches."""
     labels: Shaped[np.ndarray, " row"]
-    """Their labels as texts; empty where none was asked for."""
+    """Their labels as texts; all are empty if none was asked for."""
 
     def __len__(self) -> int:
         return len(self.index)
 
     def __repr__(self) -> str:
-        return f"<Block: features {self.features.shape}{', with labels' if len(self.labels) else ''}>"
+        return f"<Block: features {self.features.shape}>"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +127,7 @@ class RowBlocks:
         return Block(
             features=_widened(taken.features(self.encoder, self.options.view)),
             index=self._starts[number] + places,
-            labels=taken.columns.column(label, taken.rows) if label else np.zeros(0, object),
+            labels=taken.columns.column(label, taken.rows) if label else np.full(len(places), "", object),
         )
 
     def _mixed(self, block: Block, worker: int) -> Block:
@@ -162,5 +162,4 @@ def _split(block: Block, rows: int) -> tuple[Block, Block]:
 
 
 def _taken(block: Block, rows: "slice | np.ndarray") -> Block:
-    labels = block.labels[rows] if len(block.labels) else block.labels
-    return Block(features=block.features[rows], index=block.index[rows], labels=labels)
+    return Block(features=block.features[rows], index=block.index[rows], labels=block.labels[rows])

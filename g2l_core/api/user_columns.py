@@ -29,7 +29,7 @@ def add_column(selection: Selection, name: str, values: Any) -> None:
         store.save_catalogue()
 
 
-def _by_part(parts: Sequence[Part], values: Any) -> list[Shaped[np.ndarray, " row"]]:
+def _by_part(parts: Sequence[Part], values: Any) -> list[Shaped[np.ndarray, "_"]]:
     """The values of each slide's patches, all of one type."""
     sizes = [len(part) for part in parts]
     if isinstance(values, Mapping):
@@ -76,7 +76,7 @@ def _typed(series: "pd.Series") -> Shaped[np.ndarray, " row"]:
     )
 
 
-def _of_slide(part: Part, values: Shaped[np.ndarray, " row"]) -> Shaped[np.ndarray, " patch"]:
+def _of_slide(part: Part, values: Shaped[np.ndarray, "_"]) -> Shaped[np.ndarray, " patch"]:
     """The values of all stored patches; those that are not in the cohort are missing."""
     if len(part) == len(part.slide):
         return values

@@ -77,7 +77,7 @@ def dask_features(store: FeatureStore, encoder: str, *, view: int = 0) -> da.Arr
 
 
 def lazy_features(
-    parts: Sequence[tuple[StoredSlide, Int64[np.ndarray, " row"] | None]], encoder: str, view: int, dim: int
+    parts: Sequence[tuple[StoredSlide, Int64[np.ndarray, "_"] | None]], encoder: str, view: int, dim: int
 ) -> da.Array:
     """One view's features of some rows of some slides; a chunk is what is taken of a shard.
 

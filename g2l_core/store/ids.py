@@ -8,18 +8,7 @@ MAX_BYTES = 200
 """File systems allow 255 bytes a name, and the names of temporary files are longer than the names."""
 
 _RESERVED = frozenset(
-    {
-        "",
-        ".",
-        "..",
-        "c",
-        "zarr.json",
-        schema.PATCH_ID,
-        schema.PATCH_LABELS,
-        schema.COLUMNS,
-        schema.FEATURES,
-        *schema.TABLES,
-    }
+    {"", ".", "..", "c", "zarr.json", schema.PATCH_ID, schema.PATCH_LABELS, schema.FEATURES, *schema.TABLES}
 )
 
 

@@ -11,8 +11,8 @@ from g2l_core.types import Features
 
 
 def pieces(
-    slide: StoredSlide, rows: Int64[np.ndarray, " row"] | None
-) -> Iterator[tuple[int, int, Int64[np.ndarray, " row"] | None]]:
+    slide: StoredSlide, rows: Int64[np.ndarray, "_"] | None
+) -> Iterator[tuple[int, int, Int64[np.ndarray, "_"] | None]]:
     """(Start, stop, rows between them or None for all) of every shard of which something is taken."""
     for shard in slide.shards([0]):
         if rows is None:
@@ -24,13 +24,13 @@ def pieces(
             yield start, stop, inside
 
 
-def _span(rows: Int64[np.ndarray, " row"], limit: int) -> tuple[int, int]:
+def _span(rows: Int64[np.ndarray, "_"], limit: int) -> tuple[int, int]:
     """The stored rows from the first chunk to the last that hold some rows of a shard, which ends at `limit`."""
     first, last = int(rows[0]) // schema.CHUNK_ROWS, int(rows[-1]) // schema.CHUNK_ROWS
     return first * schema.CHUNK_ROWS, min((last + 1) * schema.CHUNK_ROWS, limit)
 
 
-def read_selected(slide: StoredSlide, encoder: str, rows: Int64[np.ndarray, " row"] | None, *, view: int) -> Features:
+def read_selected(slide: StoredSlide, encoder: str, rows: Int64[np.ndarray, "_"] | None, *, view: int) -> Features:
     """The features of some stored rows of a slide in ascending order, or of all, float16 (rows, dim).
 
     Raises:
