@@ -1,5 +1,7 @@
 """A small store with whatever a cohort may meet, and a plain reader of it that knows nothing of G2L."""
 
+import os
+
 import numpy as np
 import pytest
 import zarr
@@ -11,6 +13,14 @@ from tests.store.toy import DIM, ENCODER, create, facts, fill, lay
 
 SECOND = "efficientnet-lite0-64"
 SIZES = {"a/x": 37, "b": 20, "d": 5, "set": 6}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def without_waiting():
+    """Nothing here is about a loss of power, so no file is waited for until it is on the disk."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
 
 
 @pytest.fixture
