@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from g2l_core.api.selection import Part, whole_parts
 from g2l_core.errors import ManifestError
 from g2l_core.rng import keyed_generator
+from g2l_core.store.schema import STATUS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,29 @@ class BagOptions:
     max_patches: int | None = None
     seed: int = 0
     missing: str = "refuse"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Member:
+    """The patches of one slide in a bag."""
+
+    part: Part
+    first: int
+    """The place of the slide's first patch in the cohort's table of patches."""
+    places: Int64[np.ndarray, "_"] | None = None
+    """Which of the slide's patches in the cohort they are; None is all."""
+
+    @property
+    def index(self) -> Int64[np.ndarray, "_"]:
+        """Their places in the cohort's table of patches."""
+        return self.first + (np.arange(len(self.part)) if self.places is None else self.places)
+
+    def at(self, places: Int64[np.ndarray, "_"]) -> "_Member":
+        """Some of them."""
+        if len(places) == len(self.part):
+            return self
+        known = places if self.places is None else self.places[places]
+        return replace(self, part=replace(self.part, chosen=self.part.rows[places]), places=known)
 
 
 class PatchBags(Dataset[dict[str, Any]]):
@@ -48,13 +72,14 @@ class PatchBags(Dataset[dict[str, Any]]):
         firsts = dict(zip((part.slide_id for part in parts), np.cumsum([0, *map(len, parts)]).tolist(), strict=False))
         whole, skipped = whole_parts(parts, encoder, options.view, options.missing)
         self.skipped = dict(skipped)
-        self._bags: dict[str, list[tuple[Part, Int64[np.ndarray, _]]]] = defaultdict(list)
+        self._bags: dict[str, list[_Member]] = defaultdict(list)
         labels: dict[str, set[str]] = defaultdict(set)
         for part in whole:
             for name, places in self._groups(part):
-                chosen = replace(part, chosen=part.rows[places])
-                self._bags[name].append((chosen, firsts[part.slide_id] + places))
-                labels[name] |= set(part.columns.column(options.label, chosen.rows)) if options.label else set()
+                member = _Member(part=part, first=firsts[part.slide_id]).at(places)
+                self._bags[name].append(member)
+                if options.label:
+                    labels[name] |= set(part.columns.column(options.label, member.part.rows))
         self._settle_labels(labels)
         self.names = tuple(sorted(self._bags))
         self.classes = tuple(sorted(set(self.labels.values())))
@@ -106,34 +131,28 @@ class PatchBags(Dataset[dict[str, Any]]):
 
     def __getitem__(self, item: int) -> dict[str, Any]:
         name = self.names[item]
-        parts = self._drawn(name, [_readable(part, index) for part, index in self._bags[name]])
-        features = [part.features(self._encoder, self._options.view).astype(np.float32) for part, _ in parts]
+        members = self._drawn(name, [m.at(np.flatnonzero(m.part.status == STATUS["ok"])) for m in self._bags[name]])
+        features = [m.part.features(self._encoder, self._options.view).astype(np.float32) for m in members]
         bag: dict[str, Any] = {
             "features": torch.from_numpy(np.concatenate(features)),
-            "coords": torch.from_numpy(np.concatenate([part.coords for part, _ in parts])),
-            "index": torch.from_numpy(np.concatenate([index for _, index in parts])),
+            "coords": torch.from_numpy(np.concatenate([m.part.coords for m in members])),
+            "index": torch.from_numpy(np.concatenate([m.index for m in members])),
             "bag": name,
         }
         if not self._options.label:
             return bag
         return bag | {"label": self.labels[name], "target": self.classes.index(self.labels[name])}
 
-    def _drawn(
-        self, name: str, parts: list[tuple[Part, Int64[np.ndarray, "_"]]]
-    ) -> list[tuple[Part, Int64[np.ndarray, "_"]]]:
+    def _drawn(self, name: str, members: list[_Member]) -> list[_Member]:
         """At most `max_patches` of a bag, drawn by the seed, the epoch and the bag alone."""
-        sizes, limit = [len(index) for _, index in parts], self._options.max_patches
+        sizes, limit = [len(member.part) for member in members], self._options.max_patches
         if limit is None or sum(sizes) <= limit:
-            return parts
+            return members
         generator = keyed_generator("bag", self._options.seed, self._epoch, name)
         drawn = np.sort(generator.choice(sum(sizes), limit, replace=False))
         starts = np.cumsum([0, *sizes])
         places = [drawn[(a <= drawn) & (drawn < b)] - a for a, b in pairwise(starts)]
-        return [
-            (replace(part, chosen=part.rows[inside]), index[inside])
-            for (part, index), inside in zip(parts, places, strict=True)
-            if len(inside)
-        ]
+        return [member.at(inside) for member, inside in zip(members, places, strict=True) if len(inside)]
 
     def __repr__(self) -> str:
         options, counts = self._options, Counter(self.labels.values())
@@ -141,11 +160,6 @@ class PatchBags(Dataset[dict[str, Any]]):
         drawn = f", at most {options.max_patches:,} patches each" if options.max_patches else ""
         skipped = f", {len(self.skipped):,} skipped" if self.skipped else ""
         return f"<PatchBags: {len(self):,} by {options.by} of {self._encoder}{classes}{drawn}{skipped}>"
-
-
-def _readable(part: Part, index: Int64[np.ndarray, "_"]) -> tuple[Part, Int64[np.ndarray, " row"]]:
-    good = part.status == 0
-    return (part, index) if good.all() else (replace(part, chosen=part.rows[good]), index[good])
 
 
 def collate_bags(bags: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

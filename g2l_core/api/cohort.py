@@ -1,6 +1,7 @@
 """A store in the hands of a notebook: its patches, labels and features, whole or in part."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     import g2l_core.patches.relocate
 
 
+@dataclass(frozen=True, repr=False)
 class Cohort:
     """The patches of a store, or some of them, with their labels. `open_cohort`, that is `g2l.open`, makes one.
 
@@ -31,16 +33,16 @@ class Cohort:
 
     `encoder` is always what the command line takes: the name of an encoder (`efficientnet-lite0@64`), its key in the
     store, or a run folder. `view` 0 is the canonical view, the others are augmented.
-
-    Attributes:
-        path: The store's folder.
     """
 
-    def __init__(self, selection: Selection) -> None:
-        self._selection = selection
-        self.path = selection.store.path
+    _selection: Selection
 
     # -- what there is ----------------------------------------------------------------------------------------
+
+    @property
+    def path(self) -> Path:
+        """The store's folder."""
+        return self._selection.store.path
 
     @property
     def encoders(self) -> Mapping[str, EncoderFacts]:

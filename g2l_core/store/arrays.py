@@ -14,7 +14,7 @@ from g2l_core.store.rows import pieces
 from g2l_core.types import Features
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CohortRows:
     """Tells which slide and which stored row each global row of a cohort's array is."""
 
@@ -25,6 +25,9 @@ class CohortRows:
 
     def __len__(self) -> int:
         return int(self.starts[-1])
+
+    def __repr__(self) -> str:
+        return f"<CohortRows: {len(self):,} rows of {len(self.slide_ids):,} slides>"
 
     def of(self, slide_id: str) -> slice:
         """The global rows of a slide.

@@ -44,6 +44,9 @@ class FeatureStore:
         self._writable = writable
         self._entries = catalogue.load(path)
 
+    def __repr__(self) -> str:
+        return f"<FeatureStore {self.path}: {len(self.entries):,} slides, {', '.join(self.encoders) or 'no encoders'}>"
+
     @classmethod
     def open(cls, path: Path | str, *, writable: bool = False) -> "FeatureStore":
         """Open an existing store.

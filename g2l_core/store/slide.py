@@ -44,6 +44,9 @@ class StoredSlide:
         self._format, self._writable = store_format, writable
         self._arrays: dict[str, zarr.Array] = {}
 
+    def __repr__(self) -> str:
+        return f"<StoredSlide {self.slide_id}: {len(self):,} patches, {', '.join(self.encoder_keys) or 'no features'}>"
+
     @property
     def has_patches(self) -> bool:
         """Whether it has patches."""
@@ -318,12 +321,11 @@ class StoredSlide:
 
     def record(self, encoder: str, records: Mapping[str, ShardRecord], tables: Mapping[str, Mapping[str, int]]) -> None:
         """Let shards count, by their names, and the blocks of tables that were written with them."""
-        n_shards = len(self.shards([0]))
 
         def recorded(facts: SlideFacts) -> SlideFacts:
             of_encoder = facts.features[encoder]
             shards = {**of_encoder.shards, **records}
-            is_complete = len(shards) == n_shards * of_encoder.n_views
+            is_complete = len(shards) == len(self.shards([0])) * of_encoder.n_views
             facts = replace(facts, tables=merged(facts.tables, tables))
             return with_features(facts, encoder, replace(of_encoder, shards=shards, complete=is_complete))
 
@@ -459,8 +461,7 @@ class StoredSlide:
             StoreMissingError: Some are not. The message names the slide, the encoder and the view.
         """
         self.feature_facts(encoder)
-        shards = self.shards([view])
-        records = self.records(encoder, [view])
+        shards, records = self.shards([view]), self.records(encoder, [view])
         missing = [s for s in shards if s.name not in records]
         if missing:
             raise StoreMissingError(

@@ -51,6 +51,13 @@ def test_what_a_cohort_says_of_itself(stored):
     assert g2l.open(stored).failed == {"zz": "no tissue"}
 
 
+def test_what_lies_below_a_cohort_says_of_itself(stored):
+    store = FeatureStore.open(stored)
+    assert repr(store) == f"<FeatureStore {stored}: 5 slides, toy, {SECOND}>"
+    assert repr(store.slide("d")) == "<StoredSlide d: 5 patches, toy>"
+    assert repr(g2l.open(stored).blocks(ENCODER)) == "<RowBlocks: 68 patches of toy by 4,096, in stored order>"
+
+
 def test_the_table_of_patches(stored):
     table = g2l.open(stored).patches()
     assert list(table) == ["slide_id", "row", "x", "y", "status", "patch_id", "medical_center", "patient_id"]
@@ -185,6 +192,15 @@ def test_collated_bags(stored):
         assert not batch["features"][i, n:].any()
         assert (batch["index"][i, n:] == -1).all()
     assert (batch["bag"], batch["target"].tolist()) == (["a/x", "b", "d", "set"], [0, 0, 1, 2])
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_bags_in_worker_processes(usual, method):
+    bags = g2l.open(usual).bags(ENCODER, max_patches=9)
+    loader = DataLoader(bags, batch_size=None, num_workers=2, multiprocessing_context=method)
+    for item, wanted in zip(loader, bags, strict=False):
+        assert torch.equal(item["features"], wanted["features"])
+        assert item["bag"] == wanted["bag"]
 
 
 def test_a_bag_with_two_labels(stored):
