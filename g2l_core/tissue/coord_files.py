@@ -180,8 +180,7 @@ def read_rows(path: Path) -> Rows:
     except OSError as error:
         raise ReadError(f"it cannot be read: {error.strerror or error}") from error
     table = open_table(path)
-    columns = {name.lower(): np.array([row[name] for row in table.rows], dtype=object) for name in table.columns}
-    return Rows(columns=columns, lines=np.array(table.lines, np.int64))
+    return Rows(columns={name.lower(): texts for name, texts in table.values.items()}, lines=table.lines)
 
 
 def _parquet_rows(path: Path) -> Rows:

@@ -15,7 +15,7 @@ from g2l_core.store import schema
 from tests.api.conftest import SIZES, make_store, plain
 from tests.store.toy import ENCODER
 
-laws = settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+laws = settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from g2l_core.store.verify import verify
 from tests.api.conftest import SECOND, SIZES, make_store
 from tests.store.toy import ENCODER, create, facts, fill, lay
 
-laws = settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
+laws = settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(scope="module")
