@@ -12,16 +12,17 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 FLOORS = (
-    {"errors", "types", "options", "results", "rng", "concurrency", "files"},
+    {"errors", "types", "options", "results", "rng", "concurrency", "files", "version"},
     {"slides", "store", "metrics", "report", "synthetic"},
     {"tissue", "patches", "encoders"},
     {"extraction", "distillation", "benchmark", "datasets"},
+    {"api"},
 )
 """A room of g2l_core imports rooms of lower floors only; rooms of one floor do not know each other."""
 
 LIGHT = [
     "g2l_core", "pipeline.cli.main", "g2l_core.store.features", "g2l_core.encoders.resolve",
-    "g2l_core.metrics.similarity", "g2l_core.distillation.spec",
+    "g2l_core.metrics.similarity", "g2l_core.distillation.spec", "g2l_core.api.cohort",
 ]  # fmt: skip
 
 

@@ -1,18 +1,17 @@
 """Join stored slides with the columns that a task reads, slide by slide, and keep account of what is left out."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from sys import intern
 
 import numpy as np
-from jaxtyping import Bool, Int64, Shaped
+from jaxtyping import Int64, Shaped
 
-from g2l_core.benchmark.labels import NAMED, LabelTable, slides_by_class, spelled
+from g2l_core.benchmark.columns import SlideColumns, mapped, spelled
+from g2l_core.benchmark.labels import NAMED, LabelTable, slides_by_class
 from g2l_core.benchmark.spec import TaskSpec
 from g2l_core.errors import TaskError
-from g2l_core.slides.manifest import parse_condition
 from g2l_core.store.features import FeatureStore, StoredSlide
 from g2l_core.store.schema import STATUS
 
@@ -20,52 +19,6 @@ EXTRA = "extra: "
 """Begins the names of further columns among the arrays of a slide."""
 
 _PARTS = ("train", "test")
-
-
-class SlideColumns:
-    """The values of one slide's stored patches, by column: of the label file if that has the column, else the store's.
-
-    Attributes:
-        slide: The slide.
-        seen: The columns that have been found, in the label file, the manifest or the store.
-    """
-
-    def __init__(self, slide: StoredSlide, table: LabelTable | None) -> None:
-        self.slide, self._table = slide, table
-        self._of_table = table.of(slide) if table else None
-        self._of_slide, self._of_patch = slide.labels, slide.patch_labels if slide.has_patch_labels else []
-        self._by_patch = {column for labels in self._of_patch for column in labels}
-
-    @property
-    def names(self) -> set[str]:
-        """All columns that there are."""
-        return {"slide_id", *self._of_slide, *self._by_patch, *(self._table.columns if self._table else ())}
-
-    def column(self, name: str, rows: Int64[np.ndarray, " row"]) -> Shaped[np.ndarray, " row"]:
-        """The values of some stored rows, as texts; empty where there is none."""
-        name = spelled(name, self.names)
-        if self._table and self._of_table is not None and name in self._table.columns:
-            return self._table.texts(name, self._of_table[rows])
-        of_rows: Mapping[str, str] | Sequence[Mapping[str, str]] = self._of_slide
-        if name == "slide_id":
-            of_rows = {name: self.slide.slide_id}
-        elif name in self._by_patch:
-            of_rows = self._of_patch
-        if isinstance(of_rows, Mapping):
-            return np.full(len(rows), intern(of_rows.get(name, "")), dtype=object)
-        return np.array([intern(of_rows[row].get(name, "")) for row in rows.tolist()], dtype=object)
-
-    def fitting(self, condition: str, rows: Int64[np.ndarray, " row"]) -> Bool[np.ndarray, " row"]:
-        """Which of some stored rows fit COLUMN=PATTERN."""
-        column, pattern = parse_condition(condition)
-        return mapped(self.column(column, rows), lambda value: fnmatchcase(value, pattern)).astype(bool)
-
-
-def mapped(values: Shaped[np.ndarray, " row"], change: Callable[[str], object]) -> Shaped[np.ndarray, " row"]:
-    """What becomes of each value, computed once for equal ones."""
-    texts = values.tolist()
-    changed = {text: change(text) for text in set(texts)}
-    return np.array([changed[text] for text in texts], dtype=object)
 
 
 @dataclass
@@ -96,7 +49,7 @@ class Joined:
             TaskError: A patch fits both `train` and `test`.
             ManifestError: The label file contradicts itself.
         """
-        values, spec = SlideColumns(slide, self.table), self.spec
+        values, spec = SlideColumns(slide, *([self.table] if self.table else [])), self.spec
         self.columns |= values.names
         chosen = np.arange(len(slide))
         for condition in spec.where:

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int64, Shaped
 
+from g2l_core.benchmark.columns import spelled
 from g2l_core.benchmark.spec import TaskSpec
 from g2l_core.errors import ManifestError, TaskError
-from g2l_core.slides.manifest import canonical_column, fits, open_table, parse_condition
+from g2l_core.slides.manifest import fits, open_table, parse_condition
 from g2l_core.slides.readers import IMAGE_SUFFIXES, slide_suffixes
 from g2l_core.store.features import FeatureStore, StoredSlide
 
@@ -38,13 +39,16 @@ class LabelTable:
         columns: Its columns that hold labels. What the task reads of them is taken from here alone.
     """
 
-    def __init__(self, path: Path, stores: Sequence[FeatureStore], spec: TaskSpec) -> None:
+    def __init__(
+        self, path: Path, stores: Sequence[FeatureStore], spec: TaskSpec, *, compares_all: bool = False
+    ) -> None:
         """Read a label file.
 
         Args:
             path: A CSV file with the column slide_id; and patch_id, or both x and y, where labels are of patches.
             stores: The cohorts, which must have all of its slides unless the task's `missing` is "note".
             spec: The task, whose label must be a column.
+            compares_all: Whether two rows of one thing must agree in every column; if not, in those of the task alone.
 
         Raises:
             ManifestError: The file is absent, cannot be read, or names slides that no store has.
@@ -66,7 +70,8 @@ class LabelTable:
         self._corner = _corner_columns(table.columns, spec)
         self.columns = frozenset(table.columns) - {"slide_id", "patch_id", *self._corner}
         self._values = {name: np.append(texts, "") for name, texts in table.values.items()}
-        self._compared = [c for c in dict.fromkeys(spelled(c, self.columns) for c in spec.columns) if c in self.columns]
+        compared = sorted(self.columns) if compares_all else [spelled(column, self.columns) for column in spec.columns]
+        self._compared = [column for column in dict.fromkeys(compared) if column in self.columns]
         self._respelled: dict[str, str] = {}
         self._unmatched: list[int] = []
         self._numbers: dict[str, int] = {"": _BLANK}
@@ -101,6 +106,11 @@ class LabelTable:
                 f"{self._lines[min(self._unmatched)]}"
             )
         return notes
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of the file."""
+        return len(self._lines)
 
     def texts(self, column: str, rows: Int64[np.ndarray, " row"]) -> Shaped[np.ndarray, " row"]:
         """What some rows of the file say in a column; empty for `NO_ROW`."""
@@ -262,11 +272,6 @@ def slides_by_class(values: Iterable[tuple[str, Mapping[str, str]]], spec: TaskS
         if (label or not spec.label) and all(fits(c, slide_id, row) for c in known):
             found[label][slide_id] = None
     return {label: list(ids) for label, ids in sorted(found.items())}
-
-
-def spelled(name: str, columns: Collection[str]) -> str:
-    """A column as tables have it after `canonical_column`, where they do not have it as the task writes it."""
-    return name if name in columns else canonical_column(name)
 
 
 def _corner_columns(columns: Iterable[str], spec: TaskSpec) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from g2l_core.slides.fingerprint import fingerprint
 from g2l_core.slides.readers import IMAGE_SUFFIXES
 from g2l_core.slides.slide import open_slide
 from g2l_core.store.boundary import writing
+from g2l_core.store.columns import column_tables
 from g2l_core.store.features import FeatureStore, StoredSlide
 from g2l_core.store.format1 import refuse_writing
 from g2l_core.store.schema import PATCH_ID, SHARD_ROWS, STATUS, table_layout, text_layout
@@ -93,7 +94,12 @@ def _repair_slide(store: FeatureStore, slide_id: str, names: set[str]) -> str:
     """Derive some tables of a slide again, or withdraw the slide; says what was done."""
     try:
         refuse_writing(store.facts.format, store.path)
-        underived = sorted(names.difference(_ORDER))
+        added = names.intersection(column_tables(store.slide(slide_id).facts).values())
+        for name in added:  # nothing else follows from them
+            store.slide(slide_id).forget_table(name)
+        if names == added:
+            return "dropped; who has added the column may write it again"
+        underived = sorted(names.difference(_ORDER, added))
         if underived:  # labels by patch come from the manifest, which only the caching command has
             return _withdrawn(store, slide_id, f"{underived[0]} cannot be derived")
         for name in filter(names.__contains__, _ORDER):

@@ -1,6 +1,7 @@
 """One Dask array over a cohort's stored features."""
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import dask.array as da
@@ -8,11 +9,12 @@ import numpy as np
 from jaxtyping import Int64
 
 from g2l_core.errors import UnknownNameError
-from g2l_core.store.features import FeatureStore
+from g2l_core.store.features import FeatureStore, StoredSlide
+from g2l_core.store.rows import pieces
 from g2l_core.types import Features
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CohortRows:
     """Tells which slide and which stored row each global row of a cohort's array is."""
 
@@ -23,6 +25,9 @@ class CohortRows:
 
     def __len__(self) -> int:
         return int(self.starts[-1])
+
+    def __repr__(self) -> str:
+        return f"<CohortRows: {len(self):,} rows of {len(self.slide_ids):,} slides>"
 
     def of(self, slide_id: str) -> slice:
         """The global rows of a slide.
@@ -71,12 +76,28 @@ def dask_features(store: FeatureStore, encoder: str, *, view: int = 0) -> da.Arr
         StoreMissingError: A slide's features are not complete, or there is no slide.
     """
     slides = store.complete_slides(encoder, view=view)
-    jobs = [(slide, shard) for slide in slides for shard in slide.shards([view])]
+    return lazy_features([(slide, None) for slide in slides], encoder, view, int(store.encoders[encoder].dim))
+
+
+def lazy_features(
+    parts: Sequence[tuple[StoredSlide, Int64[np.ndarray, "_"] | None]], encoder: str, view: int, dim: int
+) -> da.Array:
+    """One view's features of some rows of some slides; a chunk is what is taken of a shard.
+
+    Args:
+        parts: Slides, each with its stored rows in ascending order, or None for all of them.
+        encoder: Key of the encoder.
+        view: Which view.
+        dim: Width of a feature.
+    """
+    jobs = [(slide, *job) for slide, rows in parts for job in pieces(slide, rows)]
 
     def read(block_id: tuple[int, int]) -> Features:
-        slide, shard = jobs[block_id[0]]
-        return slide.read_rows(encoder, shard.start, shard.stop, view=view)
+        slide, start, stop, rows = jobs[block_id[0]]
+        features = slide.read_rows(encoder, start, stop, view=view)
+        return features if rows is None else features[rows - start]
 
-    rows = tuple(shard.stop - shard.start for _, shard in jobs)
-    dim = int(slides[0].features_array(encoder).shape[2])
-    return da.map_blocks(read, chunks=(rows, (dim,)), dtype=np.float16, meta=np.empty((0, 0), np.float16))
+    sizes = tuple(stop - start if rows is None else len(rows) for _, start, stop, rows in jobs)
+    if not jobs:
+        return da.empty((0, dim), dtype=np.float16)
+    return da.map_blocks(read, chunks=(sizes, (dim,)), dtype=np.float16, meta=np.empty((0, 0), np.float16))

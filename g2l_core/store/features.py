@@ -20,8 +20,8 @@ from g2l_core.store.documents import GROUP_FILE, read_group, write_group
 from g2l_core.store.facts import FAILED, EncoderFacts, ExtractionRunFacts, SlideFacts, StoreFacts
 from g2l_core.store.ids import folders_of, refusals, why_impossible
 from g2l_core.store.provenance import differences, software, utc_now
-from g2l_core.store.slide import Shard, StoredSlide
-from g2l_core.store.tables import block_checksums
+from g2l_core.store.slide import StoredSlide
+from g2l_core.store.tables import Shard, block_checksums
 from g2l_core.store.zarr_files import create_array
 from g2l_core.types import Coords, ViewParams
 
@@ -43,6 +43,9 @@ class FeatureStore:
         self.path, self.facts = path, facts
         self._writable = writable
         self._entries = catalogue.load(path)
+
+    def __repr__(self) -> str:
+        return f"<FeatureStore {self.path}: {len(self.entries):,} slides, {', '.join(self.encoders) or 'no encoders'}>"
 
     @classmethod
     def open(cls, path: Path | str, *, writable: bool = False) -> "FeatureStore":
@@ -199,11 +202,7 @@ class FeatureStore:
         if not slides:
             raise StoreMissingError(f"{self.path} has no slide with patches")
         for slide in slides:
-            if encoder not in slide.encoder_keys:
-                raise StoreMissingError(
-                    f"slide {slide.slide_id} has no features of {encoder} yet. Run the command that caches it again"
-                )
-            slide.require_complete(encoder, view)
+            require_whole(slide, encoder, view=view)
         return slides
 
     def require_undamaged(self) -> None:
@@ -433,6 +432,19 @@ class FeatureStore:
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
+
+
+def require_whole(slide: StoredSlide, encoder: str, *, view: int) -> None:
+    """Refuse a slide that does not hold one view of an encoder whole.
+
+    Raises:
+        StoreMissingError: Names the slide.
+    """
+    if encoder not in slide.facts.features:
+        raise StoreMissingError(
+            f"slide {slide.slide_id} has no features of {encoder} yet. Run the command that caches it again"
+        )
+    slide.require_complete(encoder, view)
 
 
 def leftovers(store: Path) -> list[Path]:

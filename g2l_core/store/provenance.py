@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 
-import g2l_core
+from g2l_core.version import __version__
 
 PACKAGES = ("torch", "timm", "zarr", "numcodecs", "numpy", "openslide-python", "opencv-python-headless")
 
@@ -41,7 +41,7 @@ def utc_now() -> str:
 
 def software() -> dict[str, str]:
     """Versions of what can change a result."""
-    versions = {"g2l": g2l_core.__version__, "python": platform.python_version()}
+    versions = {"g2l": __version__, "python": platform.python_version()}
     for package in PACKAGES:
         try:
             versions[package] = metadata.version(package)

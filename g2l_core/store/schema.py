@@ -43,19 +43,23 @@ class TableSpec:
     has_views: bool
     is_wide: bool
     """Whether an entry is a row of several values."""
+    dimensions: tuple[str, ...]
+    """The names of its axes, for readers such as xarray."""
 
 
 TABLES: Mapping[str, TableSpec] = {
-    "coords": TableSpec("int32", has_views=False, is_wide=True),
-    "patch_status": TableSpec("uint8", has_views=False, is_wide=False),
-    "view_params": TableSpec("float32", has_views=True, is_wide=True),
-    "pixel_hash": TableSpec("uint64", has_views=True, is_wide=False),
+    "coords": TableSpec("int32", False, True, ("patch", "axis")),
+    "patch_status": TableSpec("uint8", False, False, ("patch",)),
+    "view_params": TableSpec("float32", True, True, ("patch", "view", "parameter")),
+    "pixel_hash": TableSpec("uint64", True, False, ("patch", "view")),
 }
 """The tables of every slide. Sets of patch images have `PATCH_ID` beside them: text (n,), their file names."""
 
 PATCH_ID = "patch_id"
 PATCH_LABELS = "patch_labels"
 """Text (n,), only where a manifest gives patch images values of their own: a JSON object of them, by column."""
+COLUMNS = "columns"
+"""The group of a slide that holds one array (n,) for each column that a user has added."""
 FEATURES = "features"
 """The group of a slide that holds one array for each encoder."""
 
@@ -75,18 +79,24 @@ def table_layout(name: str, shape: tuple[int, ...]) -> dict[str, Any]:
         "compressors": _table_codecs(),
         "fill_value": 0,
         "chunk_key_encoding": _KEYS,
+        "dimension_names": spec.dimensions,
     }
 
 
 def text_layout(n: int) -> dict[str, Any]:
     """The arguments of `zarr.create_array` for a text a patch: the file names of patch images, or their labels."""
-    chunks = (max(1, min(n, SHARD_ROWS)),)
+    return column_layout(n, str)
+
+
+def column_layout(n: int, dtype: Any) -> dict[str, Any]:
+    """The arguments of `zarr.create_array` for one value a patch."""
     return {
         "shape": (n,),
-        "dtype": str,
-        "chunks": chunks,
+        "dtype": dtype,
+        "chunks": (max(1, min(n, SHARD_ROWS)),),
         "compressors": _table_codecs(),
         "chunk_key_encoding": _KEYS,
+        "dimension_names": ("patch",),
     }
 
 
@@ -104,6 +114,7 @@ def features_layout(n: int, n_views: int, dim: int) -> dict[str, Any]:
         "compressors": [Crc32cCodec()],
         "fill_value": nan,
         "chunk_key_encoding": _KEYS,
+        "dimension_names": ("patch", "view", "feature"),
     }
 
 

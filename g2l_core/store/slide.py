@@ -8,7 +8,7 @@ recorded is never computed again; what is not recorded is. Whatever is read is c
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +22,9 @@ from g2l_core.store.changes import dropped, merged, with_features, without
 from g2l_core.store.documents import read_slide, write_group
 from g2l_core.store.facts import OK, FeatureFacts, ShardRecord, SlideFacts
 from g2l_core.store.provenance import canonical_json
-from g2l_core.store.tables import block_checksums, block_name, changed_blocks, checksum, require_unchanged
+from g2l_core.store.tables import Shard, block_checksums, block_name, changed_blocks, checksum, require_unchanged
 from g2l_core.store.zarr_files import create_array, open_array
 from g2l_core.types import Coords, Features, PatchStatus, PixelHash, ViewParams
-
-
-@dataclass(frozen=True, order=True)
-class Shard:
-    """One unit of writing: rows [start, stop) of one view."""
-
-    start: int
-    stop: int
-    view: int
-
-    @property
-    def name(self) -> str:
-        """Its key in the completion records: row block and view."""
-        return block_name(self.start, self.view)
-
 
 KEPT_REASONS = 100
 """Unreadable patches of a slide that keep their reason in words; the others have only their code."""
@@ -58,6 +43,9 @@ class StoredSlide:
         self.slide_id, self.facts, self.folder = slide_id, facts, folder
         self._format, self._writable = store_format, writable
         self._arrays: dict[str, zarr.Array] = {}
+
+    def __repr__(self) -> str:
+        return f"<StoredSlide {self.slide_id}: {len(self):,} patches, {', '.join(self.encoder_keys) or 'no features'}>"
 
     @property
     def has_patches(self) -> bool:
@@ -131,15 +119,25 @@ class StoredSlide:
         name = schema.PATCH_LABELS
         kept = [{column: value for column, value in of_patch.items() if value} for of_patch in labels]
         values = np.array([canonical_json(of_patch) for of_patch in kept], dtype=object)
-        if not any(kept):
-            if self.has_patch_labels:
-                self._update(lambda facts: replace(facts, tables={k: v for k, v in facts.tables.items() if k != name}))
-            return
-        if self.facts.tables.get(name) == block_checksums(values, False):
-            return
-        if not (self.folder / name).exists():
-            with writing(f"{name} of slide {self.slide_id}"):
-                self._arrays[name] = create_array(self.folder / name, schema.text_layout(len(self)))
+        if not any(kept) and self.has_patch_labels:
+            self.forget_table(name)
+        elif any(kept) and self.facts.tables.get(name) != block_checksums(values, False):
+            self.put_column(name, values)
+
+    def put_column(self, name: str, values: np.ndarray) -> None:
+        """Make an array of one value a patch, in the place of one of that name, and record its checksums.
+
+        Args:
+            name: Its path below the slide's folder.
+            values: (n,) numbers, truth values or, of dtype object, texts.
+
+        Raises:
+            StoreError: The disk is full, or cannot be written to.
+        """
+        dtype = str if values.dtype == object else values.dtype
+        with writing(f"{name} of slide {self.slide_id}"):
+            self.forget_table(name)
+            self._arrays[name] = create_array(self.folder / name, schema.column_layout(len(self), dtype))
         self.put_table(name, values)
 
     @property
@@ -241,11 +239,15 @@ class StoredSlide:
         """
         has_views = name in schema.TABLES and schema.TABLES[name].has_views
         with writing(f"{name} of slide {self.slide_id}"):
-            self._update(lambda facts: replace(facts, tables={k: v for k, v in facts.tables.items() if k != name}))
+            self.forget_table(name)
             array = self.array(name)
             array[(slice(None), slice(0, self.n_views)) if has_views else slice(None)] = values
         new = {name: block_checksums(values, has_views)}
         self._update(lambda facts: replace(facts, tables=merged(facts.tables, new)))
+
+    def forget_table(self, name: str) -> None:
+        """Drop the checksums of a whole table, which then does not count."""
+        self._update(lambda facts: replace(facts, tables={k: v for k, v in facts.tables.items() if k != name}))
 
     def extend_views(self, view_params: ViewParams) -> None:
         """Add the parameters of further views after the stored ones. They count once `n_views` says so."""
@@ -258,7 +260,7 @@ class StoredSlide:
         new = {"view_params": block_checksums(view_params, True, first_view=known)}
         self._update(lambda facts: replace(facts, n_views=n_views, tables=merged(facts.tables, new)))
 
-    # -- the facts ----------------------------------------------------------------------------------------
+    # -- the facts ---------------------------------------------------------------------------------------
 
     def set_labels(self, labels: Mapping[str, str]) -> None:
         """Replace the labels of the slide."""
@@ -319,12 +321,11 @@ class StoredSlide:
 
     def record(self, encoder: str, records: Mapping[str, ShardRecord], tables: Mapping[str, Mapping[str, int]]) -> None:
         """Let shards count, by their names, and the blocks of tables that were written with them."""
-        n_shards = len(self.shards([0]))
 
         def recorded(facts: SlideFacts) -> SlideFacts:
             of_encoder = facts.features[encoder]
             shards = {**of_encoder.shards, **records}
-            is_complete = len(shards) == n_shards * of_encoder.n_views
+            is_complete = len(shards) == len(self.shards([0])) * of_encoder.n_views
             facts = replace(facts, tables=merged(facts.tables, tables))
             return with_features(facts, encoder, replace(of_encoder, shards=shards, complete=is_complete))
 
@@ -460,8 +461,7 @@ class StoredSlide:
             StoreMissingError: Some are not. The message names the slide, the encoder and the view.
         """
         self.feature_facts(encoder)
-        shards = self.shards([view])
-        records = self.records(encoder, [view])
+        shards, records = self.shards([view]), self.records(encoder, [view])
         missing = [s for s in shards if s.name not in records]
         if missing:
             raise StoreMissingError(

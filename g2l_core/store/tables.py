@@ -1,6 +1,7 @@
 """The checksums of a slide's arrays: one for each block of `SHARD_ROWS` rows, and for each view where there are any."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 from numcodecs.checksum32 import CRC32C
@@ -13,6 +14,20 @@ def block_name(start: int, view: int | None = None) -> str:
     """The key of a block's checksum: its number, and the view where there are views, as `0` or `0.1`."""
     block = str(start // schema.SHARD_ROWS)
     return block if view is None else f"{block}.{view}"
+
+
+@dataclass(frozen=True, order=True)
+class Shard:
+    """One unit of writing: rows [start, stop) of one view."""
+
+    start: int
+    stop: int
+    view: int
+
+    @property
+    def name(self) -> str:
+        """Its key in the completion records: row block and view."""
+        return block_name(self.start, self.view)
 
 
 def checksum(values: np.ndarray) -> int:

@@ -47,6 +47,9 @@ class SlideFeatures(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.slide_ids)
 
+    def __repr__(self) -> str:
+        return f"<SlideFeatures: {len(self):,} slides of {self._encoder}, view {self._view}>"
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         slide = self._store.slide(self.slide_ids[index])
         good = slide.patch_status == STATUS["ok"]

@@ -12,7 +12,8 @@ from g2l_core.store.boundary import writing
 from g2l_core.store.documents import write_group
 from g2l_core.store.facts import FeatureFacts
 from g2l_core.store.features import FeatureStore
-from g2l_core.store.slide import Shard, StoredSlide
+from g2l_core.store.slide import StoredSlide
+from g2l_core.store.tables import Shard
 
 
 @dataclass(frozen=True)

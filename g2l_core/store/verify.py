@@ -11,6 +11,7 @@ from g2l_core.concurrency import run_ahead
 from g2l_core.errors import StoreCorruptError, StoreError
 from g2l_core.store import schema
 from g2l_core.store.catalogue import CATALOGUE
+from g2l_core.store.columns import column_tables
 from g2l_core.store.facts import ShardRecord
 from g2l_core.store.features import FeatureStore, Shard, StoredSlide, leftovers
 
@@ -78,7 +79,7 @@ def verify_slides(store: FeatureStore) -> Iterator[Checked]:
 def _verify_tables(slide: StoredSlide) -> Iterator[Problem]:
     """Check that the arrays other than the features are what was written."""
     texts = [schema.PATCH_ID] * slide.has_patch_ids + [schema.PATCH_LABELS] * slide.has_patch_labels
-    for name in [*schema.TABLES, *texts]:
+    for name in [*schema.TABLES, *texts, *column_tables(slide.facts).values()]:
         try:
             slide.read_table(name)
         except StoreCorruptError as error:

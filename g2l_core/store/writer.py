@@ -10,8 +10,8 @@ from g2l_core.errors import EncoderError, StoreMismatchError
 from g2l_core.store import schema
 from g2l_core.store.boundary import writing
 from g2l_core.store.facts import ShardRecord
-from g2l_core.store.slide import Shard, StoredSlide
-from g2l_core.store.tables import checksum
+from g2l_core.store.slide import StoredSlide
+from g2l_core.store.tables import Shard, checksum
 from g2l_core.types import Features, PatchStatus
 
 SMALLEST = float(np.finfo(np.float16).smallest_normal)

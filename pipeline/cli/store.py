@@ -181,7 +181,7 @@ def relocate(
 
     Exit code 1 if slides are missing, or if several files may be one.
     """
-    from pipeline.relocate import relocate as find_again
+    from g2l_core.patches.relocate import relocate as find_again
     from pipeline.tables import stdout_width, table_text
 
     now = find_again(store, folder, dry_run=dry_run)

@@ -19,9 +19,8 @@ import numpy as np
 from g2l_core.patches.grid import GridSpec
 from g2l_core.patches.views import COLUMNS, ViewSpec, sample_views
 from g2l_core.store.facts import EncoderFacts, SlideFacts
-from g2l_core.store.features import FeatureStore
+from g2l_core.store.features import FeatureStore, Shard
 from g2l_core.store.schema import SHARD_ROWS
-from g2l_core.store.slide import Shard
 from g2l_core.store.writer import FeatureWriter
 
 VIEWS, DIM, ROUNDS, RATE = 5, 1536, 8, 1000

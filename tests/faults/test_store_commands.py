@@ -10,8 +10,7 @@ import zarr
 from typer.testing import CliRunner
 
 from g2l_core.errors import G2LError
-from g2l_core.store.features import FeatureStore
-from g2l_core.store.slide import Shard
+from g2l_core.store.features import FeatureStore, Shard
 from g2l_core.store.verify import verify
 from pipeline.cli.main import app
 

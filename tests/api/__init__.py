@@ -1,0 +1,1 @@
+"""Tests of g2l_core.store."""
