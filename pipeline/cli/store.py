@@ -1,7 +1,6 @@
-"""`g2l store ...`: look at a store, check it, hand its features to other tools. Imports no torch."""
+"""`g2l store ...`: look at a store, check it, repair and move it. Imports no torch."""
 
 from collections.abc import Collection
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,12 +16,6 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Look at a store, check it, export it.", no_args_is_help=True)
 
 StorePath = Annotated[Path, typer.Argument(help="The store.", show_default=False)]
-
-
-class ExportFormat(StrEnum):
-    """Formats that features can be exported to."""
-
-    TRIDENT_H5 = "trident-h5"
 
 
 @app.command(name="ls")
@@ -216,27 +209,3 @@ def upgrade(store: StorePath) -> None:
         for done, _ in enumerate(upgrade_slides(store), start=1):
             line.update(done, done)
     typer.echo(f"{store}: {done} slides are in the present format; the old store is {UpgradePaths(store).old}")
-
-
-@app.command()
-@from_specs()
-def export(
-    store: StorePath,
-    out: Annotated[Path, typer.Option(help="Folder to write to.", show_default=False)],
-    to: Annotated[ExportFormat, typer.Option("--format", help="Layout to write.")] = ExportFormat.TRIDENT_H5,
-    encoder: Annotated[
-        str | None, typer.Option(help="Which encoder; not needed where there is one.", show_default=False)
-    ] = None,
-) -> None:
-    """Write features as other tools read them; trident-h5 is TRIDENT's folder of HDF5 files."""
-    from g2l_core.encoders.resolve import find_stored
-    from g2l_core.errors import UsageError
-    from g2l_core.store.export import export_trident
-    from g2l_core.store.features import FeatureStore
-
-    opened = FeatureStore.open(store)
-    if encoder is None and len(opened.encoders) != 1:
-        raise UsageError(f"--encoder is needed: {store} has {', '.join(opened.encoders) or 'none'}")
-    key = find_stored(encoder or next(iter(opened.encoders)), opened.encoders)
-    files = export_trident(opened, key, out)
-    typer.echo(f"{len(files)} files of {key} under {out}, layout {to.value}")

@@ -1,0 +1,80 @@
+"""`g2l store export` and `g2l store import`: features to and from the files of other tools."""
+
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.cli import EXIT_DONE, EXIT_SOME_FAILED
+from pipeline.cli.options import from_specs
+from pipeline.cli.store import StorePath
+
+SHOWN = 20
+
+
+class ExportFormat(StrEnum):
+    """Layouts that features can be exported to."""
+
+    TRIDENT_H5 = "trident-h5"
+    CLAM = "clam"
+    STAMP_H5 = "stamp-h5"
+    ATLASPATCH_H5 = "atlaspatch-h5"
+    RAW2FEATURES = "raw2features"
+    EVA = "eva"
+    CROMA = "croma"
+    PATHOROB = "pathorob"
+    PARQUET = "parquet"
+    NPY = "npy"
+
+
+@from_specs()
+def export(
+    store: StorePath,
+    out: Annotated[Path, typer.Option(help="Folder to write to.", show_default=False)],
+    to: Annotated[ExportFormat, typer.Option("--format", help="Layout to write.")] = ExportFormat.TRIDENT_H5,
+    encoder: Annotated[
+        list[str] | None, typer.Option(help="Which encoder; repeatable; all if not given.", show_default=False)
+    ] = None,
+    where: Annotated[
+        list[str] | None,
+        typer.Option(help="COLUMN=PATTERN that slides must fit; repeatable.", metavar="TEXT", show_default=False),
+    ] = None,
+    view: Annotated[int, typer.Option(min=0, help="Which view; 0 is canonical.")] = 0,
+    label: Annotated[
+        str, typer.Option(help="The column of classes, for eva, croma, pathorob.", show_default=False)
+    ] = "",
+) -> None:
+    """Write features as other tools read them.
+
+    Patches without features are left out and counted. Exit code 1 if slides are left out: each is named.
+    """
+    from g2l_core.encoders.resolve import find_stored
+    from g2l_core.slides.manifest import parse_condition
+    from g2l_core.store.export import export_features
+    from g2l_core.store.features import FeatureStore
+
+    opened = FeatureStore.open(store)
+    keys = list(dict.fromkeys(find_stored(name, opened.encoders) for name in encoder or ()))
+    conditions = dict(parse_condition(text) for text in where or ())
+    done = export_features(opened, out, to.value, encoders=keys, view=view, where=conditions, label=label)
+    names = ", ".join(keys or opened.encoders)
+    typer.echo(
+        f"{len(done.files):,} files with {done.patches:,} patches of {done.slides:,} slides for {names} under {out}, "
+        f"layout {to.value}"
+    )
+    if done.unreadable:
+        counts = ", ".join(f"{count:,} {name}" for name, count in done.unreadable.items())
+        typer.echo(f"patches without features, not exported: {counts}")
+    list_left_out(done.left_out)
+    raise typer.Exit(EXIT_SOME_FAILED if done.left_out else EXIT_DONE)
+
+
+def list_left_out(left_out: Mapping[str, str]) -> None:
+    """Name on stderr what was left out, with the reason."""
+    lines: Sequence[str] = [f"left out  {name}: {reason}" for name, reason in left_out.items()]
+    for line in lines[:SHOWN]:
+        typer.echo(line, err=True)
+    if len(lines) > SHOWN:
+        typer.echo(f"left out  and {len(lines) - SHOWN:,} more", err=True)
