@@ -48,6 +48,7 @@ for command in (
 ):  # fmt: skip
     app.command()(command)
 store.app.command()(interchange.export)
+store.app.command(name="import")(interchange.import_features)
 app.add_typer(store.app, name="store")
 
 

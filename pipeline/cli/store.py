@@ -72,8 +72,12 @@ def info(store: StorePath) -> None:
         for title, values in (("grid", facts.grid), ("views", facts.views), ("software", facts.software))
     ]
     for key, spec in opened.encoders.items():
-        rows.append(("encoder", f"{key}: {spec.dim} features, {spec.precision}, pooling {spec.pooling}"))
-        rows.append(("", f"weights {spec.weights}, digest {spec.digest[:12]}"))
+        unknown = "unknown"
+        of_features = f"{spec.dim} features, precision {spec.precision or unknown}, pooling {spec.pooling or unknown}"
+        rows.append(("encoder", f"{key}: {of_features}"))
+        rows.append(("", f"weights {spec.weights or unknown}, digest {spec.digest[:12]}"))
+        if spec.imported:
+            rows.append(("", f"imported from {spec.imported}; {spec.proof or 'its preprocessing is not proved'}"))
     rows += [("failed", f"{slide_id}: {reason}") for slide_id, reason in opened.failed_slides().items()]
     rows += [("damaged", f"{slide_id}: {damage}") for slide_id, damage in opened.damaged.items()]
     typer.echo(f"{store}: format {facts.format}, {len(slides)} slides, {sum(map(len, slides)):,} patches")
