@@ -23,9 +23,10 @@ THREADS = 4
 class Problem:
     """One thing that is wrong, or not there yet."""
 
-    kind: Literal["damaged", "missing", "failed", "leftover"]
+    kind: Literal["damaged", "missing", "failed", "leftover", "unproved"]
     """damaged: not what was written. missing: not written yet. failed: a slide that stage one could not use.
-    leftover: a temporary file of a killed writer, without meaning."""
+    leftover: a temporary file of a killed writer, without meaning. unproved: imported features that are as they were
+    written, but not what their encoder gives."""
     slide_id: str = ""
     encoder: str = ""
     shard: Shard | None = None

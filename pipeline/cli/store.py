@@ -99,6 +99,9 @@ def verify(
 ) -> None:
     """Read everything again and compare it with its checksums.
 
+    With --recompute, features of an imported encoder are compared with what it gives; where they differ, the likeliest
+    cause is looked for: um/px, offset, crop, channels, normalization, pooling, resizing, precision.
+
     With --repair, what is damaged is dropped, and the caching command computes that alone again; tables are derived
     from the slides, and a slide's document comes back from the catalogue. Where a network or annotations found the
     patches, these cannot be derived: then all of the slide is dropped but its labels, to be cached anew.
@@ -155,11 +158,20 @@ def _repaired(path: Path, problems: "list[Problem]") -> "list[Problem]":
 
 
 def _recompute(store: "FeatureStore", n: int, seed: int, device: str, trusted: Collection[str]) -> "list[Problem]":
-    from pipeline.recompute import MIN_COSINE
+    from g2l_core.errors import StoreError
+    from pipeline.recompute import MIN_COSINE, keep_proof
     from pipeline.recompute import recompute as encode_again
 
     problems: list[Problem] = []
     for result in encode_again(store, n, seed=seed, device=device, trusted=trusted):
+        if result.verdict:
+            typer.echo(f"{result.encoder}: {result.verdict}")
+            problems += result.problems
+            try:
+                keep_proof(store.path, result)
+            except StoreError as error:
+                typer.echo(f"note  this is not kept in the store: {error}", err=True)
+            continue
         typer.echo(
             f"{result.encoder}: {result.compared} rows encoded again, least cosine {result.min_cosine:.6f} "
             f"(expected {MIN_COSINE})"
