@@ -360,3 +360,25 @@ def test_distilling_an_imported_teacher_is_refused(cohort, cached_store, tmp_pat
     with pytest.raises(StoreMissingError, match="was imported, and an import has only the canonical view"):
         run_distill(tmp_path / "i.zarr", done.encoder, teacher, tmp_path / "run", settings())
     assert key not in FeatureStore.open(tmp_path / "i.zarr").encoders
+
+
+@pytest.mark.parametrize("layout", ["trident", "clam", "stamp"])
+def test_files_that_raw2features_has_written(store, tmp_path, layout):
+    """Its exporter is another program's writer of these layouts; its patch_size is in level-0 pixels."""
+    written = pytest.importorskip("raw2features.export.h5")
+    export_features(store, tmp_path / "r", "raw2features")
+    for path in (tmp_path / "r").rglob("*.embeddings.zarr"):
+        folder = tmp_path / "job" / path.relative_to(tmp_path / "r").parent
+        written.export_h5(str(path), str(folder / "h5_files" if layout == "clam" else folder), layout=layout)
+    if layout == "clam":  # it writes a folder for each call, CLAM one for all
+        for path in list((tmp_path / "job").rglob("*.h5")):
+            target = tmp_path / "all/h5_files" / path.relative_to(tmp_path / "job").as_posix().replace("h5_files/", "")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(target)
+    source = tmp_path / ("all" if layout == "clam" else "job")
+    name = layout if layout == "clam" else f"{layout}-h5"
+    scale = {"patch_px": 256, "mpp": 0.5, "mpp_override": 0.499}
+    done = bring(name, source, tmp_path / "i.zarr", **scale)
+    assert done.failed == {}
+    opened = require_equal(tmp_path / "i.zarr", store)
+    assert opened.views["crop_px"] == 256  # nothing says that the center crop was encoded

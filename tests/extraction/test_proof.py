@@ -169,3 +169,32 @@ def test_without_slides_nothing_is_proved_and_nothing_is_wrong(spec, corners, tm
     done = CliRunner().invoke(app, ["store", "verify", str(tmp_path / "i.zarr"), "--recompute", "6"])
     assert done.exit_code == 0
     assert "cannot be proved: g2l store import with --slides FOLDER" in done.stdout
+
+
+def test_an_exported_store_proves_itself_and_can_be_embedded_into(cohort, cached_store, tmp_path):
+    from g2l_core.store.export import export_features
+
+    run, out, name = CliRunner(), str(tmp_path / "i.zarr"), "timm:mobilenetv3_small_050@64"
+    export_features(FeatureStore.open(cached_store), tmp_path / "job", "stamp-h5")
+    source = next(path for path in (tmp_path / "job").iterdir() if path.name.startswith("timm"))
+    options = ["--encoder", name, "--weights", "random:0", "--store", out]
+    done = run.invoke(app, ["store", "import", "stamp-h5", str(source), *options, "--slides", str(cohort.parent)])
+    assert done.exit_code == 0, done.output
+    assert (
+        "175 patches of 6 slides imported as timm-mobilenetv3_small_050-64-imported; 6 slides are at hand"
+        in done.stdout
+    )
+    done = run.invoke(app, ["store", "verify", out, "--recompute", "10"])
+    assert done.exit_code == 0, done.output
+    assert (
+        "feature length agree, precision fp32: of 10 patches encoded again, the lowest cosine is 1.000" in done.stdout
+    )
+    done = run.invoke(app, ["embed", str(cohort), "--store", out, *options[:4], "--device", "cpu"])
+    assert done.exit_code == 0, done.output
+    for slide in FeatureStore.open(out).slides():
+        imported, own = slide.encoder_keys
+        assert imported.endswith("imported")
+        assert slide.pixel_hash.all()
+        difference = slide.features(imported).astype(np.float32) - slide.features(own)
+        assert np.abs(difference).max() < 0.01
+    assert run.invoke(app, ["store", "verify", out, "--recompute", "3"]).exit_code == 0

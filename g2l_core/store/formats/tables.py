@@ -155,7 +155,7 @@ def write_pathorob(items: Iterable[ExportItem], cohort: ExportCohort, folder: Pa
             for encoder, features in item.features.items():
                 for (name, label, center), values in zip(known, features.astype(np.float32), strict=True):
                     if label and center:
-                        place = folder / "features" / encoder / "cohort" / f"{center.replace(' ', '_')}.npz"
+                        place = folder / "features" / encoder / "cohort" / f"{_inside(center.replace(' ', '_'))}.npz"
                         if place not in paths:
                             file = stack.enter_context(whole_file(place))
                             paths[place] = stack.enter_context(zipfile.ZipFile(file, "w"))
