@@ -8,6 +8,7 @@ import numpy as np
 import openslide
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 from g2l_core.encoders.loading import build_network
@@ -71,9 +72,9 @@ def proved(spec, network, corners, cohort, tmp_path, monkeypatch):
     """What `verify --recompute` finds of features that a test gives."""
     monkeypatch.setattr("g2l_core.encoders.loading.build_architecture", lambda *_: network)
 
-    def prove(features, n=12):
+    def prove(features, n=12, patch_px=SIDE):
         plain(tmp_path / "f", SLIDE, features, corners)
-        settings = ImportSettings(mpp=0.5, patch_px=SIDE, slides=cohort.parent / "slides")
+        settings = ImportSettings(mpp=0.5, patch_px=patch_px, slides=cohort.parent / "slides")
         done = import_features("plain", tmp_path / "f", tmp_path / "i.zarr", NAME, spec, settings)
         assert (done.failed, done.with_slides) == ({}, 1)
         (found,) = recompute(FeatureStore.open(tmp_path / "i.zarr"), n, seed=1, device="cpu", batch_size=8)
@@ -122,6 +123,28 @@ def test_a_planted_mistake_is_named(proved, network, slide, corners, cause):
     assert problem.kind == "unproved"
     assert "likeliest cause: " in found.verdict
     assert cause in found.verdict.partition("likeliest cause: ")[2]
+
+
+def larger(slide, corners):
+    """Patches of 96 px, which the network wants as 64 px."""
+    regions = [np.asarray(slide.read_region((x, y), 0, (96, 96)).convert("RGB")) for x, y in corners.tolist()]
+    return np.stack(regions)
+
+
+def resized(images, method):
+    return np.stack([np.asarray(Image.fromarray(image).resize((SIDE, SIDE), method)) for image in images])
+
+
+@pytest.mark.parametrize("method", [Image.Resampling.BICUBIC, Image.Resampling.BILINEAR])
+def test_resizing(proved, network, slide, corners, method):
+    found = proved(encoded(network, resized(larger(slide, corners), method)), patch_px=96)
+    assert found.agrees == (method == Image.Resampling.BICUBIC)
+    assert found.agrees or "likeliest cause: bilinear resizing, not bicubic" in found.verdict
+
+
+def test_another_crop(proved, network, slide, corners):
+    found = proved(encoded(network, larger(slide, corners)[:, 16:80, 16:80]), patch_px=96)
+    assert "likeliest cause: the center crop of 64 px, not the whole patch of 96 px" in found.verdict
 
 
 def test_two_mistakes_at_once(proved, network, slide, corners):
