@@ -6,7 +6,6 @@ over the slides that are written already and have not changed.
 """
 
 import csv
-import json
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -14,7 +13,6 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -24,25 +22,22 @@ from g2l_core.errors import (
     StoreMissingError,
     UnknownNameError,
     UsageError,
-    writing,
 )
 from g2l_core.files import csv_row
 from g2l_core.store import schema
 from g2l_core.store.features import FeatureStore, StoredSlide
 from g2l_core.store.formats import hdf5, raw2features, tables
 from g2l_core.store.formats.item import POWERS, ExportCohort, ExportItem, magnification, whole_file
+from g2l_core.store.formats.journal import Journal, Written
 from g2l_core.store.locks import locked_output
-from g2l_core.store.provenance import digest
 
 __all__ = (
-    "FORMATS", "POWERS", "SLIDES_FILE", "Exported", "Format", "export_features", "export_trident", "magnification",
+    "FORMATS", "POWERS", "SLIDES_FILE", "Exported", "Format", "chosen_slides", "count_unreadable", "export_features",
+    "export_trident", "magnification", "write_slides",
 )  # fmt: skip
 
 SLIDES_FILE = "slides.csv"
 """Written beside every export: the slides and their labels, as `g2l store import --manifest` reads them."""
-
-JOURNAL = ".g2l-export.jsonl"
-"""In the output folder: a line for each slide that is written, with what it was written from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,12 +146,13 @@ def export_features(
         raise UsageError(f"format {layout} asks for classes: name their column with --label COLUMN")
     account = _Account()
     with locked_output(folder):
-        slides = _chosen(store, where or {}, account)
+        slides, left_out = chosen_slides(store, where or {})
+        account.left_out |= left_out
         cohort = _cohort(store, slides, encoders or tuple(store.encoders), view, label)
         usable = [slide for slide in slides if not _is_refused(slide, FORMATS[layout], layout, account)]
         files = _write(usable, cohort, FORMATS[layout], layout, folder, account)
         if files:
-            _write_slides(folder / SLIDES_FILE, usable)
+            write_slides(folder / SLIDES_FILE, usable)
     return Exported(
         files=tuple(files),
         slides=account.slides,
@@ -198,8 +194,17 @@ def export_trident(store: FeatureStore, encoder: str, folder: Path, *, view: int
 # -- which slides -----------------------------------------------------------------------------------------
 
 
-def _chosen(store: FeatureStore, where: Mapping[str, str], account: _Account) -> list[StoredSlide]:
-    """The slides that fit the conditions. Those that failed or are damaged are left out where they may fit."""
+def chosen_slides(store: FeatureStore, where: Mapping[str, str]) -> tuple[list[StoredSlide], dict[str, str]]:
+    """The slides with patches that fit the conditions, and why others that may fit them are left out.
+
+    Args:
+        store: The cohort.
+        where: Shell-style patterns by column of the slides' labels, or for slide_id; a slide must fit all.
+
+    Raises:
+        UsageError: No slide fits.
+        StoreMissingError: There is none.
+    """
 
     def fits(slide_id: str, labels: Mapping[str, str]) -> bool:
         values = {**labels, "slide_id": slide_id}
@@ -209,14 +214,14 @@ def _chosen(store: FeatureStore, where: Mapping[str, str], account: _Account) ->
     labels = store.failed_labels()
     lost = {slide_id: f"it failed in stage one: {reason}" for slide_id, reason in store.failed_slides().items()}
     lost |= {slide_id: f"it is damaged: {damage}" for slide_id, damage in store.damaged.items()}
-    account.left_out |= {i: why for i, why in lost.items() if not labels.get(i) or fits(i, labels[i])}
-    if not slides and not account.left_out:
+    left_out = {i: why for i, why in lost.items() if not labels.get(i) or fits(i, labels[i])}
+    if not slides and not left_out:
         if not where:
             raise StoreMissingError(f"{store.path} has no slide with patches")
         known = sorted({"slide_id", *(column for slide in store.slides() for column in slide.labels)})
         asked = " and ".join(f"{column}={pattern}" for column, pattern in where.items())
         raise UsageError(f"no slide of {store.path} fits {asked}; its columns are {', '.join(known)}")
-    return slides
+    return slides, left_out
 
 
 def _is_refused(slide: StoredSlide, form: Format, layout: str, account: _Account) -> bool:
@@ -275,7 +280,7 @@ def _item(slide: StoredSlide, cohort: ExportCohort, account: _Account) -> Export
             account.left_out[f"{slide.slide_id}, {encoder}"] = str(error)
     if not features:
         return None
-    account.add(len(coords), _count_unreadable(status))
+    account.add(len(coords), count_unreadable(status))
     return ExportItem(
         slide_id=slide.slide_id,
         facts=slide.facts,
@@ -295,66 +300,27 @@ def _write(
         return [] if first is None else list(form.write_cohort(chain([first], items), cohort, folder))
     assert form.write_slide
     files: list[Path] = []
-    journal = _Journal(folder, f"{layout} {cohort}")
+    journal = Journal(folder, f"{layout} {cohort}")
     for slide in slides:
-        if known := journal.files_of(slide, account):
-            files += known
+        facts = slide.facts.to_json()
+        if known := journal.entry(facts):
+            account.add(known.patches, known.unreadable)
+            files += known.files
         elif (item := _item(slide, cohort, account)) is not None:
-            written = list(form.write_slide(item, cohort, folder))
+            written = tuple(form.write_slide(item, cohort, folder))
             if len(item.features) == len(cohort.encoders):
-                journal.note(slide, written, len(item))
+                unreadable = count_unreadable(slide.patch_status)
+                journal.note(facts, Written(files=written, patches=len(item), unreadable=unreadable))
             files += written
     return files
 
 
-class _Journal:
-    """Which slides an output folder has whole already, and from what they were written."""
-
-    def __init__(self, folder: Path, settings: str) -> None:
-        self._folder, self._settings = folder, settings
-        self._known: dict[str, Mapping[str, Any]] = {}
-        with suppress(OSError, UnicodeDecodeError):
-            lines = (folder / JOURNAL).read_text(encoding="utf-8").splitlines()
-            for line in lines:
-                with suppress(ValueError, KeyError, TypeError):  # torn by a kill
-                    entry = json.loads(line)
-                    self._known[entry["content"]] = entry
-
-    def _content(self, slide: StoredSlide) -> str:
-        """The digest of what decides a slide's files."""
-        return digest({"settings": self._settings, "facts": slide.facts.to_json()})
-
-    def files_of(self, slide: StoredSlide, account: _Account) -> list[Path]:
-        """The files of a slide if all are there, whole, and nothing that decides them has changed; else none."""
-        entry = self._known.get(self._content(slide), {"files": {}})
-        sizes = {self._folder / name: size for name, size in entry["files"].items()}
-        if not sizes or not all(_size(path) == size for path, size in sizes.items()):
-            return []
-        status = slide.patch_status
-        account.add(entry["patches"], _count_unreadable(status))
-        return list(sizes)
-
-    def note(self, slide: StoredSlide, files: Sequence[Path], patches: int) -> None:
-        """Note that a slide is written."""
-        sizes = {path.relative_to(self._folder).as_posix(): _size(path) for path in files}
-        entry = {"slide": slide.slide_id, "content": self._content(slide), "patches": patches, "files": sizes}
-        path = self._folder / JOURNAL
-        with writing(path, StoreError), path.open("a", encoding="utf-8") as file:
-            file.write(f"\n{json.dumps(entry)}\n")  # the first line feed ends a line that a kill has torn
-
-
-def _size(path: Path) -> int | str | None:
-    """The bytes of a file; a folder has none, and None is nothing."""
-    if path.is_dir():
-        return "folder"
-    return path.stat().st_size if path.is_file() else None
-
-
-def _count_unreadable(status: np.ndarray) -> dict[str, int]:
+def count_unreadable(status: np.ndarray) -> dict[str, int]:
+    """How many patches have no features, by the name of their reason code."""
     return {name: n for name, code in schema.STATUS.items() if code and (n := int((status == code).sum()))}
 
 
-def _write_slides(path: Path, slides: Collection[StoredSlide]) -> None:
+def write_slides(path: Path, slides: Collection[StoredSlide]) -> None:
     """The slides and their labels as a CSV file."""
     columns = sorted({column for slide in slides for column in slide.labels})
     with whole_file(path, "w", encoding="utf-8", newline="") as file:

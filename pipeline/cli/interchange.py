@@ -15,7 +15,7 @@ SHOWN = 20
 
 
 class ExportFormat(StrEnum):
-    """Layouts that features can be exported to."""
+    """Layouts that features can be exported to; the last three are of the patches themselves."""
 
     TRIDENT_H5 = "trident-h5"
     CLAM = "clam"
@@ -27,6 +27,9 @@ class ExportFormat(StrEnum):
     PATHOROB = "pathorob"
     PARQUET = "parquet"
     NPY = "npy"
+    PNG = "png"
+    JPEG = "jpeg"
+    WEBDATASET = "webdataset"
 
 
 @from_specs()
@@ -46,27 +49,35 @@ def export(
         str, typer.Option(help="The column of classes, for eva, croma, pathorob.", show_default=False)
     ] = "",
 ) -> None:
-    """Write features as other tools read them.
+    """Write features as other tools read them, or the patches themselves: png, jpeg, webdataset.
 
     Patches without features are left out and counted. Exit code 1 if slides are left out: each is named.
     """
     from g2l_core.encoders.resolve import find_stored
     from g2l_core.slides.manifest import parse_condition
-    from g2l_core.store.export import export_features
+    from g2l_core.store.export import FORMATS, export_features
     from g2l_core.store.features import FeatureStore
 
     opened = FeatureStore.open(store)
     keys = list(dict.fromkeys(find_stored(name, opened.encoders) for name in encoder or ()))
     conditions = dict(parse_condition(text) for text in where or ())
-    done = export_features(opened, out, to.value, encoders=keys, view=view, where=conditions, label=label)
-    names = ", ".join(keys or opened.encoders)
+    if to.value in FORMATS:
+        done = export_features(opened, out, to.value, encoders=keys, view=view, where=conditions, label=label)
+        names = f" for {', '.join(keys or opened.encoders)}"
+    else:
+        from g2l_core.errors import UsageError
+        from g2l_core.extraction.export_patches import export_patches
+
+        if keys or view or label:
+            raise UsageError(f"--format {to.value} writes whole patches: leave out --encoder, --view and --label")
+        done, names = export_patches(opened, out, to.value, where=conditions), ""
     typer.echo(
-        f"{len(done.files):,} files with {done.patches:,} patches of {done.slides:,} slides for {names} under {out}, "
+        f"{len(done.files):,} files with {done.patches:,} patches of {done.slides:,} slides{names} under {out}, "
         f"layout {to.value}"
     )
     if done.unreadable:
         counts = ", ".join(f"{count:,} {name}" for name, count in done.unreadable.items())
-        typer.echo(f"patches without features, not exported: {counts}")
+        typer.echo(f"patches that are not exported: {counts}")
     list_left_out(done.left_out)
     raise typer.Exit(EXIT_SOME_FAILED if done.left_out else EXIT_DONE)
 
