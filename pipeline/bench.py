@@ -194,7 +194,19 @@ def _summary(key: str, bench: BenchSpec, known: Mapping[str, EncoderFacts]) -> E
 
 
 def encoder_summary(key: str, facts: EncoderFacts) -> EncoderSummary:
-    """What the report says of an encoder."""
+    """What the report says of an encoder; of an imported one that G2L does not know, that is little."""
+    if "architecture" not in facts.extra:
+        unknown = "unknown"
+        return EncoderSummary(
+            key=key,
+            name=facts.name or key,
+            weights=facts.weights or unknown,
+            dim=facts.dim,
+            pooling=facts.pooling or unknown,
+            precision=facts.precision or unknown,
+            digest=facts.digest,
+            note="imported",
+        )
     spec = spec_from_json(facts.to_json())
     return EncoderSummary(
         key=key,
@@ -202,9 +214,9 @@ def encoder_summary(key: str, facts: EncoderFacts) -> EncoderSummary:
         weights=spec.describe_weights(),
         dim=facts.dim,
         pooling=spec.pooling,
-        precision=facts.precision,
+        precision=facts.precision or "unknown",
         digest=facts.digest,
-        note="untrained" if spec.is_untrained else "",
+        note=", ".join(["untrained"] * spec.is_untrained + ["imported"] * bool(facts.imported)),
     )
 
 

@@ -212,6 +212,11 @@ def _replayed_views(run: Run) -> int:
         return stored if views is None else views
     stored = min(slide.feature_facts(key).n_views for slide in slides) - 1
     wanted = views or max(stored, 1)
+    if stored < wanted and run.teacher.facts.imported:
+        raise StoreMissingError(
+            f"{key} was imported, and an import has only the canonical view, while a student learns from augmented "
+            "ones: run g2l cache-teacher with the slides, or g2l distill --online, which encodes them as it goes"
+        )
     if stored < wanted:
         there = f"{stored} augmented views, not {wanted}," if stored else "only the canonical view"
         raise StoreMissingError(

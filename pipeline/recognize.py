@@ -35,7 +35,7 @@ def recognize(store: FeatureStore, sources: Sequence[Source], *, workers: int) -
     ids = _by_place(met, sources)
     elsewhere = [s for s in sources if s.slide_id not in ids and s.slide_id not in met and s.path.is_file()]
     refused: dict[str, str] = {}
-    stored = {slide.facts.fingerprint: slide_id for slide_id, slide in met.items() if slide.has_patches}
+    stored = {slide.facts.fingerprint: slide_id for slide_id, slide in met.items() if slide.facts.fingerprint}
     for source, found in zip(elsewhere, _fingerprints(elsewhere if stored else [], workers), strict=False):
         if (slide_id := stored.get(found)) is None:
             continue

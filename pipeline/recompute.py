@@ -11,13 +11,15 @@ from g2l_core.encoders.loading import LoadedEncoder, encode_all, load_encoder
 from g2l_core.encoders.resolve import spec_from_json
 from g2l_core.encoders.trust import with_trusted_code
 from g2l_core.errors import SlideError, StoreMismatchError
+from g2l_core.extraction.proof import prove
 from g2l_core.patches.grid import GridSpec
 from g2l_core.patches.identity import require_same_slide
 from g2l_core.patches.render import open_patches, render_block
 from g2l_core.patches.views import ViewSpec
 from g2l_core.rng import keyed_generator
 from g2l_core.store.features import FeatureStore, StoredSlide
-from g2l_core.store.schema import STATUS
+from g2l_core.store.locks import LOCKS, locked
+from g2l_core.store.schema import STATUS, UNKNOWN_HASH
 from g2l_core.store.verify import Problem
 
 MIN_COSINE = 0.9999
@@ -37,6 +39,10 @@ class Recomputed:
     min_cosine: float
     """NaN where nothing could be compared."""
     problems: tuple[Problem, ...]
+    verdict: str = ""
+    """Of an imported encoder: whether its features are proved, or what is the likeliest cause if they differ."""
+    agrees: bool = False
+    """Of an imported encoder: whether its features are proved."""
 
 
 def recompute(
@@ -56,6 +62,9 @@ def recompute(
         EncoderError: The encoder's weights are no longer available, or the store names code that is not trusted.
     """
     for key, facts in store.encoders.items():
+        if facts.imported:
+            yield _prove(store, key, n, seed, device, batch_size, trusted)
+            continue
         spec = with_trusted_code(spec_from_json(facts.to_json(), str(store.path / "zarr.json")), trusted)
         encoder = load_encoder(spec, device=device, precision=facts.precision)
         if encoder.digest != facts.digest:
@@ -77,11 +86,49 @@ def recompute(
         yield Recomputed(encoder=key, compared=len(cosines), min_cosine=lowest, problems=tuple(problems))
 
 
-def _draw(store: FeatureStore, key: str, n: int, seed: int) -> dict[str, Pairs]:
-    """Random (row, view) pairs with recorded features of readable patches, by slide."""
+def _prove(
+    store: FeatureStore, key: str, n: int, seed: int, device: str, batch_size: int, trusted: Collection[str]
+) -> Recomputed:
+    """Compare the features of an imported encoder with what it gives, and look for the cause where they differ."""
+    facts = store.encoders[key]
+    if "architecture" not in facts.extra:
+        verdict = f"cannot be proved: G2L does not know {facts.name or key}"
+        return Recomputed(encoder=key, compared=0, min_cosine=np.nan, problems=(), verdict=verdict)
+    spec = with_trusted_code(spec_from_json(facts.to_json(), str(store.path / "zarr.json")), trusted)
+    rows = {slide_id: np.sort(pairs[:, 0]) for slide_id, pairs in _draw(store, key, n, seed, at_hand=True).items()}
+    proof = prove(store, key, spec, rows, device=device, batch_size=batch_size)
+    problems = [Problem(kind="damaged", slide_id=i, what=reason) for i, reason in proof.failed.items()]
+    if proof.compared and not proof.agrees:
+        problems.append(Problem(kind="unproved", encoder=key, what=proof.verdict))
+    return Recomputed(
+        encoder=key,
+        compared=proof.compared,
+        min_cosine=proof.min_cosine,
+        problems=tuple(problems),
+        verdict=proof.verdict,
+        agrees=proof.agrees,
+    )
+
+
+def keep_proof(path: Path, result: Recomputed) -> None:
+    """Keep in the store what came of a comparison of imported features, so that reports say it.
+
+    Raises:
+        StoreError: The store cannot be written to, or another command writes into it.
+    """
+    if not result.compared:
+        return
+    with locked(path / LOCKS / "writer", wait_s=0, holder="another g2l command writes into it"):
+        note = () if result.agrees else (f"imported: it {result.verdict}",)
+        proof = result.verdict if result.agrees else ""
+        FeatureStore.open(path, writable=True).set_proof(result.encoder, proof, note)
+
+
+def _draw(store: FeatureStore, key: str, n: int, seed: int, *, at_hand: bool = False) -> dict[str, Pairs]:
+    """Random (row, view) pairs with recorded features of readable patches, by slide; of slides at hand if asked."""
     slides, pairs = [], []
     for slide in store.slides():
-        if key not in slide.encoder_keys:
+        if key not in slide.encoder_keys or (at_hand and not slide.facts.fingerprint):
             continue
         good, records = slide.patch_status == STATUS["ok"], slide.records(key)
         shards = [s for s in slide.shards(range(slide.features_array(key).shape[1])) if s.name in records]
@@ -108,7 +155,7 @@ def _compare(
         block = render_block(reader, [row], params[[row]][:, [view]], np.zeros(1, np.uint8), views)
         if block.status[0] != STATUS["ok"]:
             wrong.append(f"{next(iter(block.reasons.values()), f'row {row} is filtered')} now")
-        elif block.hashes[0, 0] != hashes[row, view]:
+        elif block.hashes[0, 0] != hashes[row, view] != UNKNOWN_HASH:
             wrong.append(f"row {row}, view {view}: the pixels are not those that were encoded")
         pixels.append(block.pixels[0, 0])
     stored = np.stack([slide.read_rows(encoder.key, row, row + 1, view=view)[0] for row, view in pairs.tolist()])

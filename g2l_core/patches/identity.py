@@ -67,6 +67,11 @@ def require_same_slide(stored: StoredSlide, path: Path, names: Sequence[str] = (
         StoreMismatchError: Its fingerprint differs.
         ReadError: It cannot be read.
     """
+    if not stored.facts.fingerprint:
+        raise ReadError(
+            f"slide {stored.slide_id} was imported without its slide. g2l store import with --slides FOLDER, into the "
+            "same store, finds it"
+        )
     try:
         if _is_untouched(stored, path):
             return

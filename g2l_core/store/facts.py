@@ -86,6 +86,11 @@ class EncoderFacts(Facts):
     """sha256 of everything that decides its features."""
     weights_notes: tuple[str, ...] = field(default=(), metadata=_SPARSE)
     """What was chosen or is doubtful where its weights were read, of one sentence each."""
+    imported: str = field(default="", metadata=_SPARSE)
+    """The layout that its features were imported from; empty where G2L has encoded them. Of an imported encoder the
+    pixel hashes are unknown, and so is how patches were preprocessed, until `proof` says otherwise."""
+    proof: str = field(default="", metadata=_SPARSE)
+    """How an imported encoder's features were found to be those that it gives, in words."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -163,6 +163,11 @@ class FeatureStore:
                 f"{self.path} holds features of another encoder under {key!r} ({fields}). Use another --store"
             )
 
+    def set_proof(self, key: str, proof: str, notes: Sequence[str]) -> None:
+        """Replace what is said of how an imported encoder's features compare with what it gives."""
+        facts = replace(self.encoders[key], proof=proof, weights_notes=tuple(notes))
+        self._set_facts(encoders={**self.encoders, key: facts})
+
     def add_run(self, run: ExtractionRunFacts) -> None:
         """Keep what a call of stage one did and how long its parts took; the last `KEPT_RUNS` are kept."""
         self._set_facts(runs=(*self.facts.runs, run)[-KEPT_RUNS:])

@@ -24,9 +24,10 @@ THREADS = 4
 class Problem:
     """One thing that is wrong, or not there yet."""
 
-    kind: Literal["damaged", "missing", "failed", "leftover"]
+    kind: Literal["damaged", "missing", "failed", "leftover", "unproved"]
     """damaged: not what was written. missing: not written yet. failed: a slide that stage one could not use.
-    leftover: a temporary file of a killed writer, without meaning."""
+    leftover: a temporary file of a killed writer, without meaning. unproved: imported features that are as they were
+    written, but not what their encoder gives."""
     slide_id: str = ""
     encoder: str = ""
     shard: Shard | None = None
@@ -97,7 +98,8 @@ def _verify_features(store: FeatureStore, slide: StoredSlide) -> Iterator[Proble
 def _encoder_problems(store: FeatureStore, slide: StoredSlide, encoder: str) -> Iterator[Problem]:
     """What is wrong with one encoder's features of one slide."""
     facts = slide.feature_facts(encoder)
-    digest = store.encoders[encoder].digest if encoder in store.encoders else None
+    known = store.encoders.get(encoder)
+    digest, has_hashes = (known.digest, not known.imported) if known else (None, True)
 
     def problem(kind: Literal["damaged", "missing"], what: str, shard: Shard | None = None) -> Problem:
         return Problem(kind=kind, slide_id=slide.slide_id, encoder=encoder, shard=shard, what=what)
@@ -123,7 +125,8 @@ def _encoder_problems(store: FeatureStore, slide: StoredSlide, encoder: str) -> 
             yield problem("missing", text)
         for shard in recorded:
             rows = slice(shard.start, shard.stop)
-            what = _shard_damage(slide, encoder, shard, facts.shards[shard.name], good[rows], hashes[rows, view])
+            seen = hashes[rows, view] if has_hashes else np.ones(rows.stop - rows.start, np.uint64)
+            what = _shard_damage(slide, encoder, shard, facts.shards[shard.name], good[rows], seen)
             if what:
                 path = slide.shard_path(encoder, shard).relative_to(store.path)
                 place = f"view {view}, rows {rows.start} to {rows.stop}"

@@ -76,7 +76,7 @@ class FeatureWriter:
         Args:
             shards: Which rows and views; the rows are the same in all.
             features: Their features; NaN in rows whose status is not 0.
-            hashes: Pixel hash of each row's view.
+            hashes: Pixel hash of each row's view; 0 where the pixels are not known.
             status: Reason code of each row.
 
         Raises:
@@ -139,11 +139,12 @@ class FeatureWriter:
     ) -> UInt64[np.ndarray, " rows"]:
         """The hashes of a shard's pixels as far as any encoder has seen them."""
         stored = self._slide.read_block("pixel_hash", shard.start, shard.stop, view=shard.view)
-        other = (stored != hashes) & (stored != schema.UNKNOWN_HASH) & (status == schema.STATUS["ok"])
+        known = (stored != schema.UNKNOWN_HASH) & (hashes != schema.UNKNOWN_HASH)
+        other = (stored != hashes) & known & (status == schema.STATUS["ok"])
         if other.any():
             row = shard.start + int(np.flatnonzero(other)[0])
             raise StoreMismatchError(
                 f"slide {self._slide.slide_id}, row {row}, view {shard.view}: the pixels are not those "
                 "cached before. Has the slide, OpenSlide or OpenCV changed? See g2l store info"
             )
-        return np.where(status == 0, hashes, stored)
+        return np.where((status == 0) & (hashes != schema.UNKNOWN_HASH), hashes, stored)

@@ -105,12 +105,21 @@ def read_hdf5(path: Path) -> GivenPatches:
 
     try:
         with h5py.File(path, "r") as file:
-            dataset = _coords_dataset(file)
-            attributes = {**file.attrs, **dataset.attrs}
-            rows = whole_numbers(np.asarray(dataset[:]).reshape(-1), "coords", np.arange(dataset.size) // 2)
-            return patches_of(rows.reshape(-1, 2), _hdf5_side(attributes), _hdf5_level0_size(attributes))
+            rows, attributes = hdf5_corners(file)
+            return patches_of(rows, hdf5_side(attributes), hdf5_level0_size(attributes))
     except (OSError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ReadError(f"it cannot be read as HDF5 with a dataset coords: {error}") from error
+
+
+def hdf5_corners(file: Any) -> tuple[np.ndarray, dict[str, Any]]:
+    """The corners in an open file as they stand, int64 (n, 2), and the attributes of the file and of its coordinates.
+
+    Raises:
+        ReadError: There are none, or they are no whole numbers.
+    """
+    dataset = _coords_dataset(file)
+    rows = whole_numbers(np.asarray(dataset[:]).reshape(-1), "coords", np.arange(dataset.size) // 2)
+    return rows.reshape(-1, 2), {**file.attrs, **dataset.attrs}
 
 
 def _coords_dataset(file: Any) -> Any:
@@ -133,7 +142,7 @@ def _coords_dataset(file: Any) -> Any:
     return dataset
 
 
-def _hdf5_side(attributes: Mapping[str, Any]) -> list[float]:
+def hdf5_side(attributes: Mapping[str, Any]) -> list[float]:
     """The side of the patches in level-0 pixels, by what TRIDENT or CLAM say; empty if they say nothing.
 
     Raises:
@@ -157,7 +166,8 @@ def _is_number(value: Any) -> bool:
     return np.asarray(value).dtype.kind in "iuf"
 
 
-def _hdf5_level0_size(attributes: Mapping[str, Any]) -> tuple[int, int] | None:
+def hdf5_level0_size(attributes: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Width and height of the slide in level-0 pixels; None where they are not given."""
     width, height = (attributes.get(f"level0_{side}") for side in ("width", "height"))
     return None if width is None or height is None else (int(width), int(height))
 

@@ -27,6 +27,7 @@ from pipeline.cli import (
     demo,
     distill,
     extract,
+    interchange,
     models,
     plan,
     store,
@@ -46,6 +47,8 @@ for command in (
     plan.plan, models.models, datasets.datasets, demo.demo,
 ):  # fmt: skip
     app.command()(command)
+store.app.command()(interchange.export)
+store.app.command(name="import")(interchange.import_features)
 app.add_typer(store.app, name="store")
 
 

@@ -1,7 +1,6 @@
-"""`g2l store ...`: look at a store, check it, hand its features to other tools. Imports no torch."""
+"""`g2l store ...`: look at a store, check it, repair and move it. Imports no torch."""
 
 from collections.abc import Collection
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,12 +16,6 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Look at a store, check it, export it.", no_args_is_help=True)
 
 StorePath = Annotated[Path, typer.Argument(help="The store.", show_default=False)]
-
-
-class ExportFormat(StrEnum):
-    """Formats that features can be exported to."""
-
-    TRIDENT_H5 = "trident-h5"
 
 
 @app.command(name="ls")
@@ -79,8 +72,12 @@ def info(store: StorePath) -> None:
         for title, values in (("grid", facts.grid), ("views", facts.views), ("software", facts.software))
     ]
     for key, spec in opened.encoders.items():
-        rows.append(("encoder", f"{key}: {spec.dim} features, {spec.precision}, pooling {spec.pooling}"))
-        rows.append(("", f"weights {spec.weights}, digest {spec.digest[:12]}"))
+        unknown = "unknown"
+        of_features = f"{spec.dim} features, precision {spec.precision or unknown}, pooling {spec.pooling or unknown}"
+        rows.append(("encoder", f"{key}: {of_features}"))
+        rows.append(("", f"weights {spec.weights or unknown}, digest {spec.digest[:12]}"))
+        if spec.imported:
+            rows.append(("", f"imported from {spec.imported}; {spec.proof or 'its preprocessing is not proved'}"))
     rows += [("failed", f"{slide_id}: {reason}") for slide_id, reason in opened.failed_slides().items()]
     rows += [("damaged", f"{slide_id}: {damage}") for slide_id, damage in opened.damaged.items()]
     typer.echo(f"{store}: format {facts.format}, {len(slides)} slides, {sum(map(len, slides)):,} patches")
@@ -101,6 +98,9 @@ def verify(
     trust_code: TrustCode = None,
 ) -> None:
     """Read everything again and compare it with its checksums.
+
+    With --recompute, features of an imported encoder are compared with what it gives; where they differ, the likeliest
+    cause is looked for: um/px, offset, crop, channels, normalization, pooling, resizing, precision.
 
     With --repair, what is damaged is dropped, and the caching command computes that alone again; tables are derived
     from the slides, and a slide's document comes back from the catalogue. Where a network or annotations found the
@@ -158,11 +158,20 @@ def _repaired(path: Path, problems: "list[Problem]") -> "list[Problem]":
 
 
 def _recompute(store: "FeatureStore", n: int, seed: int, device: str, trusted: Collection[str]) -> "list[Problem]":
-    from pipeline.recompute import MIN_COSINE
+    from g2l_core.errors import StoreError
+    from pipeline.recompute import MIN_COSINE, keep_proof
     from pipeline.recompute import recompute as encode_again
 
     problems: list[Problem] = []
     for result in encode_again(store, n, seed=seed, device=device, trusted=trusted):
+        if result.verdict:
+            typer.echo(f"{result.encoder}: {result.verdict}")
+            problems += result.problems
+            try:
+                keep_proof(store.path, result)
+            except StoreError as error:
+                typer.echo(f"note  this is not kept in the store: {error}", err=True)
+            continue
         typer.echo(
             f"{result.encoder}: {result.compared} rows encoded again, least cosine {result.min_cosine:.6f} "
             f"(expected {MIN_COSINE})"
@@ -216,27 +225,3 @@ def upgrade(store: StorePath) -> None:
         for done, _ in enumerate(upgrade_slides(store), start=1):
             line.update(done, done)
     typer.echo(f"{store}: {done} slides are in the present format; the old store is {UpgradePaths(store).old}")
-
-
-@app.command()
-@from_specs()
-def export(
-    store: StorePath,
-    out: Annotated[Path, typer.Option(help="Folder to write to.", show_default=False)],
-    to: Annotated[ExportFormat, typer.Option("--format", help="Layout to write.")] = ExportFormat.TRIDENT_H5,
-    encoder: Annotated[
-        str | None, typer.Option(help="Which encoder; not needed where there is one.", show_default=False)
-    ] = None,
-) -> None:
-    """Write features as other tools read them; trident-h5 is TRIDENT's folder of HDF5 files."""
-    from g2l_core.encoders.resolve import find_stored
-    from g2l_core.errors import UsageError
-    from g2l_core.store.export import export_trident
-    from g2l_core.store.features import FeatureStore
-
-    opened = FeatureStore.open(store)
-    if encoder is None and len(opened.encoders) != 1:
-        raise UsageError(f"--encoder is needed: {store} has {', '.join(opened.encoders) or 'none'}")
-    key = find_stored(encoder or next(iter(opened.encoders)), opened.encoders)
-    files = export_trident(opened, key, out)
-    typer.echo(f"{len(files)} files of {key} under {out}, layout {to.value}")

@@ -1,0 +1,473 @@
+"""Make a store of features that another tool has extracted: `g2l store import`.
+
+What was encoded is not known but by name: the views, the preprocessing and the precision are those of the encoder's
+card until `proof` has shown it, and no pixel hash is known. Features are kept as float16, as all of a store's are.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from g2l_core.encoders.spec import EncoderSpec, spec_to_json
+from g2l_core.errors import EncoderError, MppError, ReadError, SlideError, StoreError, UsageError
+from g2l_core.extraction.foreign import LAYOUTS, ForeignFile, ForeignSlide, Scale, read_slide
+from g2l_core.patches.grid import GridSpec, cell_order
+from g2l_core.patches.views import COLUMNS, ViewSpec, sample_views
+from g2l_core.slides.fingerprint import file_state, fingerprint
+from g2l_core.slides.manifest import files_below, open_table
+from g2l_core.slides.readers import slide_suffixes
+from g2l_core.slides.slide import open_slide
+from g2l_core.store.facts import EncoderFacts, SlideFacts
+from g2l_core.store.features import FeatureStore, StoredSlide
+from g2l_core.store.locks import LOCKS, locked
+from g2l_core.store.provenance import digest
+from g2l_core.store.writer import FeatureWriter, is_lost
+from g2l_core.tissue.coord_files import patches_of
+from g2l_core.tissue.methods import COORDINATES
+from g2l_core.types import Level0Px
+
+UNPROVED = (
+    "imported: nobody knows how its patches were preprocessed; g2l store verify --recompute N compares them where the "
+    "slides are at hand"
+)
+"""Stands in the notes of an imported encoder, and so in reports, until its features are proved."""
+
+TOLERANCE = 0.1
+"""Maximum relative difference between the size of a patch by its pixels and by its file: that of encoders' cards."""
+TOLD = 0.02
+"""From this difference on it is noted."""
+
+_IDS = frozenset({"slide_id", "path", "patch_id", "mpp", "x", "y"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportSettings:
+    """What the files do not say."""
+
+    mpp: float | None = None
+    """Micrometers per pixel of a patch."""
+    patch_px: int | None = None
+    """Side of a patch in pixels at `mpp`."""
+    mpp_override: float | None = None
+    """Micrometers per level-0 pixel, where neither the slide nor the file says it."""
+    slides: Path | None = None
+    """Folder of the slides, at any depth."""
+    coords: Path | None = None
+    """Folder of the coordinates, where they are in files of their own."""
+    manifest: Path | None = None
+    """A table with slide_id, labels, and if you like path and mpp."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportSummary:
+    """What an import has done."""
+
+    store: Path
+    encoder: str
+    """Key of the encoder; empty if nothing was imported."""
+    slides: int
+    patches: int
+    with_slides: int
+    """Slides whose pixels are at hand."""
+    failed: Mapping[str, str]
+    """Reason by slide."""
+    known: bool
+    """Whether G2L can build the encoder, so that its features can be proved."""
+
+
+def import_features(
+    layout: str,
+    source: Path,
+    store_path: Path,
+    name: str,
+    spec: EncoderSpec | None,
+    settings: ImportSettings | None = None,
+) -> ImportSummary:
+    """Write features and coordinates of another tool into a store, which is made or completed.
+
+    Patches are stored in the order of `GridSpec`'s cells, whatever their order in the files. A slide that is stored
+    already gets the features of a further encoder if its coordinates are the same.
+
+    Args:
+        layout: A name of `foreign.LAYOUTS`.
+        source: Its folder.
+        store_path: The store.
+        name: The encoder, as the user names it.
+        spec: Its spec; None if G2L does not know it.
+        settings: What the files do not say.
+
+    Raises:
+        UsageError: There is nothing to import, or it is not clear what.
+        ManifestError: The manifest cannot be read.
+        StoreError: The store is of other patches, or cannot be written to.
+    """
+    settings = settings or ImportSettings()
+    if not source.is_dir():
+        raise UsageError(f"no such folder: {source}")
+    files = LAYOUTS[layout].find(source, name, settings.coords)
+    if not files:
+        raise UsageError(f"{source} has no features in layout {layout}; is it another layout, or a folder above?")
+    work = _Import(layout, store_path, name, spec, settings)
+    with locked(store_path / LOCKS / "writer", wait_s=0, holder="another g2l command writes into it"):
+        twice = {slide_id for slide_id, n in Counter(file.slide_id for file in files).items() if n > 1}
+        for file in files:
+            work.add(file, is_only=file.slide_id not in twice)
+        return work.finish()
+
+
+class _Import:
+    """An import under way."""
+
+    def __init__(self, layout: str, path: Path, name: str, spec: EncoderSpec | None, settings: ImportSettings) -> None:
+        self._layout, self._path, self._name, self._spec, self._settings = layout, path, name, spec, settings
+        self._store = FeatureStore.open(path, writable=True) if (path / "zarr.json").exists() else None
+        self._places = _Places(settings.slides)
+        self._rows = _manifest_rows(settings.manifest)
+        self._encoder: EncoderFacts | None = None
+        self._key = ""
+        self._failed: dict[str, tuple[str, str]] = {}
+        self._slides = self._patches = self._with_slides = 0
+
+    def add(self, file: ForeignFile, *, is_only: bool) -> None:
+        """Import one slide; if it cannot be, only it fails."""
+        try:
+            if not is_only:
+                raise ReadError(f"{file.features}: another file has features of slide {file.slide_id!r} too: keep one")
+            found = read_slide(LAYOUTS[self._layout], file, self._name)
+            with _naming(file):
+                self._add(file, found)
+        except (SlideError, EncoderError) as error:
+            self._failed[file.slide_id] = (str(file.features), str(error))
+
+    def _add(self, file: ForeignFile, found: ForeignSlide) -> None:
+        row = self._rows.get(file.slide_id, {})
+        facts = _slide_facts(file, self._places.find(file.slide_id, row), row, found, self._settings)
+        scale = _resolve(found.scale, facts, self._settings)
+        corners = _level0_corners(found, facts)
+        _require_on_slide(corners, found.scale, facts)
+        features = _as_stored(found.features)
+        store = self._open_store(scale)
+        key = self._open_encoder(store, found)
+        facts = replace(facts, patch_px_level0=round(scale.side or 0), notes=_notes(scale, facts))
+        order = cell_order(corners, Level0Px(facts.patch_px_level0), GridSpec.from_json(store.grid), file.slide_id)
+        features = features[order]
+        slide, features = _stored_slide(store, file.slide_id, facts, corners[order], features)
+        writer = FeatureWriter.open(slide, key, digest=store.encoders[key].digest, dim=features.shape[1], n_views=1)
+        for shard in writer.missing([0]):
+            n = shard.stop - shard.start
+            writer.write(shard, features[shard.start : shard.stop], np.zeros(n, np.uint64), np.zeros(n, np.uint8))
+        self._slides, self._patches = self._slides + 1, self._patches + len(corners)
+        self._with_slides += bool(slide.facts.fingerprint)
+
+    def _open_store(self, scale: Scale) -> FeatureStore:
+        """The store, made for the first slide; all others must have patches of the same size."""
+        assert scale.patch_px
+        assert scale.mpp
+        view_px = scale.view_px or scale.patch_px
+        if self._store is None:
+            grid = GridSpec(mpp=scale.mpp, patch_px=scale.patch_px, tissue=COORDINATES, min_tissue=0, artifacts=())
+            views = ViewSpec(patch_px=scale.patch_px, crop_px=view_px)
+            self._store = FeatureStore.create(self._path, grid=grid.to_json(), views=views.to_json())
+        there = (self._store.grid["patch_px"], self._store.views["crop_px"], self._store.grid["mpp"])
+        if there[:2] != (scale.patch_px, view_px) or abs(scale.mpp - there[2]) > TOLERANCE * there[2]:
+            raise MppError(
+                f"its patches are {scale.patch_px} px at {scale.mpp:.4g} um/px, of which {view_px} px were encoded; "
+                f"those of {self._path} are {there[0]} px at {there[2]:.4g} um/px, of which {there[1]} px. Import them "
+                "into another --store, or give --mpp and --patch-px if the file is wrong"
+            )
+        return self._store
+
+    def _open_encoder(self, store: FeatureStore, found: ForeignSlide) -> str:
+        """The key of the encoder, which the first slide decides; all others must have been encoded alike."""
+        dim = found.features.shape[1]
+        if self._encoder is None:
+            if self._spec and self._spec.dim not in {None, dim}:
+                raise ReadError(
+                    f"it has {dim} features a patch, {self._name} gives {self._spec.dim}. If the mean of the patch "
+                    f"tokens stands behind the class token, the encoder is {self._name}+cls_mean"
+                )
+            self._encoder = _encoder_facts(self._layout, self._name, self._spec, dim, found.encoder_digest)
+            self._key = _key(self._name)
+        if dim != self._encoder.dim:
+            raise ReadError(f"it has {dim} features a patch, the other slides have {self._encoder.dim}")
+        if found.encoder_digest != self._encoder.extra.get("exported_digest", ""):
+            raise ReadError(
+                "it was exported from features of another encoder than the other slides: their digests differ"
+            )
+        store.add_encoder(self._key, self._encoder)
+        return self._key
+
+    def finish(self) -> ImportSummary:
+        """Keep what failed, and the index of the store."""
+        if self._store is not None:
+            for slide_id, (source, reason) in self._failed.items():
+                with suppress(StoreError):  # an id that no store can hold, which the summary names all the same
+                    self._store.fail_slide(slide_id, source, reason, _labels(self._rows.get(slide_id, {})))
+            self._store.save_catalogue()
+        return ImportSummary(
+            store=self._path,
+            encoder=self._key,
+            slides=self._slides,
+            patches=self._patches,
+            with_slides=self._with_slides,
+            failed={slide_id: reason for slide_id, (_, reason) in self._failed.items()},
+            known=self._spec is not None,
+        )
+
+
+@contextmanager
+def _naming(file: ForeignFile) -> Iterator[None]:
+    """Say which file an error is about."""
+    try:
+        yield
+    except (SlideError, EncoderError) as error:
+        raise ReadError(f"{file.features}: {error}") from error
+    except StoreError as error:
+        if isinstance(error.__cause__, OSError):
+            raise
+        raise ReadError(f"{file.features}: {error}") from error
+
+
+# -- the encoder ------------------------------------------------------------------------------------------
+
+
+def _key(name: str) -> str:
+    return f"{re.sub(r'[^A-Za-z0-9_]+', '-', name).strip('-')}-imported"
+
+
+def _encoder_facts(layout: str, name: str, spec: EncoderSpec | None, dim: int, exported_digest: str) -> EncoderFacts:
+    """What the store keeps of an imported encoder: the spec as far as it is known, and that nothing is proved."""
+    described: dict[str, Any] = spec_to_json(spec) if spec else {"name": name}
+    described = {**described, "dim": dim}
+    if exported_digest:
+        described["exported_digest"] = exported_digest
+    facts = {**described, "imported": layout, "weights_notes": [UNPROVED]}
+    return EncoderFacts.from_json({**facts, "digest": digest({"imported": layout, **described})})
+
+
+def _as_stored(features: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        stored = features.astype(np.float16)
+    lost = np.flatnonzero(is_lost(features, stored))
+    if len(lost):
+        largest = float(np.abs(features[lost[0]]).max())
+        raise ReadError(f"row {lost[0]} of its features, up to {largest:.3g}, is beyond float16, which stores have")
+    return stored
+
+
+# -- the slide --------------------------------------------------------------------------------------------
+
+
+class _Places:
+    """The slides below a folder, by their path without suffix and by their name alone."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._by_name: dict[str, list[Path]] = {}
+        self._taken: dict[Path, str] = {}
+        if folder is None:
+            return
+        if not folder.is_dir():
+            raise UsageError(f"--slides {folder}: no such folder")
+        suffixes = slide_suffixes() | {".zarr"}
+        for path in sorted(files_below(folder)):
+            if path.suffix.lower() in suffixes:
+                relative = path.relative_to(folder).with_suffix("").as_posix()
+                for name in dict.fromkeys((relative, relative.removesuffix(".ome"), path.stem, path.name)):
+                    self._by_name.setdefault(name, []).append(path)
+
+    def find(self, slide_id: str, row: Mapping[str, str]) -> Path | None:
+        """The file of a slide: the manifest's, or the one of its name.
+
+        Raises:
+            ReadError: Several files have its name, or the file is another slide's already.
+        """
+        names = dict.fromkeys((slide_id, slide_id.rpartition("/")[2]))
+        found = [Path(row["path"])] if row.get("path") else next(filter(None, map(self._by_name.get, names)), [])
+        if len(found) > 1:
+            raise ReadError(f"two slides have its name, {found[0]} and {found[1]}: name its path in a --manifest")
+        if not found:
+            return None
+        if (other := self._taken.setdefault(found[0], slide_id)) != slide_id:
+            raise ReadError(f"{found[0]} is the slide of {other!r} already: name its own in a --manifest")
+        return found[0]
+
+
+def _manifest_rows(manifest: Path | None) -> dict[str, dict[str, str]]:
+    """The rows of a manifest by slide; its paths are relative to it.
+
+    Raises:
+        ManifestError: It cannot be read.
+        UsageError: It has neither slide_id nor path.
+    """
+    if manifest is None:
+        return {}
+    table = open_table(manifest)
+    table.log_notes()
+    if not {"slide_id", "path"} & {*table.columns}:
+        raise UsageError(
+            f"--manifest {manifest}: expected a column slide_id or path; it has {', '.join(table.columns)}"
+        )
+    rows = {}
+    for row in table.rows:
+        path = manifest.absolute().parent / row["path"] if row.get("path") else None
+        slide_id = row.get("slide_id") or (path.stem if path else "")
+        rows[slide_id] = {**row, "path": str(path or "")}
+    return rows
+
+
+def _labels(row: Mapping[str, str]) -> dict[str, str]:
+    return {column: value for column, value in row.items() if value and column not in _IDS}
+
+
+def _slide_facts(
+    file: ForeignFile, path: Path | None, row: Mapping[str, str], found: ForeignSlide, settings: ImportSettings
+) -> SlideFacts:
+    """What the store keeps of a slide: what its own file says where it is at hand, else what the features' file says.
+
+    Raises:
+        SlideError: The slide cannot be opened, or its scale is not known.
+    """
+    given = _manifest_mpp(row)
+    mpp = given or settings.mpp_override or found.scale.slide_mpp
+    facts = SlideFacts(
+        kind="slide",
+        source=str(file.features.resolve()),
+        labels=_labels(row),
+        mpp=mpp,
+        mpp_source="manifest" if given else "override" if settings.mpp_override else "imported" if mpp else "not known",
+        level0_size=found.scale.level0_size or (0, 0),
+        tissue_file=file.features.name,
+        tissue_sha256="" if found.in_um else patches_of(found.corners).sha256,
+    )
+    if path is None:
+        return facts
+    with open_slide(path, manifest_mpp=given, mpp_override=settings.mpp_override or found.scale.slide_mpp) as slide:
+        return replace(
+            facts,
+            source=str(path.resolve()),
+            fingerprint=fingerprint(path),
+            file_state=file_state(path),
+            mpp=float(slide.mpp),
+            mpp_source=slide.mpp_source,
+            level0_size=slide.level0_size,
+        )
+
+
+def _manifest_mpp(row: Mapping[str, str]) -> float | None:
+    """The um/px of level 0 that a manifest gives."""
+    text = row.get("mpp", "")
+    try:
+        mpp = float(text) if text else None
+    except ValueError:
+        mpp = 0.0
+    if mpp is not None and not 0 < mpp < 100:
+        raise MppError(f"the manifest gives it the mpp {text!r}, expected um/px above 0")
+    return mpp
+
+
+def _level0_corners(found: ForeignSlide, facts: SlideFacts) -> np.ndarray:
+    """The corners in level-0 pixels, int32 (n, 2)."""
+    corners = found.corners
+    if found.in_um:
+        if not facts.mpp:
+            raise MppError(
+                "its coordinates are micrometers, and nothing says its um/px: give --slides or --mpp-override"
+            )
+        corners = np.rint(corners / facts.mpp)
+    return corners.astype(np.int32)
+
+
+def _require_on_slide(corners: np.ndarray, scale: Scale, facts: SlideFacts) -> None:
+    size = facts.level0_size
+    if facts.fingerprint and scale.level0_size and scale.level0_size != size:
+        raise ReadError(
+            "its coordinates are of a slide of {} x {} px, and {} has {} x {}".format(
+                *scale.level0_size, facts.source, *size
+            )
+        )
+    outside = np.flatnonzero(((corners < 0) | ((corners >= size) & (min(size) > 0))).any(axis=1))
+    if len(outside):
+        x, y = corners[outside[0]].tolist()
+        raise ReadError(
+            f"{len(outside):,} of its {len(corners):,} coordinates lie outside of its {size[0]} x {size[1]} px, such "
+            f"as {x}, {y}: expected top-left corners in level-0 pixels"
+        )
+
+
+def _resolve(scale: Scale, facts: SlideFacts, settings: ImportSettings) -> Scale:
+    """Everything about the size of patches, of which two things follow from the others.
+
+    Raises:
+        MppError: Too little is known, or it contradicts itself.
+    """
+    mpp, patch_px = settings.mpp or scale.mpp, settings.patch_px or scale.patch_px
+    side, of_slide = scale.side, facts.mpp
+    if mpp is None and side and of_slide and patch_px:
+        mpp = side * of_slide / patch_px
+    if patch_px is None and side and of_slide and mpp:
+        patch_px = round(side * of_slide / mpp)
+    if side is None and mpp and patch_px and of_slide:
+        side = patch_px * mpp / of_slide
+    if not (mpp and patch_px and side):
+        lacking = {"--mpp": mpp, "--patch-px": patch_px, "--slides or --mpp-override": side}
+        raise MppError(
+            "its file does not say at which scale its patches were encoded: give "
+            + ", ".join(option for option, value in lacking.items() if not value)
+        )
+    found = replace(scale, mpp=mpp, patch_px=patch_px, side=side)
+    if _difference(found, facts) > TOLERANCE:
+        raise MppError(
+            f"its patches are {side:g} level-0 px of {of_slide:.4g} um, that is {side * (of_slide or 0):.4g} um, but "
+            f"{patch_px} px at {mpp:.4g} um/px are {patch_px * mpp:.4g} um: give --mpp or --patch-px as it was encoded"
+        )
+    return found
+
+
+def _difference(scale: Scale, facts: SlideFacts) -> float:
+    """By how much a patch's size on the slide differs from what it is meant to have, relative."""
+    assert scale.side
+    assert scale.mpp
+    assert scale.patch_px
+    meant = scale.patch_px * scale.mpp
+    return abs(scale.side * facts.mpp - meant) / meant if facts.mpp else 0.0
+
+
+def _notes(scale: Scale, facts: SlideFacts) -> tuple[str, ...]:
+    if _difference(scale, facts) <= TOLD:
+        return ()
+    return ("imported patches are up to 10 % larger or smaller than their scale says",)
+
+
+def _stored_slide(
+    store: FeatureStore, slide_id: str, facts: SlideFacts, corners: np.ndarray, features: np.ndarray
+) -> tuple[StoredSlide, np.ndarray]:
+    """The slide in the store, added or found there, and the features in the order of its patches.
+
+    Raises:
+        ReadError: A slide of that id has other patches.
+    """
+    stored = {slide.slide_id for slide in store.slides()}
+    if slide_id not in stored:
+        params = sample_views(ViewSpec.from_json(store.views), slide_id, corners, range(1))
+        slide = store.add_slide(slide_id, facts, coords=corners, view_params=params, columns=COLUMNS, patch_ids=None)
+        return slide, features
+    slide = store.slide(slide_id)
+    there = slide.coords
+    order, wanted = np.lexsort(corners.T), np.lexsort(there.T)
+    if len(there) != len(corners) or not np.array_equal(corners[order], there[wanted]):
+        raise ReadError(f"the store has slide {slide_id!r} with other patches: import it into another --store")
+    if facts.fingerprint and facts.fingerprint != slide.facts.fingerprint:
+        if slide.facts.fingerprint:
+            raise ReadError(f"the store has slide {slide_id!r} of another file, {slide.facts.source}")
+        slide.set_source(Path(facts.source), facts.fingerprint, facts.file_state)
+    if facts.labels and facts.labels != slide.labels:
+        slide.set_labels({**slide.labels, **facts.labels})
+    ordered = np.empty_like(features)
+    ordered[wanted] = features[order]
+    return slide, ordered

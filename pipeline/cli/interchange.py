@@ -1,0 +1,154 @@
+"""`g2l store export` and `g2l store import`: features to and from the files of other tools."""
+
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.cli import EXIT_DONE, EXIT_SOME_FAILED
+from pipeline.cli.options import Store, Weights, from_specs
+from pipeline.cli.store import StorePath
+
+SHOWN = 20
+
+
+class ExportFormat(StrEnum):
+    """Layouts that features can be exported to; the last three are of the patches themselves."""
+
+    TRIDENT_H5 = "trident-h5"
+    CLAM = "clam"
+    STAMP_H5 = "stamp-h5"
+    ATLASPATCH_H5 = "atlaspatch-h5"
+    RAW2FEATURES = "raw2features"
+    EVA = "eva"
+    CROMA = "croma"
+    PATHOROB = "pathorob"
+    PARQUET = "parquet"
+    NPY = "npy"
+    PNG = "png"
+    JPEG = "jpeg"
+    WEBDATASET = "webdataset"
+
+
+@from_specs()
+def export(
+    store: StorePath,
+    out: Annotated[Path, typer.Option(help="Folder to write to.", show_default=False)],
+    to: Annotated[ExportFormat, typer.Option("--format", help="Layout to write.")] = ExportFormat.TRIDENT_H5,
+    encoder: Annotated[
+        list[str] | None, typer.Option(help="Which encoder; repeatable; all if not given.", show_default=False)
+    ] = None,
+    where: Annotated[
+        list[str] | None,
+        typer.Option(help="COLUMN=PATTERN that slides must fit; repeatable.", metavar="TEXT", show_default=False),
+    ] = None,
+    view: Annotated[int, typer.Option(min=0, help="Which view; 0 is canonical.")] = 0,
+    label: Annotated[
+        str, typer.Option(help="The column of classes, for eva, croma, pathorob.", show_default=False)
+    ] = "",
+) -> None:
+    """Write features as other tools read them, or the patches themselves: png, jpeg, webdataset.
+
+    Patches without features are left out and counted. Exit code 1 if slides are left out: each is named.
+    """
+    from g2l_core.encoders.resolve import find_stored
+    from g2l_core.slides.manifest import parse_condition
+    from g2l_core.store.export import FORMATS, export_features
+    from g2l_core.store.features import FeatureStore
+
+    opened = FeatureStore.open(store)
+    keys = list(dict.fromkeys(find_stored(name, opened.encoders) for name in encoder or ()))
+    conditions = dict(parse_condition(text) for text in where or ())
+    if to.value in FORMATS:
+        done = export_features(opened, out, to.value, encoders=keys, view=view, where=conditions, label=label)
+        names = f" for {', '.join(keys or opened.encoders)}"
+    else:
+        from g2l_core.errors import UsageError
+        from g2l_core.extraction.export_patches import export_patches
+
+        if keys or view or label:
+            raise UsageError(f"--format {to.value} writes whole patches: leave out --encoder, --view and --label")
+        done, names = export_patches(opened, out, to.value, where=conditions), ""
+    typer.echo(
+        f"{len(done.files):,} files with {done.patches:,} patches of {done.slides:,} slides{names} under {out}, "
+        f"layout {to.value}"
+    )
+    if done.unreadable:
+        counts = ", ".join(f"{count:,} {name}" for name, count in done.unreadable.items())
+        typer.echo(f"patches that are not exported: {counts}")
+    list_left_out(done.left_out)
+    raise typer.Exit(EXIT_SOME_FAILED if done.left_out else EXIT_DONE)
+
+
+class ImportLayout(StrEnum):
+    """Layouts that features can be imported from."""
+
+    TRIDENT_H5 = "trident-h5"
+    CLAM = "clam"
+    STAMP_H5 = "stamp-h5"
+    RAW2FEATURES = "raw2features"
+    PLAIN = "plain"
+
+
+@from_specs()
+def import_features(
+    layout: Annotated[ImportLayout, typer.Argument(help="How the features are kept.", show_default=False)],
+    source: Annotated[Path, typer.Argument(help="Their folder.", show_default=False)],
+    store: Store,
+    encoder: Annotated[
+        str, typer.Option(help="The encoder that made them; g2l models lists those that G2L knows.", show_default=False)
+    ],
+    weights: Weights = None,
+    slides: Annotated[
+        Path | None, typer.Option(help="Folder of the slides, at any depth, so that features can be proved.")
+    ] = None,
+    manifest: Annotated[
+        Path | None, typer.Option(help="A table with slide_id and labels; path and mpp if you like.")
+    ] = None,
+    coords: Annotated[
+        Path | None, typer.Option(help="Folder of the coordinates, where they are in files of their own.")
+    ] = None,
+    mpp: Annotated[float | None, typer.Option(min=0.05, help="Um/px of a patch, where files do not say it.")] = None,
+    patch_px: Annotated[int | None, typer.Option(min=16, help="Side of a patch in pixels at that scale.")] = None,
+    mpp_override: Annotated[
+        float | None, typer.Option(min=0.01, help="Um/px of level 0, where neither slide nor file says it.")
+    ] = None,
+) -> None:
+    """Make a store of features that another tool has extracted, or add them to one.
+
+    They are marked as imported: g2l store verify --recompute N compares them with what the encoder gives, where the
+    slides are at hand. Exit code 1 if slides could not be imported: each is named.
+    """
+    from g2l_core.encoders.resolve import resolve_encoder
+    from g2l_core.errors import UnknownNameError
+    from g2l_core.extraction.import_features import ImportSettings
+    from g2l_core.extraction.import_features import import_features as run_import
+
+    spec, unknown = None, ""
+    try:
+        spec = resolve_encoder(encoder, weights=weights)
+    except UnknownNameError as error:
+        unknown = f"{error} It is imported all the same, and cannot be proved"
+    settings = ImportSettings(
+        mpp=mpp, patch_px=patch_px, mpp_override=mpp_override, slides=slides, coords=coords, manifest=manifest
+    )
+    done = run_import(layout.value, source, store, encoder, spec, settings)
+    if unknown:
+        typer.echo(f"note  {unknown}", err=True)
+    typer.echo(
+        f"{store}: {done.patches:,} patches of {done.slides:,} slides imported as {done.encoder or encoder}; "
+        f"{done.with_slides:,} slides are at hand"
+    )
+    list_left_out(done.failed)
+    raise typer.Exit(EXIT_SOME_FAILED if done.failed else EXIT_DONE)
+
+
+def list_left_out(left_out: Mapping[str, str]) -> None:
+    """Name on stderr what was left out, with the reason."""
+    lines: Sequence[str] = [f"left out  {name}: {reason}" for name, reason in left_out.items()]
+    for line in lines[:SHOWN]:
+        typer.echo(line, err=True)
+    if len(lines) > SHOWN:
+        typer.echo(f"left out  and {len(lines) - SHOWN:,} more", err=True)
