@@ -314,7 +314,7 @@ def _manifest_rows(manifest: Path | None) -> dict[str, dict[str, str]]:
             f"--manifest {manifest}: expected a column slide_id or path; it has {', '.join(table.columns)}"
         )
     rows = {}
-    for row in table.rows:
+    for row in table.rows():
         path = manifest.absolute().parent / row["path"] if row.get("path") else None
         slide_id = row.get("slide_id") or (path.stem if path else "")
         rows[slide_id] = {**row, "path": str(path or "")}
