@@ -1,12 +1,12 @@
 """Every figure of a benchmark on N patches and two encoders, timed part by part; and the peers' pace on 20,000 rows.
 
-python tests/benchmarks/bench_metrics.py [--rows 100000] [--dims 1024 1536] [--peer-rows 20000] [--draws 1000]
+python tests/benchmarks/bench_metrics.py [--rows 100000] [--dims 1024 1536] [--peer-rows 20000]
 
 Features are drawn: 9 classes, 6 centers, 80 patients with 4 slides each, 64 directions shared by all, and noise.
-Parts: debiased CKA with its jackknife; neighbors of other slides, cosine, k = 20; votes and robustness counts for four
-k; a probe (C = 1) trained on four fifths of the patients; all with bootstraps over patients. The peers get the
-same float16 rows: scikit-learn's brute force (as float32), and croma's robustness index. The peak is that of the whole
-process, before the peers run.
+Parts: debiased CKA; votes of the neighbors of other slides, cosine, for four k up to 20; robustness indices for the same;
+a probe (C = 1) trained on four fifths of the patients; all with intervals over patients. The peers get the same
+float16 rows: scikit-learn's brute force (as float32), and croma's robustness index. The peak is that of the whole process,
+before the peers run.
 """
 
 import argparse
@@ -14,17 +14,16 @@ import os
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from time import perf_counter, process_time
 
 import numpy as np
 
-from g2l_core.metrics.calibration import brier_score, brier_sums, calibration_error, calibration_sums
+from g2l_core.metrics.calibration import brier_score, brier_sums
+from g2l_core.metrics.intervals import MAX_GROUPS, POSITIVE, SHARE, Figure, design_of, estimate, of_group_sums
 from g2l_core.metrics.knn.neighbors import knn_predict, nearest
-from g2l_core.metrics.probe import accuracy, auc_statistic, balanced_accuracy, confusion, linear_probe, macro_f1
-from g2l_core.metrics.robustness import pathorob_index, ratio_index, robustness_counts
-from g2l_core.metrics.similarity import jackknife, jackknife_unit, leave_out_each
-from g2l_core.metrics.statistics import cluster_bootstrap, cluster_sums, of_sums
+from g2l_core.metrics.probe import accuracy, auc_figure, balanced_accuracy, confusion, linear_probe, macro_f1
+from g2l_core.metrics.robustness import pathorob_index, ratio_index, robustness_counts, robustness_sums
+from g2l_core.metrics.similarity import leave_out_each
 
 KS = (1, 5, 10, 20)
 SCORES = (accuracy, balanced_accuracy, macro_f1)
@@ -63,31 +62,35 @@ def timed(name: str, seconds: dict[str, float]) -> Iterator[None]:
     print(f"{name:28s} {seconds[name]:7.1f} s, {process_time() - begin_cpu:7.1f} s of all cores", flush=True)
 
 
-def evaluate(features: np.ndarray, labels: dict[str, np.ndarray], draws: int, seconds: dict[str, float]) -> None:
-    """Neighbors, votes, robustness and probe of one encoder."""
+def evaluate(features: np.ndarray, labels: dict[str, np.ndarray], seconds: dict[str, float]) -> None:
+    """Votes, robustness and probe of one encoder, each with its own search and with intervals."""
     width, patients = features.shape[1], labels["patient"]
-    bootstrap = partial(cluster_bootstrap, unit="patients", draws=draws, seed=0)
-    with timed(f"neighbors, {width}", seconds):
+    by_row, by_class = (design_of(patients, strata, unit="patients") for strata in (None, labels["class"]))
+    with timed(f"neighbors and votes, {width}", seconds):
         graph = nearest(features, None, max(KS), groups=labels["slide"])
-    with timed(f"votes, {width}", seconds):
         for k in KS:
             matrices = confusion(labels["class"], knn_predict(graph, labels["class"], k=k), patients)
-            votes = [bootstrap(of_sums(score, matrices), patients) for score in SCORES]
-    with timed(f"robustness, {width}", seconds):
-        for k in KS:
-            sums = cluster_sums(robustness_counts(graph, labels["class"], labels["center"], k=k), patients)
-            indices = [bootstrap(of_sums(index, sums), patients) for index in (pathorob_index, ratio_index)]
+            votes = [estimate(of_group_sums(score, matrices, by_class, SHARE)) for score in SCORES]
+    with timed(f"neighbors and robustness, {width}", seconds):
+        of_slides = labels["class"], labels["center"], labels["slide"], patients
+        totals, _ = robustness_sums(features, *of_slides, ks=KS)
+        design = design_of(patients, unit="patients", most=MAX_GROUPS)
+        indices = [
+            estimate(Figure(values=index(totals[k]), design=design))
+            for k in KS
+            for index in (pathorob_index, ratio_index)
+        ]
     with timed(f"probe, {width}", seconds):
         train = patients % 5 > 0
         result = linear_probe(features[train], labels["class"][train], features[~train], seed=0)
     with timed(f"probe's scores, {width}", seconds):
         truth, held = labels["class"][~train], patients[~train]
         given = truth, result.probabilities, result.classes, held
+        by_row, by_class = (design_of(held, strata, unit="patients") for strata in (None, truth))
         matrices = confusion(truth, result.predictions, held)
-        statistics = [of_sums(score, matrices) for score in SCORES]
-        statistics += [of_sums(brier_score, brier_sums(*given)), auc_statistic(*given)]
-        statistics.append(of_sums(calibration_error, calibration_sums(*given)))
-        scores = [bootstrap(statistic, held) for statistic in statistics]
+        figures = [of_group_sums(score, matrices, by_class, SHARE) for score in SCORES]
+        figures += [of_group_sums(brier_score, brier_sums(*given), by_row, POSITIVE), auc_figure(*given, by_class)]
+        scores = [estimate(figure) for figure in figures]
     print(f"  kNN {votes[0].value:.3f}, PathoROB {indices[0].value:.3f}, probe {scores[0].value:.3f}", end="")
     print(f", AUC {scores[4].value:.4f}, Brier {scores[3].value:.4f}, converged {result.converged}")
 
@@ -135,17 +138,17 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--dims", type=int, nargs=2, default=[1024, 1536])
     parser.add_argument("--peer-rows", type=int, default=20_000)
-    parser.add_argument("--draws", type=int, default=1000)
     asked = parser.parse_args()
     features, labels = draw_cohort(asked.rows, asked.dims)
     print(f"{asked.rows:,} rows, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} before", flush=True)
     seconds: dict[str, float] = {}
     with timed("CKA", seconds):
         values = leave_out_each(*features, labels["patient"], debiased=True)
-        cka = jackknife(*values, jackknife_unit(labels["patient"], "patients"))[0]
+        design = design_of(labels["patient"], unit="patients", most=MAX_GROUPS)
+        cka = estimate(Figure(values=values, design=design))
     print(f"  {cka.value:.4f} [{cka.low:.4f}, {cka.high:.4f}]")
     for values in features:
-        evaluate(values, labels, asked.draws, seconds)
+        evaluate(values, labels, seconds)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     print(f"total {sum(seconds.values()):.1f} s, peak {peak:.2f} GB, load {os.getloadavg()[0]:.1f} after", flush=True)
     chosen = np.sort(np.random.default_rng(0).permutation(asked.rows)[: asked.peer_rows])
