@@ -5,6 +5,7 @@ import io
 import json
 import shutil
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import openslide
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 
 from g2l_core.extraction import export_patches as module
 from g2l_core.extraction.export_patches import export_patches
+from g2l_core.slides.fingerprint import file_state
 from g2l_core.store.features import FeatureStore
 from pipeline.cli.main import app
 
@@ -68,6 +70,7 @@ def test_shards(store, tmp_path, monkeypatch):
         assert Image.open(io.BytesIO(found[f"{SLIDE}_{x}_{y}.jpg"])).size == (256, 256)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # it leaves files open
 def test_webdataset_reads_them(store, tmp_path):
     webdataset = pytest.importorskip("webdataset")
     done = export_patches(store, tmp_path / "out", "webdataset")
@@ -87,10 +90,6 @@ def test_again_and_without_a_slide(store, tmp_path, layout):
     assert f"left out  {SLIDE}: slide {SLIDE}: cannot read" in done.stderr
     assert not list((tmp_path / "out").rglob("*.partial"))
     first = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir() if path.name[0] == "p"}
-    from pathlib import Path
-
-    from g2l_core.slides.fingerprint import file_state
-
     store.slide(SLIDE).set_source(Path(source), store.slide(SLIDE).facts.fingerprint, file_state(Path(source)))
     assert CliRunner().invoke(app, command).exit_code == 0
     assert {path: path.stat().st_mtime_ns for path in first} == first

@@ -20,6 +20,8 @@ from pipeline.bench import run_bench
 from pipeline.cli.main import app
 from pipeline.distill import run_distill
 from tests.faults.small_run import settings
+from tests.pipeline.test_broken_inputs import bytes_on_disk, remount, small_disk
+from tests.pipeline.test_cli import g2l, refused
 from tests.store.toy import DIM, ENCODER, create, fill, lay
 
 KEY = f"{ENCODER}-imported"
@@ -288,6 +290,19 @@ def test_an_encoder_of_another_width(store, tmp_path):
     done = import_features("stamp-h5", tmp_path / "job" / ENCODER, tmp_path / "i", "h-optimus-0", spec)
     assert "it has 6 features a patch, h-optimus-0 gives 1536" in done.failed["e"]
     assert "the encoder is h-optimus-0+cls_mean" in done.failed["e"]
+
+
+def test_a_full_disk_stops_the_import_which_goes_on_later(store, tmp_path):
+    export_features(store, tmp_path / "job", "trident-h5")
+    bring("trident-h5", tmp_path / "job", tmp_path / "whole.zarr")
+    disk, command = tmp_path / "disk", ["store", "import", "trident-h5", str(tmp_path / "job"), "--encoder", "toy"]
+    command += ["--store", str(disk / "i.zarr")]
+    with small_disk(disk, bytes_on_disk(tmp_path / "whole.zarr") // 2):
+        refused(g2l(*command), "No space left on device; free space")
+        remount(disk, "size=1g")
+        assert g2l(*command).returncode == 0
+        opened = require_equal(disk / "i.zarr", store)
+        assert {problem.kind for problem in verify(opened)} <= {"leftover"}
 
 
 # -- an imported store is a store -------------------------------------------------------------------------
