@@ -60,8 +60,6 @@ class StoredSlide:
         """patient_id, medical_center and whatever else the manifest gave for the whole slide."""
         return dict(self.facts.labels)
 
-    # -- the tables ---------------------------------------------------------------------------------------
-
     @property
     def coords(self) -> Coords:
         """int32 (n, 2): x, y of the top-left corners in level-0 pixels; zeros for patch images."""
@@ -260,8 +258,6 @@ class StoredSlide:
         new = {"view_params": block_checksums(view_params, True, first_view=known)}
         self._update(lambda facts: replace(facts, n_views=n_views, tables=merged(facts.tables, new)))
 
-    # -- the facts ---------------------------------------------------------------------------------------
-
     def set_labels(self, labels: Mapping[str, str]) -> None:
         """Replace the labels of the slide."""
         self._update(lambda facts: replace(facts, labels=dict(labels)))
@@ -348,8 +344,6 @@ class StoredSlide:
 
     def _reload(self) -> None:
         self.facts = read_slide(self.folder, self.slide_id, self._format) or self.facts
-
-    # -- the features -------------------------------------------------------------------------------------
 
     def array(self, path: str) -> zarr.Array:
         """A Zarr array of the slide by its path below the slide's folder, such as `coords`; no content is checked."""

@@ -5,8 +5,7 @@ python tests/benchmarks/bench_metrics.py [--rows 100000] [--dims 1024 1536] [--p
 Features are drawn: 9 classes, 6 centers, 80 patients with 4 slides each, 64 directions shared by all, and noise.
 Parts: debiased CKA; votes of the neighbors of other slides, cosine, for four k up to 20; robustness indices;
 a probe (C = 1) trained on four fifths of the patients; all with intervals over patients. The peers get the same
-float16 rows: scikit-learn's brute force (as float32), and croma's robustness index. The peak is that of the whole process,
-before the peers run.
+float16 rows: scikit-learn's brute force (as float32), and croma's robustness index. The peak is before the peers run.
 """
 
 import argparse
