@@ -29,6 +29,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
+from pathlib import Path
 
 
 class G2LError(Exception):
@@ -201,3 +202,17 @@ def writing(where: object, refusal: type[G2LError] = RunError) -> Iterator[None]
         if fault is None:
             raise
         raise refusal(machine_fault_text(fault, where)) from error
+
+
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
+
+
+def refuse_address(path: Path, refusal: type[G2LError] = StoreError) -> None:
+    """Refuse the address of a remote store where a folder is expected; as a path it would be a local folder `s3:`.
+
+    Raises:
+        G2LError: It is an address; of the kind `refusal`.
+    """
+    if path.parts and _ADDRESS.fullmatch(path.parts[0]):
+        address = f"{path.parts[0]}//{'/'.join(path.parts[1:])}"
+        raise refusal(f"{address} is an address, and only folders are read and written: mount or copy it")

@@ -38,3 +38,11 @@ def table_text(
 def stdout_width() -> int:
     """Columns of the terminal; without one, as in a pipe, lines are as long as what they say."""
     return get_terminal_size().columns if sys.stdout.isatty() else _UNLIMITED
+
+
+def bytes_text(size: float) -> str:
+    """A number of bytes for people: `1.2 GB`, `340.0 MB`, `12.5 kB`; powers of 1,000."""
+    for unit, bytes_of in (("GB", 1e9), ("MB", 1e6)):
+        if size >= 0.1 * bytes_of:
+            return f"{size / bytes_of:,.1f} {unit}"
+    return f"{size / 1e3:,.1f} kB"

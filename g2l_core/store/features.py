@@ -11,7 +11,14 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from g2l_core.errors import StoreCorruptError, StoreError, StoreMismatchError, StoreMissingError, UnknownNameError
+from g2l_core.errors import (
+    StoreCorruptError,
+    StoreError,
+    StoreMismatchError,
+    StoreMissingError,
+    UnknownNameError,
+    refuse_address,
+)
 from g2l_core.files import sync_folder, sync_tree
 from g2l_core.store import catalogue, format1, schema
 from g2l_core.store.boundary import writing
@@ -56,6 +63,7 @@ class FeatureStore:
             StoreError: The folder is something else, of a newer format, or cannot be read.
         """
         path = Path(path)
+        refuse_address(path)
         try:
             stored = read_group(path, checked=False)
         except FileNotFoundError as error:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from g2l_core.errors import G2LError, RunError, StoreError, machine_fault, machine_fault_text
+from g2l_core.errors import G2LError, RunError, StoreError, machine_fault, machine_fault_text, refuse_address
 
 LOCKS = ".locks"
 """The folder of a store, or of another output, that holds its lock files, which are not part of its format."""
@@ -41,6 +41,7 @@ def locked(path: Path, *, wait_s: float, holder: str, refusal: type[G2LError] = 
     Raises:
         G2LError: Somebody else holds it for longer, or the file cannot be made.
     """
+    refuse_address(path.parent.parent, refusal)
     folder = path.parent.parent
     made = [made for made in (path.parent, folder) if not made.is_dir()]
     until = time.monotonic() + wait_s

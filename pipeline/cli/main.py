@@ -31,6 +31,7 @@ from pipeline.cli import (
     models,
     plan,
     store,
+    store_edit,
 )  # fmt: skip
 
 app = typer.Typer(
@@ -49,6 +50,8 @@ for command in (
     app.command()(command)
 store.app.command()(interchange.export)
 store.app.command(name="import")(interchange.import_features)
+for command in (store_edit.label, store_edit.subset, store_edit.merge, store_edit.rm, store_edit.du):
+    store.app.command()(command)
 app.add_typer(store.app, name="store")
 
 

@@ -1,0 +1,130 @@
+"""What changes a store after it was made, without weights or slides: labels after the fact, and slides taken out."""
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from g2l_core.api.labels import FileLabels, read_labels
+from g2l_core.api.selection import Selection
+from g2l_core.api.user_columns import add_column
+from g2l_core.errors import UnknownNameError
+from g2l_core.store import schema
+from g2l_core.store.features import FeatureStore
+from g2l_core.store.locks import LOCKS, locked
+
+_HELD = "another g2l command writes into it"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Labelled:
+    """What `label_store` did."""
+
+    columns: tuple[str, ...]
+    slides: int
+    """Slides whose labels of the whole slide were replaced."""
+    by_patch: int
+    """Slides whose patches have labels of their own."""
+    notes: tuple[str, ...]
+    """What was left out, blank, or read otherwise than it is written."""
+
+
+def label_store(path: Path, table: Path, *, missing: str, dry_run: bool) -> Labelled:
+    """Write the labels of a table into a store.
+
+    A column of the table replaces one of the same name; where it is blank, the slide has none. A slide whose patches
+    have labels of their own gets them as columns.
+
+    Args:
+        path: The store.
+        table: A table of separated values with slide_id; and patch_id, or x and y, where labels are of patches.
+        missing: "refuse" slides that the store does not have, or "skip" them.
+        dry_run: Only read, and tell.
+
+    Raises:
+        ManifestError: The table cannot be used.
+        StoreError: The store cannot be written.
+    """
+    store = FeatureStore.open(path)
+    labels = read_labels(table, store, missing=missing)
+    whole = [slide_id for slide_id, lines in labels.lines.items() if isinstance(lines, int)]
+    by_patch = [slide_id for slide_id in labels.lines if slide_id not in set(whole)]
+    if not dry_run:
+        _label_slides(path, labels, whole)
+        _label_patches(store, labels, by_patch)
+    return Labelled(
+        columns=tuple(sorted(labels.columns)), slides=len(whole), by_patch=len(by_patch), notes=labels.notes
+    )
+
+
+def _label_slides(path: Path, labels: FileLabels, slide_ids: Sequence[str]) -> None:
+    with locked(path / LOCKS / "writer", wait_s=0, holder=_HELD):
+        store = FeatureStore.open(path, writable=True)
+        for slide_id in slide_ids:
+            slide, line = store.slide(slide_id), labels.lines[slide_id]
+            told = {column: str(labels.values[column][line]) for column in labels.columns}
+            now = {name: value for name, value in {**slide.labels, **told}.items() if value}
+            if now != slide.labels:
+                slide.set_labels(now)
+        store.save_catalogue()
+
+
+def _label_patches(store: FeatureStore, labels: FileLabels, slide_ids: Sequence[str]) -> None:
+    if not slide_ids:
+        return
+    selection = Selection(store=store).where((), slide_ids, (), None, 0)
+    for column in sorted(labels.columns):
+        texts = [labels.texts(column, labels.of(part.slide)) for part in selection.parts()]
+        add_column(selection, column, [str(text) for of_slide in texts for text in of_slide])
+
+
+def remove_slides(path: Path, slide_ids: Sequence[str], *, dry_run: bool) -> int:
+    """Delete slides with everything that was cached of them.
+
+    Args:
+        path: The store.
+        slide_ids: Their ids; one that is unknown stops the command before anything is deleted.
+        dry_run: Only tell.
+
+    Returns:
+        The bytes on disk that are free now, or would be.
+
+    Raises:
+        UnknownNameError: The store has no such slide.
+        StoreError: A slide cannot be deleted.
+    """
+    with locked(path / LOCKS / "writer", wait_s=0, holder=_HELD):
+        store = FeatureStore.open(path, writable=not dry_run)
+        known = {*(slide.slide_id for slide in store.slides()), *store.failed_slides(), *store.damaged}
+        for slide_id in slide_ids:
+            if slide_id not in known:
+                raise UnknownNameError("slide", slide_id, sorted(known), "g2l store ls lists them.")
+        freed = sum(sum(_bytes_by_part(path / "slides" / slide_id).values()) for slide_id in slide_ids)
+        if not dry_run:
+            for slide_id in slide_ids:
+                store.remove_slide(slide_id)
+            store.save_catalogue()
+    return freed
+
+
+def usage(path: Path) -> dict[str, int]:
+    """The bytes on disk of each encoder's features, and of all that is not features, by name.
+
+    Raises:
+        StoreError: There is no store.
+    """
+    total: Counter[str] = Counter()
+    for slide in FeatureStore.open(path).slides():
+        total += _bytes_by_part(slide.folder)
+    return dict(total.most_common())
+
+
+def _bytes_by_part(folder: Path) -> Counter[str]:
+    """Bytes below one slide's folder, without those of slides whose ids lie inside it: there are none."""
+    found: Counter[str] = Counter()
+    for place, _, files in os.walk(folder):
+        parts = Path(place).relative_to(folder).parts
+        part = parts[1] if len(parts) > 1 and parts[0] == schema.FEATURES else "tables"
+        found[part] += sum((Path(place) / name).stat().st_size for name in files)
+    return found
