@@ -179,7 +179,11 @@ def settings_text(settings: Mapping[str, str | int | float | bool]) -> str:
 def _setting(name: str, value: str | int | float | bool) -> str:
     if isinstance(value, bool):
         return name.replace("_", " ") if value else f"not {name.replace('_', ' ')}"
-    return f"{name.replace('_', ' ')} = {value}" if isinstance(value, int | float) else f"{name}: {value}"
+    return (
+        f"{name.replace('_', ' ')} = {value}"
+        if isinstance(value, int | float)
+        else f"{name.replace('_', ' ')}: {value}"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
