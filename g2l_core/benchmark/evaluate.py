@@ -16,7 +16,8 @@ from g2l_core.benchmark.metric_groups import METRIC_GROUPS, MetricValue, TaskInp
 from g2l_core.benchmark.notes import notes_on
 from g2l_core.benchmark.plots import confusion_matrix, task_plots
 from g2l_core.benchmark.rows import TaskRows, gather
-from g2l_core.benchmark.spec import TaskSpec
+from g2l_core.benchmark.spec import NEEDS, TaskSpec
+from g2l_core.benchmark.training import with_training_variation
 from g2l_core.errors import G2LError, StoreError, TaskError
 from g2l_core.metrics.intervals import averaged, compare, estimate
 from g2l_core.metrics.statistics import holm
@@ -175,7 +176,9 @@ def _metric_values(
     values: list[MetricValue] = []
     for group, evaluate in METRIC_GROUPS.items():
         if group in spec.metrics:
-            values += _guarded(outcome, spec, encoder, group, partial(evaluate, task)) or []
+            halved = spec.training_halves and NEEDS[group].split
+            of_group = partial(with_training_variation, evaluate, task) if halved else partial(evaluate, task)
+            values += _guarded(outcome, spec, encoder, group, of_group) or []
     return values
 
 

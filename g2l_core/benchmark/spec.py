@@ -276,6 +276,9 @@ class TaskSpec:
     test: str = ""
     folds: int = 0
     """Number of folds by group, in place of a fixed split."""
+    training_halves: int = 0
+    """Random halves of the training patients that classifiers are fitted on as well, so that intervals hold the
+    variation of the training part; 0 does without."""
     group: str = "patient_id"
     center: str = "medical_center"
     where: tuple[str, ...] = ()
@@ -323,6 +326,10 @@ class TaskSpec:
                 raise TaskError(f"{where} expected.{published.metric} is of none of its metrics {self.metrics}")
 
     def _require_split(self, where: str) -> None:
+        if self.training_halves < 0 or self.training_halves == 1:
+            raise TaskError(f"{where} training_halves is 0, or at least 2; got {self.training_halves}")
+        if self.training_halves and not self.has_fixed_split:
+            raise TaskError(f"{where} training_halves needs a fixed split: with folds, every patient is tested too")
         ways = [bool(self.split), bool(self.train or self.test), bool(self.folds)]
         needing = sorted(metric for metric in self.metrics if NEEDS[metric].split)
         if needing and sum(ways) != 1:

@@ -148,6 +148,33 @@ class OfSums(Exchangeable):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Source:
+    """A source of variation beside the patients tested: the value over its repetitions."""
+
+    what: str
+    """In words: "5 seeds"."""
+    values: Float64[np.ndarray, " repetition"]
+    share: float
+    """The variance of the figure over that of one repetition: 1 / R where the figure is the mean of R."""
+    paired: bool
+    """Whether the same repetition of another encoder varies with it, as where both train on the same patients."""
+
+    @property
+    def variance(self) -> float:
+        """Of the figure."""
+        return float(self.values.var(ddof=1)) * self.share
+
+    @property
+    def freedom(self) -> int:
+        """Degrees of freedom of the variance."""
+        return len(self.values) - 1
+
+    def minus(self, other: "Source") -> "Source":
+        """That of the difference of two encoders."""
+        return replace(self, values=self.values - other.values)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Figure:
     """A metric value of one encoder, on all patients and without each of them."""
 
@@ -157,8 +184,8 @@ class Figure:
     scale: Scale = LINE
     exchange: Exchangeable | None = None
     """None where nothing can be exchanged, as for figures of pairs of patients."""
-    more: tuple[tuple[str, float, int], ...] = ()
-    """Further sources of variation: in words ("5 seeds"), the variance of the value, its degrees of freedom."""
+    more: tuple[Source, ...] = ()
+    """Further sources of variation."""
     no_interval: str = ""
     """Why this kind of figure has no interval."""
 
@@ -266,7 +293,7 @@ def _error(figure: Figure) -> tuple[float, float]:
     without = figure.values[1:]
     factor, freedom = effective_freedom(figure.design)
     variance = factor * (len(without) - 1) / len(without) * float(((without - without.mean()) ** 2).sum())
-    parts = [(variance, freedom), *((extra, float(of)) for _, extra, of in figure.more)]
+    parts = [(variance, freedom), *((source.variance, float(source.freedom)) for source in figure.more)]
     total = sum(part for part, _ in parts)
     if total == 0:
         return 0.0, freedom
@@ -283,7 +310,7 @@ def _value(figure: Figure) -> float:
 def _method(figure: Figure, freedom: float) -> str:
     design, groups = figure.design, len(figure.design.counts)
     over = f"{design.clusters:,} {design.unit}" + (f" in {groups} groups" if groups < design.clusters else "")
-    over = " and ".join([over, *(words for words, _, _ in figure.more)])
+    over = " and ".join([over, *(source.what for source in figure.more)])
     return f"jackknife over {over}, t with {freedom:.1f} degrees of freedom"
 
 
@@ -361,8 +388,7 @@ def averaged(figures: Sequence[Figure], what: str) -> Figure:
     if len(figures) < 2:
         raise TaskError(f"a mean over {what} needs two at least; got {len(figures)}")
     values = np.stack([figure.values for figure in figures])
-    spread = float(values[:, 0].var(ddof=1)) / len(figures)
-    source = (f"{len(figures)} {what}", spread, len(figures) - 1)
+    source = Source(what=f"{len(figures)} {what}", values=values[:, 0], share=1 / len(figures), paired=False)
     return replace(figures[0], values=values.mean(axis=0), exchange=None, more=(*figures[0].more, source))
 
 
@@ -417,7 +443,7 @@ def compare(figure: Figure, reference: Figure, *, draws: int = 1000, seed: int, 
         figure,
         values=figure.values - reference.values,
         scale=LINE,
-        more=figure.more + reference.more,
+        more=_of_difference(figure.more, reference.more),
         no_interval=figure.no_interval or reference.no_interval,
     )
     found = estimate(both)
@@ -431,6 +457,15 @@ def compare(figure: Figure, reference: Figure, *, draws: int = 1000, seed: int, 
         p_value = max(_tail(-abs(value), error, freedom) * 2, 2.0 ** (1 - len(figure.design.counts)))
     equivalent = nan if both.no_interval else _tail(abs(value) - margin, error, freedom)
     return Difference(estimate=found, p_value=min(1.0, p_value), p_equivalent=equivalent)
+
+
+def _of_difference(more: Sequence[Source], other: Sequence[Source]) -> tuple[Source, ...]:
+    """The sources of a difference: what is paired is subtracted, all else adds up."""
+    theirs = {source.what: source for source in other if source.paired}
+    own = [
+        source.minus(theirs.pop(source.what)) if source.paired and source.what in theirs else source for source in more
+    ]
+    return (*own, *(source for source in other if not source.paired), *theirs.values())
 
 
 def _tail(distance: float, error: float, freedom: float) -> float:

@@ -18,6 +18,7 @@ from g2l_core.metrics.intervals import (
     POSITIVE,
     SHARE,
     Figure,
+    Source,
     averaged,
     compare,
     design_of,
@@ -266,3 +267,16 @@ def test_coverage_and_false_positives_on_planted_cohorts(patients):
     assert np.mean([row["false_positives"] for row in ours]) <= 0.06
     drawn = {row["figure"]: row["coverage"] for row in rows if row["method"] == "bootstrap"}
     assert np.mean(list(drawn.values())) < np.mean([row["coverage"] for row in ours if row["figure"] in drawn])
+
+
+def test_paired_sources_cancel_and_others_add_up():
+    patients = np.arange(8)
+    figure = share_of(np.random.default_rng(0).random(8), patients, LINE)
+    values = np.array([0.1, 0.5, 0.3])
+    training = Source(what="3 halves", values=values, share=1.0, paired=True)
+    seeds = Source(what="3 seeds", values=values, share=1 / 3, paired=False)
+    same = compare(replace(figure, more=(training,)), replace(figure, more=(training,)), seed=0, margin=0.1)
+    assert (same.estimate.low, same.estimate.high) == (0.0, 0.0)
+    apart = compare(replace(figure, more=(seeds,)), replace(figure, more=(seeds,)), seed=0, margin=0.1)
+    error = np.sqrt(2 * values.var(ddof=1) / 3)
+    assert apart.estimate.high == pytest.approx(stats.t.ppf(0.975, 4) * error)
