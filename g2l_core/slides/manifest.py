@@ -365,13 +365,7 @@ def open_table(path: Path) -> Table:
 
 
 class _Column:
-    """The texts of a column whose cells come in parts. What a cell says is found once for equal ones.
-
-    Attributes:
-        name: G2L's name of the column.
-        texts: What the cells say.
-        blanks: How often each way to write that a value is missing was met.
-    """
+    """A column whose cells come in parts: what each says, found once for equal ones, and how often each blank is met."""
 
     def __init__(self, name: str) -> None:
         self.name, self.texts = name, list[str]()

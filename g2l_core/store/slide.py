@@ -1,8 +1,7 @@
 """One slide of a store: its tables, its features, and which of their shards are complete.
 
-A shard is `SHARD_ROWS` rows of one view: one file, one writer. It counts only once its completion record (row count,
-checksum, failed patches) is in the slide's facts, which are replaced after the shard's file is on the disk. What is
-recorded is never computed again; what is not recorded is. Whatever is read is compared with the recorded checksums.
+A shard is `SHARD_ROWS` rows of one view: one file, one writer. It counts once its completion record is in the slide's
+facts, which are replaced after the shard's file is on the disk. Whatever is read is compared with recorded checksums.
 """
 
 import json
