@@ -365,7 +365,7 @@ def open_table(path: Path) -> Table:
 
 
 class _Column:
-    """A column whose cells come in parts: what each says, found once for equal ones, and how often each blank is met."""
+    """A column whose cells come in parts: what each says, found once for equal ones; how often each blank is met."""
 
     def __init__(self, name: str) -> None:
         self.name, self.texts = name, list[str]()
