@@ -92,7 +92,10 @@ def test_tiff_images_and_an_official_split(tmp_path, monkeypatch):
     report, found = results(tmp_path / "out")
     assert found["nct-crc", "probe_auc"]["n"] == found["nct-crc", "cka_biased"]["n"] == 27  # the test images
     assert found["nct-crc", "knn_accuracy"]["settings"]["split"] == "fixed, split"
-    assert found["nct-crc", "knn_accuracy"]["estimate"]["method"] == "bootstrap over 27 images, 100 draws"
+    assert (
+        found["nct-crc", "knn_accuracy"]["estimate"]["method"]
+        == "jackknife over 27 images, t with 26.0 degrees of freedom"
+    )
     assert {failure["task"] for failure in report["failures"]} == {"mhist", "tcga-crc-msi"}
 
 

@@ -76,14 +76,14 @@ def test_rkd_by_loops():
         return found / found.mean()
 
     def angles(z):
-        found = np.zeros((6, 6, 6))
+        found = []
         for i in range(6):
             for j in range(6):
                 for k in range(6):
-                    if i != j and i != k:
+                    if len({i, j, k}) == 3:
                         a, b = z[j] - z[i], z[k] - z[i]
-                        found[i, j, k] = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
-        return found
+                        found.append(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+        return np.array(found)
 
     def huber(a, b):
         d = np.abs(a - b)

@@ -78,7 +78,7 @@ def test_what_cannot_be_meant(slides, given, tmp_path):  # noqa: F811
 
 
 def test_damaged_coordinates_cannot_be_derived(slides, given, tmp_path):  # noqa: F811
-    """As for a network or annotations: the slide is removed, and cached anew with the coordinates."""
+    """As for a network or annotations: what was cached of the slide goes, and is cached anew with the coordinates."""
     folder, first, _ = given
     store, one = tmp_path / "s.zarr", slides / f"{first}.tiff"
     assert cache(one, store, "--coords", folder, *OPTIONS).returncode == 0
@@ -88,6 +88,7 @@ def test_damaged_coordinates_cannot_be_derived(slides, given, tmp_path):  # noqa
     done = g2l("store", "verify", store, "--repair")
     assert "the slide was removed" in done.stdout + done.stderr
     assert "again with --coords" in done.stdout + done.stderr
-    assert FeatureStore.open(store).slide_ids() == []
+    assert list(FeatureStore.open(store).slides()) == []
+    assert list(FeatureStore.open(store).failed_slides()) == [first]
     assert cache(one, store, "--coords", folder, *OPTIONS).returncode == 0
     assert FeatureStore.open(store).slide(first).coords.tolist() == before
