@@ -36,7 +36,7 @@ class TaskRows:
     label: Shaped[np.ndarray, " row"]
     center: Shaped[np.ndarray, " row"]
     cluster: Shaped[np.ndarray, " row"]
-    """What a bootstrap draws together and no split separates: the patient if known."""
+    """What intervals leave out together and no split separates: the patient if known."""
     cluster_unit: str
     """What a cluster is, in the plural, for people."""
     part: Shaped[np.ndarray, " row"]

@@ -126,7 +126,7 @@ def _squared_error(ridge: RidgeMap, moments: CkaMoments) -> float:
 def ridge_sums(
     ridge: RidgeMap, x: Float[np.ndarray, "row dim_x"], y: Float[np.ndarray, "row_y dim_y"]
 ) -> Float64[np.ndarray, "row 4"]:
-    """Compute what `explained_share` and `mean_cosine` need of each row; sums over clusters can be bootstrapped.
+    """Compute what `explained_share` and `mean_cosine` need of each row; sums over clusters give intervals.
 
     Args:
         ridge: A map that was fitted on other rows, of other slides.
