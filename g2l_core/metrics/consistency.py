@@ -8,9 +8,9 @@ import numpy as np
 from jaxtyping import Float, Float64, Int64, Num, Shaped
 
 from g2l_core.errors import TaskError
-from g2l_core.metrics.intervals import leave_out_groups
 from g2l_core.metrics.knn.leave_out import Search, leave_out_sums
 from g2l_core.metrics.knn.neighbors import Neighbors, nearest
+from g2l_core.metrics.patients import leave_out_groups
 from g2l_core.metrics.statistics import require_aligned
 
 
@@ -20,7 +20,7 @@ class ConsistencySums:
 
     pairs: tuple[tuple[str, str], ...]
     ks: tuple[int, ...]
-    sums: Float64[np.ndarray, "whole_and_group pair column"]
+    sums: Float64[np.ndarray, "set pair column"]
     """Number of patches; sum of cosines; for each k how many patches were retrieved, the mean of both directions."""
 
     def column(self, k: int | None = None) -> int:
@@ -93,7 +93,7 @@ def _leave_out_sums(
     second: Float[np.ndarray, "patch_b dim_b"],
     clusters: Shaped[np.ndarray, " patch"],
     ks: Sequence[int],
-) -> Float64[np.ndarray, "whole_and_group column"]:
+) -> Float64[np.ndarray, "set column"]:
     """Sums of `registered_pair` over all patches, and without each group; the pool is without the group too."""
     own = registered_pair(first, second, ks=ks)
     codes, count = leave_out_groups(clusters)

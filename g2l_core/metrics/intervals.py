@@ -4,26 +4,19 @@ A `Figure` holds a value on all patients and without each of them. `estimate` gi
 difference of two encoders with a p-value. docs/intervals.md has the measurements by which the methods were chosen.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import isnan, nan, sqrt
 
 import numpy as np
-from jaxtyping import Bool, Float64, Int64, Num, Shaped
+from jaxtyping import Float64, Num, Shaped
 from scipy.special import expit, logit, stdtr, stdtrit
 
 from g2l_core.errors import TaskError
-from g2l_core.metrics.statistics import cluster_codes, require_aligned
+from g2l_core.metrics.exchange import Exchangeable, OfSums, exchange_test
+from g2l_core.metrics.patients import MAX_SUMMED_GROUPS, Design, effective_freedom, leave_out_groups
+from g2l_core.metrics.statistics import require_aligned
 from g2l_core.results import FEWEST, Estimate
-from g2l_core.rng import keyed_generator
-
-MAX_GROUPS = 32
-"""Of more patients, this many random groups are left out where each costs a pass over the rows."""
-MAX_SUMMED_GROUPS = 128
-"""The same where all that is needed are sums."""
-_ALL_SWAPS = 10
-"""Up to this many binary choices, all exchanges of two encoders are tried: 1,024."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,109 +35,6 @@ LINE = Scale(to_line=float, from_line=float, slope=lambda value: 1.0, bounds=(-n
 SHARE = Scale(to_line=logit, from_line=expit, slope=lambda value: 1 / (value * (1 - value)), bounds=(0.0, 1.0))
 POSITIVE = Scale(to_line=np.log, from_line=np.exp, slope=lambda value: 1 / value, bounds=(0.0, np.inf))
 CORRELATION = Scale(to_line=np.arctanh, from_line=np.tanh, slope=lambda value: 1 / (1 - value**2), bounds=(-1.0, 1.0))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Design:
-    """How the rows of a figure fall to the patients."""
-
-    counts: Float64[np.ndarray, "group stratum"]
-    """Rows of each group in each stratum: a figure that is a mean over classes has a stratum for each class."""
-    strata: tuple[str, ...]
-    """What each stratum is, for people: "class tumor"."""
-    unit: str
-    """What a cluster is, in the plural: "patients"."""
-    clusters: int
-    """How many there are; more than groups where they are many."""
-
-
-def leave_out_groups(
-    clusters: Shaped[np.ndarray, " row"], most: int = MAX_GROUPS
-) -> tuple[Int64[np.ndarray, " row"], int]:
-    """Number the clusters, or, where they are many, equal random groups of whole clusters.
-
-    Args:
-        clusters: (row,) patient or slide of each row.
-        most: How many groups at most.
-
-    Returns:
-        The (row,) group of each row, and the number of groups.
-
-    Examples:
-        >>> groups, count = leave_out_groups(np.array(["b", "a", "b"]))
-        >>> groups.tolist(), count
-        ([1, 0, 1], 2)
-    """
-    codes, count = cluster_codes(clusters)
-    if count <= most:
-        return codes, count
-    group_of = keyed_generator("jackknife groups", count).permutation(count) % most
-    return group_of[codes], most
-
-
-def design_of(
-    clusters: Shaped[np.ndarray, " row"],
-    strata: Shaped[np.ndarray, " stratum_row"] | None = None,
-    *,
-    unit: str,
-    stratum: str = "class",
-    most: int = MAX_SUMMED_GROUPS,
-) -> Design:
-    """Count the rows of each group of patients, by stratum.
-
-    Args:
-        clusters: (row,) patient or slide of each row.
-        strata: (row,) class of each row, for figures that are means over classes; None for means over rows.
-        unit: What a cluster is, in the plural.
-        stratum: What a stratum is.
-        most: How many groups at most; the same as for the figure's values.
-
-    Returns:
-        The design.
-
-    Examples:
-        >>> design_of(np.array(["p2", "p1", "p2"]), np.array([0, 1, 1]), unit="patients").counts.tolist()
-        [[0.0, 1.0], [1.0, 1.0]]
-    """
-    strata = np.zeros(len(clusters), np.int64) if strata is None else strata
-    require_aligned(clusters=len(clusters), strata=len(strata))
-    codes, count = leave_out_groups(clusters, most)
-    names, columns = np.unique(strata, return_inverse=True)
-    counts = np.bincount(codes * len(names) + columns, minlength=count * len(names)).reshape(count, len(names))
-    _, clusters_count = cluster_codes(clusters)
-    return Design(
-        counts=counts.astype(np.float64),
-        strata=tuple(f"{stratum} {name}" for name in names.tolist()) if len(names) > 1 else ("row",),
-        unit=unit,
-        clusters=clusters_count,
-    )
-
-
-class Exchangeable(ABC):
-    """What two encoders predict of the same patients, which can be exchanged patient by patient."""
-
-    @abstractmethod
-    def differences(
-        self, other: "Exchangeable", exchanged: Bool[np.ndarray, "draw group"]
-    ) -> Float64[np.ndarray, " draw"]:
-        """The value of one encoder minus that of the other, after the two were exchanged for some patients."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class OfSums(Exchangeable):
-    """A value that follows from sums over the rows of each group."""
-
-    score: Callable[[Num[np.ndarray, "draw *column"]], Float64[np.ndarray, " draw"]]
-    sums: Num[np.ndarray, "group *column"]
-
-    def differences(
-        self, other: Exchangeable, exchanged: Bool[np.ndarray, "draw group"]
-    ) -> Float64[np.ndarray, " draw"]:
-        """See `Exchangeable.differences`."""
-        assert isinstance(other, OfSums)
-        own, others = (self.sums.astype(np.float64), other.sums.astype(np.float64))
-        moved = np.tensordot(exchanged.astype(np.float64), others - own, axes=1)
-        return self.score(own.sum(axis=0) + moved) - self.score(others.sum(axis=0) - moved)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,6 +74,10 @@ class Figure:
     scale: Scale = LINE
     exchange: Exchangeable | None = None
     """None where nothing can be exchanged, as for figures of pairs of patients."""
+    pairs: Float64[np.ndarray, " pair"] | None = None
+    """Of figures of pairs of patients: the value without what each two give to each other."""
+    least_variance: float = 0.0
+    """Added to the variance for what the patients cannot show, as all of a class agree."""
     more: tuple[Source, ...] = ()
     """Further sources of variation."""
     no_interval: str = ""
@@ -210,6 +104,7 @@ def of_sums(
         The figure, whose encoders can be exchanged.
 
     Examples:
+        >>> from g2l_core.metrics.patients import design_of
         >>> right, patients = np.array([1.0, 1.0, 0.0, 1.0]), np.array(["a", "a", "b", "c"])
         >>> rows = np.stack([right, np.ones(4)], axis=1)
         >>> figure = of_sums(lambda s: s[:, 0] / s[:, 1], rows, patients, design_of(patients, unit="patients"), SHARE)
@@ -237,39 +132,10 @@ def of_group_sums(
     return Figure(values=values, design=design, scale=scale, exchange=OfSums(score=score, sums=exact))
 
 
-def effective_freedom(design: Design) -> tuple[float, float]:
-    """Compute by how much unequal patients mislead the jackknife, and its degrees of freedom.
-
-    The mean of stratum s is sum_g a_gs y_gs with the share a_gs of group g in its rows. Without group h it moves by
-    a_hs / (1 - a_hs) (y_hs - mean). Under a working model in which all y_gs have one variance and are independent,
-    these moves are B y with a matrix B, the expectation of the jackknife's variance is (G - 1) / G tr(B B'), and its
-    degrees of freedom are tr(B B')^2 / tr(B B' B B') (Satterthwaite). Patients of equal size give 1 and G - 1.
-
-    Args:
-        design: The rows of each group in each stratum.
-
-    Returns:
-        What the jackknife's variance is multiplied with to be unbiased under the working model; and the degrees of
-        freedom, at least 1.
-
-    References:
-        Bell & McCaffrey, Bias Reduction in Standard Errors for Linear Regression with Multi-Stage Samples (2002);
-        Satterthwaite, An Approximate Distribution of Estimates of Variance Components (1946).
-
-    Examples:
-        >>> effective_freedom(design_of(np.arange(10), unit="patients"))
-        (1.0, 9.0)
-    """
-    shares = design.counts / design.counts.sum(axis=0)
-    count = len(shares)
-    moves = np.zeros((count, count))
-    for share in shares.T:
-        weight = share / np.maximum(1 - share, 1e-9)
-        matrix = weight[:, None] * (np.eye(count) - share)
-        moves += matrix @ matrix.T
-    expected = float(np.trace(moves))
-    freedom = expected**2 / float((moves**2).sum())
-    return round(float((shares**2).sum()) / (expected * (count - 1) / count), 12), max(1.0, round(freedom, 12))
+def of_neighbors(values: Float64[np.ndarray, " set"], design: Design, scale: Scale) -> Figure:
+    """Return a figure of neighbors, given its values of the sets of `knn.leave_out.LeaveOutSums.totals`."""
+    groups = len(design.counts)
+    return Figure(values=values[: 1 + groups], pairs=values[1 + groups :], design=design, scale=scale)
 
 
 def _reason(figure: Figure) -> str:
@@ -288,16 +154,35 @@ def _reason(figure: Figure) -> str:
     return ""
 
 
-def _error(figure: Figure) -> tuple[float, float]:
-    """The standard error of a figure on its own axis, and its degrees of freedom."""
-    without = figure.values[1:]
+def _on_line(figure: Figure) -> tuple[Float64[np.ndarray, " whole_and_group"], float]:
+    """The values on their scale, and the scale's derivative; to first order where one of them is at a bound."""
+    whole, scale = float(figure.values[0]), figure.scale
+    slope = float(scale.slope(whole))
+    if figure.exchange is not None:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            values = np.array([scale.to_line(value) for value in figure.values.tolist()])
+        if np.isfinite(values).all():
+            return values, slope
+    return scale.to_line(whole) + slope * (figure.values - whole), slope
+
+
+def _error(figure: Figure) -> tuple[float, float, float]:
+    """The standard error of a figure on its scale, its degrees of freedom, and its bias."""
+    values, slope = _on_line(figure)
+    without, count = values[1:], len(values) - 1
     factor, freedom = effective_freedom(figure.design)
-    variance = factor * (len(without) - 1) / len(without) * float(((without - without.mean()) ** 2).sum())
-    parts = [(variance, freedom), *((source.variance, float(source.freedom)) for source in figure.more)]
+    variance = factor * (count - 1) / count * float(((without - without.mean()) ** 2).sum())
+    if figure.pairs is not None and variance > 0:
+        of_pairs = count / (count - 1) * slope**2 * float(((figure.pairs - figure.values[0]) ** 2).sum())
+        kept = max(0.5, 1 - 0.5 * factor * of_pairs / variance)
+        variance, freedom = kept * variance, max(1.0, kept * freedom)
+    parts = [(variance + slope**2 * figure.least_variance, freedom)]
+    parts += [(slope**2 * source.variance, float(source.freedom)) for source in figure.more]
     total = sum(part for part, _ in parts)
+    bias = (count - 1) * float(without.mean() - values[0]) if figure.exchange is not None else 0.0
     if total == 0:
-        return 0.0, freedom
-    return sqrt(total), total**2 / sum(part**2 / of for part, of in parts)
+        return 0.0, freedom, bias
+    return sqrt(total), total**2 / sum(part**2 / of for part, of in parts), bias
 
 
 def _value(figure: Figure) -> float:
@@ -317,10 +202,16 @@ def _method(figure: Figure, freedom: float) -> str:
 def estimate(figure: Figure, level: float = 0.95) -> Estimate:
     """Compute the interval of a figure.
 
-    With G groups, values v_g without each and their mean m, the variance is f (G - 1) / G sum_g (v_g - m)^2, with the
-    factor f and the t quantile's degrees of freedom from `effective_freedom`. On the figure's scale, such as the logit
-    of a share, the interval is symmetric. Where a share is 0 or 1 for every patient, the bound is that of as many
-    patients of whom all succeed (Clopper & Pearson): 0.025^(1 / G).
+    With G groups, values v_g without each and their mean m, all on the figure's scale such as the logit of a share, the
+    variance is f (G - 1) / G sum_g (v_g - m)^2, with the factor f and the t quantile's degrees of freedom from
+    `effective_freedom`. The interval is symmetric on the scale, about the value less its bias (G - 1) (m - v).
+
+    What two patients give to each other as neighbors, b_gh, is in the moves of both, and so twice in that variance,
+    which is unbiased without sum b_gh^2 (Efron & Stein). But it then varies as much as an estimate from fewer patients.
+    Half of that sum is subtracted, and the degrees of freedom fall by as much.
+
+    Where a share is 0 or 1 for every patient, the bound is that of as many patients as its smallest class has, of whom
+    all succeed (Clopper & Pearson): 0.025^(1 / G).
 
     Args:
         figure: The value on all patients, and without each.
@@ -334,9 +225,10 @@ def estimate(figure: Figure, level: float = 0.95) -> Estimate:
 
     References:
         Efron & Tibshirani, An Introduction to the Bootstrap (1993), equation 11.5; Arvesen, Jackknifing U-Statistics
-        (1969); Kott, The Delete-a-Group Jackknife (2001).
+        (1969); Kott, The Delete-a-Group Jackknife (2001); Efron & Stein, The Jackknife Estimate of Variance (1981).
 
     Examples:
+        >>> from g2l_core.metrics.patients import design_of
         >>> figure = Figure(values=np.array([0.5, 0.4, 0.5, 0.6, 0.5]), design=design_of(np.arange(4), unit="slides"))
         >>> found = estimate(figure)
         >>> round(found.low, 3), round(found.high, 3), found.method
@@ -346,8 +238,14 @@ def estimate(figure: Figure, level: float = 0.95) -> Estimate:
     reason = _reason(figure)
     if reason:
         return Estimate(value=value, method=f"none: {reason}", clusters=design.clusters, unit=design.unit)
-    error, freedom = _error(figure)
-    low, high = _bounds(figure, value, float(stdtrit(freedom, (1 + level) / 2)) * error, (1 - level) / 2)
+    least, most = figure.scale.bounds
+    if least < value < most:
+        error, freedom, bias = _error(figure)
+        middle, half = figure.scale.to_line(value), float(stdtrit(freedom, (1 + level) / 2)) * error
+        low = float(figure.scale.from_line(min(middle, middle - bias - half)))
+        high = float(figure.scale.from_line(max(middle, middle - bias + half)))
+    else:
+        low, high, freedom = _at_bound(figure, value, (1 - level) / 2)
     return Estimate(
         value=value,
         low=low,
@@ -358,15 +256,20 @@ def estimate(figure: Figure, level: float = 0.95) -> Estimate:
     )
 
 
-def _bounds(figure: Figure, value: float, half: float, tail: float) -> tuple[float, float]:
-    scale, (least, most) = figure.scale, figure.scale.bounds
-    if least < value < most:
-        middle, reach = scale.to_line(value), half * scale.slope(value)
-        return float(scale.from_line(middle - reach)), float(scale.from_line(middle + reach))
-    if scale is not SHARE:
-        return value - half, value + half
-    bound = tail ** (1 / len(figure.design.counts))
-    return (bound, 1.0) if value >= 1 else (0.0, 1 - bound)
+def _fewest(design: Design) -> int:
+    """The groups of patients of the class that has fewest."""
+    return int((design.counts > 0).sum(axis=0).min())
+
+
+def _at_bound(figure: Figure, value: float, tail: float) -> tuple[float, float, float]:
+    """The interval, and degrees of freedom, of a share of 0 or 1, or another value at the end of its scale."""
+    groups = _fewest(figure.design)
+    if figure.scale is SHARE:
+        bound = tail ** (1 / groups)
+        return (bound, 1.0, groups - 1.0) if value >= 1 else (0.0, 1 - bound, groups - 1.0)
+    error, freedom, _ = _error(replace(figure, scale=LINE))
+    half = float(stdtrit(freedom, 1 - tail)) * error
+    return value - half, value + half, freedom
 
 
 def averaged(figures: Sequence[Figure], what: str) -> Figure:
@@ -389,7 +292,19 @@ def averaged(figures: Sequence[Figure], what: str) -> Figure:
         raise TaskError(f"a mean over {what} needs two at least; got {len(figures)}")
     values = np.stack([figure.values for figure in figures])
     source = Source(what=f"{len(figures)} {what}", values=values[:, 0], share=1 / len(figures), paired=False)
-    return replace(figures[0], values=values.mean(axis=0), exchange=None, more=(*figures[0].more, source))
+    pairs = [figure.pairs for figure in figures if figure.pairs is not None]
+    more = [  # the training halves are the same of each repetition
+        replace(kind, values=np.mean([of.values for f in figures for of in f.more if of.what == kind.what], axis=0))
+        for kind in figures[0].more
+    ]
+    return replace(
+        figures[0],
+        values=values.mean(axis=0),
+        pairs=np.mean(pairs, axis=0) if len(pairs) == len(figures) else None,
+        exchange=None,
+        least_variance=float(np.mean([figure.least_variance for figure in figures])),
+        more=(*more, source),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -432,6 +347,7 @@ def compare(figure: Figure, reference: Figure, *, draws: int = 1000, seed: int, 
         of the Two One-Sided Tests Procedure (1987).
 
     Examples:
+        >>> from g2l_core.metrics.patients import design_of
         >>> design = design_of(np.arange(5), unit="patients")
         >>> mean = lambda sums: sums[:, 0] / 5
         >>> student, teacher = (of_group_sums(mean, np.array([sums]).T, design) for sums in ([3, 2, 3, 3, 2], [1] * 5))
@@ -442,20 +358,29 @@ def compare(figure: Figure, reference: Figure, *, draws: int = 1000, seed: int, 
     both = replace(
         figure,
         values=figure.values - reference.values,
+        pairs=None if figure.pairs is None or reference.pairs is None else figure.pairs - reference.pairs,
         scale=LINE,
+        exchange=None,
+        least_variance=min(figure.least_variance, reference.least_variance),
         more=_of_difference(figure.more, reference.more),
         no_interval=figure.no_interval or reference.no_interval,
     )
-    found = estimate(both)
-    comparable = not _reason(replace(both, no_interval=""))
-    if not comparable:
+    found, groups = estimate(both), len(figure.design.counts)
+    if _reason(replace(both, no_interval="")):
         return Difference(estimate=found, p_value=nan, p_equivalent=nan)
-    value, (error, freedom) = found.value, _error(both)
+    value, (error, freedom, _) = found.value, _error(both)
     if figure.exchange and reference.exchange and not both.more:
-        p_value = _exchange_test(figure.exchange, reference.exchange, len(figure.design.counts), draws, seed)
+        p_value = exchange_test(figure.exchange, reference.exchange, groups, draws, seed)
     else:
-        p_value = max(_tail(-abs(value), error, freedom) * 2, 2.0 ** (1 - len(figure.design.counts)))
-    equivalent = nan if both.no_interval else _tail(abs(value) - margin, error, freedom)
+        p_value = max(_tail(-abs(value), error, freedom) * 2, 2.0 ** (1 - groups))
+    if both.no_interval:
+        return Difference(estimate=found, p_value=min(1.0, p_value), p_equivalent=nan)
+    if error == 0 and value == 0 and figure.scale is SHARE:  # no patient differs: as of a share of 0
+        bound = 1 - 0.025 ** (1 / _fewest(both.design))
+        found = replace(found, low=-bound, high=bound)
+        equivalent = (1 - margin) ** _fewest(both.design)
+    else:
+        equivalent = _tail(abs(value) - margin, error, freedom)
     return Difference(estimate=found, p_value=min(1.0, p_value), p_equivalent=equivalent)
 
 
@@ -471,14 +396,3 @@ def _of_difference(more: Sequence[Source], other: Sequence[Source]) -> tuple[Sou
 def _tail(distance: float, error: float, freedom: float) -> float:
     """P(T <= distance / error)."""
     return float(stdtr(freedom, distance / error)) if error else float(distance >= 0) if distance else 0.5
-
-
-def _exchange_test(first: Exchangeable, second: Exchangeable, groups: int, draws: int, seed: int) -> float:
-    """The share of exchanges whose difference is as large as that found. Undefined ones count as large."""
-    if groups - 1 <= _ALL_SWAPS:
-        exchanged = (np.arange(2 ** (groups - 1))[:, None] >> np.arange(groups) & 1).astype(bool)
-    else:
-        exchanged = keyed_generator("exchanges", seed, groups).integers(2, size=(1 + draws, groups)).astype(bool)
-        exchanged[0] = False
-    differences = np.abs(first.differences(second, exchanged))
-    return float((~(differences < differences[0] * (1 - 1e-9) - 1e-12)).mean())

@@ -14,15 +14,10 @@ from scipy.stats import rankdata
 
 from g2l_core.errors import TaskError
 from g2l_core.metrics import logistic
+from g2l_core.metrics.exchange import Exchangeable
 from g2l_core.metrics.folds import stratified_group_folds
-from g2l_core.metrics.intervals import (
-    MAX_SUMMED_GROUPS,
-    SHARE,
-    Design,
-    Exchangeable,
-    Figure,
-    leave_out_groups,
-)
+from g2l_core.metrics.intervals import SHARE, Figure
+from g2l_core.metrics.patients import MAX_SUMMED_GROUPS, Design, leave_out_groups
 from g2l_core.metrics.rows import require_finite
 from g2l_core.metrics.statistics import cluster_codes, require_aligned
 
@@ -213,6 +208,36 @@ def macro_f1(matrices: Num[np.ndarray, "draw class class"]) -> Float64[np.ndarra
     return _mean_of_defined(2 * hits, matrices.sum(axis=1) + matrices.sum(axis=2))
 
 
+def unanimous_variance(matrices: Num[np.ndarray, "group class class"]) -> float:
+    """Compute the variance that classes hide whose patients are all right, or all wrong.
+
+    Balanced accuracy is the mean of K recalls. The recall of a class all of whose n patients are right moves without
+    none of them, and so it seems certain. By the rule of succession one of n + 2 patients is wrong; the variance of
+    such a recall is p (1 - p) / n with p = 1 / (n + 2), and 1 / K^2 of it is that of the mean.
+
+    Args:
+        matrices: (group, class, class) confusion matrices, truth by prediction, one for each group of patients.
+
+    Returns:
+        The variance to add; 0 where no class is so.
+
+    References:
+        Agresti & Coull, Approximate Is Better than Exact for Interval Estimation of Binomial Proportions (1998).
+
+    Examples:
+        >>> two_patients_right = np.array([[[4, 0], [1, 2]], [[3, 0], [2, 1]]])
+        >>> unanimous_variance(two_patients_right)  # p = 1 / 4, n = 2, K = 2
+        0.0234375
+    """
+    rows = matrices.sum(axis=2)
+    hits = np.diagonal(matrices, axis1=1, axis2=2)
+    held = (rows > 0).sum(axis=0)
+    whole = hits.sum(axis=0)
+    unanimous = (held > 0) & ((whole == 0) | (whole == rows.sum(axis=0)))
+    patients, wrong = held[unanimous], 1 / (held[unanimous] + 2)
+    return float((wrong * (1 - wrong) / patients).sum()) / int((held > 0).sum()) ** 2
+
+
 def macro_auc(
     truth: Shaped[np.ndarray, " row"],
     probabilities: Float64[np.ndarray, "probability_row column"],
@@ -307,7 +332,7 @@ def auc_figure(
         probabilities: (row, class) probabilities.
         classes: (class,) classes of the columns.
         clusters: (row,) patient or slide of each row.
-        design: Of the same clusters, with at most `intervals.MAX_SUMMED_GROUPS` groups; strata are classes.
+        design: Of the same clusters, with at most `patients.MAX_SUMMED_GROUPS` groups; strata are classes.
 
     Returns:
         The figure.
@@ -320,7 +345,7 @@ def auc_figure(
 
     Examples:
         >>> scores, patients = np.array([[0.9, 0.1], [0.4, 0.6], [0.6, 0.4], [0.2, 0.8]]), np.array([1, 2, 3, 4])
-        >>> from g2l_core.metrics.intervals import design_of
+        >>> from g2l_core.metrics.patients import design_of
         >>> truth, design = np.array([0, 0, 1, 1]), design_of(patients, np.array([0, 0, 1, 1]), unit="patients")
         >>> auc_figure(truth, scores, np.array([0, 1]), patients, design).values.tolist()
         [0.75, 0.5, 1.0, 1.0, 0.5]

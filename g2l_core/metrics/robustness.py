@@ -23,9 +23,9 @@ import numpy as np
 from jaxtyping import Bool, Float, Float64, Int64, Num, Shaped
 
 from g2l_core.errors import TaskError
-from g2l_core.metrics.intervals import leave_out_groups
 from g2l_core.metrics.knn.leave_out import Search, leave_out_sums
 from g2l_core.metrics.knn.neighbors import Neighbors, knn_predict
+from g2l_core.metrics.patients import leave_out_groups
 from g2l_core.metrics.probe import balanced_accuracy, confusion
 from g2l_core.metrics.statistics import cluster_codes, require_aligned
 from g2l_core.rng import keyed_generator
@@ -87,7 +87,7 @@ def robustness_sums(
     clusters: Shaped[np.ndarray, " cluster_row"],
     *,
     ks: Sequence[int],
-) -> tuple[Mapping[int, Float64[np.ndarray, "whole_and_group 3"]], Mapping[int, float]]:
+) -> tuple[Mapping[int, Float64[np.ndarray, "set 3"]], Mapping[int, float]]:
     """Count the neighbors of other slides by the cosine: of all rows, then without each group of patients.
 
     Args:
@@ -197,8 +197,8 @@ class PairedCounts:
 
     counts: Int64[np.ndarray, "row 3"]
     """SS, SO and OS of each row, summed over the combinations that hold it."""
-    totals: Float64[np.ndarray, "whole_and_group 3"]
-    """SS, SO and OS of all rows; then without each group of clusters (`intervals.leave_out_groups`)."""
+    totals: Float64[np.ndarray, "set 3"]
+    """SS, SO and OS of all rows; then without each group of clusters (`patients.leave_out_groups`)."""
     combinations: Int64[np.ndarray, "combination 3"]
     """SS, SO and OS summed over the rows of each combination."""
     occurrences: int
@@ -355,7 +355,7 @@ class _Part:
     """One combination at one k."""
 
     counts: Int64[np.ndarray, "row 3"]
-    totals: Float64[np.ndarray, "whole_and_group 3"]
+    totals: Float64[np.ndarray, "set 3"]
     class_accuracy: float
 
 

@@ -13,8 +13,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Float64, Shaped
 
 from g2l_core.errors import TaskError
-from g2l_core.metrics.intervals import leave_out_groups
 from g2l_core.metrics.moments import CkaMoments, Side, cka_center, cka_moments
+from g2l_core.metrics.patients import leave_out_groups
 from g2l_core.metrics.rows import require_finite
 from g2l_core.metrics.statistics import require_aligned
 
@@ -108,7 +108,7 @@ def leave_out_each(
             on the CPU.
 
     Returns:
-        The value, then the values without each group of `intervals.leave_out_groups`; none where there is one cluster.
+        The value, then the values without each group of `patients.leave_out_groups`; none where there is one cluster.
 
     Raises:
         TaskError: As `cka_moments` and `linear_cka`, which must hold without any one group too.

@@ -37,10 +37,11 @@ from g2l_core.metrics.center_bias import (
     predict_centers,
 )
 from g2l_core.metrics.consistency import consistency_sums, pair_means
-from g2l_core.metrics.intervals import Figure, design_of, estimate
+from g2l_core.metrics.intervals import Figure, estimate
 from g2l_core.metrics.knn.neighbors import knn_predict, nearest
 from g2l_core.metrics.mil import AbmilSettings, train_abmil
 from g2l_core.metrics.moments import cka_center, cka_moments
+from g2l_core.metrics.patients import design_of
 from g2l_core.metrics.probe import balanced_accuracy, confusion, linear_probe
 from g2l_core.metrics.ridge import fit_ridge
 from g2l_core.metrics.robustness import paired_combinations, paired_counts, pathorob_index

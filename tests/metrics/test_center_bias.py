@@ -19,7 +19,8 @@ from g2l_core.metrics.center_bias import (
     predict_centers,
 )
 from g2l_core.metrics.folds import stratified_group_folds
-from g2l_core.metrics.intervals import design_of, estimate, of_group_sums
+from g2l_core.metrics.intervals import estimate, of_group_sums
+from g2l_core.metrics.patients import design_of
 from g2l_core.metrics.probe import balanced_accuracy, confusion, linear_probe
 
 DESIGN = BiasDesign(centers=(0, 1), slides_per_class=8, rows_per_slide=4, test_slides=3, repeats=4)

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from g2l_core.errors import TaskError
 from g2l_core.metrics.consistency import consistency_sums, median_over_pairs, pair_means, registered_pair
-from g2l_core.metrics.intervals import Figure, design_of, estimate
+from g2l_core.metrics.intervals import Figure, estimate
+from g2l_core.metrics.patients import design_of
 
 KS = (1, 3, 5, 10)
 

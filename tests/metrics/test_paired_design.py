@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from g2l_core.errors import TaskError
-from g2l_core.metrics.intervals import SHARE, Figure, design_of, estimate
+from g2l_core.metrics.intervals import SHARE, Figure, estimate
 from g2l_core.metrics.knn.neighbors import nearest
+from g2l_core.metrics.patients import design_of
 from g2l_core.metrics.robustness import (
     paired_combinations,
     paired_counts,

@@ -13,7 +13,7 @@ from sklearn.preprocessing import StandardScaler
 
 from g2l_core.errors import TaskError
 from g2l_core.metrics import logistic
-from g2l_core.metrics.intervals import design_of
+from g2l_core.metrics.patients import design_of
 from g2l_core.metrics.probe import (
     accuracy,
     auc_figure,

@@ -8,7 +8,8 @@ from scipy.stats import pearsonr
 from sklearn.linear_model import Ridge
 
 from g2l_core.errors import TaskError
-from g2l_core.metrics.intervals import design_of, estimate, of_sums
+from g2l_core.metrics.intervals import estimate, of_sums
+from g2l_core.metrics.patients import design_of
 from g2l_core.metrics.ridge import correlation_sums, explained_share, fit_ridge, mean_cosine, pearson, ridge_sums
 
 SEEDS = st.integers(0, 2**32 - 1)

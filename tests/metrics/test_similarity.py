@@ -6,9 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from g2l_core.errors import TaskError
-from g2l_core.metrics import intervals, similarity
-from g2l_core.metrics.intervals import Figure, compare, design_of, estimate
+from g2l_core.metrics import patients, similarity
+from g2l_core.metrics.intervals import Figure, compare, estimate
 from g2l_core.metrics.moments import CkaMoments, cka_center, cka_moments
+from g2l_core.metrics.patients import design_of
 from g2l_core.metrics.rows import require_finite
 from g2l_core.metrics.similarity import leave_out_each, linear_cka
 
@@ -42,11 +43,11 @@ def cka(x, y, debiased):
 
 def cka_interval(x, y, clusters, debiased, unit="clusters"):
     values = leave_out_each(x, y, clusters, debiased)
-    return estimate(Figure(values=values, design=design_of(clusters, unit=unit, most=intervals.MAX_GROUPS)))
+    return estimate(Figure(values=values, design=design_of(clusters, unit=unit, most=patients.MAX_GROUPS)))
 
 
 def cka_difference(x, reference, y, clusters):
-    design = design_of(clusters, unit="patients", most=intervals.MAX_GROUPS)
+    design = design_of(clusters, unit="patients", most=patients.MAX_GROUPS)
     figures = [Figure(values=leave_out_each(side, y, clusters, True), design=design) for side in (x, reference)]
     found = compare(*figures, seed=0, margin=0.02)
     return found.estimate, found.p_value
@@ -295,8 +296,8 @@ def test_many_clusters_are_left_out_by_groups_and_agree_with_one_at_a_time(monke
     clusters = np.arange(400) // 2
     grouped = cka_interval(x, y, clusters, debiased=True, unit="images")
     assert grouped.method == "jackknife over 200 images in 32 groups, t with 30.4 degrees of freedom"
-    monkeypatch.setattr(intervals, "MAX_GROUPS", 1000)
-    monkeypatch.setattr(similarity, "leave_out_groups", lambda clusters: intervals.leave_out_groups(clusters, 1000))
+    monkeypatch.setattr(patients, "MAX_GROUPS", 1000)
+    monkeypatch.setattr(similarity, "leave_out_groups", lambda clusters: patients.leave_out_groups(clusters, 1000))
     single = cka_interval(x, y, clusters, debiased=True)
     assert grouped.value == single.value
     assert (grouped.high - grouped.low) == pytest.approx(single.high - single.low, rel=0.35)

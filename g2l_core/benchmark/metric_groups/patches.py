@@ -23,19 +23,10 @@ from g2l_core.benchmark.spec import PROBE_C, ProbeOptions
 from g2l_core.errors import TaskError
 from g2l_core.metrics.calibration import NO_INTERVAL, brier_score, brier_sums, calibration_error, calibration_sums
 from g2l_core.metrics.fewshot import draw_shots, prototypes, retrieval_sums
-from g2l_core.metrics.intervals import (
-    CORRELATION,
-    MAX_GROUPS,
-    MAX_SUMMED_GROUPS,
-    POSITIVE,
-    SHARE,
-    Figure,
-    leave_out_groups,
-    of_group_sums,
-    of_sums,
-)
+from g2l_core.metrics.intervals import CORRELATION, POSITIVE, SHARE, of_group_sums, of_neighbors, of_sums
 from g2l_core.metrics.knn.leave_out import Search, leave_out_sums
 from g2l_core.metrics.knn.neighbors import Neighbors, knn_predict
+from g2l_core.metrics.patients import MAX_GROUPS, MAX_SUMMED_GROUPS, leave_out_groups
 from g2l_core.metrics.probe import ProbeResult, auc_figure, linear_probe
 from g2l_core.metrics.ridge import correlation_sums, explained_share, fit_ridge, pearson, ridge_sums
 from g2l_core.rng import keyed_generator
@@ -86,7 +77,7 @@ def knn(task: TaskInput) -> list[MetricValue]:
     groups, count = leave_out_groups(rows.cluster)
     shape = len(ballots), len(classes), len(classes)
     order, predicted = np.zeros(0, np.int64), np.zeros((0, len(ballots)), np.int64)
-    totals = np.zeros((1 + count, *shape))
+    totals = np.zeros((1 + count + count * (count - 1) // 2, *shape))
     for train, test in parts(rows, task.spec, task.seed):
         voters = groups[train] if task.spec.folds else np.full(len(train), -1)
         search = Search(
@@ -104,7 +95,7 @@ def knn(task: TaskInput) -> list[MetricValue]:
             partial(_matrices, labels[test], len(classes)),
         )
         order, predicted = np.append(order, test), np.vstack([predicted, sums.base.astype(np.int64)])
-        totals += sums.totals.reshape(1 + count, *shape)
+        totals += sums.totals.reshape(-1, *shape)
     values: list[MetricValue] = []
     for i, ballot in enumerate(ballots):
         suffix = "" if len(ballots) == 1 else f"_k{ballot.k}"
@@ -145,7 +136,7 @@ def _matrices(
 def _both_ways(
     task: TaskInput,
     values: Sequence[MetricValue],
-    totals: Float64[np.ndarray, "whole_and_group class class"],
+    totals: Float64[np.ndarray, "set class class"],
     order: Int64[np.ndarray, " test"],
 ) -> list[MetricValue]:
     """The same values, without each patient as a voter too. Nothing can then be exchanged between two encoders."""
@@ -154,7 +145,7 @@ def _both_ways(
     return [
         replace(
             value,
-            figure=Figure(values=score(totals), design=by_row if name == "accuracy" else by_class, scale=SHARE),
+            figure=of_neighbors(score(totals), by_row if name == "accuracy" else by_class, SHARE),
         )
         for (name, score), value in zip(CLASSIFIED.items(), values, strict=True)
     ]
@@ -375,10 +366,7 @@ def retrieval(task: TaskInput) -> list[MetricValue]:
             "duplicates_dropped": task.rows.duplicates_dropped,
         }
         names = {f"top_k{k}": column, f"map_k{k}": len(options.k) + column}
-        figures = {
-            name: Figure(values=ratio(sums.totals[:, [of, -1]]), design=design, scale=SHARE)
-            for name, of in names.items()
-        }
+        figures = {name: of_neighbors(ratio(sums.totals[:, [of, -1]]), design, SHARE) for name, of in names.items()}
         values += metric_values("retrieval", figures, settings, n=len(tested))
     return values
 

@@ -1,5 +1,7 @@
 """Metric groups of nuisances: `robustness`, `robustness_paired`, `center`, `bias_drop`, `consistency`."""
 
+from dataclasses import replace
+
 import numpy as np
 from jaxtyping import Int64, Shaped
 
@@ -14,18 +16,9 @@ from g2l_core.metrics.center_bias import (
     predict_centers,
 )
 from g2l_core.metrics.consistency import consistency_sums, median_over_pairs
-from g2l_core.metrics.intervals import (
-    CORRELATION,
-    MAX_GROUPS,
-    MAX_SUMMED_GROUPS,
-    POSITIVE,
-    SHARE,
-    Design,
-    Figure,
-    leave_out_groups,
-    of_group_sums,
-)
-from g2l_core.metrics.probe import balanced_accuracy, confusion
+from g2l_core.metrics.intervals import CORRELATION, POSITIVE, SHARE, Figure, of_group_sums, of_neighbors
+from g2l_core.metrics.patients import MAX_GROUPS, MAX_SUMMED_GROUPS, Design, leave_out_groups
+from g2l_core.metrics.probe import balanced_accuracy, confusion, unanimous_variance
 from g2l_core.metrics.robustness import (
     paired_combinations,
     paired_counts,
@@ -61,8 +54,8 @@ def robustness(task: TaskInput) -> list[MetricValue]:
             "support": round(support[k], 4),
         }
         figures = {
-            f"ratio_k{k}": Figure(values=ratio_index(totals[k]), design=design, scale=POSITIVE),
-            f"pathorob_k{k}": Figure(values=pathorob_index(totals[k]), design=design, scale=SHARE),
+            f"ratio_k{k}": of_neighbors(ratio_index(totals[k]), design, POSITIVE),
+            f"pathorob_k{k}": of_neighbors(pathorob_index(totals[k]), design, SHARE),
         }
         values += metric_values("robustness", figures, settings, n=len(rows))
     return values
@@ -91,7 +84,7 @@ def robustness_paired(task: TaskInput) -> list[MetricValue]:
             "support": round(counts.support, 4),
             "class_accuracy": round(counts.class_accuracy, 4),
         }
-        figure = Figure(values=pathorob_index(counts.totals), design=patients, scale=SHARE)
+        figure = of_neighbors(pathorob_index(counts.totals), patients, SHARE)
         values += metric_values("robustness_paired", {f"k{k}": figure}, settings, n=counts.occurrences)
     return values
 
@@ -110,7 +103,10 @@ def center(task: TaskInput) -> list[MetricValue]:
         settings["told_by_class"] = round(centers_predicted_by_class(rows.center, rows.label), 4)
     codes, _ = leave_out_groups(rows.cluster, MAX_SUMMED_GROUPS)
     by_center = task.design(rows.cluster, rows.center, stratum="center")
-    figure = of_group_sums(balanced_accuracy, confusion(rows.center, predicted, codes), by_center, SHARE)
+    matrices = confusion(rows.center, predicted, codes)
+    figure = replace(
+        of_group_sums(balanced_accuracy, matrices, by_center, SHARE), least_variance=unanimous_variance(matrices)
+    )
     return metric_values("center", {"balanced_accuracy": figure}, settings, n=len(rows), better="lower")
 
 
@@ -196,9 +192,7 @@ def consistency(task: TaskInput) -> list[MetricValue]:
     columns = {"cosine": pairs.column(), **{f"top_k{k}": pairs.column(k) for k in options.k}}
     design = task.design(clusters, most=MAX_GROUPS)
     figures = {
-        name: Figure(
-            values=median_over_pairs(column)(pairs.sums), design=design, scale=SHARE if column else CORRELATION
-        )
+        name: of_neighbors(median_over_pairs(column)(pairs.sums), design, SHARE if column else CORRELATION)
         for name, column in columns.items()
     }
     return metric_values("consistency", figures, settings, n=len(clusters))

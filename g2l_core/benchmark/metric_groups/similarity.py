@@ -17,18 +17,10 @@ from g2l_core.benchmark.metric_groups.values import (
 )
 from g2l_core.errors import TaskError
 from g2l_core.metrics.alignment import central_rows, effective_rank, mutual_neighbors, procrustes_similarity, rbf_cka
-from g2l_core.metrics.intervals import (
-    CORRELATION,
-    MAX_GROUPS,
-    SHARE,
-    Design,
-    Figure,
-    design_of,
-    leave_out_groups,
-    of_sums,
-)
+from g2l_core.metrics.intervals import CORRELATION, SHARE, Figure, of_neighbors, of_sums
 from g2l_core.metrics.knn.leave_out import Search, leave_out_sums
 from g2l_core.metrics.knn.neighbors import Neighbors
+from g2l_core.metrics.patients import MAX_GROUPS, Design, design_of, leave_out_groups
 from g2l_core.metrics.ridge import RidgeMap, explained_share, fit_ridge, mean_cosine, ridge_sums
 from g2l_core.metrics.similarity import leave_out_each, leave_out_moments
 from g2l_core.metrics.statistics import cluster_codes
@@ -162,7 +154,7 @@ def _mutual(pair: _Pair, task: TaskInput) -> list[MetricValue]:
     totals = leave_out_sums(searches, shared, pair.groups, len(pair.design.counts)).totals
     values = []
     for column, k in enumerate(ks):
-        figure = Figure(values=ratio(totals[:, [column, -1]]), design=pair.design, scale=SHARE)
+        figure = of_neighbors(ratio(totals[:, [column, -1]]), pair.design, SHARE)
         chance = round(k / (len(pair.x) - 1), 4)
         settings = {**pair.settings, "k": k, "distance": "cosine", "chance": chance}
         values += metric_values("similarity", {f"mutual_knn_k{k}": figure}, settings, n=len(pair.x))

@@ -8,16 +8,9 @@ from jaxtyping import Bool, Float16, Float64, Int64, Num, Shaped
 
 from g2l_core.benchmark.rows import TaskRows
 from g2l_core.benchmark.spec import TaskSpec
-from g2l_core.metrics.intervals import (
-    MAX_SUMMED_GROUPS,
-    SHARE,
-    Design,
-    Figure,
-    design_of,
-    leave_out_groups,
-    of_group_sums,
-)
-from g2l_core.metrics.probe import accuracy, balanced_accuracy, confusion, macro_f1
+from g2l_core.metrics.intervals import SHARE, Figure, of_group_sums
+from g2l_core.metrics.patients import MAX_SUMMED_GROUPS, Design, design_of, leave_out_groups
+from g2l_core.metrics.probe import accuracy, balanced_accuracy, confusion, macro_f1, unanimous_variance
 from g2l_core.results import Better
 from g2l_core.types import Features
 
@@ -90,7 +83,7 @@ class TaskInput:
         stratum: str = "class",
         most: int = MAX_SUMMED_GROUPS,
     ) -> Design:
-        """How some items fall to the patients. See `intervals.design_of`."""
+        """How some items fall to the patients. See `patients.design_of`."""
         return design_of(clusters, strata, unit=self.rows.cluster_unit, stratum=stratum, most=most)
 
 
@@ -149,8 +142,11 @@ def classified(
     matrices: Num[np.ndarray, "group class class"], by_row: Design, by_class: Design, suffix: str = ""
 ) -> dict[str, Figure]:
     """The scores of each group's confusion matrix. Accuracy is a mean over rows, not over classes."""
+    hidden = unanimous_variance(matrices)
     return {
-        f"{name}{suffix}": of_group_sums(score, matrices, by_row if name == "accuracy" else by_class, SHARE)
+        f"{name}{suffix}": of_group_sums(score, matrices, by_row, SHARE)
+        if name == "accuracy"
+        else replace(of_group_sums(score, matrices, by_class, SHARE), least_variance=hidden)
         for name, score in CLASSIFIED.items()
     }
 

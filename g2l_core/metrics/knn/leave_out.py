@@ -14,8 +14,8 @@ from g2l_core.errors import TaskError
 from g2l_core.metrics.knn.neighbors import Neighbors, nearest
 from g2l_core.metrics.knn.normalized import Metric
 
-_LISTED = 500_000
-"""Neighbors listed at least, where there are so many: 8 MB."""
+_LISTED = 50_000
+"""Neighbors listed at least, where there are so many: more cost more to sort than rows to search again."""
 
 Contributions = Callable[..., Num[np.ndarray, "query column"]]
 """Takes the numbers of some queries and, from each search, their `Neighbors`; returns what each of them adds."""
@@ -43,9 +43,10 @@ class LeaveOutSums:
     """The neighbors of every query in each search, nobody left out."""
     base: Float64[np.ndarray, "query column"]
     """What every query contributes, nobody left out."""
-    totals: Float64[np.ndarray, "whole_and_group sum"]
-    """The sums over all queries; then, for each group, over the queries outside it, whose neighbors are outside it too.
-    NaN where, without the group, some query has fewer than k rows to choose from."""
+    totals: Float64[np.ndarray, "set sum"]
+    """The sums over all queries; then, for each group, over the queries outside it, whose neighbors are outside it too
+    (NaN where some query then has fewer than k rows to choose from); then, for each two groups, over all queries, where
+    those of each of the two have no neighbor in the other. `intervals.of_neighbors` reads them so."""
 
 
 def leave_out_sums(
@@ -76,7 +77,7 @@ def leave_out_sums(
         >>> def of_patient_one(rows, neighbors):
         ...     return (patients[neighbors.indices] == 1).astype(float)
         >>> leave_out_sums([search], of_patient_one, patients, 3).totals.ravel().tolist()
-        [2.0, 1.0, 0.0, 2.0]
+        [2.0, 1.0, 0.0, 2.0, 1.0, 2.0, 2.0]
     """
     listed = [_listed(search, len(left_out_with)) for search in searches]
     everyone = np.arange(len(left_out_with))
@@ -84,8 +85,8 @@ def leave_out_sums(
     base = np.asarray(contributions(everyone, *first), np.float64)
     add = summed or (lambda _, values: values.sum(axis=0))
     whole = add(everyone, base)
-    totals = np.empty((1 + count, len(whole)))
-    totals[0] = whole
+    without = np.empty((count, len(whole)))
+    given = np.zeros((count, count, len(whole)))  # what queries of the first group owe to neighbors in the second
     for group in range(count):
         kept = np.flatnonzero(left_out_with != group)
         moved = [(s.left_out_with[g.indices[kept]] == group).any(axis=1) for s, g in zip(searches, first, strict=True)]
@@ -93,13 +94,17 @@ def leave_out_sums(
         try:
             others = [_without(s, g, rows, group) for s, g in zip(searches, listed, strict=True)]
         except TaskError:  # too few rows are left to choose from
-            totals[1 + group] = np.nan
+            without[group] = np.nan
             continue
         gone = np.flatnonzero(left_out_with == group)
-        totals[1 + group] = whole - add(gone, base[gone])
-        if len(rows):
-            changed = np.asarray(contributions(rows, *others), np.float64)
-            totals[1 + group] += add(rows, changed) - add(rows, base[rows])
+        changed = np.asarray(contributions(rows, *others), np.float64) if len(rows) else base[rows]
+        for other in np.unique(left_out_with[rows]).tolist():
+            own = left_out_with[rows] == other
+            given[other, group] = add(rows[own], base[rows[own]]) - add(rows[own], changed[own])
+        without[group] = whole - add(gone, base[gone]) - given[:, group].sum(axis=0)
+    first_of_two, second_of_two = np.triu_indices(count, 1)
+    apart = whole - given[first_of_two, second_of_two] - given[second_of_two, first_of_two]
+    totals = np.concatenate([whole[None], without, apart])
     return LeaveOutSums(first=first, base=base, totals=totals)
 
 
