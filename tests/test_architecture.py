@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = (
     {"errors", "types", "options", "results", "rng", "concurrency", "files", "version"},
     {"slides", "store", "metrics", "report", "synthetic"},
-    {"tissue", "patches", "encoders"},
+    {"tissue", "patches", "encoders", "heads"},
     {"extraction", "distillation", "benchmark", "datasets"},
     {"api"},
 )

@@ -58,6 +58,8 @@ class AbmilResult:
     """Epoch with the lowest validation loss, whose weights are used."""
     validation_loss: float
     """Mean cross-entropy of the validation bags at that epoch, weighted as in training."""
+    network: "AbmilNetwork"
+    """The trained network, for bags that come later."""
 
     @property
     def predictions(self) -> Shaped[np.ndarray, " bag"]:
@@ -131,14 +133,16 @@ def train_abmil(
     weights = len(fit) / (len(classes) * np.bincount(codes[fit])) if settings.class_balanced else np.ones(len(classes))
     task = _Task(features=train, members=members, scale=scale, codes=codes, weights=weights, fit=fit, held=held)
     network, epochs, loss = _train(task, settings, seed)
-    probabilities, attention = _apply(network, test, bag_rows(test_bags), scale)
+    trained = AbmilNetwork(weights=network, scale=scale)
+    logs, attention = trained.apply(test, bag_rows(test_bags))
     return AbmilResult(
         classes=classes,
         bags=np.unique(test_bags),
-        probabilities=probabilities,
+        probabilities=np.exp(logs),
         attention=attention,
         epochs=epochs,
         validation_loss=loss,
+        network=trained,
     )
 
 
@@ -171,6 +175,66 @@ class _Scale:
         return torch.from_numpy(centered / self.deviation.astype(np.float32))
 
 
+_Network: TypeAlias = Mapping[str, "torch.Tensor"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AbmilNetwork:
+    """A trained network with the scale of its features."""
+
+    weights: _Network
+    scale: _Scale
+
+    def apply(
+        self, features: Float[np.ndarray, "row dim"], members: Sequence[Int64[np.ndarray, "_"]]
+    ) -> tuple[Float64[np.ndarray, "bag class"], Float64[np.ndarray, " row"]]:
+        """Predict bags.
+
+        Args:
+            features: (row, dim) features of patches.
+            members: The rows of each bag; every row is in one.
+
+        Returns:
+            (bag, class) log-probabilities, and (row,) attention, which sums to 1 over each bag.
+        """
+        import torch
+
+        attention = np.empty(len(features))
+        logs = []
+        with torch.no_grad():
+            for rows in members:
+                logits, weights = _forward(self.weights, self.scale.tensor(features[rows]), [len(rows)])
+                logs.append(logits.double().log_softmax(dim=1).numpy())
+                attention[rows] = weights.double().numpy()
+        return np.concatenate(logs), attention
+
+    def patch_log_probabilities(self, features: Float[np.ndarray, "row dim"]) -> Float64[np.ndarray, "row class"]:
+        """Predict every patch as a bag of its own, whose attention is 1; (row, class)."""
+        import torch
+        from torch.nn.functional import linear
+
+        network, logs = self.weights, []
+        with torch.no_grad():
+            for rows in row_blocks(len(features)):
+                h = linear(self.scale.tensor(features[rows]), network["embed"], network["embed_bias"]).relu()
+                logits = linear(h, network["classify"], network["classify_bias"])
+                logs.append(logits.double().log_softmax(dim=1).numpy())
+        return np.concatenate(logs)
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """Return the weights and the scale by name, for a file."""
+        arrays = {name: tensor.detach().numpy() for name, tensor in self.weights.items()}
+        return {**arrays, "mean": self.scale.mean, "deviation": self.scale.deviation}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> "AbmilNetwork":
+        """Return the network that `to_arrays` gave."""
+        import torch
+
+        weights = {n: torch.from_numpy(np.array(a)) for n, a in arrays.items() if n not in {"mean", "deviation"}}
+        return cls(weights=weights, scale=_Scale(mean=arrays["mean"], deviation=arrays["deviation"]))
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Task:
     features: Float[np.ndarray, "row dim"]
@@ -183,9 +247,6 @@ class _Task:
     """Of the loss."""
     fit: Int64[np.ndarray, " fit"]
     held: Int64[np.ndarray, " held"]
-
-
-_Network: TypeAlias = Mapping[str, "torch.Tensor"]
 
 
 def _first_weights(dim: int, classes: int, settings: AbmilSettings, seed: int) -> dict[str, "torch.Tensor"]:
@@ -260,21 +321,3 @@ def _train(task: _Task, settings: AbmilSettings, seed: int) -> tuple[_Network, i
 
 def _chunks(numbers: Int64[np.ndarray, " bag"], size: int) -> list[Int64[np.ndarray, "_"]]:
     return np.split(numbers, range(size, len(numbers), size))
-
-
-def _apply(
-    network: _Network,
-    features: Float[np.ndarray, "row dim"],
-    members: Sequence[Int64[np.ndarray, "_"]],
-    scale: _Scale,
-) -> tuple[Float64[np.ndarray, "bag class"], Float64[np.ndarray, " row"]]:
-    import torch
-
-    attention = np.empty(len(features))
-    probabilities = []
-    with torch.no_grad():
-        for rows in members:
-            logits, weights = _forward(network, scale.tensor(features[rows]), [len(rows)])
-            probabilities.append(logits.double().softmax(dim=1).numpy())
-            attention[rows] = weights.double().numpy()
-    return np.concatenate(probabilities), attention

@@ -34,6 +34,10 @@ class ProbeResult:
     converged: bool
     """False where the fit stopped before `logistic.PROBABILITY_TOLERANCE`, or one of the folds' before
     `logistic.GRADIENT_TOLERANCE`."""
+    scaling: logistic.Scaling
+    """By which features are scaled before the weights."""
+    weights: Float64[np.ndarray, "column class"]
+    """For scaled features; the last row is the intercepts."""
 
     @property
     def predictions(self) -> Shaped[np.ndarray, " test"]:
@@ -103,6 +107,8 @@ def linear_probe(
         probabilities=logistic.probabilities(test, scaling, weights),
         c=c,
         converged=converged and folds_converged,
+        scaling=scaling,
+        weights=weights,
     )
 
 

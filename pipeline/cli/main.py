@@ -27,6 +27,7 @@ from pipeline.cli import (
     demo,
     distill,
     extract,
+    heads,
     interchange,
     models,
     plan,
@@ -45,7 +46,7 @@ app = typer.Typer(
 )
 for command in (
     extract.cache_teacher, extract.embed, distill.distill, bench.bench, distill.sweep, distill.export_student,
-    plan.plan, models.models, datasets.datasets, demo.demo,
+    heads.fit_head, heads.predict, plan.plan, models.models, datasets.datasets, demo.demo,
 ):  # fmt: skip
     app.command()(command)
 store.app.command()(interchange.export)
