@@ -1,7 +1,7 @@
 """What changes a store after it was made, without weights or slides: labels after the fact, and slides taken out."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from g2l_core.store import schema
 from g2l_core.store.features import FeatureStore
 from g2l_core.store.location import Location, can_list, sizes_below
 from g2l_core.store.locks import LOCKS, locked
+from g2l_core.store.upload import upload
 
 _HELD = "another g2l command writes into it"
 
@@ -106,6 +107,29 @@ def remove_slides(path: Path, slide_ids: Sequence[str], *, dry_run: bool) -> int
                 store.remove_slide(slide_id)
             store.save_catalogue()
     return freed
+
+
+def upload_store(path: Path, address: str, show: Callable[[int, int], None]) -> tuple[int, int]:
+    """Copy a store to an address, see `store.upload`.
+
+    Args:
+        path: The store.
+        address: Where to.
+        show: Called with the files that are there, and those that will be.
+
+    Returns:
+        The bytes that were sent, and those that were there already.
+
+    Raises:
+        StoreError: The store cannot be read, or the address cannot be written to.
+    """
+    FeatureStore.open(path)  # before a lock file is made in what is no store
+    sent = kept = 0
+    with locked(path / LOCKS / "writer", wait_s=0, holder=_HELD):
+        for done, file in enumerate(upload(FeatureStore.open(path), address), start=1):
+            sent, kept = (sent + file.size, kept) if file.is_new else (sent, kept + file.size)
+            show(done, file.total)
+    return sent, kept
 
 
 def usage(path: Path) -> dict[str, int]:

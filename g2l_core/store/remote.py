@@ -11,6 +11,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property
@@ -56,6 +57,8 @@ class RemoteObject:
     """In bytes."""
     state: tuple[int, int, int]
     """Bytes, modification time (ns), and a number made of its tag: another content has another one."""
+    tag: str
+    """What the server calls this content; often its MD5, never something to rely on."""
 
 
 @dataclass(frozen=True)
@@ -166,6 +169,16 @@ class Connection:
         """
         put = _obstore(self.address).put
         self._tried(key, lambda: put(self.store, key, content, use_multipart=False), "write")
+
+    def delete(self, key: str) -> None:
+        """Delete an object, if it is there.
+
+        Raises:
+            StoreError: It cannot be deleted.
+        """
+        delete = _obstore(self.address).delete
+        with suppress(FileNotFoundError):
+            self._tried(key, lambda: delete(self.store, key), "delete")
 
     @cached_property
     def listing(self) -> Listing:
@@ -363,4 +376,4 @@ def _first_line(error: Exception) -> str:
 def _object(meta: Mapping[str, Any]) -> RemoteObject:
     size, tag = int(meta["size"]), str(meta["e_tag"] or "")
     time_ns = round(meta["last_modified"].timestamp() * 1e6) * 1000
-    return RemoteObject(size, (size, time_ns, int(CRC32C.checksum(tag.encode()))))
+    return RemoteObject(size, (size, time_ns, int(CRC32C.checksum(tag.encode()))), tag.strip('"'))
