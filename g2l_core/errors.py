@@ -203,7 +203,7 @@ def writing(where: object, refusal: type[G2LError] = RunError) -> Iterator[None]
         raise refusal(machine_fault_text(fault, where)) from error
 
 
-_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+:)/+")
+_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+:)(?:/+|$)")
 
 
 def refuse_address(path: object, refusal: type[G2LError] = StoreError) -> None:

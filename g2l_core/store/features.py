@@ -50,7 +50,7 @@ class FeatureStore:
     def __init__(self, path: Location, facts: StoreFacts, *, writable: bool) -> None:
         self.path, self.facts = path, facts
         self._writable = writable
-        self._entries = catalogue.load(path)
+        self._entries, self._was_scanned = catalogue.load(path), False
 
     def __repr__(self) -> str:
         return f"<FeatureStore {self.path}: {len(self.entries):,} slides, {', '.join(self.encoders) or 'no encoders'}>"
@@ -192,8 +192,10 @@ class FeatureStore:
 
     @property
     def entries(self) -> Mapping[str, Entry]:
-        """What the file system has now of every slide, by id, sorted. See `catalogue.scan` for what this costs."""
-        self._entries = catalogue.scan(self.path, self.facts.format, self._entries)
+        """What the file system has now of every slide, or an address had when it was listed, by id, sorted."""
+        if isinstance(self.path, Path) or not self._was_scanned:
+            self._entries = catalogue.scan(self.path, self.facts.format, self._entries)
+            self._was_scanned = True
         return self._entries
 
     def slide_ids(self) -> list[str]:

@@ -18,7 +18,7 @@ Location: TypeAlias = Path | RemotePath
 FileState = tuple[int, int, int]
 """Bytes, modification time (ns) and inode of a file; of an object, a number made of its tag in place of the inode."""
 
-_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")
+_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(?:/+|$)")
 
 
 def locate(path: Location | str) -> Location:

@@ -7,13 +7,14 @@ says whose upload it is. What is at the address already, the same, is not sent a
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from hashlib import md5
 from itertools import chain
 from pathlib import Path
 
 from g2l_core.concurrency import run_ahead
-from g2l_core.errors import StoreError, StoreMismatchError
+from g2l_core.errors import StoreCorruptError, StoreError, StoreMismatchError
 from g2l_core.files import parse_json
 from g2l_core.store import catalogue, format1, schema
 from g2l_core.store.catalogue import CATALOGUE
@@ -177,10 +178,8 @@ def _require_all(folder: Path, stages: Sequence[Sequence[str]], target: RemotePa
 
 def _entries_there(store: FeatureStore, now: Listing) -> Mapping[str, catalogue.Entry]:
     """The store's slides, each with the state that its document has at the address."""
-    counted = {slide.slide_id: store.good_by_block(slide) for slide in store.slides()}
-    return {
-        slide_id: replace(
-            entry, state=now.objects[f"slides/{slide_id}/{GROUP_FILE}"].state, good=counted.get(slide_id, entry.good)
-        )
-        for slide_id, entry in store.entries.items()
-    }
+    for slide in store.slides():
+        with suppress(StoreCorruptError):  # verify names it
+            store.good_by_block(slide)
+    states = {slide_id: now.objects[f"slides/{slide_id}/{GROUP_FILE}"].state for slide_id in store.entries}
+    return {slide_id: replace(entry, state=states[slide_id]) for slide_id, entry in store.entries.items()}
