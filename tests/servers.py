@@ -2,7 +2,9 @@
 
 import http.server
 import socket
+import sys
 import threading
+import time
 from collections import Counter
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,9 +21,11 @@ class FileServer:
         cuts: End so many connections in the middle of what was asked for, each path once.
         silent: Leave so many requests without any answer.
         has_parts: Whether it sends parts of files.
+        delay_s: How long it waits before each answer, as a distant one would.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, delay_s: float = 0) -> None:
+        self.delay_s = delay_s
         self.folder, self.asked, self.was_cut = folder, Counter(), set()
         self.status, self.busy, self.cuts, self.silent, self.has_parts = 0, 0, 0, 0, True
         self.waiting, self.lock = threading.Event(), threading.Lock()
@@ -62,6 +66,7 @@ class FileServer:
             return left > 0
 
     def answer(self, request):
+        time.sleep(self.delay_s)
         path = unquote(request.path.partition("?")[0]).lstrip("/")
         with self.lock:
             self.asked[path] += 1
@@ -71,15 +76,18 @@ class FileServer:
             return
         file = self.folder / path
         status = self.status or (503 if self._takes("busy") else 200 if file.is_file() else 404)
-        content = file.read_bytes() if status == 200 else b""
-        request.send_response(206 if content and self.has_parts and request.headers.get("Range") else status)
-        if content and self.has_parts and request.headers.get("Range"):
-            first, last = request.headers["Range"].removeprefix("bytes=").split("-")
-            start = int(first) if first else max(0, len(content) - int(last))
-            stop = min(int(last) + 1, len(content)) if first and last else len(content)
-            request.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(content)}")
-            content = content[start:stop]
-        request.send_header("Content-Length", str(len(content)))
+        size = file.stat().st_size if status == 200 else 0
+        asked, start, stop = request.headers.get("Range"), 0, size
+        if asked and size and self.has_parts:
+            first, last = asked.removeprefix("bytes=").split("-")
+            start = int(first) if first else max(0, size - int(last))
+            stop = min(int(last) + 1, size) if first and last else size
+            request.send_response(206)
+            request.send_header("Content-Range", f"bytes {start}-{stop - 1}/{size}")
+        else:
+            request.send_response(status)
+        content = part_of(file, start, stop) if size else b""
+        request.send_header("Content-Length", str(stop - start))
         request.end_headers()
         if request.command == "HEAD":
             return
@@ -91,6 +99,12 @@ class FileServer:
             request.close_connection = True
             return
         request.wfile.write(content)
+
+
+def part_of(file, start, stop):
+    with file.open("rb") as opened:
+        opened.seek(start)
+        return opened.read(stop - start)
 
 
 @contextmanager
@@ -147,3 +161,9 @@ class CuttingProxy:
             with suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
             end.close()
+
+
+if __name__ == "__main__":  # FOLDER DELAY_S: serves until its input ends
+    alone = FileServer(Path(sys.argv[1]), float(sys.argv[2]))
+    print(alone.url, flush=True)
+    sys.stdin.read()

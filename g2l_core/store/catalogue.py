@@ -19,19 +19,15 @@ import numpy as np
 from jaxtyping import UInt8
 from numcodecs.checksum32 import CRC32C
 
-from g2l_core.concurrency import run_ahead
 from g2l_core.errors import StoreCorruptError, StoreError, refuse_open_files
 from g2l_core.files import write_bytes
 from g2l_core.store import format1, schema
 from g2l_core.store.documents import GROUP_FILE, read_slide, slide_facts
 from g2l_core.store.facts import SlideFacts
-from g2l_core.store.location import FileState, Location, can_list, state_of, subfolders
+from g2l_core.store.location import FileState, Location, can_list, read_ahead, state_of, subfolders
 
 CATALOGUE = ".catalogue/slides.jsonl"
 """The catalogue's file, below the store's folder. Its first line has the checksum of the others."""
-
-REQUESTS = 16
-"""Documents that are asked for at a time where each costs a request."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +70,7 @@ def _scan(folder: Location, prefix: str, store_format: int, known: Mapping[str, 
     def look(name: str) -> Entry | None:
         return _entry(folder / name, prefix + name, store_format, known.get(prefix + name))
 
-    workers = 0 if isinstance(folder, Path) else REQUESTS
-    for name, entry in zip(names, run_ahead(look, names, workers=workers, lookahead=2 * REQUESTS), strict=True):
+    for name, entry in zip(names, read_ahead(look, names, folder), strict=True):
         slide_id, here = prefix + name, folder / name
         if entry is not None:
             yield slide_id, entry

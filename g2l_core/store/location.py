@@ -6,10 +6,11 @@ answers in its own way. Only folders are written to.
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
+from g2l_core.concurrency import run_ahead
 from g2l_core.errors import refuse_address
 from g2l_core.store.remote import RemotePath, remote_path
 
@@ -17,6 +18,12 @@ Location: TypeAlias = Path | RemotePath
 
 FileState = tuple[int, int, int]
 """Bytes, modification time (ns) and inode of a file; of an object, a number made of its tag in place of the inode."""
+
+Item = TypeVar("Item")
+Outcome = TypeVar("Outcome")
+
+REQUESTS, SHARD_REQUESTS = 16, 4
+"""What is asked for at a time where each costs a request: small things, and whole shards, which memory must hold."""
 
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(?:/+|$)")
 
@@ -77,6 +84,13 @@ def subfolders(folder: Location) -> list[str]:
         return []
     with os.scandir(folder) as members:
         return sorted(member.name for member in members if member.is_dir())
+
+
+def read_ahead(
+    function: Callable[[Item], Outcome], items: Iterable[Item], place: Location, *, at_once: int = REQUESTS
+) -> Iterator[Outcome]:
+    """Yield function(item) in order: from an address several at a time, as each waits for answers; else one by one."""
+    return run_ahead(function, items, workers=at_once if isinstance(place, RemotePath) else 0, lookahead=at_once)
 
 
 def below(path: Location, folder: Location) -> str:
