@@ -39,10 +39,13 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 8.0
 CONNECT_S, SILENCE_S, OBJECT_S = 10.0, 30.0, 900.0
 """How long a connection may take to open, send nothing, and need for one object."""
 
+_reader = 0
+"""The process that has read from an address; processes that are forked from it cannot."""
+
 _PASSES = re.compile(r"status code: (?:408|429|5\d\d)")
 _STATUS = re.compile(r"status code: \d")
-_NO_CREDENTIALS = ("169.254.169.254", "metadata.google.internal")
-"""Where the libraries look for credentials when nobody has given any: the servers of cloud machines."""
+_NO_CREDENTIALS = ("/latest/api/token", "/latest/meta-data", "/computeMetadata/v1")
+"""Where credentials are looked for when nobody has given any: what the servers of cloud machines answer to."""
 _ACCESS: Mapping[str, str] = {
     "s3": "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_SKIP_SIGNATURE=true for a public bucket",
     "gs": "Set GOOGLE_APPLICATION_CREDENTIALS, or GOOGLE_SKIP_SIGNATURE=true for a public bucket",
@@ -90,7 +93,6 @@ class Connection:
     def __init__(self, address: str) -> None:
         self.address = address.rstrip("/")
         self.scheme = urlsplit(address).scheme
-        self._process = 0
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Connection, (self.address,)
@@ -109,13 +111,14 @@ class Connection:
             StoreError: The address or the environment's settings cannot be used, or this process was forked from one
                 that has read already: its threads are gone, and a request would wait forever.
         """
-        opened = self._opened
-        if self._process != os.getpid():
+        global _reader
+        _reader = _reader or os.getpid()
+        if _reader != os.getpid():
             raise StoreError(
                 f"{self.address}: this process was forked from one that has read from an address, and cannot. Start "
                 'processes by "spawn", such as DataLoader(multiprocessing_context="spawn")'
             )
-        return opened
+        return self._opened
 
     @cached_property
     def _opened(self) -> Any:
@@ -127,7 +130,6 @@ class Connection:
             "timeout": timedelta(seconds=OBJECT_S),
         }
         kind = obstore.store.HTTPStore if self.scheme in {"http", "https"} else obstore.store
-        self._process = os.getpid()
         try:
             # It does not try again after a cut in the middle of an object, so all tries are made here.
             return kind.from_url(self.address, client_options=options, retry_config={"max_retries": 0})

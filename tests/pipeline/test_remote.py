@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+import g2l_core as g2l
 from g2l_core.report.write import read_report
 from g2l_core.store import remote
 from g2l_core.store.features import FeatureStore
@@ -17,6 +18,7 @@ from pipeline.recompute import recompute
 from tests.pipeline.test_distill import KEY, settings, student
 from tests.planted import make_store, patch_labels, write_labels
 from tests.servers import serving
+from tests.test_docs import python_blocks
 
 pytest.importorskip("obstore", reason="needs obstore (extra remote)")
 
@@ -52,6 +54,27 @@ def test_a_benchmark_reads_an_address_and_leaves_out_what_is_damaged(tmp_path):
         shutil.rmtree(tmp_path / "s.zarr/slides/s3/features")
         told = json.dumps(values(f"{server.url}/s.zarr", "damaged")[1].notes)
         assert "slide s3 is damaged and left out" in told
+
+
+def test_other_processes_read_and_so_does_plain_zarr(cached_store):
+    """What docs/remote.md shows."""
+    from torch.utils.data import DataLoader
+
+    with serving(cached_store.parent) as server:
+        address = f"{server.url}/{cached_store.name}"
+        batches = DataLoader(
+            g2l.open(address).torch(KEY, shuffle=False),
+            batch_size=None,
+            num_workers=1,
+            multiprocessing_context="spawn",
+        )
+        there = np.concatenate([batch["features"].numpy() for batch in batches])
+        names = {"address": address}
+        (block,) = python_blocks("remote.md")
+        exec(block.replace("h-optimus-0", KEY), names)
+    assert len(there) == len(g2l.open(cached_store).patches())
+    np.testing.assert_array_equal(np.sort(there, axis=0), np.sort(g2l.open(cached_store).numpy(KEY), axis=0))
+    np.testing.assert_array_equal(names["features"][:, 0], FeatureStore.open(cached_store).slide("p01-1").features(KEY))
 
 
 def test_a_student_distilled_from_an_address_is_that_of_the_folder(cached_store, tmp_path):
