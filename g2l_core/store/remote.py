@@ -332,7 +332,7 @@ def remote_path(address: str) -> RemotePath:
     """The place that an address names; no request is made.
 
     Raises:
-        StoreError: The address has no host or bucket, is of a scheme that is not read, or has a password in it.
+        StoreError: The address has no host or bucket, is of a scheme that is not read, or has a password, ? or # in it.
     """
     parts = urlsplit(address)
     if parts.scheme not in SCHEMES:
@@ -342,6 +342,8 @@ def remote_path(address: str) -> RemotePath:
         raise StoreError(f"{address} names no {'bucket' if parts.scheme in LISTED else 'server'}")
     if "@" in parts.netloc:
         raise StoreError(f"an address with a password, as of {parts.hostname}, would be kept in reports: leave it out")
+    if parts.query or parts.fragment:
+        raise StoreError(f"an address of a store, as on {parts.netloc}, has no ? or #: each of its files has its own")
     connection = Connection(address)
     return RemotePath(connection, connection.address)
 

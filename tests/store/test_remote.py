@@ -32,7 +32,7 @@ from g2l_core.store.upload import upload
 from g2l_core.store.verify import verify
 from pipeline.cli.main import app
 from tests.servers import CuttingProxy, serving
-from tests.store.toy import ENCODER, create, features_of, fill, lay
+from tests.store.toy import ENCODER, create, features_of, fill, lay, put_features
 
 pytest.importorskip("obstore", reason="needs obstore (extra remote)")
 HARD_ID = "center 1/ä#1 50%+x"
@@ -185,6 +185,25 @@ def test_a_bucket_is_read_as_it_is_and_not_as_its_catalogue_says(toy, uploaded, 
     assert [slide.slide_id for slide in store.slides()] == [HARD_ID]
 
 
+def test_what_changed_since_the_catalogue_or_the_listing_is_read_anew(toy, uploaded, web):
+    """The facts that a reader has are old: the checksums tell, and the slide's document has the new ones."""
+    opened = FeatureStore.open(uploaded)
+    assert opened.slide_ids()
+    slide = FeatureStore.open(toy.path, writable=True).slide("a")
+    values = features_of("other", 40, 1)[:, 0]
+    put_features(slide, ENCODER, values, view=1)
+    slide.put_table("coords", slide.coords + 1)
+    for store in (opened, FeatureStore.open(f"{web.url}/toy.zarr")):
+        if store is opened:
+            for file in upload(FeatureStore.open(toy.path), uploaded):
+                assert file.is_new == (file.key.endswith((".1.0", "coords/c.0.0", "a/zarr.json")) and "/a/" in file.key)
+        old = store.slide("a")
+        assert old.facts != slide.facts
+        np.testing.assert_array_equal(old.features(ENCODER, view=1), values)
+        np.testing.assert_array_equal(old.coords, slide.coords)
+        assert old.facts == slide.facts
+
+
 # -- what goes wrong on the way -------------------------------------------------------------------------------
 
 
@@ -317,6 +336,8 @@ def test_folders_are_read_without_the_extra(toy):
         ("file:///x.zarr", "address of s3://"),
         ("s3://", "names no bucket"),
         ("https://me:secret@host/x.zarr", "leave it out"),
+        ("https://host/x.zarr?signature=secret", r"has no \? or #"),
+        ("s3://bucket/x#1.zarr", r"has no \? or #"),
     ],
 )
 def test_other_addresses_are_refused(address, words, tmp_path, monkeypatch):
