@@ -29,7 +29,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
-from pathlib import Path
 
 
 class G2LError(Exception):
@@ -204,15 +203,18 @@ def writing(where: object, refusal: type[G2LError] = RunError) -> Iterator[None]
         raise refusal(machine_fault_text(fault, where)) from error
 
 
-_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
+_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+:)(?:/+|$)")
 
 
-def refuse_address(path: Path, refusal: type[G2LError] = StoreError) -> None:
-    """Refuse the address of a remote store where a folder is expected; as a path it would be a local folder `s3:`.
+def refuse_address(path: object, refusal: type[G2LError] = StoreError) -> None:
+    """Refuse an address where a folder is written to; as a path it would be a local folder `s3:`.
 
     Raises:
         G2LError: It is an address; of the kind `refusal`.
     """
-    if path.parts and _ADDRESS.fullmatch(path.parts[0]):
-        address = f"{path.parts[0]}//{'/'.join(path.parts[1:])}"
-        raise refusal(f"{address} is an address, and only folders are read and written: mount or copy it")
+    found = _ADDRESS.match(str(path))
+    if found:
+        raise refusal(
+            f"{found[1]}//{str(path)[found.end() :]} is an address, and only folders are written to: write into a "
+            "folder and copy it there; g2l store upload copies a store"
+        )

@@ -31,6 +31,7 @@ from g2l_core.slides.mpp import audit_table, describe_unused_override, differs
 from g2l_core.slides.under_way import UnderWay
 from g2l_core.store.facts import ExtractionRunFacts
 from g2l_core.store.features import FeatureStore, StoredSlide
+from g2l_core.store.location import folder_of
 from g2l_core.store.locks import LOCKS, locked
 from g2l_core.store.provenance import utc_now
 from g2l_core.tissue.methods import TissueMethod
@@ -177,7 +178,7 @@ def _encode(
     unfinished = [slide_id for slide_id in ready if slide_id in progress.failed_slides]
     still_missing = count_missing(store, unfinished, keys, settings)
     return ExtractionSummary(
-        store=store.path,
+        store=folder_of(store.path),
         encoders=tuple(keys),
         slides=len(ready),
         patches=sum(map(len, stored)),
@@ -335,8 +336,8 @@ def patch_cohort(
         mpp_override=settings.mpp_override,
         workers=settings.workers,
         tissue=tissue,
-        qc=overview_folder(store.path) if settings.pictures else None,
-        watch=UnderWay(store.path),
+        qc=overview_folder(folder_of(store.path)) if settings.pictures else None,
+        watch=UnderWay(folder_of(store.path)),
         timeout=settings.slide_timeout,
     )
     with ProgressLine("tissue", "slides") as line:
@@ -411,7 +412,7 @@ def encode_cohort(
 
             progress = encode_on_workers(store, slide_ids, encoders, settings, report)
         else:
-            held_back = await_lost_workers(store.path, slide_ids, settings.slide_timeout)
+            held_back = await_lost_workers(folder_of(store.path), slide_ids, settings.slide_timeout)
             free = [slide_id for slide_id in slide_ids if slide_id not in held_back]
             progress = encode_slides(store, free, encoders, settings, report)
             progress.failed_slides |= held_back

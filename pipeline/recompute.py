@@ -18,6 +18,7 @@ from g2l_core.patches.render import open_patches, render_block
 from g2l_core.patches.views import ViewSpec
 from g2l_core.rng import keyed_generator
 from g2l_core.store.features import FeatureStore, StoredSlide
+from g2l_core.store.location import Location, folder_of
 from g2l_core.store.locks import LOCKS, locked
 from g2l_core.store.schema import STATUS, UNKNOWN_HASH
 from g2l_core.store.verify import Problem
@@ -110,7 +111,7 @@ def _prove(
     )
 
 
-def keep_proof(path: Path, result: Recomputed) -> None:
+def keep_proof(place: Location, result: Recomputed) -> None:
     """Keep in the store what came of a comparison of imported features, so that reports say it.
 
     Raises:
@@ -118,6 +119,7 @@ def keep_proof(path: Path, result: Recomputed) -> None:
     """
     if not result.compared:
         return
+    path = folder_of(place)
     with locked(path / LOCKS / "writer", wait_s=0, holder="another g2l command writes into it"):
         note = () if result.agrees else (f"imported: it {result.verdict}",)
         proof = result.verdict if result.agrees else ""

@@ -1,18 +1,19 @@
 """What changes a store after it was made, without weights or slides: labels after the fact, and slides taken out."""
 
-import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from g2l_core.api.labels import FileLabels, read_labels
 from g2l_core.api.selection import Selection
 from g2l_core.api.user_columns import add_column
-from g2l_core.errors import UnknownNameError
+from g2l_core.errors import StoreError, UnknownNameError
 from g2l_core.store import schema
 from g2l_core.store.features import FeatureStore
+from g2l_core.store.location import Location, can_list, sizes_below
 from g2l_core.store.locks import LOCKS, locked
+from g2l_core.store.upload import upload
 
 _HELD = "another g2l command writes into it"
 
@@ -108,23 +109,47 @@ def remove_slides(path: Path, slide_ids: Sequence[str], *, dry_run: bool) -> int
     return freed
 
 
+def upload_store(path: Path, address: str, show: Callable[[int, int], None]) -> tuple[int, int]:
+    """Copy a store to an address, see `store.upload`.
+
+    Args:
+        path: The store.
+        address: Where to.
+        show: Called with the files that are there, and those that will be.
+
+    Returns:
+        The bytes that were sent, and those that were there already.
+
+    Raises:
+        StoreError: The store cannot be read, or the address cannot be written to.
+    """
+    FeatureStore.open(path)  # before a lock file is made in what is no store
+    sent = kept = 0
+    with locked(path / LOCKS / "writer", wait_s=0, holder=_HELD):
+        for done, file in enumerate(upload(FeatureStore.open(path), address), start=1):
+            sent, kept = (sent + file.size, kept) if file.is_new else (sent, kept + file.size)
+            show(done, file.total)
+    return sent, kept
+
+
 def usage(path: Path) -> dict[str, int]:
     """The bytes on disk of each encoder's features, and of all that is not features, by name.
 
     Raises:
-        StoreError: There is no store.
+        StoreError: There is no store, or nothing can be listed there.
     """
     total: Counter[str] = Counter()
-    for slide in FeatureStore.open(path).slides():
+    store = FeatureStore.open(path)
+    if not can_list(store.path):
+        raise StoreError(f"{store.path}: over HTTP nothing can be listed, so nobody knows what takes room there")
+    for slide in store.slides():
         total += _bytes_by_part(slide.folder)
     return dict(total.most_common())
 
 
-def _bytes_by_part(folder: Path) -> Counter[str]:
+def _bytes_by_part(folder: Location) -> Counter[str]:
     """Bytes below one slide's folder, without those of slides whose ids lie inside it: there are none."""
     found: Counter[str] = Counter()
-    for place, _, files in os.walk(folder):
-        parts = Path(place).relative_to(folder).parts
-        part = parts[1] if len(parts) > 1 and parts[0] == schema.FEATURES else "tables"
-        found[part] += sum((Path(place) / name).stat().st_size for name in files)
+    for parts, size in sizes_below(folder):
+        found[parts[1] if len(parts) > 2 and parts[0] == schema.FEATURES else "tables"] += size
     return found

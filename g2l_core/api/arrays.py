@@ -11,6 +11,7 @@ from g2l_core.api.optional import require
 from g2l_core.api.selection import Part, whole_parts
 from g2l_core.errors import UsageError, writing
 from g2l_core.files import write_with
+from g2l_core.store.location import SHARD_REQUESTS, read_ahead
 from g2l_core.types import Features
 
 if TYPE_CHECKING:
@@ -49,8 +50,15 @@ def write_features(parts: Sequence[Part], encoder: str, dim: int, path: Path, *,
 
 def _fill(features: np.ndarray, parts: Sequence[Part], encoder: str, view: int) -> None:
     start = 0
-    for part in parts:
-        features[start : start + len(part)] = part.features(encoder, view)
+    if not parts:
+        return
+
+    def read(part: Part) -> Features:
+        return part.features(encoder, view)
+
+    place = parts[0].slide.folder
+    for part, values in zip(parts, read_ahead(read, parts, place, at_once=SHARD_REQUESTS), strict=True):
+        features[start : start + len(part)] = values
         start += len(part)
 
 

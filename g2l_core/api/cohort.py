@@ -10,6 +10,7 @@ from g2l_core.api.selection import Part, Selection
 from g2l_core.errors import UsageError
 from g2l_core.store.facts import EncoderFacts
 from g2l_core.store.features import FeatureStore
+from g2l_core.store.location import Location, folder_of
 from g2l_core.types import Features
 
 if TYPE_CHECKING:
@@ -40,8 +41,8 @@ class Cohort:
     # -- what there is ----------------------------------------------------------------------------------------
 
     @property
-    def path(self) -> Path:
-        """The store's folder."""
+    def path(self) -> Location:
+        """The store's folder or address."""
         return self._selection.store.path
 
     @property
@@ -434,18 +435,20 @@ class Cohort:
         """
         from g2l_core.patches.relocate import relocate
 
-        return relocate(self.path, Path(folder), dry_run=dry_run)
+        return relocate(folder_of(self.path), Path(folder), dry_run=dry_run)
 
 
-def open_cohort(path: Path | str) -> Cohort:
+def open_cohort(path: Location | str) -> Cohort:
     """Open a store. As `g2l.open` it is where everything begins.
 
     Args:
-        path: Its folder, as `g2l cache-teacher --store` was given it.
+        path: Its folder, as `g2l cache-teacher --store` was given it; or an address of s3://, gs:// or https://, as
+            `g2l store upload` was given it.
 
     Raises:
         StoreMissingError: There is none.
-        StoreError: The folder is something else, of a newer format, or cannot be read.
+        StoreError: The folder or address is something else, of a newer format, or cannot be read.
+        UsageError: It is an address, and the package that reads it is not installed.
 
     Returns:
         All of its patches, with the labels of the manifest.
@@ -453,7 +456,7 @@ def open_cohort(path: Path | str) -> Cohort:
     return Cohort(Selection(store=FeatureStore.open(path)))
 
 
-def merge(cohorts: Sequence[Cohort | Path | str], out: Path | str) -> Cohort:
+def merge(cohorts: Sequence[Cohort | Location | str], out: Path | str) -> Cohort:
     """Write several stores of the same grid and views into a new one.
 
     A slide that several of them have, with the same patches, is taken once, with the features of all of them; so

@@ -19,6 +19,7 @@ from g2l_core.store.columns import read_column, write_column
 from g2l_core.store.facts import FAILED, EncoderFacts
 from g2l_core.store.features import FeatureStore, StoredSlide
 from g2l_core.store.ids import refusals
+from g2l_core.store.location import Location
 from g2l_core.store.provenance import differences
 from g2l_core.store.writer import FeatureWriter
 
@@ -92,7 +93,7 @@ def _new_folder(out: Path) -> Iterator[Path]:
 def _require_one_identity(stores: Sequence[FeatureStore], kept: Kept) -> Mapping[str, EncoderFacts]:
     """The encoders of all stores, which must have the same grid, views and, under one key, the same encoder."""
     first, encoders = stores[0], dict[str, EncoderFacts]()
-    owner = dict[str, Path]()
+    owner = dict[str, Location]()
     for store in stores:
         mine, theirs = ({"grid": s.grid, "views": s.views} for s in (first, store))
         changed = [f"{name} is {there!r} there, {here!r} here" for name, there, here in differences(mine, theirs)]

@@ -1,6 +1,7 @@
 """The patches and the slides of a cohort as tables."""
 
 from collections.abc import Iterator, Sequence
+from operator import attrgetter
 
 import numpy as np
 import pandas as pd
@@ -8,6 +9,7 @@ from jaxtyping import Shaped
 
 from g2l_core.api.selection import Part
 from g2l_core.benchmark.columns import SlideColumns, value_text
+from g2l_core.store.location import read_ahead
 from g2l_core.store.schema import STATUS
 
 FIXED = ("slide_id", "row", "x", "y", "status", "patch_id")
@@ -17,9 +19,9 @@ FIXED = ("slide_id", "row", "x", "y", "status", "patch_id")
 def patch_frame(parts: Sequence[Part]) -> pd.DataFrame:
     """The table of patches that `Cohort.patches` gives."""
     sizes = [len(part) for part in parts]
-    xy = _joined([part.coords for part in parts], np.zeros((0, 2), np.int32))
+    xy = _joined(_tables(parts, "coords"), np.zeros((0, 2), np.int32))
     codes = {code: name for name, code in STATUS.items()}
-    status = _joined([part.status for part in parts], np.zeros(0, np.uint8))
+    status = _joined(_tables(parts, "status"), np.zeros(0, np.uint8))
     frame = pd.DataFrame(
         {
             "slide_id": _repeated([part.slide_id for part in parts], sizes),
@@ -69,6 +71,10 @@ def column_values(name: str, part: Part) -> Shaped[np.ndarray, " row"]:
 def _patch_ids(part: Part) -> Shaped[np.ndarray, " row"]:
     names = part.slide.patch_ids
     return np.full(len(part), None, object) if names is None else np.array(names, object)[part.rows]
+
+
+def _tables(parts: Sequence[Part], name: str) -> list[np.ndarray]:
+    return list(read_ahead(attrgetter(name), parts, parts[0].slide.folder)) if parts else []
 
 
 def _joined(arrays: Sequence[np.ndarray], empty: np.ndarray) -> np.ndarray:

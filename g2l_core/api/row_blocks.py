@@ -11,6 +11,7 @@ from g2l_core.api.selection import Part, whole_parts
 from g2l_core.errors import UsageError
 from g2l_core.rng import keyed_generator
 from g2l_core.store import schema
+from g2l_core.store.location import REQUESTS, SHARD_REQUESTS, read_ahead
 from g2l_core.types import Features
 
 POOL_BLOCKS = 4
@@ -73,6 +74,8 @@ class RowBlocks:
         first = dict(zip((part.slide_id for part in self.parts), starts, strict=False))
         self.parts, self.skipped = whole_parts(self.parts, self.encoder, self.options.view, self.options.missing)
         self._starts = [first[part.slide_id] for part in self.parts]
+        self._place = self.parts[0].slide.folder
+        self._at_once = REQUESTS if self.options.shuffle else SHARD_REQUESTS
         self._good: dict[int, Bool[np.ndarray, " row"]] = {}
 
     @property
@@ -93,7 +96,7 @@ class RowBlocks:
         pieces = self._pieces()
         if self.options.shuffle:
             keyed_generator("blocks", self.options.seed, self.epoch).shuffle(pieces)
-        read = (self._read(*piece) for piece in pieces[worker::workers])
+        read = read_ahead(self._read, pieces[worker::workers], self._place, at_once=self._at_once)
         full = self.options.rows * (POOL_BLOCKS if self.options.shuffle else 1)
         held: list[Block] = []
         for block in read:
@@ -117,7 +120,8 @@ class RowBlocks:
             found += [(number, a, b) for a, b in pairwise(edges) if a < b]
         return found
 
-    def _read(self, number: int, start: int, stop: int) -> Block:
+    def _read(self, piece: tuple[int, int, int]) -> Block:
+        number, start, stop = piece
         part = self.parts[number]
         if number not in self._good:
             self._good[number] = part.status == schema.STATUS["ok"]

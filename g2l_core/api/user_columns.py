@@ -13,6 +13,7 @@ from g2l_core.errors import UnknownNameError, UsageError
 from g2l_core.slides.manifest import canonical_column
 from g2l_core.store.columns import write_column
 from g2l_core.store.features import FeatureStore
+from g2l_core.store.location import folder_of
 from g2l_core.store.locks import LOCKS, locked
 
 
@@ -20,7 +21,7 @@ def add_column(selection: Selection, name: str, values: Any) -> None:
     """Write the column that `Cohort.write_column` describes."""
     if name in FIXED or canonical_column(name) != name:
         raise UsageError(f"no column can be called {name!r}: {', '.join(FIXED)} and spellings of other names are taken")
-    path = selection.store.path
+    path = folder_of(selection.store.path)
     with locked(path / LOCKS / "writer", wait_s=0, holder="another g2l command writes into it"):
         parts = selection.parts()
         store = FeatureStore.open(path, writable=True)

@@ -1,12 +1,12 @@
 """Slides that a task goes on without, because what is stored of them is damaged."""
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 from g2l_core.errors import StoreCorruptError, StoreMissingError, UnknownNameError
 from g2l_core.store.features import FeatureStore, StoredSlide
+from g2l_core.store.location import Location, below
 
-Damages = dict[Path, str]
+Damages = dict[Location, str]
 """What is wrong with each damaged slide, by its folder."""
 
 
@@ -38,12 +38,12 @@ def _damage(slide: StoredSlide, encoder: str) -> str:
 def describe(damages: Damages) -> list[str]:
     """One sentence for each damaged slide, with its place and what to do."""
     return [
-        f"slide {folder.relative_to(_slides_of(folder)).as_posix()} is damaged and left out: {why}"
+        f"slide {below(folder, _slides_of(folder))} is damaged and left out: {why}"
         + ("" if "--repair" in why else ". g2l store verify --repair mends or drops it")
         for folder, why in damages.items()
     ]
 
 
-def _slides_of(folder: Path) -> Path:
+def _slides_of(folder: Location) -> Location:
     """The folder of a store's slides that a slide lies in."""
     return next(parent for parent in folder.parents if parent.name == "slides" and (parent / "zarr.json").exists())

@@ -45,6 +45,7 @@ from g2l_core.slides.images import TURNED
 from g2l_core.slides.staging import Stage
 from g2l_core.slides.under_way import UnderWay
 from g2l_core.store.features import FeatureStore, StoredSlide
+from g2l_core.store.location import folder_of
 from g2l_core.store.schema import STATUS
 from g2l_core.store.writer import FeatureWriter
 from g2l_core.types import Level0Px, PatchStatus, ViewParams
@@ -175,7 +176,7 @@ def extract_features(
     total = missing_patches(store, slide_ids, keys, n_views, retry_unreadable=retry_unreadable)
     progress = ExtractionProgress(patches_total=total)
 
-    watch, lost = UnderWay(store.path), set[StoredSlide]()
+    watch, lost = UnderWay(folder_of(store.path)), set[StoredSlide]()
 
     def render(block: _Block) -> tuple[_Block, RenderedBlock | SlideError]:
         reading = partial(

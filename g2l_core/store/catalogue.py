@@ -8,7 +8,6 @@ catalogue that is absent, damaged or stale costs time alone.
 
 import gc
 import json
-import os
 from base64 import b64decode, b64encode
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,19 +24,18 @@ from g2l_core.files import write_bytes
 from g2l_core.store import format1, schema
 from g2l_core.store.documents import GROUP_FILE, read_slide, slide_facts
 from g2l_core.store.facts import SlideFacts
+from g2l_core.store.location import FileState, Location, can_list, read_ahead, state_of, subfolders
 
 CATALOGUE = ".catalogue/slides.jsonl"
 """The catalogue's file, below the store's folder. Its first line has the checksum of the others."""
-
-DocumentState = tuple[int, int, int]
-"""Bytes, modification time (ns) and inode of a slide's document."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
     """What is known of one slide, or of a folder that ought to be one."""
 
-    state: DocumentState
+    state: FileState
+    """That of its document."""
     facts: SlideFacts | None = None
     """None where the document is damaged."""
     damage: str = ""
@@ -46,29 +44,34 @@ class Entry:
     """Good patches in each block of `REPLAY_ROWS` rows, where they have been counted."""
 
 
-def scan(store: Path, store_format: int, known: Mapping[str, Entry]) -> dict[str, Entry]:
+def scan(store: Location, store_format: int, known: Mapping[str, Entry]) -> dict[str, Entry]:
     """Every slide of a store, by id, sorted; those whose document has not changed are taken as they are known.
 
+    Where nothing can be listed, over HTTP, the slides that are known are all there are. What is read of one is compared
+    with checksums all the same, and its document is read anew where it does not fit.
+
     Args:
-        store: The store's folder.
+        store: Where the store is.
         store_format: Its format.
         known: Entries from before.
     """
-    slides = store / "slides"
-    return dict(sorted(_scan(slides, "", store_format, known))) if slides.is_dir() else {}
+    found = _scan(store / "slides", "", store_format, known) if can_list(store) else known.items()
+    return dict(sorted(found))
 
 
-def entry(store: Path, slide_id: str, store_format: int, known: Entry | None) -> Entry | None:
+def entry(store: Location, slide_id: str, store_format: int, known: Entry | None) -> Entry | None:
     """One slide as it stands now; None where there is none. Arguments as for `scan`."""
-    return _entry(store / "slides" / slide_id, slide_id, store_format, known)
+    return _entry(store / "slides" / slide_id, slide_id, store_format, known) if can_list(store) else known
 
 
-def _scan(folder: Path, prefix: str, store_format: int, known: Mapping[str, Entry]) -> Iterator[tuple[str, Entry]]:
-    with os.scandir(folder) as members:
-        names = sorted(member.name for member in members if member.is_dir() and _is_finished(member.name))
-    for name in names:
+def _scan(folder: Location, prefix: str, store_format: int, known: Mapping[str, Entry]) -> Iterator[tuple[str, Entry]]:
+    names = list(filter(_is_finished, subfolders(folder)))
+
+    def look(name: str) -> Entry | None:
+        return _entry(folder / name, prefix + name, store_format, known.get(prefix + name))
+
+    for name, entry in zip(names, read_ahead(look, names, folder), strict=True):
         slide_id, here = prefix + name, folder / name
-        entry = _entry(here, slide_id, store_format, known.get(slide_id))
         if entry is not None:
             yield slide_id, entry
         if entry is None or not _is_slide_folder(here, entry):
@@ -79,9 +82,9 @@ def _is_finished(name: str) -> bool:
     return not name.endswith(schema.LEFTOVER)
 
 
-def _entry(folder: Path, slide_id: str, store_format: int, known: Entry | None) -> Entry | None:
+def _entry(folder: Location, slide_id: str, store_format: int, known: Entry | None) -> Entry | None:
     """The slide in a folder; None where the folder holds slides, or nothing that was ever finished."""
-    state = document_state(folder / GROUP_FILE)
+    state = state_of(folder / GROUP_FILE)
     if state is None:
         return Entry(state=(0, 0, 0), damage=_absent(folder)) if _has_tables(folder) and store_format > 1 else None
     if known is not None and known.state == state and store_format != format1.FORMAT:
@@ -95,29 +98,24 @@ def _entry(folder: Path, slide_id: str, store_format: int, known: Entry | None) 
     return None if facts is None else Entry(state=state, facts=facts)
 
 
-def document_state(path: Path) -> DocumentState | None:
-    """Size, time and inode of a document; None where there is none."""
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_size, found.st_mtime_ns, found.st_ino
-
-
-def _absent(folder: Path) -> str:
+def _absent(folder: Location) -> str:
     return f"{folder / GROUP_FILE} is absent, but the slide's arrays are there. g2l store verify --repair restores it"
 
 
-def _has_tables(folder: Path) -> bool:
-    return (folder / "coords" / GROUP_FILE).is_file()
+def _has_tables(folder: Location) -> bool:
+    return _has_document(folder / "coords")
 
 
-def _holds_slides(folder: Path) -> bool:
+def _has_document(folder: Location) -> bool:
+    return state_of(folder / GROUP_FILE) is not None
+
+
+def _holds_slides(folder: Location) -> bool:
     """Whether a folder whose document is damaged holds slides, rather than a slide's arrays."""
-    return not _has_tables(folder) and any((path / GROUP_FILE).is_file() for path in folder.iterdir() if path.is_dir())
+    return not _has_tables(folder) and any(_has_document(folder / name) for name in subfolders(folder))
 
 
-def _is_slide_folder(folder: Path, entry: Entry) -> bool:
+def _is_slide_folder(folder: Location, entry: Entry) -> bool:
     """Whether nothing below a folder can be another slide: it has arrays. A failed slide's folder has none."""
     return (entry.facts is not None and entry.facts.status == "ok") or _has_tables(folder)
 
@@ -132,21 +130,31 @@ def count_good(status: UInt8[np.ndarray, " patch"]) -> UInt8[np.ndarray, " block
 # -- the file -------------------------------------------------------------------------------------------------
 
 
-def load(store: Path) -> dict[str, Entry]:
+def load(store: Location) -> dict[str, Entry]:
     """The entries of the catalogue file; none where it is absent or damaged.
 
     Raises:
-        StoreError: Too many files are open.
+        StoreError: Too many files are open; or it is absent or damaged where nothing tells the slides but it.
     """
+    entries = _load(store)
+    if entries is None and not can_list(store):
+        raise StoreError(
+            f"{store / CATALOGUE} is absent or damaged, and over HTTP nothing else tells which slides there are. Where "
+            "the store's folder is, g2l store verify --repair writes it"
+        )
+    return entries or {}
+
+
+def _load(store: Location) -> dict[str, Entry] | None:
     try:
         head, _, body = (store / CATALOGUE).read_bytes().partition(b"\n")
         if json.loads(head) != _head(body):
-            return {}
+            return None
         with _without_collections():
             return dict(_entry_of(json.loads(line)) for line in body.splitlines())
     except (OSError, ValueError, RecursionError, TypeError, AttributeError, KeyError) as error:
         refuse_open_files(error, store / CATALOGUE, StoreError)
-        return {}
+        return None
 
 
 @contextmanager
@@ -167,11 +175,15 @@ def save(store: Path, entries: Mapping[str, Entry]) -> None:
     Raises:
         OSError: It cannot be written.
     """
-    lines = [_line_of(slide_id, entry) for slide_id, entry in entries.items() if entry.facts is not None]
-    body = b"".join(lines)
     path = store / CATALOGUE
     path.parent.mkdir(exist_ok=True)
-    write_bytes(path, json.dumps(_head(body)).encode() + b"\n" + body)
+    write_bytes(path, content_of(entries))
+
+
+def content_of(entries: Mapping[str, Entry]) -> bytes:
+    """The content of a catalogue file."""
+    body = b"".join(_line_of(slide_id, entry) for slide_id, entry in entries.items() if entry.facts is not None)
+    return json.dumps(_head(body)).encode() + b"\n" + body
 
 
 def _head(body: bytes) -> dict[str, int]:

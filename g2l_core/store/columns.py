@@ -11,6 +11,7 @@ from g2l_core.store.boundary import writing
 from g2l_core.store.documents import GROUP_FILE, write_group
 from g2l_core.store.facts import SlideFacts
 from g2l_core.store.ids import why_impossible
+from g2l_core.store.location import folder_of
 from g2l_core.store.slide import StoredSlide
 
 _PREFIX = f"{schema.COLUMNS}/"
@@ -45,7 +46,7 @@ def write_column(slide: StoredSlide, name: str, values: Shaped[np.ndarray, " pat
     problem = why_impossible(name) or ("it has a /" if "/" in name else "")
     if problem:
         raise StoreError(f"no column can be called {name!r}: {problem.replace('slide_id', 'name')}")
-    folder = slide.folder / schema.COLUMNS
+    folder = folder_of(slide.folder) / schema.COLUMNS
     if not (folder / GROUP_FILE).exists():
         with writing(f"{name} of slide {slide.slide_id}"):
             write_group(folder)

@@ -16,6 +16,7 @@ from g2l_core.errors import StoreCorruptError, StoreError, refuse_open_files
 from g2l_core.files import write_text
 from g2l_core.store import format1, schema
 from g2l_core.store.facts import OK, SlideFacts
+from g2l_core.store.location import Location, folder_of
 from g2l_core.store.provenance import canonical_json
 
 GROUP_FILE = "zarr.json"
@@ -28,7 +29,7 @@ def checksum(facts: Mapping[str, Any]) -> int:
     return int(CRC32C.checksum(canonical_json(content).encode()))
 
 
-def read_group(folder: Path, *, checked: bool) -> dict[str, Any] | None:
+def read_group(folder: Location, *, checked: bool) -> dict[str, Any] | None:
     """G2L's facts of a group; None where it has none, being a folder of slides or of somebody else.
 
     Args:
@@ -43,7 +44,7 @@ def read_group(folder: Path, *, checked: bool) -> dict[str, Any] | None:
         return parse_group((folder / GROUP_FILE).read_bytes(), checked=checked)
 
 
-def read_slide(folder: Path, slide_id: str, store_format: int) -> SlideFacts | None:
+def read_slide(folder: Location, slide_id: str, store_format: int) -> SlideFacts | None:
     """The facts of a slide; None where the folder is none, but holds slides.
 
     Raises:
@@ -55,7 +56,19 @@ def read_slide(folder: Path, slide_id: str, store_format: int) -> SlideFacts | N
     if stored is None:
         return None
     with _reading(folder / GROUP_FILE):
-        return slide_facts(stored, slide_id, folder if is_old else None)
+        return slide_facts(stored, slide_id, folder_of(folder) if is_old else None)
+
+
+def read_slide_again(folder: Location, known: SlideFacts, slide_id: str, store_format: int) -> SlideFacts:
+    """The facts of a slide that is known; those that are known where its group has none.
+
+    Raises:
+        StoreCorruptError: The facts cannot be read, are not what was written, or are not there any more.
+    """
+    try:
+        return read_slide(folder, slide_id, store_format) or known
+    except FileNotFoundError as error:
+        raise StoreCorruptError(f"{folder / GROUP_FILE} is absent. Restore it from a copy") from error
 
 
 def slide_facts(stored: Mapping[str, Any], slide_id: str, old_folder: Path | None = None) -> SlideFacts:
@@ -85,7 +98,7 @@ def _is_count(value: object) -> bool:
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def _reading(path: Location) -> Iterator[None]:
     """Translate the errors about a document that is damaged or cannot be read.
 
     Raises:
@@ -131,14 +144,16 @@ def parse_group(content: bytes, *, checked: bool) -> dict[str, Any] | None:
     return facts
 
 
-def write_group(folder: Path, facts: Mapping[str, Any] | None = None) -> None:
+def write_group(place: Location, facts: Mapping[str, Any] | None = None) -> None:
     """Write a group's document with its facts, or an empty group; its folder is made if it is missing.
 
     The document is on the disk when this returns.
 
     Raises:
         OSError: The disk is full, or cannot be written to.
+        StoreError: The place is an address.
     """
+    folder = folder_of(place)
     attributes = {} if facts is None else {schema.ATTRIBUTE: {**facts, CHECKSUM: checksum(facts)}}
     document = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
     folder.mkdir(exist_ok=True)

@@ -26,6 +26,7 @@ from g2l_core.store.catalogue import Entry
 from g2l_core.store.documents import GROUP_FILE, read_group, write_group
 from g2l_core.store.facts import FAILED, EncoderFacts, ExtractionRunFacts, SlideFacts, StoreFacts
 from g2l_core.store.ids import folders_of, refusals, why_impossible
+from g2l_core.store.location import Location, folder_of, locate
 from g2l_core.store.provenance import differences, software, utc_now
 from g2l_core.store.slide import StoredSlide
 from g2l_core.store.tables import Shard, block_checksums
@@ -42,32 +43,38 @@ class FeatureStore:
     """A store of cached features. Open it with `FeatureStore.open` or `FeatureStore.create`.
 
     Attributes:
-        path: Its folder.
+        path: Where it is: a folder, or an address that is read.
         facts: What it keeps about itself.
     """
 
-    def __init__(self, path: Path, facts: StoreFacts, *, writable: bool) -> None:
+    def __init__(self, path: Location, facts: StoreFacts, *, writable: bool) -> None:
         self.path, self.facts = path, facts
         self._writable = writable
-        self._entries = catalogue.load(path)
+        self._entries, self._was_scanned = catalogue.load(path), False
 
     def __repr__(self) -> str:
         return f"<FeatureStore {self.path}: {len(self.entries):,} slides, {', '.join(self.encoders) or 'no encoders'}>"
 
     @classmethod
-    def open(cls, path: Path | str, *, writable: bool = False) -> "FeatureStore":
+    def open(cls, path: Location | str, *, writable: bool = False) -> "FeatureStore":
         """Open an existing store.
+
+        Args:
+            path: A folder; or an address of s3://, gs://, https:// or http://, which is listed once, so what is added
+                later is seen by those who open it later.
+            writable: Whether it will be written to; only a folder can be.
 
         Raises:
             StoreMissingError: There is none.
-            StoreError: The folder is something else, of a newer format, or cannot be read.
+            StoreError: The folder is something else, of a newer format, or cannot be read; or the address cannot.
+            UsageError: It is an address, and the package that reads it is not installed.
         """
-        path = Path(path)
-        refuse_address(path)
+        path = folder_of(locate(path)) if writable else locate(path)
         try:
             stored = read_group(path, checked=False)
         except FileNotFoundError as error:
-            raise StoreMissingError(f"there is no store at {path}; g2l cache-teacher makes one") from error
+            made = "g2l cache-teacher makes" if isinstance(path, Path) else "g2l store upload puts"
+            raise StoreMissingError(f"there is no store at {path}; {made} one there") from error
         if stored is None:
             raise StoreError(f"{path} is a Zarr group but no G2L store: its attributes have no {schema.ATTRIBUTE!r}")
         store_format = stored.get("format")
@@ -77,6 +84,8 @@ class FeatureStore:
             raise StoreError(
                 f"{path} has store format {store_format}; this version reads up to {schema.FORMAT}. Update G2L"
             )
+        if store_format == format1.FORMAT and not isinstance(path, Path):
+            raise StoreError(f"{path} has store format 1, which is read from folders only: run g2l store upgrade there")
         if store_format > format1.FORMAT:
             stored = read_group(path, checked=True)
         return cls(path, _store_facts(path, stored or {}), writable=writable)
@@ -94,6 +103,7 @@ class FeatureStore:
             StoreMismatchError: The store there was made with another grid or other views.
             StoreError: The folder holds something else, or a store of format 1.
         """
+        refuse_address(path)
         path = Path(path)
         if (path / GROUP_FILE).exists():
             store = cls.open(path, writable=True)
@@ -182,8 +192,10 @@ class FeatureStore:
 
     @property
     def entries(self) -> Mapping[str, Entry]:
-        """What the file system has now of every slide, by id, sorted. See `catalogue.scan` for what this costs."""
-        self._entries = catalogue.scan(self.path, self.facts.format, self._entries)
+        """What the file system has now of every slide, or an address had when it was listed, by id, sorted."""
+        if isinstance(self.path, Path) or not self._was_scanned:
+            self._entries = catalogue.scan(self.path, self.facts.format, self._entries)
+            self._was_scanned = True
         return self._entries
 
     def slide_ids(self) -> list[str]:
@@ -278,7 +290,7 @@ class FeatureStore:
             except StoreCorruptError:
                 continue  # verify names it
         try:
-            catalogue.save(self.path, self._entries)
+            catalogue.save(folder_of(self.path), self._entries)
         except OSError:
             return
 
@@ -292,11 +304,15 @@ class FeatureStore:
         return entry
 
     def _folder(self, slide_id: str) -> Path:
-        return self.path / "slides" / slide_id
+        return folder_of(self.path) / "slides" / slide_id
 
     def _stored(self, slide_id: str, facts: SlideFacts) -> StoredSlide:
         return StoredSlide(
-            slide_id, facts, self._folder(slide_id), store_format=self.facts.format, writable=self._writable
+            slide_id,
+            facts,
+            self.path / "slides" / slide_id,
+            store_format=self.facts.format,
+            writable=self._writable,
         )
 
     def refusals(self, slide_ids: Iterable[str]) -> dict[str, str]:
@@ -373,7 +389,7 @@ class FeatureStore:
         around = {folder for folder in folders_of(slide_id) if self._entry(folder) is not None}
         for refused in refusals([slide_id], around).values():
             raise StoreError(f"slide {slide_id!r}: {refused}")
-        target, aside = self._folder(slide_id), self.path / "slides" / f"{os.getpid()}{schema.LEFTOVER}"
+        target, aside = self._folder(slide_id), folder_of(self.path) / "slides" / f"{os.getpid()}{schema.LEFTOVER}"
         entry = self._entry(slide_id)
         if entry is not None and (entry.facts is None or entry.facts.status != FAILED):
             raise StoreError(f"slide {slide_id!r} is in the store already")
@@ -391,7 +407,7 @@ class FeatureStore:
 
     def _make_groups(self, folder: Path) -> None:
         """Make the groups down to a folder of slides."""
-        groups = [folder, *folder.parents][: len(folder.relative_to(self.path).parts)]
+        groups = [folder, *folder.parents][: len(folder.relative_to(folder_of(self.path)).parts)]
         for group in reversed(groups):
             if not (group / GROUP_FILE).exists():
                 write_group(group)
@@ -403,7 +419,7 @@ class FeatureStore:
             StoreError: It cannot be deleted.
         """
         format1.refuse_writing(self.facts.format, self.path)
-        aside = self.path / "slides" / f"{os.getpid()}-removed{schema.LEFTOVER}"
+        aside = folder_of(self.path) / "slides" / f"{os.getpid()}-removed{schema.LEFTOVER}"
         with writing(f"slide {slide_id}"):
             self._folder(slide_id).rename(aside)
             shutil.rmtree(aside)
@@ -460,8 +476,13 @@ def require_whole(slide: StoredSlide, encoder: str, *, view: int) -> None:
     slide.require_complete(encoder, view)
 
 
-def leftovers(store: Path) -> list[Path]:
-    """The temporary files and folders of killed writers, sorted. Those of a writer at work are among them."""
+def leftovers(store: Location) -> list[Path]:
+    """The temporary files and folders of killed writers, sorted. Those of a writer at work are among them.
+
+    At an address there are none: an object is written in one step.
+    """
+    if not isinstance(store, Path):
+        return []
     found = sorted(store.rglob(f"*{schema.LEFTOVER}"))
     return [path for path in found if not any(parent.name.endswith(schema.LEFTOVER) for parent in path.parents)]
 
@@ -471,7 +492,7 @@ def _is_side_file(path: Path) -> bool:
     return path.name.startswith(".") or path.suffix == schema.LEFTOVER
 
 
-def _store_facts(path: Path, stored: Mapping[str, Any]) -> StoreFacts:
+def _store_facts(path: Location, stored: Mapping[str, Any]) -> StoreFacts:
     try:
         return StoreFacts.from_json(stored)
     except (TypeError, KeyError, ValueError, AttributeError) as error:

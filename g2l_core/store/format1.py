@@ -14,7 +14,7 @@ from g2l_core.store.facts import FeatureFacts, SlideFacts
 FORMAT = 1
 
 
-def refuse_writing(store_format: int, where: Path) -> None:
+def refuse_writing(store_format: int, where: object) -> None:
     """Refuse to write into a store of format 1.
 
     Raises:

@@ -18,8 +18,9 @@ from g2l_core.errors import StoreCorruptError, StoreError, StoreMissingError, Un
 from g2l_core.store import format1, schema
 from g2l_core.store.boundary import reading, writing
 from g2l_core.store.changes import dropped, merged, with_features, without
-from g2l_core.store.documents import read_slide, write_group
+from g2l_core.store.documents import read_slide_again, write_group
 from g2l_core.store.facts import OK, FeatureFacts, ShardRecord, SlideFacts
+from g2l_core.store.location import Location, folder_of, size_of
 from g2l_core.store.provenance import canonical_json
 from g2l_core.store.tables import Shard, block_checksums, block_name, changed_blocks, checksum, require_unchanged
 from g2l_core.store.zarr_files import create_array, open_array
@@ -38,7 +39,9 @@ class StoredSlide:
         folder: Where it is.
     """
 
-    def __init__(self, slide_id: str, facts: SlideFacts, folder: Path, *, store_format: int, writable: bool) -> None:
+    def __init__(
+        self, slide_id: str, facts: SlideFacts, folder: Location, *, store_format: int, writable: bool
+    ) -> None:
         self.slide_id, self.facts, self.folder = slide_id, facts, folder
         self._format, self._writable = store_format, writable
         self._arrays: dict[str, zarr.Array] = {}
@@ -169,7 +172,7 @@ class StoredSlide:
             values = array[start:stop, views] if has_views else array[start:stop]
         self._require_shape(name, array.shape)
         if self._changed(name, values, start, views.start):
-            self._reload()  # a writer may have replaced both since
+            self.reload()  # a writer may have replaced both since
             require_unchanged(self.slide_id, name, self._changed(name, values, start, views.start))
         return values[:, 0] if has_views and view is not None else values
 
@@ -302,7 +305,7 @@ class StoredSlide:
             return with_features(facts, encoder, dropped(facts.features[encoder], {shard.name}))
 
         self._update(shrunk)
-        self.shard_path(encoder, shard).unlink(missing_ok=True)
+        folder_of(self.shard_path(encoder, shard)).unlink(missing_ok=True)
 
     def drop_encoder(self, encoder: str) -> None:
         """Drop all features of an encoder: their facts, then their files."""
@@ -312,7 +315,7 @@ class StoredSlide:
 
         self._update(shrunk)
         self._arrays.pop(f"{schema.FEATURES}/{encoder}", None)
-        shutil.rmtree(self.folder / schema.FEATURES / encoder, ignore_errors=True)
+        shutil.rmtree(folder_of(self.folder) / schema.FEATURES / encoder, ignore_errors=True)
 
     def record(self, encoder: str, records: Mapping[str, ShardRecord], tables: Mapping[str, Mapping[str, int]]) -> None:
         """Let shards count, by their names, and the blocks of tables that were written with them."""
@@ -336,13 +339,14 @@ class StoredSlide:
         if not self._writable:
             raise StoreError(f"slide {self.slide_id} was opened for reading only")
         with writing(f"slide {self.slide_id}"):
-            self._reload()
+            self.reload()
             facts = change(self.facts)
             write_group(self.folder, facts.to_json())
         self.facts = facts
 
-    def _reload(self) -> None:
-        self.facts = read_slide(self.folder, self.slide_id, self._format) or self.facts
+    def reload(self) -> None:
+        """Read the facts as they stand now. Raises StoreCorruptError as `documents.read_slide_again`."""
+        self.facts = read_slide_again(self.folder, self.facts, self.slide_id, self._format)
 
     def array(self, path: str) -> zarr.Array:
         """A Zarr array of the slide by its path below the slide's folder, such as `coords`; no content is checked."""
@@ -440,7 +444,7 @@ class StoredSlide:
         record = self.feature_facts(encoder).shards.get(shard.name)
         found = checksum(features)
         if record is not None and (len(features), found) != (record.rows, record.crc32c):
-            self._reload()  # a writer may have replaced both since
+            self.reload()  # a writer may have replaced both since
             record = self.feature_facts(encoder).shards.get(shard.name)
         if record is None or (len(features), found) == (record.rows, record.crc32c):
             return ""
@@ -482,19 +486,15 @@ class StoredSlide:
         shards = [s for s in self.shards(range(facts.n_views) if views is None else views) if s.name in facts.shards]
         return {s.name: facts.shards[s.name] for s in shards if self.has_file(encoder, s, facts.shards[s.name])}
 
-    def shard_path(self, encoder: str, shard: Shard) -> Path:
+    def shard_path(self, encoder: str, shard: Shard) -> Location:
         """The file of a shard."""
         folder, block = self.folder / schema.FEATURES / encoder, shard.start // schema.SHARD_ROWS
         if self._format == format1.FORMAT:
-            return format1.shard_path(folder, block, shard.view)
+            return format1.shard_path(folder_of(folder), block, shard.view)
         return folder / f"c.{block}.{shard.view}.0"
 
     def has_file(self, encoder: str, shard: Shard, record: ShardRecord) -> bool:
-        """Whether a recorded shard's file is there; Zarr writes none where no patch was readable: all is fill value."""
-        if record.failed == record.rows:
-            return True
-        try:
-            size = self.shard_path(encoder, shard).stat().st_size
-        except OSError:
-            return False
-        return size > 0 and record.size in {None, size}
+        """Whether a recorded shard's file is there, or nobody can list what is: over HTTP, reading tells."""
+        # Zarr writes none where no patch was readable: all is fill value.
+        size = None if record.failed == record.rows else size_of(self.shard_path(encoder, shard))
+        return size is None or (size > 0 and record.size in {None, size})

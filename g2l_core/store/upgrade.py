@@ -12,6 +12,7 @@ from g2l_core.store.boundary import writing
 from g2l_core.store.documents import write_group
 from g2l_core.store.facts import FeatureFacts
 from g2l_core.store.features import FeatureStore
+from g2l_core.store.location import folder_of
 from g2l_core.store.slide import StoredSlide
 from g2l_core.store.tables import Shard
 
@@ -97,7 +98,10 @@ def _upgrade_slide(old: StoredSlide, new: FeatureStore) -> None:
         facts = old.feature_facts(encoder)
         slide.require_features(encoder, digest=facts.digest, n_views=facts.n_views, dim=facts.dim)
         with writing(f"features of slide {old.slide_id}"):
-            sizes = {shard.name: _link(source, slide.shard_path(encoder, shard)) for shard, source in shards.items()}
+            sizes = {
+                shard.name: _link(source, folder_of(slide.shard_path(encoder, shard)))
+                for shard, source in shards.items()
+            }
         slide.put_records(encoder, _with_sizes(facts, sizes))
 
 
@@ -105,7 +109,7 @@ def _recorded_files(old: StoredSlide, encoder: str) -> Mapping[Shard, Path]:
     """The files of the recorded shards of an encoder."""
     records = old.records(encoder)
     shards = [s for s in old.shards(range(old.feature_facts(encoder).n_views)) if s.name in records]
-    return {shard: old.shard_path(encoder, shard) for shard in shards}
+    return {shard: folder_of(old.shard_path(encoder, shard)) for shard in shards}
 
 
 def _link(source: Path, target: Path) -> int:

@@ -14,6 +14,7 @@ from g2l_core.store.catalogue import CATALOGUE
 from g2l_core.store.columns import column_tables
 from g2l_core.store.facts import ShardRecord
 from g2l_core.store.features import FeatureStore, Shard, StoredSlide, leftovers
+from g2l_core.store.location import below, can_list
 
 ADVICE = "g2l store verify --repair drops it, and the caching command computes this shard alone"
 THREADS = 4
@@ -63,7 +64,7 @@ def verify(store: FeatureStore) -> Iterator[Problem]:
 def verify_slides(store: FeatureStore) -> Iterator[Checked]:
     """Check the store as a whole, then slide by slide, so that a caller can show how far it is."""
     left = [
-        Problem(kind="leftover", what=f"{path.relative_to(store.path)} of a killed writer; it may be deleted")
+        Problem(kind="leftover", what=f"{below(path, store.path)} of a killed writer; it may be deleted")
         for path in leftovers(store.path)
     ]
     failed = [Problem(kind="failed", slide_id=i, what=reason) for i, reason in store.failed_slides().items()]
@@ -71,10 +72,21 @@ def verify_slides(store: FeatureStore) -> Iterator[Checked]:
     yield Checked("", (*left, *failed, *damaged))
 
     def check(slide: StoredSlide) -> Checked:
-        tables = list(_verify_tables(slide))
-        return Checked(slide.slide_id, tuple(tables or _verify_features(store, slide)))
+        problems = _verify_document(slide) or list(_verify_tables(slide)) or _verify_features(store, slide)
+        return Checked(slide.slide_id, tuple(problems))
 
     yield from run_ahead(check, store.slides(), workers=THREADS, lookahead=2 * THREADS)
+
+
+def _verify_document(slide: StoredSlide) -> list[Problem]:
+    """Read the document of a slide whose facts came from the catalogue, as they do where nothing can be listed."""
+    if can_list(slide.folder):
+        return []
+    try:
+        slide.reload()
+    except StoreCorruptError as error:
+        return [Problem(kind="damaged", slide_id=slide.slide_id, what=str(error))]
+    return []
 
 
 def _verify_tables(slide: StoredSlide) -> Iterator[Problem]:
@@ -128,7 +140,7 @@ def _encoder_problems(store: FeatureStore, slide: StoredSlide, encoder: str) -> 
             seen = hashes[rows, view] if has_hashes else np.ones(rows.stop - rows.start, np.uint64)
             what = _shard_damage(slide, encoder, shard, facts.shards[shard.name], good[rows], seen)
             if what:
-                path = slide.shard_path(encoder, shard).relative_to(store.path)
+                path = below(slide.shard_path(encoder, shard), store.path)
                 place = f"view {view}, rows {rows.start} to {rows.stop}"
                 yield problem("damaged", f"{place}: {what}. The file is {path}; {ADVICE}", shard)
 

@@ -10,6 +10,7 @@ from g2l_core.errors import EncoderError, StoreMismatchError
 from g2l_core.store import schema
 from g2l_core.store.boundary import writing
 from g2l_core.store.facts import ShardRecord
+from g2l_core.store.location import folder_of
 from g2l_core.store.slide import StoredSlide
 from g2l_core.store.tables import Shard, checksum
 from g2l_core.types import Features, PatchStatus
@@ -100,13 +101,13 @@ class FeatureWriter:
             array = self._slide.features_array(self._encoder)
             for shard, of_view in zip(shards, stored, strict=True):
                 # No record vouches for what may be there, and Zarr would read it to write the rest of the file.
-                self._slide.shard_path(self._encoder, shard).unlink(missing_ok=True)
+                folder_of(self._slide.shard_path(self._encoder, shard)).unlink(missing_ok=True)
                 array[rows, shard.view] = of_view
             records = {s.name: self._record_of(s, f, status) for s, f in zip(shards, stored, strict=True)}
         self._slide.record(self._encoder, records, tables)
 
     def _record_of(self, shard: Shard, features: Features, status: PatchStatus) -> ShardRecord:
-        path = self._slide.shard_path(self._encoder, shard)
+        path = folder_of(self._slide.shard_path(self._encoder, shard))
         return ShardRecord(
             rows=shard.stop - shard.start,
             failed=int(np.count_nonzero(status)),

@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import zarr
@@ -10,6 +9,8 @@ from zarr.core.buffer import Buffer
 from zarr.storage import LocalStore
 
 from g2l_core.files import write_bytes
+from g2l_core.store.location import Location, folder_of
+from g2l_core.store.remote import RemotePath
 
 
 class DurableStore(LocalStore):
@@ -27,21 +28,27 @@ class DurableStore(LocalStore):
         write_bytes(path, memoryview(value.as_buffer_like()))
 
 
-def open_array(folder: Path) -> zarr.Array:
-    """The array in a folder, for reading and writing."""
+def open_array(folder: Location) -> zarr.Array:
+    """The array in a folder, for reading and, where it is none at an address, for writing."""
+    if isinstance(folder, RemotePath):
+        return zarr.open_array(folder.connection.arrays, path=folder.key, mode="r", zarr_format=3)
     return zarr.open_array(DurableStore(folder), mode="r+", zarr_format=3)
 
 
 def create_array(
-    folder: Path, layout: Mapping[str, Any], *, is_durable: bool = True, **attributes: object
+    place: Location, layout: Mapping[str, Any], *, is_durable: bool = True, **attributes: object
 ) -> zarr.Array:
     """Make an array in a folder, in the place of one that is there.
 
     Args:
-        folder: Where; made if it is missing.
+        place: Where; made if it is missing.
         layout: As `schema.table_layout` and its kin give it.
         is_durable: Whether what is written is on the disk when a write returns; if not, the caller syncs the files.
         attributes: The array's attributes.
+
+    Raises:
+        StoreError: The place is an address.
     """
+    folder = folder_of(place)
     store = DurableStore(folder) if is_durable else LocalStore(folder)
     return zarr.create_array(store, attributes=attributes or None, zarr_format=3, overwrite=True, **layout)

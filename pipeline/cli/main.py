@@ -51,7 +51,14 @@ for command in (
     app.command()(command)
 store.app.command()(interchange.export)
 store.app.command(name="import")(interchange.import_features)
-for command in (store_edit.label, store_edit.subset, store_edit.merge, store_edit.rm, store_edit.du):
+for command in (
+    store_edit.label,
+    store_edit.subset,
+    store_edit.merge,
+    store_edit.rm,
+    store_edit.du,
+    store_edit.upload,
+):
     store.app.command()(command)
 app.add_typer(store.app, name="store")
 

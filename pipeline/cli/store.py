@@ -80,7 +80,7 @@ def info(store: StorePath) -> None:
             rows.append(("", f"imported from {spec.imported}; {spec.proof or 'its preprocessing is not proved'}"))
     rows += [("failed", f"{slide_id}: {reason}") for slide_id, reason in opened.failed_slides().items()]
     rows += [("damaged", f"{slide_id}: {damage}") for slide_id, damage in opened.damaged.items()]
-    typer.echo(f"{store}: format {facts.format}, {len(slides)} slides, {sum(map(len, slides)):,} patches")
+    typer.echo(f"{opened.path}: format {facts.format}, {len(slides)} slides, {sum(map(len, slides)):,} patches")
     typer.echo(table_text(rows))
     raise typer.Exit(_exit_code(opened))
 
@@ -123,7 +123,7 @@ def verify(
         for problem in problems:
             typer.echo(str(problem))
     wrong = sum(problem.kind != "leftover" for problem in problems)
-    typer.echo(f"{store}: " + (f"{wrong} problems" if wrong else "every recorded shard is as it was written"))
+    typer.echo(f"{opened.path}: " + (f"{wrong} problems" if wrong else "every recorded shard is as it was written"))
     if to_cache:
         typer.echo(f"{len(to_cache)} slides are not complete: run the caching command again, which fills them")
     raise typer.Exit(EXIT_SOME_FAILED if wrong else EXIT_DONE)

@@ -1,4 +1,4 @@
-"""`g2l store label`, `subset`, `merge`, `rm` and `du`. None of them loads weights or opens slides."""
+"""`g2l store label`, `subset`, `merge`, `rm`, `du` and `upload`. None of them loads weights or opens slides."""
 
 import json
 from pathlib import Path
@@ -93,6 +93,23 @@ def du(store: StorePath, as_json: Json = False) -> None:
         return
     rows = [(bytes_text(size), name) for name, size in found.items()]
     typer.echo(table_text([*rows, (bytes_text(sum(found.values())), "in all")], right=[0]))
+
+
+def upload(
+    store: StorePath,
+    address: Annotated[str, typer.Argument(help="Where to: s3://BUCKET/NAME or gs://BUCKET/NAME.", show_default=False)],
+) -> None:
+    """Copy a store to a bucket, where every command can read it. Run it again to go on, or to send what is new.
+
+    Let nobody else write there meanwhile. g2l store verify ADDRESS reads everything back and compares it.
+    """
+    from pipeline.progress import ProgressLine
+    from pipeline.store_edit import upload_store
+    from pipeline.tables import bytes_text
+
+    with ProgressLine("upload", "files") as line:
+        sent, kept = upload_store(store, address, line.update)
+    typer.echo(f"{address}: {bytes_text(sent)} sent, {bytes_text(kept)} were there already")
 
 
 def _only_told(dry_run: bool) -> str:
