@@ -8,12 +8,11 @@ noise no longer cancels.
 from dataclasses import dataclass
 from math import log
 
-import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor, autocast, nn
 
 from g2l_core.distillation.distributed import ProcessGroup
-from g2l_core.distillation.losses import logsum_per_sample, loss_by_name, standardize
+from g2l_core.distillation.losses import logsum_per_sample, loss_by_name, losses_by_patch, standardize
 from g2l_core.distillation.spec import ALPHA_LOSSES, TEMPERATURES, ObjectiveSpec
 from g2l_core.errors import UsageError
 
@@ -73,8 +72,8 @@ class Objective(nn.Module):
         The loss must be one that `ObjectiveSpec.has_patch_losses` allows.
         """
         s, t = self._compared(student, teacher)
-        losses = torch.vmap(lambda a, b: self._loss(a[None], b[None]))(s, t)
-        return losses - log(s.shape[1]) if self.spec.loss == "logsum" else losses
+        found = losses_by_patch(self.spec.loss, s, t, **self._options())
+        return found - log(s.shape[1]) if self.spec.loss == "logsum" else found
 
     def _compared(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         """Both sides as the loss compares them: normalized, and of the ranks that it is taken over."""
@@ -106,7 +105,7 @@ class Objective(nn.Module):
     def _to_dataset_scale(self, teacher: Tensor) -> Tensor:
         centered = teacher - self.get_buffer("mean")
         if self.spec.norms[1] == "phi-s":
-            with torch.autocast(centered.device.type, enabled=False):
+            with autocast(centered.device.type, enabled=False):
                 return centered @ self.get_buffer("phi_s").T
         return centered / self.get_buffer("deviation")
 
@@ -114,7 +113,11 @@ class Objective(nn.Module):
         spec = self.spec
         if spec.reduce == "per-sample":
             return logsum_per_sample(student, teacher, alpha=spec.alpha)
-        options: dict[str, object] = {}
+        return loss_by_name(spec.loss)(student, teacher, **self._options())
+
+    def _options(self) -> dict[str, object]:
+        """What the loss takes beside student and teacher."""
+        spec, options = self.spec, dict[str, object]()
         if spec.loss in ALPHA_LOSSES:
             options["alpha"] = spec.alpha
         if spec.loss in TEMPERATURES:
@@ -122,4 +125,4 @@ class Objective(nn.Module):
         if spec.needs_bank:
             bank = self.get_buffer("bank")
             options["bank"] = self._to_dataset_scale(bank) if spec.needs_statistics else bank
-        return loss_by_name(spec.loss)(student, teacher, **options)
+        return options

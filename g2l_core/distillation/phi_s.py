@@ -48,16 +48,14 @@ def hadamard(order: int) -> Int64[np.ndarray, "order order"] | None:
     order 2 (q + 1) for primes q = 1 mod 4. Below 200 these leave out eight multiples of 4, of which 52 is the first;
     the widths of published encoders are all among them.
     """
-    doublings, half = 0, order
-    while True:
-        base = _small_hadamard(half)
-        if base is not None:
+    halvings = next(i for i in range(order.bit_length()) if order >> i & 1)
+    for doublings in range(halvings, -1, -1):
+        found = _small_hadamard(order >> doublings)
+        if found is not None:
             for _ in range(doublings):
-                base = np.block([[base, base], [base, -base]])
-            return base
-        if half % 2:
-            return None
-        doublings, half = doublings + 1, half // 2
+                found = np.block([[found, found], [found, -found]])
+            return found
+    return None
 
 
 def _small_hadamard(order: int) -> Int64[np.ndarray, "order order"] | None:

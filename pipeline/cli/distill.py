@@ -30,11 +30,14 @@ Student = Annotated[str, typer.Option(help="The encoder to train.", show_default
 def _take_recipe(context: typer.Context, value: str | None) -> str | None:
     """Let a recipe's options stand where the command line gives none."""
     if value is not None and not context.resilient_parsing:
-        from pipeline.config import read_recipe
+        from pipeline.config import OPTIONS, read_recipe
 
         options = read_recipe(value)
         if isinstance(options.get("teacher"), str):
             options["teacher"] = [options["teacher"]]
+        for name in options.keys() & OPTIONS.keys():
+            if OPTIONS[name].option.parse and isinstance(options[name], tuple):
+                options[name] = ",".join(map(str, options[name])) or "none"
         context.default_map = {**(context.default_map or {}), **options}
     return value
 
