@@ -7,6 +7,7 @@ noise no longer cancels.
 
 from dataclasses import dataclass
 from math import log
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, autocast, nn
@@ -115,9 +116,9 @@ class Objective(nn.Module):
             return logsum_per_sample(student, teacher, alpha=spec.alpha)
         return loss_by_name(spec.loss)(student, teacher, **self._options())
 
-    def _options(self) -> dict[str, object]:
+    def _options(self) -> dict[str, Any]:
         """What the loss takes beside student and teacher."""
-        spec, options = self.spec, dict[str, object]()
+        spec, options = self.spec, dict[str, Any]()
         if spec.loss in ALPHA_LOSSES:
             options["alpha"] = spec.alpha
         if spec.loss in TEMPERATURES:
