@@ -60,8 +60,16 @@ def make_store(folder: Path) -> Path:
 def step_seconds(store: Path, out: Path, teachers: list[str], given: argparse.Namespace) -> list[float]:
     """The seconds of every step of a short run, but the first."""
     nested = tuple(int(width) for width in given.nested.split(",") if width)
-    options = {"steps": given.steps, "early_stop": 0, "hold_out": "0.2", "validate_every": given.steps,
-               "nested": nested, "checkpoint_every": given.steps, "precision": given.precision, "loss": given.loss}  # fmt: skip
+    options = {
+        "steps": given.steps,
+        "validate_every": given.steps,
+        "checkpoint_every": given.steps,
+        "early_stop": 0,
+        "hold_out": "0.2",
+        "precision": given.precision,
+        "loss": given.loss,
+        "nested": nested,
+    }
     student = resolve_encoder(f"timm:{given.student}", weights="random:1")
     how = DistillHow(device=given.device, workers=given.workers)
     run_distill(store, teachers, student, out, settings_of(options)[0], how=how)
