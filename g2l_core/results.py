@@ -90,6 +90,8 @@ class EncoderSummary:
     digest: str
     note: str = ""
     """A caution the report must show: "untrained"."""
+    nested_in: str = ""
+    """Of nested features, which encoder's: the name of the one that has all of them, also for that one itself."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,7 @@ from g2l_core.store.locks import locked_output
 from g2l_core.store.provenance import digest, software
 from g2l_core.store.schema import PATCH_LABELS
 from pipeline.seeds import grouped_by_seed
+from pipeline.widths import facts_of_widths, find_key, nested_in, with_all_widths
 
 SHIPPED = Path(__file__).parent / "tasks"
 
@@ -73,6 +74,7 @@ def _run_bench(
     stores = [FeatureStore.open(path) for path in store_paths]
     known = stored_encoders(stores)
     keys, damaged, seeds = find_encoders(encoders, known)
+    known |= facts_of_widths((*keys, *(key for members in seeds.values() for key in members)), known)
     bench = BenchSpec(
         encoders=keys,
         seeds=seeds,
@@ -116,11 +118,11 @@ def find_encoders(
     keys: list[str] = []
     damaged: dict[str, str] = {}
     seeds: dict[str, tuple[str, ...]] = {}
-    for name, members in grouped_by_seed(texts):
+    for name, members in grouped_by_seed([each for text in texts for each in with_all_widths(text)]):
         found = []
         for text in members:
             try:
-                found.append(find_stored(text, known))
+                found.append(find_key(text, known))
             except EncoderError as error:
                 if not keys:
                     raise
@@ -186,7 +188,8 @@ def _sums_device(device: str) -> str:
 def _summary(key: str, bench: BenchSpec, known: Mapping[str, EncoderFacts]) -> EncoderSummary:
     """What the report says of an encoder, or of the first of several seeds."""
     members = bench.members(key)
-    summary = replace(encoder_summary(members[0], known[members[0]]), key=key)
+    facts = known[members[0]]
+    summary = replace(encoder_summary(members[0], facts), key=key, nested_in=nested_in(facts))
     if len(members) == 1:
         return summary
     words = f"mean over {len(members)} seeds; digest of the first"

@@ -72,6 +72,8 @@ def check_option(name: str, value: object, path: Path) -> Any:
     if name not in (*NAMES, *OPTIONS):
         raise UnknownNameError(f"option in {path}", name, (*NAMES, *OPTIONS))
     kind = OPTIONS[name].kind if name in OPTIONS else str
+    if name == "teacher" and isinstance(value, list):  # several, in a recipe or as a set in a sweep
+        kind = tuple[str, ...]
     plain = tuple(value) if isinstance(value, list) else value
     if kind is str and type(value) in {int, float}:  # hold_out = 0.1
         plain = str(value)

@@ -4,32 +4,32 @@
 student. The teacher's network is loaded only with --online.
 """
 
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-
-import numpy as np
-from torch import Tensor
+from typing import Any
 
 from g2l_core.distillation.checkpoints import RunState, restore_best
-from g2l_core.distillation.distiller import Distiller, checkpoint_gradients
+from g2l_core.distillation.distiller import Distiller, HeadLayout, checkpoint_gradients, head_layout
 from g2l_core.distillation.distributed import ProcessGroup, init_distributed
 from g2l_core.distillation.held_out import HeldOutSet, read_held_out
 from g2l_core.distillation.loader import Reading, ReplayDataset
 from g2l_core.distillation.logs import read_log, row_of_step
-from g2l_core.distillation.objective import Objective, TargetStatistics
-from g2l_core.distillation.replay import ReplaySpec, count_rows
-from g2l_core.distillation.target_statistics import target_statistics
+from g2l_core.distillation.objective import TargetStatistics
+from g2l_core.distillation.replay import ReplaySpec, count_rows, encoders_of
+from g2l_core.distillation.spec import ObjectiveSpec, TeachersSpec
+from g2l_core.distillation.target_statistics import FILE as STATISTICS
+from g2l_core.distillation.target_statistics import read_statistics, target_statistics, write_statistics
 from g2l_core.distillation.training import TrainerHooks, TrainOutcome, train
-from g2l_core.distillation.validation import Curves, held_out_metrics, training_warnings
-from g2l_core.encoders.loading import DTYPES, LoadedEncoder, choose_device, encode_all, features_of, load_encoder
-from g2l_core.encoders.resolve import EncoderSpec, find_stored
+from g2l_core.distillation.validation import Curves, Restored, held_out_metrics, training_warnings
+from g2l_core.encoders.loading import COMPILED, DTYPES, LoadedEncoder, choose_device, load_encoder
+from g2l_core.encoders.resolve import EncoderSpec
 from g2l_core.encoders.student_folder import ModelCard, write_student, write_tensors
-from g2l_core.errors import StoreMissingError, UsageError, writing
+from g2l_core.encoders.terms import Source, not_free
+from g2l_core.errors import RunError, UsageError, writing
 from g2l_core.files import write_text
 from g2l_core.patches.pixel_cache import PixelCache
-from g2l_core.store.facts import EncoderFacts
 from g2l_core.store.features import FeatureStore
 from g2l_core.store.locks import locked_output
 from g2l_core.store.provenance import software
@@ -38,6 +38,19 @@ from pipeline.run_page import HELD_OUT, training_page
 from pipeline.runs import RunRecord, RunResult, open_run, read_run, write_run
 from pipeline.settings import DistillHow, DistillSettings
 from pipeline.split import Split, split_store
+from pipeline.teachers import (
+    Teachers,
+    build_objective,
+    live_features,
+    objective_of_each,
+    open_teachers,
+    replayed_views,
+    require_held_out,
+    sources_of,
+    stored_keys,
+    weights_of,
+    with_live_targets,
+)
 
 VALIDATION_PATCHES = 2048
 VALIDATIONS, STEPS = "validation.csv", "log.csv"
@@ -47,26 +60,11 @@ CURVES_PAGE = "curves.html"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Teacher:
-    """Where targets come from: a store's features, or a network that runs live."""
-
-    facts: EncoderFacts
-    key: str | None = None
-    """The teacher's key in the store; None where it runs live."""
-    live: LoadedEncoder | None = None
-
-    @property
-    def name(self) -> str:
-        """How a student's record names its teacher."""
-        return self.key or f"{self.live.key if self.live else ''}, run live"
-
-
-@dataclass(frozen=True, kw_only=True)
 class Run:
     """What one distillation is made from."""
 
     store: FeatureStore
-    teacher: Teacher
+    teachers: Teachers
     student: EncoderSpec
     """The student before training."""
     split: Split
@@ -96,7 +94,7 @@ class DistillSummary:
 
 def run_distill(
     store_path: Path,
-    teacher: str | EncoderSpec,
+    teacher: str | EncoderSpec | Sequence[str | EncoderSpec],
     student_spec: EncoderSpec,
     out: Path,
     settings: DistillSettings,
@@ -108,7 +106,7 @@ def run_distill(
 
     Args:
         store_path: The store.
-        teacher: The teacher as the user names it, or its spec where it runs live.
+        teacher: The teacher as the user names it, or its spec where it runs live; or several.
         student_spec: The student before training.
         out: The run folder.
         settings: Everything else that decides the student. Its number of steps is ignored where `epochs` is given.
@@ -119,6 +117,7 @@ def run_distill(
         G2LError: Something does not fit, and nothing has been trained; or training failed.
     """
     machine = how or DistillHow()
+    asked = [teacher] if isinstance(teacher, str | EncoderSpec) else list(teacher)
     with (
         init_distributed(choose_device(machine.device)) as group,
         writing(out),
@@ -127,7 +126,7 @@ def run_distill(
         store = FeatureStore.open(store_path)
         run = Run(
             store=store,
-            teacher=_open_teacher(store, teacher, settings, group),
+            teachers=open_teachers(store, asked, settings, group),
             student=student_spec,
             split=split_store(store, settings.where, settings.hold_out, settings.train.seed, slides=settings.slides),
             settings=settings,
@@ -143,16 +142,29 @@ def _distill(run: Run, epochs: int | None) -> DistillSummary:
     batches = _open_batches(run)
     if epochs is not None:
         run = _with_steps(run, epochs * batches.batches_per_epoch)
-    precision = training_precision(run.settings.precision)
+    precision = training_precision(run.settings.precision) + COMPILED * run.settings.compile
     student = load_encoder(run.student, device=str(run.group.device), precision=precision)
+    if student.spec.width is not None:
+        raise UsageError(f"{student.spec.name}: a student is trained with all of its features; leave the width out")
     held_out = _read_held_out(run)
+    layout = head_layout(
+        [teacher.column for teacher in run.teachers],
+        [teacher.facts.dim for teacher in run.teachers],
+        run.settings.train.nested,
+        student.dim,
+    )
+    require_held_out(held_out, layout)
+    objective_of_each(run.settings.train.objective, run.teachers), weights_of(run.settings.train, run.teachers)
+    sources = sources_of(run.store, run.split.train, run.teachers, run.student)
+    if run.machine.permissive and (reason := not_free(sources)):
+        raise UsageError(f"--permissive: the student would not be free for any use, because of {reason}")
     if run.group.is_main:
         open_run(run.out, run_record(run, student, batches.spec), resume=run.machine.resume)
     run.group.wait()
-    outcome, state = _train(run, student, batches, held_out)
+    outcome, state = _train(run, student, batches, held_out, layout)
     run.group.wait()
     if run.group.is_main:
-        _finish(run, outcome, state)
+        _finish(run, outcome, state, sources, layout)
     validations = _validations(run.out)
     return DistillSummary(
         out=run.out,
@@ -167,24 +179,13 @@ def _distill(run: Run, epochs: int | None) -> DistillSummary:
     )
 
 
-def _open_teacher(
-    store: FeatureStore, teacher: str | EncoderSpec, settings: DistillSettings, group: ProcessGroup
-) -> Teacher:
-    if not settings.online:
-        key = find_stored(teacher.name if isinstance(teacher, EncoderSpec) else teacher, store.encoders)
-        return Teacher(facts=store.encoders[key], key=key)
-    if not isinstance(teacher, EncoderSpec):
-        raise UsageError("a live teacher is given by its spec")
-    stored = (facts.precision for facts in store.encoders.values() if facts.name == teacher.name)
-    live = load_encoder(teacher, device=str(group.device), precision=next(stored, "auto"))
-    return Teacher(facts=replace(live.facts, extra={**live.facts.extra, "online": True}), live=live)
-
-
 def _open_batches(run: Run) -> ReplayDataset:
     machine, group = run.machine, run.group
+    slides = [run.store.slide(slide_id) for slide_id in {*run.split.train, *run.split.held_out}]
     spec = ReplaySpec(
-        encoder=run.teacher.key,
-        n_augmented=_replayed_views(run),
+        encoders=stored_keys(run.teachers),
+        may_miss=run.settings.train.teachers.missing == "mask",
+        n_augmented=replayed_views(run.store, slides, run.teachers, run.settings),
         batch_size=run.settings.batch_size * group.world,
         pool_blocks=run.settings.pool_blocks,
         seed=run.settings.train.seed,
@@ -197,32 +198,6 @@ def _open_batches(run: Run) -> ReplayDataset:
         pixel_cache=PixelCache(machine.pixel_cache, machine.pixel_cache_gb) if machine.pixel_cache else None,
     )
     return ReplayDataset(run.store, run.split.train, spec, reading)
-
-
-def _replayed_views(run: Run) -> int:
-    """Number of augmented views to replay.
-
-    Raises:
-        StoreMissingError: The teacher has none, or fewer than the settings want.
-    """
-    slides = [run.store.slide(slide_id) for slide_id in {*run.split.train, *run.split.held_out}]
-    key, views = run.teacher.key, run.settings.views
-    if key is None:
-        stored = min(slide.n_views for slide in slides) - 1
-        return stored if views is None else views
-    stored = min(slide.feature_facts(key).n_views for slide in slides) - 1
-    wanted = views or max(stored, 1)
-    if stored < wanted and run.teacher.facts.imported:
-        raise StoreMissingError(
-            f"{key} was imported, and an import has only the canonical view, while a student learns from augmented "
-            "ones: run g2l cache-teacher with the slides, or g2l distill --online, which encodes them as it goes"
-        )
-    if stored < wanted:
-        there = f"{stored} augmented views, not {wanted}," if stored else "only the canonical view"
-        raise StoreMissingError(
-            f"{run.store.path} has {there} of {key}: run g2l cache-teacher with --views {max(wanted, 2)}"
-        )
-    return wanted
 
 
 def _with_steps(run: Run, batches: int) -> Run:
@@ -244,22 +219,25 @@ def training_precision(precision: str) -> str:
 
 def _read_held_out(run: Run) -> HeldOutSet:
     held_out = read_held_out(
-        run.store, run.split.held_out, run.teacher.key, limit=VALIDATION_PATCHES, seed=run.settings.train.seed
+        run.store,
+        run.split.held_out,
+        stored_keys(run.teachers),
+        limit=VALIDATION_PATCHES,
+        seed=run.settings.train.seed,
+        may_miss=run.settings.train.teachers.missing == "mask",
     )
-    if run.teacher.live is None:
-        return held_out
-    features = encode_all(run.teacher.live, held_out.pixels, run.settings.batch_size)
-    return replace(held_out, targets=features.astype(np.float16))
+    return with_live_targets(held_out, run.teachers, run.settings.batch_size)
 
 
 def run_record(run: Run, student: LoadedEncoder, replay: ReplaySpec) -> RunRecord:
     """What run.json says of a run before it has a result."""
     return RunRecord(
         store={"grid": run.store.grid, "views": run.store.views},
-        teacher=run.teacher.facts,
+        teacher=run.teachers[0].facts,
+        more_teachers=tuple(teacher.facts for teacher in run.teachers[1:]),
         student=student.facts,
-        settings={**asdict(run.settings), "where": list(run.settings.where)},
-        replay=asdict(replay),
+        settings=_recorded(run.settings),
+        replay=_recorded_replay(replay),
         ranks=run.group.world,
         held_out=run.split.description,
         rows={
@@ -270,45 +248,96 @@ def run_record(run: Run, student: LoadedEncoder, replay: ReplaySpec) -> RunRecor
     )
 
 
+def _recorded(settings: DistillSettings) -> dict[str, Any]:
+    """The settings as run.json keeps them. Those that older runs have not are left out at their defaults."""
+    plain = {**asdict(settings), "where": list(settings.where)}
+    train = plain["train"]
+    if settings.train.teachers == TeachersSpec():
+        del train["teachers"]
+    if not settings.train.nested:
+        del train["nested"]
+    if not settings.compile:
+        del plain["compile"]
+    return plain
+
+
+def _recorded_replay(replay: ReplaySpec) -> dict[str, Any]:
+    """What is replayed as run.json keeps it: `encoder` is the first teacher's key, `encoders` those of several."""
+    plain = asdict(replay)
+    keys, may_miss = plain.pop("encoders"), plain.pop("may_miss")
+    several = {"encoders": list(keys), "may_miss": may_miss} if len(keys) > 1 else {}
+    return {"encoder": keys[0] if keys else None, **plain, **several}
+
+
 def _train(
-    run: Run, student: LoadedEncoder, batches: ReplayDataset, held_out: HeldOutSet
+    run: Run, student: LoadedEncoder, batches: ReplayDataset, held_out: HeldOutSet, layout: HeadLayout
 ) -> tuple[TrainOutcome, RunState]:
     settings, group = run.settings.train, run.group
     module = student.module.requires_grad_(True)
     if settings.grad_checkpoint:
         checkpoint_gradients(module)
-    teacher_dim = held_out.targets.shape[1]
-    distiller = Distiller(module, student.dim, teacher_dim, settings.seed, settings.projector).to(student.device)
-    objective = Objective(settings.objective, _statistics(run, batches.spec), group)
+    distiller = Distiller(module, student.dim, layout, settings.seed, settings.projector).to(student.device)
+    statistics = _statistics(run, batches.spec)
+    objective = build_objective(settings, run.teachers, layout, statistics, group)
+    restored = _restored(run, statistics)
+    precision = student.precision.removesuffix(COMPILED)
 
     def report(step: int, loss: float) -> None:
         if group.is_main:
             line.update(step, settings.steps, f"loss {loss:.3f}")
 
+    def validate(model: Distiller) -> dict[str, float]:
+        batch_size = run.settings.batch_size
+        return held_out_metrics(model, held_out, student.device, batch_size, layout=layout, restored=restored)
+
     hooks = TrainerHooks(
         batches=batches.batches,
         group=group,
-        autocast=None if student.precision == "fp32" else DTYPES[student.precision],
-        validate=lambda model: held_out_metrics(model, held_out, student.device, run.settings.batch_size),
+        autocast=None if precision == "fp32" else DTYPES[precision],
+        validate=validate,
         warn=lambda state, folder: _warn(state, folder, settings.steps),
         report=report,
         note=lambda text: say(f"note  {text}") if group.is_main else None,
-        teacher=_live_features(run.teacher.live) if run.teacher.live else None,
+        teacher=live_features(run.teachers),
     )
     with ProgressLine("distill", "steps") as line:
         return train(distiller, objective, settings, run.out, hooks)
 
 
-def _statistics(run: Run, replay: ReplaySpec) -> TargetStatistics | None:
-    objective, key = run.settings.train.objective, run.teacher.key
-    if key is None or not (objective.needs_statistics or objective.needs_bank):
-        return None
-    return target_statistics(run.store, run.split.train, key, replay.n_augmented)
+def _statistics(run: Run, replay: ReplaySpec) -> dict[str, TargetStatistics]:
+    """Each teacher's statistics, of those that need any: the run's, or taken from the store once and kept with it."""
+    specs = objective_of_each(run.settings.train.objective, run.teachers)
+    needed = {
+        teacher.key: spec
+        for teacher, spec in zip(run.teachers, specs, strict=True)
+        if teacher.key is not None and (spec.needs_statistics or spec.needs_bank)
+    }
+    if not needed:
+        return {}
+    if run.group.is_main and not read_statistics(run.out):
+        found = {key: _taken(run, replay, key, spec) for key, spec in needed.items()}
+        write_statistics(run.out, found)
+    run.group.wait()
+    kept = read_statistics(run.out)
+    if missing := [key for key in needed if key not in kept]:
+        raise RunError(f"{run.out / STATISTICS} lacks {missing[0]}: restore it from a copy, or begin again")
+    return kept
 
 
-def _live_features(teacher: LoadedEncoder) -> Callable[[Tensor], Tensor]:
-    """Gives the teacher's features of a batch on the device, rounded as a store keeps them."""
-    return lambda pixels: features_of(teacher, pixels).half().float()
+def _taken(run: Run, replay: ReplaySpec, key: str, spec: ObjectiveSpec) -> TargetStatistics:
+    rows = run.split.train
+    if replay.may_miss:
+        views = range(1, 1 + replay.n_augmented)
+        rows = {
+            i: chosen for i, chosen in rows.items() if key in encoders_of(run.store.slide(i), replay.encoders, views)
+        }
+    found = target_statistics(run.store, rows, key, replay.n_augmented, with_phi_s=spec.norms[1] == "phi-s")
+    return found if spec.needs_bank else replace(found, bank=None)
+
+
+def _restored(run: Run, statistics: Mapping[str, TargetStatistics]) -> dict[str, Restored]:
+    """What takes projected features back where PHI-S has rotated the targets."""
+    return {key: found.restored for key, found in statistics.items() if found.phi_s is not None}
 
 
 def _warn(state: RunState, folder: Path, steps: int) -> None:
@@ -326,7 +355,7 @@ def _warn(state: RunState, folder: Path, steps: int) -> None:
             say(f"warning  step {state.step}: {warning}")
 
 
-def _finish(run: Run, outcome: TrainOutcome, state: RunState) -> None:
+def _finish(run: Run, outcome: TrainOutcome, state: RunState, sources: Sequence[Source], layout: HeadLayout) -> None:
     """Write the student with its model card, the projector, the page of curves, and last the result into run.json."""
     out, record = run.out, read_run(run.out)
     distiller, step, kept = state.eval_model, state.step, run.settings.keep
@@ -338,7 +367,7 @@ def _finish(run: Run, outcome: TrainOutcome, state: RunState) -> None:
     before, after = _values_at(out, 0), _values_at(out, step)
     card = ModelCard(
         name=out.resolve().name,
-        teacher=run.teacher.facts.to_json(),
+        teachers=[teacher.facts.to_json() for teacher in run.teachers],
         student=run.student,
         settings=record.settings,
         train_slides=len(run.split.train),
@@ -348,8 +377,10 @@ def _finish(run: Run, outcome: TrainOutcome, state: RunState) -> None:
         before=before,
         after=after,
         warnings=outcome.warnings,
+        sources=sources,
+        widths=layout.widths[:-1],
     )
-    trained_on = f"{run.student.describe_weights()}; distilled from {run.teacher.name}"
+    trained_on = f"{run.student.describe_weights()}; distilled from {' and '.join(t.name for t in run.teachers)}"
     exported = write_student(out, distiller.student, run.student, trained_on=trained_on, card=card)
     tensors = {name: t.detach().cpu().contiguous() for name, t in distiller.projector.state_dict().items()}
     write_tensors(out / "projector.safetensors", tensors)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from math import isnan
 from pathlib import Path
 
 import numpy as np
@@ -25,11 +26,28 @@ HELD_OUT = {
 }
 
 
+PARTS = ("loss:", "loss@")
+"""How columns of log.csv begin that are of one teacher or of one width."""
+
+CKA_PARTS = ("cka_debiased:", "cka_debiased@")
+"""The same of validation.csv."""
+
+
 def training_page(title: str, folder: Path, record: RunRecord, result: RunResult) -> str:
     """The page of a run folder: what was trained, its loss, its held-out metrics, and its warnings."""
     steps, validations = read_log(folder / "log.csv"), read_log(folder / "validation.csv")
     held_out = [curve(words, i, _points(validations, name)) for i, (name, words) in enumerate(HELD_OUT.items())]
-    loss = curve("loss", 0, _averaged(_points(steps, "loss_per_element")), is_marked=False)
+    names = [name for name in (steps[0] if steps else {}) if name.startswith(PARTS)]
+    losses = {
+        "loss": "loss_per_element",
+        **{name.replace(":", " of ", 1).replace("@", ", width "): name for name in names},
+    }
+    loss = [
+        curve(words, i, _averaged(_points(steps, name)), is_marked=False)
+        for i, (words, name) in enumerate(losses.items())
+    ]
+    each = [name for name in (validations[0] if validations else {}) if name.startswith(CKA_PARTS)]
+    parts = [curve(_words(name), i, _points(validations, name)) for i, name in enumerate(each)]
     return render(
         "run.html",
         title=title,
@@ -39,7 +57,8 @@ def training_page(title: str, folder: Path, record: RunRecord, result: RunResult
         held_out_plot=curves(held_out, x_label="step", label="Held-out metrics over the steps"),
         before_after=_before_after(result),
         loss=record.settings["train"]["objective"]["loss"],
-        loss_plot=curves([loss], x_label="step", label="Training loss over the steps"),
+        parts_plot=curves(parts, x_label="step", label="CKA to each teacher and at each width") if parts else "",
+        loss_plot=curves(loss, x_label="step", label="Training loss over the steps"),
         share_waiting=result.share_waiting,
         settings=_settings(record),
     )
@@ -53,9 +72,10 @@ def curve(label: str, series: int, points: Iterable[tuple[float, float]], *, is_
 
 def _summary(record: RunRecord, result: RunResult) -> str:
     outcome, rows = result.outcome, record.rows["train"]
+    teachers = " and ".join(teacher.name for teacher in record.teachers)
     early = ", stopped early" if outcome.stopped_early else ""
     return (
-        f"{record.student.name} from {record.teacher.name}: {outcome.steps:,} steps{early} on "
+        f"{record.student.name} from {teachers}: {outcome.steps:,} steps{early} on "
         f"{sum(rows.values()):,} patches of {len(rows)} slides."
     )
 
@@ -65,8 +85,15 @@ def _kept(result: RunResult) -> str:
     return f"kept: the {result.kept} weights, step {result.kept_step:,}; best CKA at step {best:,}"
 
 
+def _words(name: str) -> str:
+    """What a column of one teacher or width is called."""
+    _, colon, teacher = name.partition(":")
+    return teacher if colon else f"width {name.partition('@')[2]}"
+
+
 def _points(rows: Iterable[Mapping[str, float]], name: str) -> tuple[tuple[float, float], ...]:
-    return tuple((row["step"], row[name]) for row in rows)
+    """A column over the steps, without steps where a teacher had no patch."""
+    return tuple((row["step"], row[name]) for row in rows if not isnan(row[name]))
 
 
 def _averaged(points: Sequence[tuple[float, float]]) -> tuple[tuple[float, float], ...]:

@@ -47,6 +47,9 @@ class RunRecord(Facts):
     """What run.json says about a run."""
 
     teacher: EncoderFacts
+    """The teacher, or the first of several."""
+    more_teachers: tuple[EncoderFacts, ...] = field(default=(), metadata={"sparse": True})
+    """The others of several."""
     student: EncoderFacts
     """The student before training."""
     settings: Mapping[str, Any]
@@ -69,7 +72,9 @@ class RunRecord(Facts):
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> "RunRecord":
         """Read the record of a run, finished or not."""
-        encoders = {role: EncoderFacts.from_json(stored[role]) for role in ("teacher", "student")}
+        encoders: dict[str, Any] = {role: EncoderFacts.from_json(stored[role]) for role in ("teacher", "student")}
+        more = stored.get("more_teachers", ())
+        encoders["more_teachers"] = tuple(EncoderFacts.from_json(facts) for facts in more)
         result = {"result": RunResult.from_json(stored["result"])} if "result" in stored else {}
         return super().from_json({**stored, **encoders, **result})
 
@@ -77,6 +82,11 @@ class RunRecord(Facts):
         """What a run has in common with the one that it resumes, as plain values."""
         differing = {"about", "result", *self.extra}
         return {name: value for name, value in self.to_json().items() if name not in differing}
+
+    @property
+    def teachers(self) -> tuple[EncoderFacts, ...]:
+        """All teachers."""
+        return (self.teacher, *self.more_teachers)
 
 
 def open_run(folder: Path, record: RunRecord, *, resume: bool) -> None:
@@ -160,7 +170,7 @@ def _require_kinds(record: RunRecord) -> None:
     for mapping in (record.settings, record.store, record.replay, record.about):
         settings.validate_python(mapping, strict=True)
     TypeAdapter(dict[str, dict[str, int]]).validate_python(record.rows, strict=True)
-    for text in (record.held_out, record.teacher.name, record.student.name, record.teacher.digest):
+    for text in (record.held_out, record.student.name, *(t.name for t in record.teachers), record.teacher.digest):
         TypeAdapter(str).validate_python(text, strict=True)
     if record.result is not None:
         values: TypeAdapter[Any] = TypeAdapter(dict[str, float])

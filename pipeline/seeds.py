@@ -29,7 +29,10 @@ def grouped_by_seed(texts: Sequence[str]) -> list[tuple[str, list[str]]]:
         if not has_magic(text):
             groups.append((text, [text]))
             continue
-        fitting = sorted(glob(text))  # noqa: PTH207 - Path.glob takes no absolute pattern
+        pattern, plus, width = text.rpartition("+")
+        if not (plus and width.isdecimal()):
+            pattern, width = text, ""
+        fitting = sorted(glob(pattern))  # noqa: PTH207 - Path.glob takes no absolute pattern
         folders = [folder for folder in fitting if is_run_folder(folder)]
         if not folders:
             raise UsageError(
@@ -38,7 +41,8 @@ def grouped_by_seed(texts: Sequence[str]) -> list[tuple[str, list[str]]]:
         alike: dict[str, list[str]] = {}
         for folder in folders:
             alike.setdefault(_settings_but_seed(folder), []).append(folder)
-        groups += [(_name(members), members) for members in alike.values()]
+        of_width = f"+{width}" if width else ""
+        groups += [(_name(members) + of_width, [m + of_width for m in members]) for members in alike.values()]
     return groups
 
 
@@ -71,7 +75,8 @@ def _settings_but_seed(folder: str) -> str:
     settings = {**record["settings"], "train": {**record["settings"]["train"], "seed": None}}
     student = {name: value for name, value in record["student"].items() if "digest" not in name}
     student["weights"] = str(student.get("weights")).partition(":")[0] if _is_random(student) else student["weights"]
-    return json.dumps([settings, student, record["teacher"].get("digest"), record["store"]], sort_keys=True)
+    teachers = [teacher.get("digest") for teacher in (record["teacher"], *record.get("more_teachers", ()))]
+    return json.dumps([settings, student, teachers, record["store"]], sort_keys=True)
 
 
 def _is_random(student: Mapping[str, Any]) -> bool:

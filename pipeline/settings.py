@@ -84,6 +84,7 @@ class DistillSettings:
         False, panel=DATA, help="Run the teacher on every batch in place of reading its features, for comparison."
     )
     precision: str = option("auto", panel=MACHINE, help="Precision of the student: auto (fp32), fp32 or bf16.")
+    compile: bool = option(False, panel=MACHINE, help="Compile the student: faster steps on a GPU, a minute to start.")
     keep: str = option("last", panel=TRAINING, help="Which weights the student gets: last, or best by held-out CKA.")
 
     def __post_init__(self) -> None:
@@ -92,7 +93,9 @@ class DistillSettings:
             raise UnknownNameError("weights to keep", self.keep, KEPT)
         if self.views is not None and self.views < (0 if self.online else 1):
             raise UsageError("--views must be at least 1; 0, new views every epoch, needs --online")
-        if self.online and (self.train.objective.needs_statistics or self.train.objective.needs_bank):
+        if self.online and self.train.teachers.missing == "mask":
+            raise UsageError("a live teacher misses no targets: leave --missing-targets mask out")
+        if self.online and any(part.needs_statistics or part.needs_bank for part in self.train.objective.parts):
             raise UsageError(
                 "a live teacher has no stored targets to take statistics or a bank from: use teacher-norm batch"
             )
@@ -112,6 +115,9 @@ class DistillHow:
     """How stage two runs. None of it changes the student, except for the device."""
 
     resume: bool = option(False, help="Go on with the run in --out.")
+    permissive: bool = option(
+        False, help="Refuse teachers, a start or slides whose terms would keep the student from being free for any use."
+    )
     trust_code: tuple[str, ...] = option((), panel=ENCODER, help=TRUST_CODE)
     device: str = option("auto", panel=MACHINE, help="auto, cpu or cuda.")
     workers: int = option(2, min=1, panel=MACHINE, help="Threads that read and augment.")

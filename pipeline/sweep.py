@@ -96,7 +96,7 @@ def read_sweep(name: str, changes: Sequence[str]) -> Sweep:
     for option, values in grid.items():
         if not isinstance(values, list) or not values:
             raise UsageError(f"{path}: {option} in [grid] must be a list of values, not {values!r}")
-    if taken := [option for option in NAMES if option in base or option in grid]:
+    if taken := [option for option in NAMES if option in base or (option in grid and option != "teacher")]:
         raise UsageError(f"{path}: {taken[0]} is given on the command line, not in a sweep")
     return Sweep(
         title=content.get("title", path.stem),
@@ -114,15 +114,36 @@ def _value(text: str) -> Any:
 
 
 def run_sweep(
-    sweep: Sweep, store: Path, teacher: str, student: str, weights: str | None, out: Path, how: DistillHow
+    sweep: Sweep,
+    store: Path,
+    teacher: str | Sequence[str],
+    student: str,
+    weights: str | None,
+    out: Path,
+    how: DistillHow,
 ) -> SweepResult:
     """Distill every run that is not finished yet. Where a run fails only that run is lost; the result names it.
+
+    Args:
+        sweep: What is run.
+        store: The store.
+        teacher: The teacher or teachers of every run; none where the sweep's grid has `teacher`, sets of them.
+        student: The student.
+        weights: Its weights, in place of its own.
+        out: The folder of the sweep.
+        how: Device, workers and caches.
 
     Raises:
         G2LError: Nothing could be started.
     """
     spec = resolve_encoder(student, weights=weights, trusted=how.trust_code)
     runs = sweep.runs()
+    if bool(teacher) == ("teacher" in sweep.grid):
+        raise UsageError(
+            "the sweep's grid has sets of teachers already: leave --teacher out"
+            if teacher
+            else "expected a teacher: give --teacher, or sets of them as teacher in the sweep's [grid]"
+        )
     for run in runs:  # what cannot be used is refused before the first run starts
         settings_of({**sweep.base, **run})
     with writing(out), locked_output(out):
@@ -135,7 +156,7 @@ def run_sweep(
                 if done is None:
                     say(f"run {i}/{len(runs)}  {folder.name}")
                     settings, epochs = settings_of({**sweep.base, **run})
-                    run_distill(store, teacher, spec, folder, settings, epochs=epochs, how=how)
+                    run_distill(store, run.get("teacher", teacher), spec, folder, settings, epochs=epochs, how=how)
                     done = _finished(folder, run)
                 finished += [done] if done else []
             except G2LError as error:
@@ -150,7 +171,12 @@ def run_sweep(
 
 def name_of(run: Mapping[str, Any]) -> str:
     """A run's folder: its varied options."""
-    return ",".join(f"{name}={value}" for name, value in run.items()).replace("/", "_") or "run"
+    return ",".join(f"{name}={shown(value)}" for name, value in run.items()).replace("/", "_") or "run"
+
+
+def shown(value: Any) -> str:
+    """An option's value in one word; a set of teachers or widths is joined by plus signs."""
+    return "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _finished(folder: Path, run: Mapping[str, Any]) -> RunResult | None:
@@ -192,7 +218,7 @@ def sweep_text(result: SweepResult, out: Path) -> str:
 
 
 def _words(key: Sequence[tuple[str, Any]]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in key) or "all"
+    return ", ".join(f"{name} {shown(value)}" for name, value in key) or "all"
 
 
 def _write(result: SweepResult, out: Path) -> None:
@@ -204,7 +230,7 @@ def _write(result: SweepResult, out: Path) -> None:
         )
         for run in result.finished:
             figures = [values[name] for name in HELD_OUT for values in (run.before, run.after)]
-            cells = (*(run.varied.get(name, "") for name in varied), run.folder, run.steps, *figures)
+            cells = (*(shown(run.varied.get(name, "")) for name in varied), run.folder, run.steps, *figures)
             writer.writerow(csv_row(cells))
     write_text(out / PAGE, _page(result))
 

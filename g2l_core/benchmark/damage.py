@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
+from g2l_core.benchmark.widths import parted
 from g2l_core.errors import StoreCorruptError, StoreMissingError, UnknownNameError
 from g2l_core.store.features import FeatureStore, StoredSlide
 from g2l_core.store.location import Location, below
@@ -21,6 +22,7 @@ def damaged_features(slides: Iterable[StoredSlide], encoders: Sequence[str]) -> 
 
 
 def _damage(slide: StoredSlide, encoder: str) -> str:
+    encoder, _ = parted(slide, encoder)
     try:
         slide.features(encoder)
     except UnknownNameError:

@@ -11,6 +11,7 @@ import numpy as np
 
 from g2l_core.benchmark.rows import TaskRows, stored_encoders
 from g2l_core.benchmark.spec import TaskSpec
+from g2l_core.benchmark.widths import stored_key
 from g2l_core.encoders.resolve import RUN_RECORD
 from g2l_core.files import parse_json
 from g2l_core.store.facts import EncoderFacts
@@ -52,8 +53,9 @@ def notes_on(rows: TaskRows, spec: TaskSpec, stores: Sequence[FeatureStore], enc
     notes += _rare_classes(rows, spec)
     tested = set(rows.slide_ids[rows.tested(spec)].tolist())
     known = stored_encoders(stores)
-    notes += [note for key in encoders if key in known for note in _distilled(key, known[key], tested)]
-    notes += [f"{key}: {note}" for key in encoders if key in known for note in known[key].weights_notes]
+    of_each = dict.fromkeys(key for encoder in encoders if (key := stored_key(encoder, known)) in known)
+    notes += [note for key in of_each for note in _distilled(key, known[key], tested)]
+    notes += [f"{key}: {note}" for key in of_each for note in known[key].weights_notes]
     return [f"task {spec.name}: {note}" for note in notes]
 
 

@@ -22,6 +22,7 @@ from g2l_core.benchmark.projections import (
     within_unit,
 )
 from g2l_core.benchmark.rows import TaskRows
+from g2l_core.benchmark.widths import canonical_features
 from g2l_core.errors import G2LError
 from g2l_core.results import CkaMatrix, ConfusionMatrix, Failure, Plots, Projection, SlideMap
 from g2l_core.store.schema import STATUS
@@ -150,7 +151,7 @@ def _largest_slides(rows: TaskRows) -> list[StoredSlide]:
 def _slide_maps(task: str, encoder: str, slides: Sequence[StoredSlide], seed: int) -> Plots:
     """Maps of all readable patches of the slides, labeled or not, on the same components and colors."""
     good = [np.flatnonzero(slide.patch_status == STATUS["ok"]) for slide in slides]
-    features = [slide.features(encoder)[kept] for slide, kept in zip(slides, good, strict=True)]
+    features = [canonical_features(slide, encoder)[kept] for slide, kept in zip(slides, good, strict=True)]
     everything = np.concatenate(features)
     components = principal_components(everything[chosen_rows(len(everything), FITTED_ROWS, seed)], 3)
     sides = [slide.facts.patch_px_level0 for slide in slides]

@@ -13,6 +13,7 @@ from g2l_core.benchmark.join import EXTRA as _EXTRA
 from g2l_core.benchmark.join import Joined
 from g2l_core.benchmark.labels import LabelTable
 from g2l_core.benchmark.spec import TaskSpec
+from g2l_core.benchmark.widths import canonical_features
 from g2l_core.errors import LeakError, StoreCorruptError, TaskError
 from g2l_core.metrics.bags import bag_values
 from g2l_core.metrics.folds import group_folds
@@ -87,7 +88,7 @@ class TaskRows:
         order: list[np.ndarray] = []
         for index in np.unique(self.slide_index).tolist():
             of_slide = np.flatnonzero(self.slide_index == index)
-            parts.append(self.slides[index].features(encoder)[self.row[of_slide]])
+            parts.append(canonical_features(self.slides[index], encoder)[self.row[of_slide]])
             order.append(of_slide)
         out = np.empty((len(self), parts[0].shape[1]), np.float16)
         out[np.concatenate(order)] = np.concatenate(parts)

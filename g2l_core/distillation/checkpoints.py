@@ -14,7 +14,10 @@ from typing import IO, Any, cast
 import torch
 
 from g2l_core.distillation.distiller import Average, Distiller
+from g2l_core.distillation.joint import JointObjective
+from g2l_core.distillation.objective import Objective
 from g2l_core.distillation.optim import EarlyStop
+from g2l_core.distillation.spec import ObjectiveSpec
 from g2l_core.errors import RunError, refuse_open_files, writing
 from g2l_core.files import replacing
 
@@ -35,6 +38,8 @@ class RunState:
     distiller: Distiller
     optimizer: torch.optim.Optimizer
     early_stop: EarlyStop
+    objective: Objective | JointObjective = field(default_factory=lambda: Objective(ObjectiveSpec()))
+    """The loss; that of several teachers has running means, which a checkpoint holds."""
     average: Average | None = None
     step: int = 0
     stopped: bool = False
@@ -62,6 +67,7 @@ def save(folder: Path, state: RunState) -> None:
         "said": state.warnings,
         "model": state.distiller.state_dict(),
         "average": state.average.network.state_dict() if state.average else None,
+        "objective": state.objective.state_dict(),
         "optimizer": state.optimizer.state_dict(),
         "early_stop": {"recent": list(state.early_stop.recent), "above": state.early_stop.above},
         "rng": torch.get_rng_state(),
@@ -127,6 +133,7 @@ def _take(state: RunState, content: dict[str, Any]) -> None:
     state.distiller.load_state_dict(content["model"])
     if state.average:
         state.average.network.load_state_dict(content["average"])
+    state.objective.load_state_dict(content.get("objective", {}))
     state.optimizer.load_state_dict(content["optimizer"])
     state.early_stop.recent = deque(content["early_stop"]["recent"])
     state.early_stop.above = content["early_stop"]["above"]

@@ -1,5 +1,6 @@
 """The held-out patches of a distillation, held in memory: canonical views and the teacher's features of them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from g2l_core.distillation.replay import (
     ChosenRows,
     SlideTables,
     count_rows,
+    encoders_of,
     good_rows,
     require_finite,
     require_same_pixels,
@@ -29,20 +31,30 @@ class HeldOutSet:
 
     pixels: UInt8[np.ndarray, "n height width 3"]
     targets: Float16[np.ndarray, "n dim"]
+    """Of several teachers, one's columns behind the other's; NaN where one has no features of a patch."""
 
 
-def read_held_out(store: FeatureStore, rows: ChosenRows, encoder: str | None, *, limit: int, seed: int) -> HeldOutSet:
+def read_held_out(
+    store: FeatureStore,
+    rows: ChosenRows,
+    encoders: Sequence[str],
+    *,
+    limit: int,
+    seed: int,
+    may_miss: bool = False,
+) -> HeldOutSet:
     """Read view 0 of some rows.
 
     Args:
         store: The store.
         rows: Rows to choose from.
-        encoder: The teacher's key in the store; None reads no targets, for a teacher that runs live.
+        encoders: The teachers' keys in the store; none reads no targets, for teachers that run live.
         limit: Maximum number of rows; they are drawn at random over all slides.
         seed: Random seed.
+        may_miss: Whether slides may lack some of the teachers' features.
 
     Raises:
-        StoreMissingError: The teacher's canonical view is not complete, or there are no rows.
+        StoreMissingError: A teacher's canonical view is not complete, or there are no rows.
         StoreCorruptError: The teacher's features of it are not finite.
     """
     counts = count_rows(store, rows)
@@ -67,7 +79,14 @@ def read_held_out(store: FeatureStore, rows: ChosenRows, encoder: str | None, *,
         reader.close()
         require_same_pixels(slide, taken, canonical, block.hashes)
         pixels.append(block.pixels[:, 0])
-        targets.append(_read_targets(stored, encoder, taken))
+        there = encoders_of(stored, encoders, [0]) if may_miss else encoders
+        parts = [
+            _read_targets(stored, key, taken)
+            if key in there
+            else np.full((len(taken), store.encoders[key].dim), np.nan, np.float16)
+            for key in encoders
+        ]
+        targets.append(np.concatenate([np.empty((len(taken), 0), np.float16), *parts], axis=1))
     return HeldOutSet(pixels=np.concatenate(pixels), targets=np.concatenate(targets))
 
 
@@ -76,9 +95,7 @@ def _draw(total: int, limit: int, seed: int) -> Int64[np.ndarray, " drawn"]:
     return np.arange(total) if limit >= total else keyed_generator("validation", seed).permutation(total)[:limit]
 
 
-def _read_targets(slide: StoredSlide, encoder: str | None, rows: np.ndarray) -> Float16[np.ndarray, "row dim"]:
-    if encoder is None:
-        return np.empty((len(rows), 0), np.float16)
+def _read_targets(slide: StoredSlide, encoder: str, rows: np.ndarray) -> Float16[np.ndarray, "row dim"]:
     features = slide.features(encoder)[rows]
     require_finite(slide, encoder, rows, features)
     return features

@@ -19,6 +19,7 @@ import torch.nn.functional as F  # noqa: N812
 from jaxtyping import Float
 from torch import Tensor
 
+from g2l_core.distillation.spec import PATCH_LOSSES
 from g2l_core.errors import UnknownNameError, UsageError
 
 LossFn: TypeAlias = Callable[..., Tensor]
@@ -357,6 +358,52 @@ def _angles(z: Tensor) -> Tensor:
     """Cosines of the angles at every patch between every two others, (n, n, n); 0 where two are the same."""
     directions = F.normalize(z[None] - z[:, None], dim=2)
     return torch.bmm(directions, directions.transpose(1, 2))
+
+
+def losses_by_patch(
+    name: str,
+    student: Float[Tensor, "n d"],
+    teacher: Float[Tensor, "n d"],
+    *,
+    alpha: float = 4.0,
+    temperature: float = 1.0,
+    bank: Float[Tensor, "k d"] | None = None,
+) -> Float[Tensor, " n"]:
+    """The loss of each patch, for losses that are means over patches: the mean of these is the loss.
+
+    Args:
+        name: One of `spec.PATCH_LOSSES`; or logsum, of which this is the form of `logsum_per_sample`.
+        student: Projected student features, float32, (n, d).
+        teacher: Teacher features, float32, (n, d).
+        alpha: As for `logsum`.
+        temperature: As for `kl` and `kl_queue`.
+        bank: As for `kl_queue`.
+
+    Raises:
+        UnknownNameError: The loss is no mean over patches.
+    """
+    with torch.autocast(student.device.type, enabled=False):
+        match name:
+            case "mse":
+                return (student - teacher).square().mean(dim=1)
+            case "smooth_l1":
+                return F.smooth_l1_loss(student, teacher, reduction="none").mean(dim=1)
+            case "cosine":
+                return 1 - F.cosine_similarity(student, teacher, dim=1)
+            case "logsum":
+                return torch.log(_powers(student - teacher, alpha).sum(dim=1) + _LOG_FLOOR)
+            case "kl":
+                return _divergences(student, teacher, temperature) * temperature**2
+            case "kl_queue" if bank is not None:
+                keys = F.normalize(bank.float(), dim=1)
+                s, t = (F.normalize(z, dim=1) @ keys.T for z in (student, teacher))
+                return _divergences(s, t, temperature)
+    raise UnknownNameError("loss of single patches", name, PATCH_LOSSES)
+
+
+def _divergences(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    q, p = (F.log_softmax(z / temperature, dim=1) for z in (student, teacher))
+    return F.kl_div(q, p, reduction="none", log_target=True).sum(dim=1)
 
 
 LOSSES: Mapping[str, LossFn] = MappingProxyType(

@@ -4,7 +4,7 @@ The pixels are rendered from the slides as they were for the teacher, and their 
 store recorded, so that a student never learns features of other pixels.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float16, Int64, UInt8, UInt64
 
-from g2l_core.errors import ReadError, StoreCorruptError, StoreMismatchError, UsageError
+from g2l_core.errors import ReadError, StoreCorruptError, StoreMismatchError, StoreMissingError, UsageError
 from g2l_core.patches.grid import GridSpec
 from g2l_core.patches.identity import require_same_slide
 from g2l_core.patches.pixel_cache import PixelCache
@@ -31,8 +31,10 @@ Rows = Int64[np.ndarray, " row"]
 class ReplaySpec:
     """What is replayed, and in which order."""
 
-    encoder: str | None
-    """The teacher's key in the store. None replays pixels without targets, for a teacher that runs live."""
+    encoders: tuple[str, ...]
+    """The teachers' keys in the store. None replay pixels without targets, for teachers that run live."""
+    may_miss: bool = False
+    """Whether slides may lack some of the teachers' features; their targets are NaN."""
     n_augmented: int
     """The last replayed view; the first is 1, and every epoch shows one view of each patch. 0 draws a new view every
     epoch, without end."""
@@ -52,7 +54,7 @@ class ReplaySpec:
             raise UsageError(f"a batch of {self.batch_size} has no batch statistics; use at least 2, the paper has 32")
         if self.pool_blocks < 1 or self.n_augmented < 0:
             raise UsageError("pool_blocks must be at least 1, n_augmented at least 0")
-        if self.encoder is not None and not self.n_augmented:
+        if self.encoders and not self.n_augmented:
             raise UsageError(
                 "a new view every epoch needs a teacher that runs live: stored features have so many views"
             )
@@ -127,7 +129,7 @@ class ReplaySource:
             pixel_cache: Decoded patches are kept here between epochs and runs.
 
         Raises:
-            StoreMissingError: A slide misses views of the teacher.
+            StoreMissingError: A slide misses views of a teacher, and may not; or of all of them.
             StoreMismatchError: A slide's file has changed.
         """
         grid = GridSpec.from_json(store.grid)
@@ -137,16 +139,29 @@ class ReplaySource:
         self._rows = [_sorted(rows[slide.slide_id]) for slide in self._slides]
         for slide in self._slides:
             require_same_slide(slide, Path(slide.facts.source))
-            if spec.encoder is not None:
-                for view in range(1, 1 + spec.n_augmented):
-                    slide.require_complete(spec.encoder, view)
+        self._encoders = [self._require_targets(slide) for slide in self._slides]
+        self._dims = {key: store.encoders[key].dim for key in spec.encoders}
         sizes = [_block_rows(store, slide, chosen) for slide, chosen in zip(self._slides, self._rows, strict=True)]
         self.block_rows = np.concatenate(sizes)
         self._first_block = np.cumsum([0, *map(len, sizes)], dtype=np.int64)
         self._tables = lru_cache(OPEN_TABLES)(lambda index: SlideTables(self._slides[index], self._views))
         self._readers = ReaderPool(lambda index: _open(self._slides[int(index)], grid, pixel_cache))
         self._held: dict[tuple[int, int], np.ndarray] = {}
-        self._proven: set[tuple[int, Shard]] = set()
+        self._proven: set[tuple[int, str, Shard]] = set()
+
+    def _require_targets(self, slide: StoredSlide) -> tuple[str, ...]:
+        """The teachers whose features a slide has in all replayed views.
+
+        Raises:
+            StoreMissingError: One is missing that must be there.
+        """
+        views = range(1, 1 + self._spec.n_augmented)
+        if self._spec.may_miss:
+            return encoders_of(slide, self._spec.encoders, views)
+        for encoder in self._spec.encoders:
+            for view in views:
+                slide.require_complete(encoder, view)
+        return self._spec.encoders
 
     def preload_targets(self, max_gb: float) -> None:
         """Read all targets into memory if they are at most `max_gb` GB (1e9 bytes), and check that they are finite.
@@ -154,19 +169,26 @@ class ReplaySource:
         Raises:
             StoreCorruptError: They are not finite, or not what was written.
         """
-        encoder, n_augmented = self._spec.encoder, self._spec.n_augmented
-        if encoder is None:
-            return
-        width = self._slides[0].feature_facts(encoder).dim
-        if sum(map(len, self._slides)) * n_augmented * width * 2 > 1e9 * max_gb:
+        n_augmented, width = self._spec.n_augmented, sum(self._dims.values())
+        if not width or sum(map(len, self._slides)) * n_augmented * width * 2 > 1e9 * max_gb:
             return
         for index, slide in enumerate(self._slides):
             chosen = self._rows[index]
             rows = good_rows(slide) if chosen is None else chosen
             for view in range(1, 1 + n_augmented):
-                features = slide.features(encoder, view=view)
-                require_finite(slide, encoder, rows, features[rows])
-                self._held[index, view] = features
+                self._held[index, view] = self._all_targets(index, view, rows)
+
+    def _all_targets(self, index: int, view: int, rows: Rows) -> Float16[np.ndarray, "row dim"]:
+        """The targets of all rows of a slide, those of some rows checked. Those of one teacher are not copied."""
+        slide, parts = self._slides[index], list[np.ndarray]()
+        for encoder, dim in self._dims.items():
+            if encoder not in self._encoders[index]:
+                parts.append(np.full((len(slide), dim), np.nan, np.float16))
+                continue
+            features = slide.features(encoder, view=view)
+            require_finite(slide, encoder, rows, features[rows])
+            parts.append(features)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
 
     def read(
         self, block: int, within: Rows, epoch: int
@@ -179,7 +201,8 @@ class ReplaySource:
             epoch: Number of the epoch.
 
         Returns:
-            Pixels, and the teacher's features of them; without columns where the teacher runs live.
+            Pixels, and the teachers' features of them, one teacher's columns behind the other's; without columns where
+            teachers run live, and NaN where a teacher's features may be missing and are.
 
         Raises:
             ReadError: A patch cannot be read.
@@ -199,9 +222,7 @@ class ReplaySource:
                 f"{next(iter(rendered.reasons.values()))}"
             )
         require_same_pixels(tables, rows, views, rendered.hashes)
-        if self._spec.encoder is None:
-            return rendered.pixels[:, 0], np.empty((len(rows), 0), np.float16)
-        return rendered.pixels[:, 0], self._read_targets(index, self._spec.encoder, rows, views)
+        return rendered.pixels[:, 0], self._read_targets(index, rows, views)
 
     def _rows_of(self, index: int, block: int, tables: SlideTables) -> Rows:
         """The chosen rows of a slide's block, increasing."""
@@ -219,19 +240,27 @@ class ReplaySource:
         turn = (slide.take("pixel_hash", rows, 0) + np.uint64(epoch)) % np.uint64(self._spec.n_augmented)
         return 1 + turn.astype(np.int64)
 
-    def _read_targets(self, index: int, encoder: str, rows: Rows, views: Rows) -> Float16[np.ndarray, "row dim"]:
-        """The teacher's features of one view of each row: from memory, or by one contiguous read for each view."""
-        slide, start, stop = self._slides[index], int(rows.min()), int(rows.max()) + 1
-        targets = np.empty((len(rows), slide.feature_facts(encoder).dim), np.float16)
+    def _read_targets(self, index: int, rows: Rows, views: Rows) -> Float16[np.ndarray, "row dim"]:
+        """The teachers' features of one view of each row: from memory, or by one contiguous read for each view."""
+        targets = np.full((len(rows), sum(self._dims.values())), np.nan, np.float16)
         for view in np.unique(views).tolist():
-            in_view = views == view
+            in_view = np.flatnonzero(views == view)
             if (index, view) in self._held:
                 targets[in_view] = self._held[index, view][rows[in_view]]
-                continue
-            self._prove(index, encoder, start, stop, view)
-            targets[in_view] = slide.read_unproven_rows(encoder, start, stop, view=view)[rows[in_view] - start]
-        require_finite(slide, encoder, rows, targets)
+            else:
+                self._fill(targets, in_view, index, rows, view)
         return targets
+
+    def _fill(self, targets: np.ndarray, places: np.ndarray, index: int, rows: Rows, view: int) -> None:
+        """Read the targets of one view into their places. Those that are there must be finite."""
+        slide, start, stop, first = self._slides[index], int(rows.min()), int(rows.max()) + 1, 0
+        for encoder, dim in self._dims.items():
+            if encoder in self._encoders[index]:
+                self._prove(index, encoder, start, stop, view)
+                features = slide.read_unproven_rows(encoder, start, stop, view=view)[rows[places] - start]
+                require_finite(slide, encoder, rows[places], features)
+                targets[places, first : first + dim] = features
+            first += dim
 
     def _prove(self, index: int, encoder: str, start: int, stop: int, view: int) -> None:
         """Compare the shards of some rows with their completion records, each once.
@@ -240,9 +269,25 @@ class ReplaySource:
         """
         slide = self._slides[index]
         for shard in slide.shards([view])[start // schema.SHARD_ROWS : (stop - 1) // schema.SHARD_ROWS + 1]:
-            if (index, shard) not in self._proven:
+            if (index, encoder, shard) not in self._proven:
                 slide.read_rows(encoder, shard.start, shard.stop, view=view)
-                self._proven.add((index, shard))
+                self._proven.add((index, encoder, shard))
+
+
+def encoders_of(slide: StoredSlide, encoders: Sequence[str], views: Iterable[int]) -> tuple[str, ...]:
+    """Those of some encoders whose features a slide has in all of some views.
+
+    Raises:
+        StoreMissingError: It has none of them.
+    """
+    views = list(views)
+    there = tuple(key for key in encoders if {s.name for s in slide.shards(views)} <= slide.records(key, views).keys())
+    if encoders and not there:
+        raise StoreMissingError(
+            f"slide {slide.slide_id} has complete features of none of the teachers {', '.join(encoders)}: "
+            "run g2l cache-teacher for it, or leave it out with --where"
+        )
+    return there
 
 
 def _sorted(rows: Rows | None) -> Rows | None:

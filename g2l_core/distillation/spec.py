@@ -1,20 +1,27 @@
 """What decides a distillation, as plain values: loss, optimizer, training. Imports no torch, for quick help pages."""
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from math import inf, log
 
 from g2l_core.errors import UnknownNameError, UsageError
-from g2l_core.options import LOSS, MACHINE, OPTIMIZER, TRAINING, option
+from g2l_core.options import DATA, LOSS, MACHINE, OPTIMIZER, TRAINING, option
 
 LOSSES = ("logsum", "logsum_corr", "mse", "smooth_l1", "cosine", "kl", "kl_queue", "rkd")
 """The names of `losses.LOSSES`."""
 
-TEACHER_NORMS = ("auto", "batch", "dataset", "none")
+TEACHER_NORMS = ("auto", "batch", "dataset", "phi-s", "none")
 STUDENT_NORMS = ("auto", "batch", "none")
 REDUCTIONS = ("global", "per-rank", "per-sample")
 STATISTICS = ("per-rank", "global")
 ALPHA_LOSSES = ("logsum", "logsum_corr")
 """The losses that `alpha` changes."""
+
+PATCH_LOSSES = ("mse", "smooth_l1", "cosine", "kl", "kl_queue")
+"""The losses that are means over patches, so that each patch has its own; logsum is one with reduce = per-sample."""
+
+BALANCES = ("fixed", "running", "dropping")
+MISSING = ("refuse", "mask")
 
 TEMPERATURES = {"kl": 1.0, "kl_queue": 0.07}
 """The losses that a temperature changes, with the one that they take where none is given."""
@@ -24,7 +31,12 @@ TEMPERATURES = {"kl": 1.0, "kl_queue": 0.07}
 class ObjectiveSpec:
     """The loss and all that it is computed from. Defaults are the paper's (arXiv 2510.11176)."""
 
-    loss: str = option("logsum", panel=LOSS, help="logsum, logsum_corr, mse, smooth_l1, cosine, kl, kl_queue or rkd.")
+    loss: str = option(
+        "logsum",
+        panel=LOSS,
+        help="logsum, logsum_corr, mse, smooth_l1, cosine, kl, kl_queue or rkd. Of several teachers, one for all, or "
+        "TEACHER=LOSS by comma beside it, as in logsum,uni=mse.",
+    )
     alpha: float = option(4.0, panel=LOSS, help="Exponent of the Log-Sum losses.")
     temperature: float | None = option(
         None, panel=LOSS, help="Temperature of kl (1 if not given) and kl_queue (0.07 if not given)."
@@ -32,8 +44,9 @@ class ObjectiveSpec:
     teacher_norm: str = option(
         "auto",
         panel=LOSS,
-        help="How targets are standardized: over the batch, over the dataset (the store's training patches), or none. "
-        "auto is batch, but dataset for kl_queue, whose bank has no batch.",
+        help="How targets are standardized: over the batch, over the dataset (the store's training patches), by phi-s "
+        "(over the dataset too, by a rotation and one scale), or none. auto is batch, but dataset for kl_queue, whose "
+        "bank has no batch.",
     )
     student_norm: str = option(
         "auto", panel=LOSS, help="How the student's features are standardized: batch or none. auto follows the teacher."
@@ -50,6 +63,9 @@ class ObjectiveSpec:
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot be computed or contradict each other."""
+        if self.is_of_several:
+            self._check_several()
+            return
         for name, known in (
             ("loss", LOSSES), ("teacher_norm", TEACHER_NORMS), ("student_norm", STUDENT_NORMS),
             ("reduce", REDUCTIONS), ("batch_statistics", STATISTICS),
@@ -58,6 +74,55 @@ class ObjectiveSpec:
                 raise UnknownNameError(name.replace("_", "-"), getattr(self, name), known)
         self._check_numbers()
         self._check_norms()
+
+    def _check_several(self) -> None:
+        used = {part.loss for part in self.parts}
+        if self.temperature is not None and not used & set(TEMPERATURES):
+            raise UsageError(f"a temperature is for {', '.join(TEMPERATURES)}, which --loss {self.loss} has not")
+
+    @property
+    def is_of_several(self) -> bool:
+        """Whether the loss is a text of losses for several teachers. Only `with_loss` gives one to compute with."""
+        return "=" in self.loss or "," in self.loss
+
+    def losses_by_teacher(self) -> tuple[Mapping[str, str], str | None]:
+        """The losses that `loss` gives to teachers by their names, and the one for all others; None where it has none.
+
+        Raises:
+            UsageError: A teacher has two, or there are two for all others.
+        """
+        named: dict[str, str] = {}
+        rest: list[str] = []
+        for part in (part.strip() for part in self.loss.split(",")):
+            teacher, equals, loss = part.rpartition("=")
+            if equals and teacher.strip() in named:
+                raise UsageError(f"--loss {self.loss} gives {teacher.strip()} two losses: leave one out")
+            if equals:
+                named[teacher.strip()] = loss.strip()
+            else:
+                rest.append(part)
+        if len(rest) > 1:
+            raise UsageError(
+                f"--loss {self.loss}: expected one loss for all teachers that it does not name, not "
+                f"{' and '.join(rest)}"
+            )
+        return named, rest[0] if rest else None
+
+    @property
+    def parts(self) -> tuple["ObjectiveSpec", ...]:
+        """The objectives that it stands for: itself, or one for each loss that a teacher may have."""
+        if not self.is_of_several:
+            return (self,)
+        named, rest = self.losses_by_teacher()
+        return tuple(self.with_loss(loss) for loss in dict.fromkeys([*filter(None, (rest,)), *named.values()]))
+
+    def with_loss(self, loss: str) -> "ObjectiveSpec":
+        """The objective of one teacher among several: with this loss, and the temperature if that has one.
+
+        Raises:
+            UsageError: The other settings do not fit the loss.
+        """
+        return replace(self, loss=loss, temperature=self.temperature if loss in TEMPERATURES else None)
 
     def _check_numbers(self) -> None:
         if not 0 < self.alpha < inf:
@@ -93,7 +158,12 @@ class ObjectiveSpec:
     @property
     def needs_statistics(self) -> bool:
         """Whether the training targets' mean and deviation must be known."""
-        return self.norms[1] == "dataset"
+        return self.norms[1] in {"dataset", "phi-s"}
+
+    @property
+    def has_patch_losses(self) -> bool:
+        """Whether the loss is a mean over patches, so that each patch has one of its own."""
+        return self.loss in PATCH_LOSSES or self.reduce == "per-sample"
 
     @property
     def needs_bank(self) -> bool:
@@ -109,6 +179,73 @@ class ObjectiveSpec:
                 return loss - log(dim)
             case _:
                 return loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeachersSpec:
+    """How the losses of several teachers become one, see `joint.JointObjective`."""
+
+    weights: tuple[str, ...] = option(
+        (),
+        panel=LOSS,
+        name="teacher_weight",
+        help="How much a teacher's loss counts among several, as TEACHER=NUMBER; 1 if not given; repeatable.",
+    )
+    balance: str = option(
+        "fixed",
+        panel=LOSS,
+        help="How several teachers' losses are balanced: fixed, by their weights; running, each over its running mean; "
+        "dropping, of each patch the teacher with the largest loss stays and others are left out half of the time.",
+    )
+    missing: str = option(
+        "refuse",
+        panel=DATA,
+        name="missing_targets",
+        help="Slides without one of several teachers' features: refuse them, or mask that teacher's loss there.",
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse settings that are unknown or contradict each other."""
+        for name, known in (("balance", BALANCES), ("missing", MISSING)):
+            if getattr(self, name) not in known:
+                raise UnknownNameError(name, getattr(self, name), known)
+        if self.weights and self.balance == "dropping":
+            raise UsageError("dropping compares losses patch by patch and has no weights: leave --teacher-weight out")
+        self.weight_by_teacher()
+
+    def weight_by_teacher(self) -> dict[str, float]:
+        """The weights by the names that the user gave.
+
+        Raises:
+            UsageError: One is no TEACHER=NUMBER above 0, or a teacher has two.
+        """
+        found: dict[str, float] = {}
+        for text in self.weights:
+            teacher, _, number = text.rpartition("=")
+            try:
+                weight = float(number)
+            except ValueError:
+                weight = 0.0
+            if not teacher.strip() or not 0 < weight < inf:
+                raise UsageError(
+                    f"--teacher-weight {text}: expected TEACHER=NUMBER with a number above 0, as in uni=0.5"
+                )
+            if teacher.strip() in found:
+                raise UsageError(f"--teacher-weight gives {teacher.strip()} two weights: leave one out")
+            found[teacher.strip()] = weight
+        return found
+
+
+def read_widths(text: str) -> tuple[int, ...]:
+    """The widths in a text such as 64,128,256; none of "none".
+
+    Raises:
+        UsageError: A part is no whole number.
+    """
+    parts = [] if text.strip() in {"", "none"} else [part.strip() for part in text.split(",")]
+    if wrong := [part for part in parts if not part.isdecimal()]:
+        raise UsageError(f"--nested {text}: expected whole numbers by comma, as in 64,128,256, not {wrong[0]!r}")
+    return tuple(map(int, parts))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +296,13 @@ class TrainSettings:
     steps: int
     objective: ObjectiveSpec = field(default_factory=ObjectiveSpec)
     optim: OptimSpec = field(default_factory=OptimSpec)
+    teachers: TeachersSpec = field(default_factory=TeachersSpec)
+    nested: tuple[int, ...] = option(
+        (),
+        panel=LOSS,
+        parse=read_widths,
+        help="Widths, as 64,128,256: the student's first so many features alone shall do too (Matryoshka).",
+    )
     projector: str = option("linear", panel=LOSS, help="Maps the student's features to the teacher's: linear or mlp.")
     grad_checkpoint: bool = option(
         False, panel=MACHINE, help="Recompute activations in the backward pass: less memory, slower."
@@ -177,3 +321,18 @@ class TrainSettings:
         """Refuse a loop that cannot run."""
         if self.steps < 1 or self.validate_every < 1 or self.checkpoint_every < 1:
             raise UsageError("steps, validate_every and checkpoint_every must be at least 1")
+        self._check_nested()
+        objective = self.objective
+        is_global = "global" in {objective.reduce, objective.batch_statistics}
+        if is_global and (self.teachers.missing == "mask" or self.teachers.balance == "dropping"):
+            raise UsageError(
+                "masked and dropped targets leave ranks with different numbers of rows, which global statistics and "
+                "reductions cannot join: use --reduce and --batch-statistics per-rank"
+            )
+
+    def _check_nested(self) -> None:
+        twice = sorted({width for width in self.nested if self.nested.count(width) > 1})
+        if twice:
+            raise UsageError(f"--nested names the width {twice[0]} twice: leave one out")
+        if self.nested and min(self.nested) < 1:
+            raise UsageError(f"--nested: expected widths of at least 1, not {min(self.nested)}")

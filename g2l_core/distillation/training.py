@@ -14,6 +14,7 @@ from g2l_core.concurrency import in_background
 from g2l_core.distillation.checkpoints import RunState, restore, save, save_best
 from g2l_core.distillation.distiller import Average, Distiller
 from g2l_core.distillation.distributed import ProcessGroup
+from g2l_core.distillation.joint import JointObjective
 from g2l_core.distillation.loader import Batch
 from g2l_core.distillation.logs import TrainingLogs
 from g2l_core.distillation.objective import Objective
@@ -74,7 +75,7 @@ class Prepared:
 class DistillationStep(nn.Module):
     """From pixels and targets to the loss: everything that data-parallel training must wrap."""
 
-    def __init__(self, distiller: Distiller, objective: Objective, hooks: TrainerHooks) -> None:
+    def __init__(self, distiller: Distiller, objective: Objective | JointObjective, hooks: TrainerHooks) -> None:
         super().__init__()
         self.distiller, self.objective = distiller, objective
         self._device, self._autocast = hooks.group.device.type, hooks.autocast
@@ -88,7 +89,11 @@ class DistillationStep(nn.Module):
 
 
 def train(
-    distiller: Distiller, objective: Objective, settings: TrainSettings, folder: Path, hooks: TrainerHooks
+    distiller: Distiller,
+    objective: Objective | JointObjective,
+    settings: TrainSettings,
+    folder: Path,
+    hooks: TrainerHooks,
 ) -> tuple[TrainOutcome, RunState]:
     """Train, from the last good checkpoint in `folder` if there is one.
 
@@ -107,8 +112,9 @@ def train(
             cannot be written to.
     """
     torch.manual_seed(settings.seed)  # dropout and drop path, where a student has them
-    state = _begin(distiller, settings, folder, hooks)
     group = hooks.group
+    objective.to(group.device)
+    state = _begin(distiller, objective, settings, folder, hooks)
     step_module = group.wrap(DistillationStep(distiller, objective, hooks).to(group.device))
     logs = TrainingLogs(folder, state.step) if group.is_main else None
     if logs and logs.lost:
@@ -139,10 +145,17 @@ def train(
     return outcome, state
 
 
-def _begin(distiller: Distiller, settings: TrainSettings, folder: Path, hooks: TrainerHooks) -> RunState:
+def _begin(
+    distiller: Distiller,
+    objective: Objective | JointObjective,
+    settings: TrainSettings,
+    folder: Path,
+    hooks: TrainerHooks,
+) -> RunState:
     optim = settings.optim
     state = RunState(
         distiller=distiller,
+        objective=objective,
         optimizer=build_optimizer(distiller, optim),
         early_stop=EarlyStop(optim.early_stop_window, optim.early_stop_patience),
         average=Average(distiller, optim.ema) if optim.ema else None,
@@ -163,6 +176,7 @@ def train_step(
         RunError: The loss is not finite.
     """
     begin, waited, total = perf_counter(), 0.0, 0.0
+    logged = dict[str, float]()
     optim = settings.optim
     lr, weight_decay = anneal(state.optimizer, optim, state.step, settings.steps)
     step_module.train()
@@ -176,6 +190,9 @@ def train_step(
             loss = step_module(pixels, targets) / optim.accumulate
             loss.backward()
         total += float(loss.detach())
+        if parts := state.objective.logged():
+            for name, value in zip(parts, torch.stack(list(parts.values())).tolist(), strict=True):
+                logged[name] = logged.get(name, 0.0) + value / optim.accumulate
     if optim.clip:
         nn.utils.clip_grad_norm_(state.distiller.parameters(), optim.clip)
     state.optimizer.step()
@@ -185,15 +202,19 @@ def train_step(
     if not isfinite(state.loss):
         raise RunError(f"the loss of step {state.step} is {state.loss}. Lower --lr; the checkpoints before it are kept")
     rows = len(targets) * (hooks.group.world if settings.objective.reduce == "global" else 1)
+    logged = {name: hooks.group.mean(value) for name, value in logged.items()}
+    if not logged:
+        logged["loss_per_element"] = settings.objective.comparable(state.loss, rows, targets.shape[1])
     return {
         "step": state.step,
         "epoch": batch.epoch,
         "loss": state.loss,
-        "loss_per_element": settings.objective.comparable(state.loss, rows, targets.shape[1]),
+        "loss_per_element": logged.pop("loss_per_element"),
         "lr": lr,
         "weight_decay": weight_decay,
         "seconds": round(perf_counter() - begin, 4),
         "seconds_waiting": round(waited, 4),
+        **logged,
     }
 
 

@@ -1,14 +1,15 @@
 """How close a student is to its teacher on held-out patches, and warnings from a run's curves."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from jaxtyping import Float, Float32, Float64
 
-from g2l_core.distillation.distiller import Distiller
+from g2l_core.distillation.distiller import Distiller, HeadLayout
 from g2l_core.distillation.held_out import HeldOutSet
 from g2l_core.metrics.knn.neighbors import nearest
 from g2l_core.metrics.moments import cka_center, cka_moments
@@ -17,8 +18,13 @@ from g2l_core.metrics.similarity import linear_cka
 OVERLAP_K = 10
 """Neighbors of the mutual overlap, as in Huh et al. 2024 (arXiv 2405.07987)."""
 
+Restored: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
+
 DEAD = 1e-3
 """Dimensions whose deviation is a smaller fraction than this of the largest one are ignored."""
+
+OF_PARTS = ("cka_debiased", "r2_projected", "knn_overlap")
+"""The metrics that are given for each of several teachers and widths, beside the mean of all."""
 
 STALLED_VALIDATIONS = 5
 STALLED_GAIN = 0.005
@@ -28,7 +34,13 @@ LOSS_PARTS = 10
 
 
 def held_out_metrics(
-    distiller: Distiller, held_out: HeldOutSet, device: torch.device, batch_size: int
+    distiller: Distiller,
+    held_out: HeldOutSet,
+    device: torch.device,
+    batch_size: int,
+    *,
+    layout: HeadLayout | None = None,
+    restored: Mapping[str, Restored] | None = None,
 ) -> dict[str, float]:
     """Measure how close the student is to the teacher on held-out canonical views.
 
@@ -37,14 +49,55 @@ def held_out_metrics(
         held_out: Pixels and the teacher's features of them.
         device: Where the distiller is.
         batch_size: Patches that are encoded at a time.
+        layout: Which columns are whose, where there are several teachers or widths.
+        restored: By teacher, what takes projected features back to the teacher's own space; as they are by default.
 
     Returns:
         Metric values by name. Of student and teacher: linear CKA, debiased and biased, and the mutual kNN overlap. Of
         projected student and teacher: the same CKA; and, both standardized over the held-out patches, the mean cosine
-        and the explained variance R^2, which is the squared correlation of each dimension, averaged.
+        and the explained variance R^2, which is the squared correlation of each dimension, averaged. Of several
+        teachers, these are means over the teachers, and METRIC:TEACHER is each one's. METRIC@WIDTH is the mean for the
+        student's first so many features; both for `OF_PARTS` alone.
     """
     student, projected = _encode(distiller, held_out, device, batch_size)
-    teacher = held_out.targets.astype(np.float32)
+    layout = layout or HeadLayout(teachers=("",), dims=(projected.shape[1],), widths=(student.shape[1],))
+    parts = layout.split(torch.from_numpy(projected))
+    found = dict[tuple[str, int], dict[str, float]]()
+    ends = np.cumsum(layout.dims)
+    for i, teacher in enumerate(layout.teachers):
+        targets = held_out.targets[:, ends[i] - layout.dims[i] : ends[i]]
+        there = ~np.isnan(targets[:, 0])
+        undo = (restored or {}).get(teacher, _as_it_is)
+        for part, width in zip(parts[i], layout.widths, strict=True):
+            back = undo(part[torch.from_numpy(there)]).numpy()
+            found[teacher, width] = _closeness(student[there, :width], back, targets[there].astype(np.float32))
+    return _summarized(found, layout)
+
+
+def _as_it_is(projected: torch.Tensor) -> torch.Tensor:
+    return projected
+
+
+def _summarized(found: Mapping[tuple[str, int], Mapping[str, float]], layout: HeadLayout) -> dict[str, float]:
+    """The means over teachers at all features, then each teacher's, then the means at smaller widths."""
+    full = layout.widths[-1]
+    names = list(found[layout.teachers[0], full])
+
+    def mean(name: str, width: int) -> float:
+        return sum(found[teacher, width][name] for teacher in layout.teachers) / len(layout.teachers)
+
+    several = layout.teachers if len(layout.teachers) > 1 else ()
+    return {
+        **{name: mean(name, full) for name in names},
+        **{f"{name}:{teacher}": found[teacher, full][name] for teacher in several for name in OF_PARTS},
+        **{f"{name}@{width}": mean(name, width) for width in layout.widths[:-1] for name in OF_PARTS},
+    }
+
+
+def _closeness(
+    student: Float32[np.ndarray, "n dim"], projected: Float32[np.ndarray, "n d"], teacher: Float32[np.ndarray, "n d"]
+) -> dict[str, float]:
+    """The metrics of one teacher at one width."""
     alive = teacher.std(axis=0) > DEAD * teacher.std(axis=0).max()  # a constant dimension explains nothing
     s, t = (_standardized(z[:, alive]) for z in (projected, teacher))
     cosines = (s * t).sum(axis=1) / np.maximum(np.linalg.norm(s, axis=1) * np.linalg.norm(t, axis=1), 1e-12)

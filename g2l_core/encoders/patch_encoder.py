@@ -19,6 +19,7 @@ class PatchEncoder(nn.Module):
         self.network = network
         self.input_px = spec.input_px
         self.pooling = spec.pooling
+        self.width = spec.width
         self.interpolation = spec.interpolation
         prefix = getattr(network, "num_prefix_tokens", 0)
         if spec.pooling != "native" and prefix < 1:
@@ -39,7 +40,8 @@ class PatchEncoder(nn.Module):
         images = pixels.permute(0, 3, 1, 2).float()
         if images.shape[-1] != self.input_px:
             images = resample(images, self.input_px, self.interpolation)
-        return self.pooled((images - self.get_buffer("mean")) / self.get_buffer("std"))
+        features = self.pooled((images - self.get_buffer("mean")) / self.get_buffer("std"))
+        return features if self.width is None else features[:, : self.width]
 
     def pooled(self, images: Float[Tensor, "batch 3 side side"]) -> Float[Tensor, "batch dim"]:
         """Compute the features of normalized images of the network's input size."""

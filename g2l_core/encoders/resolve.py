@@ -21,7 +21,7 @@ from g2l_core.store.provenance import digest
 
 __all__ = [
     "RUN_RECORD", "STUDENT_FOLDER", "STUDENT_RECORD", "TABLE", "EncoderSpec", "encoder_key", "find_stored",
-    "is_run_folder", "normalized", "resolve_encoder", "run_encoder", "spec_from_json", "spec_to_json",
+    "is_run_folder", "normalized", "resolve_encoder", "run_encoder", "spec_from_json", "spec_to_json", "split_width",
 ]  # fmt: skip
 
 RESTORE = "Restore it from a copy, or write the student again with g2l distill --resume"
@@ -30,6 +30,8 @@ STUDENT_FOLDER = "student"
 STUDENT_RECORD = "encoder.json"
 RECORD_DIGEST = "record_digest"
 """The key of the digest of all other keys of encoder.json; older versions did not write it."""
+
+_WIDTH = re.compile(r"(.+)\+([0-9]{1,9}|all)", re.DOTALL)
 
 _FUNCTION = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
 
@@ -51,7 +53,8 @@ def resolve_encoder(
 
     Args:
         text: A name of the table, `timm:NAME`, a run folder, a spec file (`.toml`), or MODULE:FUNCTION. `@PX` after
-            it sets another input size, and `+POOLING` another pooling, as in `virchow2@448+cls`.
+            it sets another input size, and `+POOLING` another pooling, as in `virchow2@448+cls`. `+WIDTH` after a run
+            folder takes its first so many features, as in `run/+256`.
         weights: Replaces the encoder's own weights: `random:SEED`, a file or folder, `FILE#NETWORK` where the file
             holds several networks, or `hub:REPOSITORY[@REVISION][#FILE[#NETWORK]]`.
         seed_hint: Whether the message for missing weights mentions random ones.
@@ -64,8 +67,10 @@ def resolve_encoder(
         EncoderError: A run folder is not complete, a function cannot be used, or a file names code of a module that
             is not trusted.
     """
-    if is_run_folder(text):
-        return with_trusted_code(run_encoder(Path(text)), trusted)
+    folder, width = split_width(text)
+    if is_run_folder(folder):
+        spec = with_trusted_code(run_encoder(Path(folder)), trusted)
+        return _with_width(spec, width) if width else spec
     base, pooling = _split_pooling(text)
     name, _, size = base.rpartition("@") if re.search(r"@[^@/]*$", base) else (base, "", "")
     spec = with_trusted_code(_base_spec(name, named_in, trusted), trusted)
@@ -81,6 +86,18 @@ def resolve_encoder(
             + (", or random:SEED for a trial" if seed_hint else "")
         )
     return spec
+
+
+def split_width(text: str) -> tuple[str, str]:
+    """The run folder in RUN+WIDTH, and the width: a number, or `all` where every width is meant; empty without one."""
+    found = None if is_run_folder(text) else _WIDTH.fullmatch(text)
+    return (found[1], found[2]) if found and is_run_folder(found[1]) else (text, "")
+
+
+def _with_width(spec: EncoderSpec, width: str) -> EncoderSpec:
+    if not width.isdecimal():
+        raise UsageError(f"{spec.name}+{width}: expected one width here, as in {spec.name}+256")
+    return replace(spec, name=f"{spec.name}+{width}", width=int(width), dim=None)
 
 
 def _split_pooling(text: str) -> tuple[str, str]:
@@ -149,6 +166,8 @@ def _with_input_px(spec: EncoderSpec, size: str) -> EncoderSpec:
 
 
 def _with_pooling(spec: EncoderSpec, pooling: str) -> EncoderSpec:
+    if pooling.isdecimal():
+        raise UsageError(f"{spec.name}+{pooling}: a width is for folders of g2l distill --nested, as in run/+{pooling}")
     if pooling not in POOLINGS:
         raise UnknownNameError("pooling", pooling, POOLINGS)
     if pooling == spec.pooling:
@@ -242,9 +261,14 @@ def find_stored(text: str, stored: Mapping[str, EncoderFacts]) -> str:
     """
     if text in stored:
         return text
-    if is_run_folder(text):
-        tensors = _student_record(Path(text))["weights_digest"]
-        fitting = [key for key, spec in stored.items() if spec.weights_digest == tensors]
+    folder, width = split_width(text)
+    if is_run_folder(folder):
+        tensors = _student_record(Path(folder))["weights_digest"]
+        fitting = [
+            key
+            for key, facts in stored.items()
+            if facts.weights_digest == tensors and str(facts.extra.get("width") or "") == width
+        ]
         if not fitting:
             raise UnknownNameError(
                 "encoder", text, stored, f"This run has no features here yet: g2l embed --encoder {text}"

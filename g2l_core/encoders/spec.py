@@ -92,6 +92,10 @@ class EncoderSpec:
     std: tuple[float, float, float]
     interpolation: str = "bicubic"
     pooling: str = "native"
+    width: int | None = None
+    """Of nested features, how many of the first are taken; None is all."""
+    widths: tuple[int, ...] = ()
+    """At which smaller widths they were trained to be good too."""
     dim: int | None = None
     """Number of features by the model's card, which is checked when the network is built."""
     mpp: float | None = None
@@ -123,6 +127,11 @@ class EncoderSpec:
             raise UsageError(f"{self.name}: an input of {self.input_px} px is too small; at least {MIN_INPUT_PX}")
         if min(self.std) <= 0:
             raise UsageError(f"{self.name}: std must be above 0, not {self.std}")
+        if self.width is not None and self.width not in self.widths:
+            good = (
+                f"has the widths {', '.join(map(str, self.widths))}" if self.widths else "was not trained with --nested"
+            )
+            raise UsageError(f"{self.name}: a width of {self.width} is asked for, but it {good}")
 
     @property
     def source(self) -> WeightsSource:
@@ -156,15 +165,17 @@ def spec_from_json(fields: Mapping[str, Any], named_in: str = "a stored descript
     fields = {("license" if key == STORED_LICENSE else key): value for key, value in fields.items()}
     known: dict[str, Any] = {k: v for k, v in fields.items() if k in EncoderSpec.__dataclass_fields__}
     known["named_in"] = named_in
-    known |= {k: tuple(known[k]) for k in ("mean", "std", "also_mpp") if k in known}
+    known |= {k: tuple(known[k]) for k in ("mean", "std", "also_mpp", "widths") if k in known}
     return EncoderSpec(**known)
 
 
 def spec_to_json(spec: EncoderSpec) -> dict[str, Any]:
-    """The spec as values that JSON can hold."""
+    """The spec as values that JSON can hold. Those of nested features are left out where there are none."""
     lists = {"mean": list(spec.mean), "std": list(spec.std), "also_mpp": list(spec.also_mpp)}
     fields = {**asdict(spec), **lists}
-    del fields["named_in"]
+    fields |= {"widths": list(spec.widths)}
+    for name in ("named_in", *(name for name in ("width", "widths") if not fields[name])):
+        del fields[name]
     return {(STORED_LICENSE if k == "license" else k): v for k, v in fields.items()}
 
 
@@ -173,4 +184,5 @@ def spec_digest(spec: EncoderSpec, weights_digest: str, precision: str) -> str:
     deciding = ("architecture", "arguments", "input_px", "mean", "std", "interpolation", "pooling")
     fields = spec_to_json(spec)
     settings = {"weights": weights_digest, "precision": precision, "resampling": "pillow"}
+    settings |= {"width": str(spec.width)} if spec.width else {}
     return digest({**{f: fields[f] for f in deciding}, **settings})

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from g2l_core.encoders.patch_encoder import PatchEncoder
 from g2l_core.encoders.resolve import RECORD_DIGEST, STUDENT_FOLDER, STUDENT_RECORD, EncoderSpec, spec_to_json
-from g2l_core.encoders.spec import STORED_LICENSE, spec_digest
+from g2l_core.encoders.spec import spec_digest
+from g2l_core.encoders.terms import Source, combined, verdict
 from g2l_core.encoders.timm_compat import import_timm
 from g2l_core.encoders.weights import state_digest
 from g2l_core.files import sync_folder, write_text, write_with
@@ -24,8 +25,8 @@ class ModelCard:
     """What users must know of a student, for its README.md."""
 
     name: str
-    teacher: Mapping[str, Any]
-    """What the store keeps of the teacher."""
+    teachers: Sequence[Mapping[str, Any]]
+    """What the store keeps of each teacher."""
     student: EncoderSpec
     """The student before training."""
     settings: Mapping[str, Any]
@@ -37,6 +38,10 @@ class ModelCard:
     after: Mapping[str, float]
     warnings: tuple[str, ...] = ()
     """What the curves of the run warned of."""
+    sources: Sequence[Source] = ()
+    """Teachers, start and data with their terms."""
+    widths: tuple[int, ...] = ()
+    """Further widths that the student was trained to be good at."""
 
 
 def write_student(
@@ -57,7 +62,10 @@ def write_student(
     network = module.network.cpu()
     tensors = {name: tensor.detach().contiguous() for name, tensor in network.state_dict().items()}
     weights_digest = state_digest(tensors)
-    spec = replace(spec, layout="timm", trained_on=trained_on)
+    spec = replace(
+        spec, layout="timm", trained_on=trained_on, license=combined(card.sources) if card.sources else spec.license,
+        widths=card.widths,
+    )  # fmt: skip
     record = {
         **spec_to_json(spec),
         "weights_digest": weights_digest,
@@ -109,22 +117,23 @@ def timm_config(network: nn.Module, spec: EncoderSpec) -> dict[str, Any]:
 
 def model_card(card: ModelCard, spec: EncoderSpec) -> str:
     """README.md for the hub: a header, how to load the student, how it was made, its terms, and what was measured."""
-    teacher, student = card.teacher, card.student
+    student, terms = card.student, verdict(card.sources)
     scale = f" at {spec.mpp:g} um/px" if spec.mpp else ""
-    terms = teacher.get(STORED_LICENSE, "unknown")
+    near = "its teachers" if len(card.teachers) > 1 else "its teacher"
+    names = " and ".join(teacher["name"] for teacher in card.teachers)
     measured = (name for name in card.after if name != "step")
     lines = [
         "---",
         "library_name: timm",
         "tags: [pathology, feature-extraction, distillation, g2l]",
         "license: other",
-        f"license_name: inherits {student.license} and its teacher's {terms}",
+        f"license_name: {json.dumps(terms)}",
         "---",
         "",
         f"# {card.name}",
         "",
         f"A patch encoder for H&E slides, distilled by G2L (arXiv 2510.11176): {student.name} learned the features of",
-        f"{teacher['name']}. Input {spec.input_px} px{scale}, pooling {spec.pooling}.",
+        f"{names}. Input {spec.input_px} px{scale}, pooling {spec.pooling}.",
         "",
         *(line for warning in card.warnings for line in (f"**Warning**: {warning}.", "")),
         "```python",
@@ -134,31 +143,46 @@ def model_card(card: ModelCard, spec: EncoderSpec) -> str:
         "| | |",
         "|---|---|",
         *(f"| {what} | {words} |" for what, words in _made_of(card).items()),
-        f"| terms | of the student before ({student.license}) and of its teacher ({terms}) |",
+        f"| terms | {terms} |",
         "",
-        "Held-out patches, against the teacher:",
+        *_on_widths(card),
+        f"Held-out patches, against the teacher{'s, as means over them' if len(card.teachers) > 1 else ''}:",
         "",
         "| metric | before | after |",
         "|---|---|---|",
         *(f"| {name} | {card.before[name]:z.3f} | {card.after[name]:z.3f} |" for name in measured),
         "",
-        "These values show how near the student is to its teacher, and not how good either is at a task.",
+        f"These values show how near the student is to {near}, and not how good either is at a task.",
         "",
     ]
     return "\n".join(lines)
 
 
 def _made_of(card: ModelCard) -> dict[str, str]:
-    teacher, train = card.teacher, card.settings["train"]
-    origin = teacher.get("trained_on") or teacher["weights"]
+    train = card.settings["train"]
     optim = train["optim"]
+    origins = (
+        f"{teacher['name']} ({teacher.get('trained_on') or teacher['weights']}), digest {teacher['digest'][:12]}"
+        for teacher in card.teachers
+    )
     return {
-        "teacher": f"{teacher['name']} ({origin}), digest {teacher['digest'][:12]}",
+        "teachers" if len(card.teachers) > 1 else "teacher": "; ".join(origins),
         "student before": f"{card.student.name} ({card.student.describe_weights()})",
         "data": f"{card.train_patches:,} patches of {card.train_slides} slides; held out: {card.held_out}",
         "training": f"step {card.step:,} of {train['steps']:,}, batch {card.settings['batch_size']}, loss "
         f"{train['objective']['loss']}, lr {optim['lr']:g}, weight decay {optim['weight_decay']:g}",
     }
+
+
+def _on_widths(card: ModelCard) -> list[str]:
+    if not card.widths:
+        return []
+    widths = ", ".join(map(str, card.widths))
+    return [
+        f"It was trained so that its first {widths} features alone can be used, as `features[:, :{card.widths[0]}]`;",
+        "the table has the values of each width after @.",
+        "",
+    ]
 
 
 def usage(spec: EncoderSpec) -> list[str]:

@@ -31,6 +31,9 @@ from g2l_core.report.tables import (
 )
 from g2l_core.results import Better, Comparison, Estimate, Report, Result
 
+BYTES = 2
+"""Of one feature, float16, as stores keep them."""
+
 _BETTER: Mapping[Better, str] = {"higher": "", "lower": "lower is better", "neither": "neither way is better"}
 _DIFFERENCE_CAPTION = (
     "Right of the line: higher than the reference, on the same patients. p is adjusted by Holm's method over all that "
@@ -67,6 +70,7 @@ def page(report: Report) -> str:
         few_patients=few_patients,
         found_cell=_found_cell,
         how_computed=_how_computed,
+        widths=[(part.name, *chart) for part in parts if (chart := _over_bytes(part, report, order))],
         intervals=_intervals,
         meaning_of=meaning_of,
         pictures_of=pictures_of,
@@ -126,6 +130,42 @@ def _curves_over_k(part: TaskPart, order: Sequence[str]) -> Iterator[tuple[Meani
                 is_log=True,
             ),
         )
+
+
+def _over_bytes(part: TaskPart, report: Report, order: Sequence[str]) -> tuple[Meaning, Markup] | None:
+    """The headline metric over the bytes a patch that float16 features take, where a nested encoder's widths are there.
+
+    Each nested encoder is a line through its widths; every other encoder is a point to compare with.
+    """
+    metric = part.headline()
+    of_each = {summary.key: summary for summary in report.encoders if metric and summary.key in part.results[metric]}
+    lines: dict[str, list[str]] = {}
+    for key, summary in of_each.items():
+        lines.setdefault(summary.nested_in or key, []).append(key)
+    if metric is None or all(len(keys) < 2 for keys in lines.values()):
+        return None
+    meaning = meaning_of(metric)
+    drawn = [
+        Curve(
+            label=name,
+            series=order.index(keys[0]),
+            points=tuple(
+                sorted(
+                    ((BYTES * of_each[key].dim, part.results[metric][key].estimate) for key in keys),
+                    key=lambda point: point[0],
+                )
+            ),
+        )
+        for name, keys in lines.items()
+    ]
+    chart = curves(
+        drawn,
+        x_label="bytes a patch",
+        label=f"{meaning.title} over bytes a patch",
+        neutral=meaning.neutral,
+        is_log=True,
+    )
+    return meaning, chart
 
 
 def _intervals(part: TaskPart, order: Sequence[str]) -> Iterator[Markup]:

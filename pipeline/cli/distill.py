@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from g2l_core.errors import UsageError
 from g2l_core.options import ENCODER
 from pipeline.cli import EXIT_DONE, EXIT_SOME_FAILED
 from pipeline.cli.options import TrustCode, Weights, from_specs
@@ -15,17 +16,29 @@ if TYPE_CHECKING:
     from g2l_core.encoders.resolve import EncoderSpec
     from pipeline.distill import DistillSummary
 
+MUCH_WAITING = 0.2
+"""A larger share of the time than this spent waiting for data is pointed out."""
+
 Folder = Annotated[Path, typer.Option(help="The feature store.", show_default=False)]
-Teacher = Annotated[str, typer.Option(help="The teacher, by its name or key in the store.", show_default=False)]
+Teacher = Annotated[
+    list[str],
+    typer.Option(help="A teacher, by its name or key in the store; several for several teachers.", show_default=False),
+]
 Student = Annotated[str, typer.Option(help="The encoder to train.", show_default=False)]
 
 
 def _take_recipe(context: typer.Context, value: str | None) -> str | None:
     """Let a recipe's options stand where the command line gives none."""
     if value is not None and not context.resilient_parsing:
-        from pipeline.config import read_recipe
+        from pipeline.config import OPTIONS, read_recipe
 
-        context.default_map = {**(context.default_map or {}), **read_recipe(value)}
+        options = read_recipe(value)
+        if isinstance(options.get("teacher"), str):
+            options["teacher"] = [options["teacher"]]
+        for name in options.keys() & OPTIONS.keys():
+            if OPTIONS[name].option.parse and isinstance(options[name], tuple):
+                options[name] = ",".join(map(str, options[name])) or "none"
+        context.default_map = {**(context.default_map or {}), **options}
     return value
 
 
@@ -64,13 +77,17 @@ def distill(
     recipe = read_recipe(config) if config else {}
 
     def resolved(role: str, name: str, weights: str | None) -> "EncoderSpec":
-        named_in = f"the recipe {config}" if recipe.get(role) == name else ""
+        in_recipe = recipe.get(role, ())
+        named_in = f"the recipe {config}" if name in ([in_recipe] if isinstance(in_recipe, str) else in_recipe) else ""
         return resolve_encoder(name, weights=weights, named_in=named_in, trusted=how.trust_code)
 
     settings, epochs = settings_of(options)
+    if teacher_weights is not None and len(teacher) > 1:
+        raise UsageError("--teacher-weights speaks of one teacher that runs live, and several are given")
+    teachers = [resolved("teacher", name, teacher_weights) if settings.online else name for name in teacher]
     summary = run_distill(
         store,
-        resolved("teacher", teacher, teacher_weights) if settings.online else teacher,
+        teachers,
         resolved("student", student, weights),
         out,
         settings,
@@ -91,6 +108,10 @@ def _text(summary: "DistillSummary") -> str:
     ]
     lines.append(table_text(rows, header=("", "before", "after"), right=(1, 2)))
     lines.append(f"{summary.share_waiting:.1%} of the time waiting for data; curves: {summary.out / 'curves.html'}")
+    if summary.share_waiting > MUCH_WAITING:
+        lines.append(
+            "patches were read too slowly for the student: more --workers, or --pixel-cache on a fast disk, help"
+        )
     return "\n".join(lines)
 
 
@@ -98,10 +119,13 @@ def _text(summary: "DistillSummary") -> str:
 def sweep(
     file: Annotated[str, typer.Argument(help="losses, alpha, views, slides, or a TOML file.", show_default=False)],
     store: Folder,
-    teacher: Teacher,
     student: Student,
     out: Annotated[Path, typer.Option(help="The folder of the sweep; made or completed.", show_default=False)],
     how: DistillHow,
+    teacher: Annotated[
+        list[str] | None,
+        typer.Option(help="As of g2l distill, where the sweep has no sets of teachers.", show_default=False),
+    ] = None,
     weights: Weights = None,
     option: Annotated[
         list[str] | None,
@@ -115,7 +139,7 @@ def sweep(
     from pipeline.sweep import read_sweep, run_sweep, sweep_text
 
     plan = read_sweep(file, option or [])
-    result = run_sweep(plan, store, teacher, student, weights, out, replace(how, resume=True))
+    result = run_sweep(plan, store, teacher or (), student, weights, out, replace(how, resume=True))
     typer.echo(sweep_text(result, out))
     raise typer.Exit(EXIT_SOME_FAILED if result.failed else EXIT_DONE)
 

@@ -69,6 +69,12 @@ def embed(
         ),
     ] = None,
     coords: Coordinates = None,
+    dim: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Of a run with nested features, the first so many alone; repeatable.", min=1, show_default=False
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Cache any encoder's features beside the teacher's, all of them in one decode of the slides.
@@ -84,7 +90,8 @@ def embed(
     if method and method.identity != grid.tissue:
         asked = f"--coords {coords}" if coords else f"--tissue {tissue}"
         raise UsageError(f"{asked}: the store's tissue method is {grid.tissue!r}, not {method.identity!r}")
-    specs = [resolve_encoder(name, weights=weights, trusted=settings.trust_code) for name in encoder]
+    names = [f"{name}+{width}" for name in encoder for width in dim] if dim else encoder
+    specs = [resolve_encoder(name, weights=weights, trusted=settings.trust_code) for name in names]
     if len(specs) > 1 and weights is not None:
         raise UsageError("--weights speaks of one encoder; embed them one after the other")
     views = ViewSpec.from_json(existing.views)

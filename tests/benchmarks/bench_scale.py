@@ -77,7 +77,7 @@ def loader(path: Path) -> None:
     from g2l_core.distillation.replay import ReplaySpec
 
     store = FeatureStore.open(path)
-    spec = ReplaySpec(encoder=ENCODER, n_augmented=VIEWS - 1)
+    spec = ReplaySpec(encoders=(ENCODER,), n_augmented=VIEWS - 1)
     reading = Reading(targets_gb=0)  # with 1,536 dimensions they do not fit
     dataset = ReplayDataset(store, dict.fromkeys(store.slide_ids()), spec, reading)
     assert next(dataset._order.batches(0)).position == 0  # and the first batches are planned

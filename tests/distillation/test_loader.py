@@ -28,7 +28,7 @@ KEY = "timm-mobilenetv3_small_050-64-random0"
 
 
 def spec(**changes):
-    return ReplaySpec(**{"encoder": KEY, "n_augmented": 2, "batch_size": 8, "pool_blocks": 2, **changes})
+    return ReplaySpec(**{"encoders": (KEY,), "n_augmented": 2, "batch_size": 8, "pool_blocks": 2, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +165,7 @@ def test_two_epochs_show_both_views_of_every_patch(store, rows):
 
 
 def test_canonical_set_is_view_zero_and_bounded(store, rows):
-    found = read_held_out(store, rows, KEY, limit=50, seed=0)
+    found = read_held_out(store, rows, [KEY], limit=50, seed=0)
     stored = {int(h) for slide in store.slides() for h in slide.pixel_hash[:, 0]}
     assert len(found.pixels) == 50
     assert {int(h) for h in pixel_hash(found.pixels)} <= stored
@@ -304,7 +304,7 @@ def test_targets_are_the_same_from_memory_and_from_blocks(store, rows):
 
 def test_a_live_teacher_can_have_new_views_every_epoch(store, rows):
     """View 1 + epoch of every patch; those that are stored have the stored pixels, later ones none seen before."""
-    loader = ReplayDataset(store, rows, spec(encoder=None, n_augmented=0), Reading(workers=2))
+    loader = ReplayDataset(store, rows, spec(encoders=(), n_augmented=0), Reading(workers=2))
     stream = loader.batches()
     epochs = [
         [int(h) for _ in range(loader.batches_per_epoch) for h in pixel_hash(next(stream).pixels)] for _ in range(4)
