@@ -4,7 +4,7 @@
 student. The teacher's network is loaded only with --online.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,17 +26,17 @@ from g2l_core.distillation.validation import Curves, held_out_metrics, training_
 from g2l_core.encoders.loading import DTYPES, LoadedEncoder, choose_device, encode_all, features_of, load_encoder
 from g2l_core.encoders.resolve import EncoderSpec, find_stored
 from g2l_core.encoders.student_folder import ModelCard, write_student, write_tensors
-from g2l_core.errors import StoreMissingError, UsageError, writing
+from g2l_core.errors import ReadError, StoreMissingError, UsageError, writing
 from g2l_core.files import write_text
 from g2l_core.patches.pixel_cache import PixelCache
 from g2l_core.store.facts import EncoderFacts
-from g2l_core.store.features import FeatureStore
+from g2l_core.store.features import FeatureStore, StoredSlide
 from g2l_core.store.locks import locked_output
 from g2l_core.store.provenance import software
 from pipeline.progress import ProgressLine, say
 from pipeline.run_page import HELD_OUT, training_page
 from pipeline.runs import RunRecord, RunResult, open_run, read_run, write_run
-from pipeline.settings import DistillHow, DistillSettings
+from pipeline.settings import CANONICAL, DistillHow, DistillSettings
 from pipeline.split import Split, split_store
 
 VALIDATION_PATCHES = 2048
@@ -146,6 +146,8 @@ def _distill(run: Run, epochs: int | None) -> DistillSummary:
     precision = training_precision(run.settings.precision)
     student = load_encoder(run.student, device=str(run.group.device), precision=precision)
     held_out = _read_held_out(run)
+    for doubt in _doubts(run.teacher) if run.group.is_main else ():
+        say(f"note  {doubt}: g2l store verify --recompute N does, where the teacher's weights are at hand")
     if run.group.is_main:
         open_run(run.out, run_record(run, student, batches.spec), resume=run.machine.resume)
     run.group.wait()
@@ -184,7 +186,7 @@ def _open_batches(run: Run) -> ReplayDataset:
     machine, group = run.machine, run.group
     spec = ReplaySpec(
         encoder=run.teacher.key,
-        n_augmented=_replayed_views(run),
+        n_augmented=_last_view(run),
         batch_size=run.settings.batch_size * group.world,
         pool_blocks=run.settings.pool_blocks,
         seed=run.settings.train.seed,
@@ -199,14 +201,18 @@ def _open_batches(run: Run) -> ReplayDataset:
     return ReplayDataset(run.store, run.split.train, spec, reading)
 
 
-def _replayed_views(run: Run) -> int:
-    """Number of augmented views to replay.
+def _last_view(run: Run) -> int | None:
+    """The last augmented view to replay; None for the canonical view alone.
 
     Raises:
         StoreMissingError: The teacher has none, or fewer than the settings want.
+        ReadError: Slides were imported without their files.
     """
-    slides = [run.store.slide(slide_id) for slide_id in {*run.split.train, *run.split.held_out}]
+    slides = [run.store.slide(slide_id) for slide_id in sorted({*run.split.train, *run.split.held_out})]
+    _require_files(slides)
     key, views = run.teacher.key, run.settings.views
+    if isinstance(views, str):
+        return None
     if key is None:
         stored = min(slide.n_views for slide in slides) - 1
         return stored if views is None else views
@@ -214,15 +220,33 @@ def _replayed_views(run: Run) -> int:
     wanted = views or max(stored, 1)
     if stored < wanted and run.teacher.facts.imported:
         raise StoreMissingError(
-            f"{key} was imported, and an import has only the canonical view, while a student learns from augmented "
-            "ones: run g2l cache-teacher with the slides, or g2l distill --online, which encodes them as it goes"
+            f"{key} was imported, and an import has only the canonical view: --views {CANONICAL} distills from that "
+            "one. For augmented ones, run g2l cache-teacher with the slides, or g2l distill --online"
         )
     if stored < wanted:
         there = f"{stored} augmented views, not {wanted}," if stored else "only the canonical view"
         raise StoreMissingError(
-            f"{run.store.path} has {there} of {key}: run g2l cache-teacher with --views {max(wanted, 2)}"
+            f"{run.store.path} has {there} of {key}: run g2l cache-teacher with --views {max(wanted, 2)}, or distill "
+            f"from the canonical view alone with --views {CANONICAL}"
         )
     return wanted
+
+
+def _require_files(slides: Sequence[StoredSlide]) -> None:
+    """Refuse slides that were imported without file or scale: nobody can show their pixels to a student."""
+    unscaled = [slide.slide_id for slide in slides if slide.facts.kind == "slide" and not slide.facts.mpp]
+    lacking = [slide.slide_id for slide in slides if not slide.facts.fingerprint]
+    if unscaled and not lacking:
+        raise ReadError(
+            f"the um/px of {len(unscaled):,} of {len(slides):,} slides is not known, such as {unscaled[0]}: run g2l "
+            "store import again with --slides FOLDER and --mpp-override, or a --manifest with mpp, into the same store"
+        )
+    if lacking:
+        raise ReadError(
+            f"{len(lacking):,} of {len(slides):,} slides were imported without their files, such as {lacking[0]}: run "
+            "g2l store import again with --slides FOLDER, into the same store, which finds them; or leave them out "
+            "with --where"
+        )
 
 
 def _with_steps(run: Run, batches: int) -> Run:
@@ -303,7 +327,7 @@ def _statistics(run: Run, replay: ReplaySpec) -> TargetStatistics | None:
     objective, key = run.settings.train.objective, run.teacher.key
     if key is None or not (objective.needs_statistics or objective.needs_bank):
         return None
-    return target_statistics(run.store, run.split.train, key, replay.n_augmented)
+    return target_statistics(run.store, run.split.train, key, replay.views)
 
 
 def _live_features(teacher: LoadedEncoder) -> Callable[[Tensor], Tensor]:
@@ -324,6 +348,13 @@ def _warn(state: RunState, folder: Path, steps: int) -> None:
         if not any(printed.startswith(kind) for printed in state.warnings):
             state.warnings.append(warning)
             say(f"warning  step {state.step}: {warning}")
+
+
+def _doubts(teacher: Teacher) -> tuple[str, ...]:
+    """What nobody knows about a teacher that was imported and never compared with what its encoder gives."""
+    if teacher.live or not teacher.facts.imported or teacher.facts.proof:
+        return ()
+    return (f"the teacher's features were imported ({teacher.facts.imported}), and nobody has compared them with it",)
 
 
 def _finish(run: Run, outcome: TrainOutcome, state: RunState) -> None:
@@ -347,7 +378,7 @@ def _finish(run: Run, outcome: TrainOutcome, state: RunState) -> None:
         step=step,
         before=before,
         after=after,
-        warnings=outcome.warnings,
+        warnings=(*_doubts(run.teacher), *outcome.warnings),
     )
     trained_on = f"{run.student.describe_weights()}; distilled from {run.teacher.name}"
     exported = write_student(out, distiller.student, run.student, trained_on=trained_on, card=card)

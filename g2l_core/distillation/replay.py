@@ -33,9 +33,9 @@ class ReplaySpec:
 
     encoder: str | None
     """The teacher's key in the store. None replays pixels without targets, for a teacher that runs live."""
-    n_augmented: int
+    n_augmented: int | None
     """The last replayed view; the first is 1, and every epoch shows one view of each patch. 0 draws a new view every
-    epoch, without end."""
+    epoch, without end. None replays the canonical view alone, in every epoch."""
     batch_size: int = 32
     """Patches of a step, of all ranks together."""
     pool_blocks: int = 256
@@ -50,12 +50,17 @@ class ReplaySpec:
         """
         if self.batch_size < 2:
             raise UsageError(f"a batch of {self.batch_size} has no batch statistics; use at least 2, the paper has 32")
-        if self.pool_blocks < 1 or self.n_augmented < 0:
+        if self.pool_blocks < 1 or (self.n_augmented or 0) < 0:
             raise UsageError("pool_blocks must be at least 1, n_augmented at least 0")
-        if self.encoder is not None and not self.n_augmented:
+        if self.encoder is not None and not self.views:
             raise UsageError(
                 "a new view every epoch needs a teacher that runs live: stored features have so many views"
             )
+
+    @property
+    def views(self) -> range:
+        """The stored views that are replayed; empty where every epoch draws a new one."""
+        return range(1) if self.n_augmented is None else range(1, 1 + self.n_augmented)
 
 
 ChosenRows = Mapping[str, Rows | None]
@@ -121,7 +126,7 @@ class ReplaySource:
         """Check that all features are stored and that the slides are there. Nothing of them is read yet.
 
         Args:
-            store: The store, with the teacher's features of views 1 to `spec.n_augmented`.
+            store: The store, with the teacher's features of `spec.views`.
             rows: Stored rows to replay.
             spec: The teacher and the views.
             pixel_cache: Decoded patches are kept here between epochs and runs.
@@ -138,7 +143,7 @@ class ReplaySource:
         for slide in self._slides:
             require_same_slide(slide, Path(slide.facts.source))
             if spec.encoder is not None:
-                for view in range(1, 1 + spec.n_augmented):
+                for view in spec.views:
                     slide.require_complete(spec.encoder, view)
         sizes = [_block_rows(store, slide, chosen) for slide, chosen in zip(self._slides, self._rows, strict=True)]
         self.block_rows = np.concatenate(sizes)
@@ -154,16 +159,16 @@ class ReplaySource:
         Raises:
             StoreCorruptError: They are not finite, or not what was written.
         """
-        encoder, n_augmented = self._spec.encoder, self._spec.n_augmented
+        encoder, views = self._spec.encoder, self._spec.views
         if encoder is None:
             return
         width = self._slides[0].feature_facts(encoder).dim
-        if sum(map(len, self._slides)) * n_augmented * width * 2 > 1e9 * max_gb:
+        if sum(map(len, self._slides)) * len(views) * width * 2 > 1e9 * max_gb:
             return
         for index, slide in enumerate(self._slides):
             chosen = self._rows[index]
             rows = good_rows(slide) if chosen is None else chosen
-            for view in range(1, 1 + n_augmented):
+            for view in views:
                 features = slide.features(encoder, view=view)
                 require_finite(slide, encoder, rows, features[rows])
                 self._held[index, view] = features
@@ -214,10 +219,11 @@ class ReplaySource:
 
     def _views_of_epoch(self, slide: SlideTables, rows: Rows, epoch: int) -> Rows:
         """The view of each row that an epoch shows: views are mixed, and none repeats before all were shown."""
-        if not self._spec.n_augmented:
+        views = self._spec.views
+        if not views:
             return np.full(len(rows), 1 + epoch)
-        turn = (slide.take("pixel_hash", rows, 0) + np.uint64(epoch)) % np.uint64(self._spec.n_augmented)
-        return 1 + turn.astype(np.int64)
+        turn = (slide.take("pixel_hash", rows, 0) + np.uint64(epoch)) % np.uint64(len(views))
+        return views.start + turn.astype(np.int64)
 
     def _read_targets(self, index: int, encoder: str, rows: Rows, views: Rows) -> Float16[np.ndarray, "row dim"]:
         """The teacher's features of one view of each row: from memory, or by one contiguous read for each view."""

@@ -150,7 +150,7 @@ def model_card(card: ModelCard, spec: EncoderSpec) -> str:
 
 def _made_of(card: ModelCard) -> dict[str, str]:
     teacher, train = card.teacher, card.settings["train"]
-    origin = teacher.get("trained_on") or teacher["weights"]
+    origin = teacher.get("trained_on") or teacher.get("weights") or "weights unknown"
     optim = train["optim"]
     return {
         "teacher": f"{teacher['name']} ({origin}), digest {teacher['digest'][:12]}",

@@ -444,6 +444,21 @@ def _notes(scale: Scale, facts: SlideFacts) -> tuple[str, ...]:
     return ("imported patches are up to 10 % larger or smaller than their scale says",)
 
 
+def _complete_source(slide: StoredSlide, facts: SlideFacts) -> None:
+    """Let a slide that was imported without its file, or without its scale, know them now.
+
+    Raises:
+        ReadError: It has another file.
+    """
+    known = slide.facts
+    if not facts.fingerprint or (facts.fingerprint == known.fingerprint and known.mpp):
+        return
+    if known.fingerprint not in {"", facts.fingerprint}:
+        raise ReadError(f"the store has slide {slide.slide_id!r} of another file, {known.source}")
+    scale = {} if known.mpp else {"mpp": facts.mpp, "mpp_source": facts.mpp_source}
+    slide.set_source(Path(facts.source), facts.fingerprint, facts.file_state, level0_size=facts.level0_size, **scale)
+
+
 def _stored_slide(
     store: FeatureStore, slide_id: str, facts: SlideFacts, corners: np.ndarray, features: np.ndarray
 ) -> tuple[StoredSlide, np.ndarray]:
@@ -462,10 +477,7 @@ def _stored_slide(
     order, wanted = np.lexsort(corners.T), np.lexsort(there.T)
     if len(there) != len(corners) or not np.array_equal(corners[order], there[wanted]):
         raise ReadError(f"the store has slide {slide_id!r} with other patches: import it into another --store")
-    if facts.fingerprint and facts.fingerprint != slide.facts.fingerprint:
-        if slide.facts.fingerprint:
-            raise ReadError(f"the store has slide {slide_id!r} of another file, {slide.facts.source}")
-        slide.set_source(Path(facts.source), facts.fingerprint, facts.file_state)
+    _complete_source(slide, facts)
     if facts.labels and facts.labels != slide.labels:
         slide.set_labels({**slide.labels, **facts.labels})
     ordered = np.empty_like(features)
