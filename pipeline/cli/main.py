@@ -31,6 +31,7 @@ from pipeline.cli import (
     models,
     plan,
     store,
+    store_copies,
     store_edit,
 )  # fmt: skip
 
@@ -50,7 +51,10 @@ for command in (
     app.command()(command)
 store.app.command()(interchange.export)
 store.app.command(name="import")(interchange.import_features)
-for command in (store_edit.label, store_edit.subset, store_edit.merge, store_edit.rm, store_edit.du):
+for command in (
+    store_edit.label, store_copies.subset, store_copies.merge, store_edit.rm, store_edit.du,
+    store_copies.pack, store_copies.compact, store_copies.publish,
+):  # fmt: skip
     store.app.command()(command)
 app.add_typer(store.app, name="store")
 
