@@ -1,6 +1,7 @@
 """`g2l store subset`, `merge`, `pack`, `compact` and `publish`: stores from stores. No weights, no slides."""
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,6 +10,9 @@ import typer
 from pipeline.cli import EXIT_DONE, EXIT_SOME_FAILED
 from pipeline.cli.options import Json, from_specs
 from pipeline.cli.store import StorePath
+
+SHOWN = 20
+"""What is left out that is named line by line."""
 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only tell what would be done.")]
 NewStore = Annotated[Path, typer.Argument(help="The new store.", show_default=False)]
@@ -82,7 +86,6 @@ def pack(
     Notebooks and loaders read it through a memory map from then on; it may be deleted at any time. Exit code 1 if
     slides lack the features: each is named.
     """
-    from pipeline.cli.interchange import list_left_out
     from pipeline.progress import ProgressLine
     from pipeline.store_archive import pack_store
     from pipeline.tables import bytes_text
@@ -213,3 +216,12 @@ def tell(text: str, facts: dict[str, Any], *, dry_run: bool, as_json: bool) -> N
         typer.echo(json.dumps({**facts, "dry_run": dry_run}, indent=1))
     else:
         typer.echo(text + ("; nothing is changed, as --dry-run asks" if dry_run else ""))
+
+
+def list_left_out(left_out: Mapping[str, str]) -> None:
+    """Name on stderr what was left out, with the reason."""
+    lines: Sequence[str] = [f"left out  {name}: {reason}" for name, reason in left_out.items()]
+    for line in lines[:SHOWN]:
+        typer.echo(line, err=True)
+    if len(lines) > SHOWN:
+        typer.echo(f"left out  and {len(lines) - SHOWN:,} more", err=True)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import pathlib
 import re
 
 import numpy as np
@@ -273,3 +274,90 @@ def test_a_dry_run_writes_nothing_and_json_counts(store, tmp_path):
     assert files(tmp_path) == before
     whole = told("store", "merge", store, "--out", out)
     assert whole["feature_bytes"] == 2 * DIM * (2 * 68 + 63)
+
+
+@pytest.mark.parametrize("layout", ["trident-h5", "npy", "eva", "anndata"])
+def test_a_dry_export_counts_what_the_export_has(store, tmp_path, layout):
+    before = files(tmp_path)
+    asked = ["store", "export", store, "--out", tmp_path / "job", "--format", layout, "--json"]
+    plan, code = g2l(*asked, "--dry-run"), 1
+    assert files(tmp_path) == before
+    done = g2l(*asked)
+    assert plan.returncode == done.returncode == code, done.stderr
+    counted, written = json.loads(plan.stdout), json.loads(done.stdout)
+    assert counted.pop("dry_run")
+    assert not written.pop("dry_run")
+    assert counted.pop("files") == []
+    assert all(pathlib.Path(path).exists() for path in written.pop("files"))
+    assert counted.keys() == written.keys()
+    assert counted["left_out"].keys() == written["left_out"].keys()
+    assert {k: v for k, v in counted.items() if k != "left_out"} == {
+        k: v for k, v in written.items() if k != "left_out"
+    }
+
+
+def test_a_dry_import_refuses_what_the_import_refuses(store, tmp_path):
+    export_features(FeatureStore.open(store), tmp_path / "job", "trident-h5", encoders=[ENCODER])
+    folder = next((tmp_path / "job").rglob("a/x.h5")).parents[1]
+    (folder / "bad.h5").write_bytes(b"no file")
+    before = files(tmp_path)
+    asked = ["store", "import", "trident-h5", tmp_path / "job", "--store", tmp_path / "i.zarr", "--encoder", "toy"]
+    plan = g2l(*asked, "--dry-run", "--json")
+    assert files(tmp_path) == before
+    done = g2l(*asked, "--json")
+    assert plan.returncode == done.returncode == 1, done.stderr
+    counted, written = json.loads(plan.stdout), json.loads(done.stdout)
+    assert counted.pop("dry_run") is not written.pop("dry_run")
+    assert counted == written
+    assert (written["slides"], written["patches"], list(written["failed"])) == (3, 55, ["bad"])
+    before = files(tmp_path / "i.zarr")
+    assert json.loads(g2l(*asked, "--dry-run", "--json").stdout)["slides"] == 3
+    other = ["store", "import", "trident-h5", tmp_path / "job", "--store", tmp_path / "i.zarr", "--encoder", "x"]
+    assert "--mpp" in g2l(*other, "--dry-run", "--mpp", "0.25", "--patch-px", "512").stderr
+    assert files(tmp_path / "i.zarr") == before
+
+
+def test_slides_as_anndata(store, tmp_path):
+    anndata = pytest.importorskip("anndata")
+    done = g2l("store", "export", store, "--out", tmp_path / "job", "--format", "anndata")
+    assert done.returncode == 1
+    assert f"left out  d, {SECOND}" in done.stderr
+    assert (tmp_path / "job/slides.csv").exists()
+    cells, whole = anndata.read_h5ad(tmp_path / "job/a/x.h5ad"), g2l_api.open(store).where(slides=["a/x"])
+    wanted = whole.anndata([ENCODER, SECOND], max_patches=None)
+    np.testing.assert_array_equal(cells.X, wanted.X)
+    np.testing.assert_array_equal(cells.obsm[f"X_{SECOND}"], wanted.obsm[f"X_{SECOND}"])
+    np.testing.assert_array_equal(cells.obsm["spatial"], wanted.obsm["spatial"])
+    assert cells.obs["medical_center"].tolist() == ["A"] * 33
+    images = anndata.read_h5ad(tmp_path / "job/set.h5ad")
+    assert images.obs["patch_id"].tolist() == ["im0.png", "im1.png", "im2.png", "im3.png", "im5.png"]
+    refused(
+        g2l("store", "export", store, "--out", tmp_path / "x", "--format", "anndata", "--label", "grade"), "--label"
+    )
+
+
+def test_slides_as_spatialdata(store, tmp_path):
+    """With SpatialData's own reader and joins; without the package the format is refused by its name."""
+    try:
+        import spatialdata
+    except ImportError:
+        refused(
+            g2l("store", "export", store, "--out", tmp_path / "job", "--format", "spatialdata"),
+            'needs spatialdata: pip install "g2l[spatialdata]"',
+        )
+        with pytest.raises(UsageError, match="g2l\\[spatialdata\\]"):
+            g2l_api.open(store).spatialdata("b", ENCODER)
+        return
+    done = g2l("store", "export", store, "--out", tmp_path / "job", "--format", "spatialdata")
+    assert "left out  set: it is a set of patch images" in done.stderr
+    slide = spatialdata.read_zarr(tmp_path / "job/a/x.zarr")
+    squares, cells = spatialdata.join_spatialelement_table(
+        sdata=slide, spatial_element_names="patches", table_name="features"
+    )
+    corners = np.stack([square.bounds for square in squares["patches"].geometry])
+    np.testing.assert_array_equal(corners[:, :2], cells.obsm["spatial"])
+    np.testing.assert_array_equal(corners[:, 2:] - corners[:, :2], 257)
+    whole = g2l_api.open(store).where(slides=["a/x"]).anndata(ENCODER, max_patches=None)
+    np.testing.assert_array_equal(cells.X, whole.X)
+    extent = spatialdata.get_extent(slide["patches"], coordinate_system="um")
+    assert extent["x"][1] == pytest.approx(corners[:, 2].max() * 0.499)
