@@ -33,14 +33,16 @@ def features_at(parts: Sequence[Part], encoder: str, dim: int, rows: Sequence[in
     Raises:
         UsageError: There is no such place.
     """
-    whole_parts(parts, encoder, view)
     places, starts = np.asarray(rows, np.int64), np.cumsum([0, *map(len, parts)], dtype=np.int64)
     beyond = places[(places < 0) | (places >= starts[-1])]
     if len(beyond):
         raise UsageError(f"there is no row {beyond[0]}: the table of patches has {starts[-1]:,}")
     features = np.empty((len(places), dim), np.float16)
     owner = np.searchsorted(starts, places, side="right") - 1
-    for number in np.unique(owner).tolist():
+    numbers = np.unique(owner).tolist()
+    if numbers:
+        whole_parts([parts[number] for number in numbers], encoder, view)
+    for number in numbers:
         mine = np.flatnonzero(owner == number)
         asked, back = np.unique(places[mine] - starts[number], return_inverse=True)
         part = replace(parts[number], chosen=parts[number].rows[asked])
