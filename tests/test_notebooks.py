@@ -1,4 +1,4 @@
-"""The notebooks of the documentation run from beginning to end, each in a fresh folder, and say what their words say."""
+"""The notebooks of the documentation run from beginning to end, each in a fresh folder."""
 
 import os
 import re
@@ -48,7 +48,9 @@ def test_a_first_store(executed):
 @pytest.mark.filterwarnings("ignore")
 def test_features_for_another_question(executed):
     folder, printed = executed("reuse-features.ipynb")
-    assert float(re.search(r"not seen: ([\d.]+)", printed)[1]) > 0.65  # stain tells the centers apart; .75 when this was written
+    assert (
+        float(re.search(r"not seen: ([\d.]+)", printed)[1]) > 0.65
+    )  # stain tells the centers apart; .75 when this was written
     assert "labels of grades.csv" in printed
     assert (folder / "s.zarr/.packed").is_dir()
     slide = FeatureStore.open(folder / "s.zarr").slide("p01-1")

@@ -17,6 +17,7 @@ from g2l_core.files import sync_folder
 from g2l_core.store import schema
 from g2l_core.store.boundary import writing
 from g2l_core.store.columns import read_column, write_column
+from g2l_core.store.consolidated import consolidate
 from g2l_core.store.facts import FAILED, EncoderFacts, SlideFacts
 from g2l_core.store.features import FeatureStore, StoredSlide
 from g2l_core.store.ids import refusals
@@ -128,6 +129,7 @@ def _write(
             kept.archive.describe(new, encoders)
         if not kept.is_public:
             _write_failed(new, selections)
+        consolidate(new.slides())
         new.save_catalogue()
 
 

@@ -22,6 +22,7 @@ from g2l_core.patches.grid import GridSpec, cell_order
 from g2l_core.patches.views import COLUMNS, ViewSpec, sample_views
 from g2l_core.slides.fingerprint import file_state, fingerprint
 from g2l_core.slides.slide import open_slide
+from g2l_core.store.consolidated import consolidate
 from g2l_core.store.facts import EncoderFacts, SlideFacts
 from g2l_core.store.features import FeatureStore, StoredSlide
 from g2l_core.store.locks import LOCKS, locked
@@ -245,6 +246,7 @@ class _Import:
             for slide_id, (source, reason) in self._failed.items():
                 with suppress(StoreError):  # an id that no store can hold, which the summary names all the same
                     self._store.fail_slide(slide_id, source, reason, _labels(self._rows.get(slide_id, {})))
+            consolidate(self._store.slides())
             self._store.save_catalogue()
         return ImportSummary(
             store=self._path,
