@@ -4,8 +4,8 @@
 says which patches take part, `labels` reads label files, and `frames` gives the patches as a table. `arrays` gives
 their features as one array, `bags` patient by patient or slide by slide, `row_blocks` block by block, in torch too
 (`batches`), and `scverse` as AnnData or SpatialData. `parquet` and `export_scverse` write them for other programs.
-`packs` keeps them in one file for random access. `copies` writes stores from stores, `merging` one of several, `archive`
-smaller ones, `publish` what others may have; `user_columns` adds columns to one.
+`packs` keeps them in one file for random access. `copies` writes stores from stores, `merging` one of several,
+`archive` smaller ones, `publish` what others may have; `user_columns` adds columns to one.
 
 docs/python.md shows it all. Nothing here is imported before it is used.
 """
