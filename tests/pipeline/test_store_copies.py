@@ -336,6 +336,7 @@ def test_slides_as_anndata(store, tmp_path):
     )
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_slides_as_spatialdata(store, tmp_path):
     """With SpatialData's own reader and joins; without the package the format is refused by its name."""
     try:
