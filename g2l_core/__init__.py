@@ -21,8 +21,9 @@ from g2l_core.version import __version__
 if TYPE_CHECKING:
     from g2l_core.api.bags import PatchBags, collate_bags
     from g2l_core.api.batches import PatchBatches
-    from g2l_core.api.cohort import Cohort, merge
+    from g2l_core.api.cohort import Cohort
     from g2l_core.api.cohort import open_cohort as open
+    from g2l_core.api.merging import merge
     from g2l_core.api.row_blocks import Block, RowBlocks
     from g2l_core.distillation.losses import logsum
     from g2l_core.encoders.loading import load_encoder
@@ -47,7 +48,7 @@ _HOMES = {
     "linear_cka": "g2l_core.metrics.similarity",
     "load_encoder": "g2l_core.encoders.loading",
     "logsum": "g2l_core.distillation.losses",
-    "merge": "g2l_core.api.cohort",
+    "merge": "g2l_core.api.merging",
     "open": "g2l_core.api.cohort:open_cohort",
     "open_slide": "g2l_core.slides.slide",
     "read_report": "g2l_core.report.write",

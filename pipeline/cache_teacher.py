@@ -29,6 +29,7 @@ from g2l_core.slides.images import TURNED
 from g2l_core.slides.manifest import Source, read_sources
 from g2l_core.slides.mpp import audit_table, describe_unused_override, differs
 from g2l_core.slides.under_way import UnderWay
+from g2l_core.store.consolidated import consolidate
 from g2l_core.store.facts import ExtractionRunFacts
 from g2l_core.store.features import FeatureStore, StoredSlide
 from g2l_core.store.location import folder_of
@@ -171,6 +172,7 @@ def _encode(
 ) -> ExtractionSummary:
     progress = encode_cohort(store, ready, encoders, settings) if encoders else ExtractionProgress()
     note_run(store, encoders, progress, settings)
+    consolidate(store.slides())
     store.save_catalogue()
     damaged = store.damaged
     stored = [store.slide(slide_id) for slide_id in ready if slide_id not in damaged]

@@ -89,7 +89,8 @@ def describe_kind(kind: Any) -> str:
         return " or ".join(str(choice.value) for choice in kind)
     if get_origin(kind) in {tuple, list}:
         return f"a list of {_WORDS[get_args(kind)[0]][1]}"
-    return _WORDS[kind][0] if kind in _WORDS else describe_kind(get_args(kind)[0])
+    choices = [choice for choice in get_args(kind) if choice is not type(None)]
+    return _WORDS[kind][0] if kind in _WORDS else " or ".join(map(describe_kind, choices))
 
 
 def settings_of(options: Mapping[str, Any]) -> tuple[DistillSettings, int | None]:

@@ -41,6 +41,7 @@ from pipeline.split import Split, split_store
 from pipeline.teachers import (
     Teachers,
     build_objective,
+    doubts_of,
     live_features,
     objective_of_each,
     open_teachers,
@@ -158,6 +159,8 @@ def _distill(run: Run, epochs: int | None) -> DistillSummary:
     sources = sources_of(run.store, run.split.train, run.teachers, run.student)
     if run.machine.permissive and (reason := not_free(sources)):
         raise UsageError(f"--permissive: the student would not be free for any use, because of {reason}")
+    for doubt in doubts_of(run.teachers) if run.group.is_main else ():
+        say(f"note  {doubt}: g2l store verify --recompute N does, where the teacher's weights are at hand")
     if run.group.is_main:
         open_run(run.out, run_record(run, student, batches.spec), resume=run.machine.resume)
     run.group.wait()
@@ -327,11 +330,12 @@ def _statistics(run: Run, replay: ReplaySpec) -> dict[str, TargetStatistics]:
 def _taken(run: Run, replay: ReplaySpec, key: str, spec: ObjectiveSpec) -> TargetStatistics:
     rows = run.split.train
     if replay.may_miss:
-        views = range(1, 1 + replay.n_augmented)
         rows = {
-            i: chosen for i, chosen in rows.items() if key in encoders_of(run.store.slide(i), replay.encoders, views)
+            i: chosen
+            for i, chosen in rows.items()
+            if key in encoders_of(run.store.slide(i), replay.encoders, replay.views)
         }
-    found = target_statistics(run.store, rows, key, replay.n_augmented, with_phi_s=spec.norms[1] == "phi-s")
+    found = target_statistics(run.store, rows, key, replay.views, with_phi_s=spec.norms[1] == "phi-s")
     return found if spec.needs_bank else replace(found, bank=None)
 
 
@@ -376,7 +380,7 @@ def _finish(run: Run, outcome: TrainOutcome, state: RunState, sources: Sequence[
         step=step,
         before=before,
         after=after,
-        warnings=outcome.warnings,
+        warnings=(*doubts_of(run.teachers), *outcome.warnings),
         sources=sources,
         widths=layout.widths[:-1],
     )

@@ -8,8 +8,21 @@ from g2l_core.errors import UnknownNameError, UsageError
 from g2l_core.options import DATA, ENCODER, MACHINE, OUTPUT, PATCHES, SLIDES, TRAINING, option
 
 KEPT = ("last", "best")
+CANONICAL = "canonical"
+"""The word for the canonical view alone, where a number of augmented views is asked for."""
 
 TRUST_CODE = "A module that may run although a file names it: a store, run folder, spec file, recipe; repeatable."
+
+
+def parse_views(text: str) -> int | str:
+    """The views to replay as a user writes them: a number, or `canonical`.
+
+    Raises:
+        UsageError: It is neither.
+    """
+    if text == CANONICAL or text.isdecimal():
+        return text if text == CANONICAL else int(text)
+    raise UsageError(f"--views {text}: expected the number of the last augmented view, or {CANONICAL}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,11 +87,12 @@ class DistillSettings:
     where: tuple[str, ...] = option((), panel=DATA, help="Use only slides with COLUMN=PATTERN; repeatable.")
     hold_out: str = option("0.1", panel=DATA, help="Fraction of the patients to validate on, or COLUMN=PATTERN.")
     slides: int | None = option(None, min=1, panel=DATA, help="Train on so many slides; all if not given.")
-    views: int | None = option(
+    views: int | str | None = option(
         None,
-        min=0,
+        parse=parse_views,
         panel=DATA,
-        help="Replay views 1 to this; all that are stored if not given; 0, with --online, new ones every epoch.",
+        help="Replay views 1 to this; all that are stored if not given; canonical, as of imported features, the "
+        "canonical one alone; 0, with --online, new ones every epoch.",
     )
     online: bool = option(
         False, panel=DATA, help="Run the teacher on every batch in place of reading its features, for comparison."
@@ -91,7 +105,7 @@ class DistillSettings:
         """Refuse settings that contradict each other."""
         if self.keep not in KEPT:
             raise UnknownNameError("weights to keep", self.keep, KEPT)
-        if self.views is not None and self.views < (0 if self.online else 1):
+        if isinstance(self.views, int) and self.views < (0 if self.online else 1):
             raise UsageError("--views must be at least 1; 0, new views every epoch, needs --online")
         if self.online and self.train.teachers.missing == "mask":
             raise UsageError("a live teacher misses no targets: leave --missing-targets mask out")

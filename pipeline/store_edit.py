@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from g2l_core.api.labels import FileLabels, read_labels
+from g2l_core.api.packs import FOLDER as PACKS
 from g2l_core.api.selection import Selection
 from g2l_core.api.user_columns import add_column
 from g2l_core.errors import StoreError, UnknownNameError
@@ -16,6 +17,9 @@ from g2l_core.store.locks import LOCKS, locked
 from g2l_core.store.upload import upload
 
 _HELD = "another g2l command writes into it"
+
+Report = Callable[[int, int], None]
+"""Is told how many slides are done, and of how many."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +35,7 @@ class Labelled:
     """What was left out, blank, or read otherwise than it is written."""
 
 
-def label_store(path: Path, table: Path, *, missing: str, dry_run: bool) -> Labelled:
+def label_store(path: Path, table: Path, *, missing: str, dry_run: bool, report: Report) -> Labelled:
     """Write the labels of a table into a store.
 
     A column of the table replaces one of the same name; where it is blank, the slide has none. A slide whose patches
@@ -42,6 +46,7 @@ def label_store(path: Path, table: Path, *, missing: str, dry_run: bool) -> Labe
         table: A table of separated values with slide_id; and patch_id, or x and y, where labels are of patches.
         missing: "refuse" slides that the store does not have, or "skip" them.
         dry_run: Only read, and tell.
+        report: Is told how far it is.
 
     Raises:
         ManifestError: The table cannot be used.
@@ -52,22 +57,23 @@ def label_store(path: Path, table: Path, *, missing: str, dry_run: bool) -> Labe
     whole = [slide_id for slide_id, lines in labels.lines.items() if isinstance(lines, int)]
     by_patch = [slide_id for slide_id in labels.lines if slide_id not in set(whole)]
     if not dry_run:
-        _label_slides(path, labels, whole)
+        _label_slides(path, labels, whole, report)
         _label_patches(store, labels, by_patch)
     return Labelled(
         columns=tuple(sorted(labels.columns)), slides=len(whole), by_patch=len(by_patch), notes=labels.notes
     )
 
 
-def _label_slides(path: Path, labels: FileLabels, slide_ids: Sequence[str]) -> None:
+def _label_slides(path: Path, labels: FileLabels, slide_ids: Sequence[str], report: Report) -> None:
     with locked(path / LOCKS / "writer", wait_s=0, holder=_HELD):
         store = FeatureStore.open(path, writable=True)
-        for slide_id in slide_ids:
+        for done, slide_id in enumerate(slide_ids, start=1):
             slide, line = store.slide(slide_id), labels.lines[slide_id]
             told = {column: str(labels.values[column][line]) for column in labels.columns}
             now = {name: value for name, value in {**slide.labels, **told}.items() if value}
             if now != slide.labels:
                 slide.set_labels(now)
+            report(done, len(slide_ids))
         store.save_catalogue()
 
 
@@ -80,13 +86,14 @@ def _label_patches(store: FeatureStore, labels: FileLabels, slide_ids: Sequence[
         add_column(selection, column, [str(text) for of_slide in texts for text in of_slide])
 
 
-def remove_slides(path: Path, slide_ids: Sequence[str], *, dry_run: bool) -> int:
+def remove_slides(path: Path, slide_ids: Sequence[str], *, dry_run: bool, report: Report) -> int:
     """Delete slides with everything that was cached of them.
 
     Args:
         path: The store.
         slide_ids: Their ids; one that is unknown stops the command before anything is deleted.
         dry_run: Only tell.
+        report: Is told how far it is.
 
     Returns:
         The bytes on disk that are free now, or would be.
@@ -103,8 +110,9 @@ def remove_slides(path: Path, slide_ids: Sequence[str], *, dry_run: bool) -> int
                 raise UnknownNameError("slide", slide_id, sorted(known), "g2l store ls lists them.")
         freed = sum(sum(_bytes_by_part(path / "slides" / slide_id).values()) for slide_id in slide_ids)
         if not dry_run:
-            for slide_id in slide_ids:
+            for done, slide_id in enumerate(slide_ids, start=1):
                 store.remove_slide(slide_id)
+                report(done, len(slide_ids))
             store.save_catalogue()
     return freed
 
@@ -133,7 +141,7 @@ def upload_store(path: Path, address: str, show: Callable[[int, int], None]) -> 
 
 
 def usage(path: Path) -> dict[str, int]:
-    """The bytes on disk of each encoder's features, and of all that is not features, by name.
+    """The bytes on disk of each encoder's features, of packs, and of all else, by name.
 
     Raises:
         StoreError: There is no store, or nothing can be listed there.
@@ -144,6 +152,8 @@ def usage(path: Path) -> dict[str, int]:
         raise StoreError(f"{store.path}: over HTTP nothing can be listed, so nobody knows what takes room there")
     for slide in store.slides():
         total += _bytes_by_part(slide.folder)
+    for pack in (path / PACKS).glob("*"):
+        total["packs"] += pack.stat().st_size
     return dict(total.most_common())
 
 

@@ -18,10 +18,10 @@ from g2l_core.encoders.loading import LoadedEncoder, encode_all, features_of, lo
 from g2l_core.encoders.resolve import EncoderSpec, find_stored
 from g2l_core.encoders.spec import STORED_LICENSE
 from g2l_core.encoders.terms import Source
-from g2l_core.errors import StoreMissingError, UnknownNameError, UsageError
+from g2l_core.errors import ReadError, StoreMissingError, UnknownNameError, UsageError
 from g2l_core.store.facts import EncoderFacts
 from g2l_core.store.features import FeatureStore, StoredSlide
-from pipeline.settings import DistillSettings
+from pipeline.settings import CANONICAL, DistillSettings
 
 AnyValue = TypeVar("AnyValue")
 
@@ -176,14 +176,18 @@ def build_objective(
 
 def replayed_views(
     store: FeatureStore, slides: Sequence[StoredSlide], teachers: Teachers, settings: DistillSettings
-) -> int:
-    """Number of augmented views to replay.
+) -> int | None:
+    """Number of augmented views to replay; None for the canonical view alone.
 
     Raises:
         StoreMissingError: A teacher has none, or fewer than the settings want, or lacks slides.
+        ReadError: Slides were imported without their files.
         UsageError: Teachers have different numbers of views, and the settings say none.
     """
+    _require_files(slides)
     keys, views = stored_keys(teachers), settings.views
+    if isinstance(views, str):
+        return None
     if not keys:
         stored = min(slide.n_views for slide in slides) - 1
         return stored if views is None else views
@@ -224,14 +228,42 @@ def _with_features(
 def _require_views(store: FeatureStore, key: str, stored: int, wanted: int) -> None:
     if stored < wanted and store.encoders[key].imported:
         raise StoreMissingError(
-            f"{key} was imported, and an import has only the canonical view, while a student learns from augmented "
-            "ones: run g2l cache-teacher with the slides, or g2l distill --online, which encodes them as it goes"
+            f"{key} was imported, and an import has only the canonical view: --views {CANONICAL} distills from that "
+            "one. For augmented ones, run g2l cache-teacher with the slides, or g2l distill --online"
         )
     if stored < wanted:
         there = f"{stored} augmented views, not {wanted}," if stored else "only the canonical view"
         raise StoreMissingError(
-            f"{store.path} has {there} of {key}: run g2l cache-teacher with --views {max(wanted, 2)}"
+            f"{store.path} has {there} of {key}: run g2l cache-teacher with --views {max(wanted, 2)}, or distill "
+            f"from the canonical view alone with --views {CANONICAL}"
         )
+
+
+def _require_files(slides: Sequence[StoredSlide]) -> None:
+    """Refuse slides that were imported without file or scale: nobody can show their pixels to a student."""
+    unscaled = [slide.slide_id for slide in slides if slide.facts.kind == "slide" and not slide.facts.mpp]
+    lacking = [slide.slide_id for slide in slides if not slide.facts.fingerprint]
+    if unscaled and not lacking:
+        raise ReadError(
+            f"the um/px of {len(unscaled):,} of {len(slides):,} slides is not known, such as {unscaled[0]}: run g2l "
+            "store import again with --slides FOLDER and --mpp-override, or a --manifest with mpp, into the same store"
+        )
+    if lacking:
+        raise ReadError(
+            f"{len(lacking):,} of {len(slides):,} slides were imported without their files, such as {lacking[0]}: run "
+            "g2l store import again with --slides FOLDER, into the same store, which finds them; or leave them out "
+            "with --where"
+        )
+
+
+def doubts_of(teachers: Teachers) -> tuple[str, ...]:
+    """What nobody knows about teachers that were imported and never compared with what their encoders give."""
+    return tuple(
+        f"the features of {teacher.column} were imported ({teacher.facts.imported}), and nobody has compared them "
+        "with what its encoder gives"
+        for teacher in teachers
+        if not teacher.live and teacher.facts.imported and not teacher.facts.proof
+    )
 
 
 def with_live_targets(held_out: HeldOutSet, teachers: Teachers, batch_size: int) -> HeldOutSet:

@@ -3,13 +3,14 @@
 `cohort.Cohort` is a store as a whole, or a part of it with labels; everything else is reached through it. `selection`
 says which patches take part, `labels` reads label files, and `frames` gives the patches as a table. `arrays` gives
 their features as one array, `bags` patient by patient or slide by slide, `row_blocks` block by block, in torch too
-(`batches`), and `scverse` as AnnData. `parquet` writes them for other programs. `copies` writes stores from stores, and
-`user_columns` adds columns to one.
+(`batches`), and `scverse` as AnnData or SpatialData. `parquet` and `export_scverse` write them for other programs.
+`packs` keeps them in one file for random access. `copies` writes stores from stores, `merging` one of several,
+`archive` smaller ones, `publish` what others may have; `user_columns` adds columns to one.
 
 docs/python.md shows it all. Nothing here is imported before it is used.
 """
 
 __all__ = (
-    "arrays", "bags", "batches", "cohort", "copies", "frames", "labels", "optional", "parquet", "row_blocks", "scverse",
-    "selection", "user_columns",
+    "archive", "arrays", "bags", "batches", "cohort", "copies", "export_scverse", "frames", "labels", "merging",
+    "optional", "packs", "parquet", "publish", "row_blocks", "scverse", "selection", "user_columns",
 )  # fmt: skip

@@ -1,6 +1,7 @@
 """The features of a cohort as one array: in memory, in a file, or lazily."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,29 @@ def feature_array(parts: Sequence[Part], encoder: str, dim: int, *, view: int) -
     whole_parts(parts, encoder, view)
     features = np.empty((sum(map(len, parts)), dim), np.float16)
     _fill(features, parts, encoder, view)
+    return features
+
+
+def features_at(parts: Sequence[Part], encoder: str, dim: int, rows: Sequence[int], *, view: int) -> Features:
+    """The features at some places of the table of patches, float16 (row, dim), in the given order.
+
+    Raises:
+        UsageError: There is no such place.
+    """
+    places, starts = np.asarray(rows, np.int64), np.cumsum([0, *map(len, parts)], dtype=np.int64)
+    beyond = places[(places < 0) | (places >= starts[-1])]
+    if len(beyond):
+        raise UsageError(f"there is no row {beyond[0]}: the table of patches has {starts[-1]:,}")
+    features = np.empty((len(places), dim), np.float16)
+    owner = np.searchsorted(starts, places, side="right") - 1
+    numbers = np.unique(owner).tolist()
+    if numbers:
+        whole_parts([parts[number] for number in numbers], encoder, view)
+    for number in numbers:
+        mine = np.flatnonzero(owner == number)
+        asked, back = np.unique(places[mine] - starts[number], return_inverse=True)
+        part = replace(parts[number], chosen=parts[number].rows[asked])
+        features[mine] = part.features(encoder, view)[back]
     return features
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import anndata
     import dask.array
     import pandas
+    import spatialdata
     import xarray
 
     import g2l_core.api.bags
@@ -181,6 +182,7 @@ class Cohort:
         drop_unreadable: bool = False,
         out: Path | str | None = None,
         mmap: bool = False,
+        rows: Sequence[int] | None = None,
     ) -> Features:
         """The features of all patches, float16 (row, dim). NaN in the rows of unreadable patches.
 
@@ -190,6 +192,7 @@ class Cohort:
             drop_unreadable: Leave these rows out, as `patches(drop_unreadable=True)` does.
             out: A file .npy to write as well, slide by slide.
             mmap: Leave the features in that file and map it into memory, for more than memory holds.
+            rows: Only these places of the table of patches, in this order. Quick at random where there is a `pack`.
 
         Raises:
             StoreMissingError: A slide does not have them all; names it.
@@ -197,10 +200,14 @@ class Cohort:
             UsageError: `mmap` without `out`, or `out` is no .npy.
             StoreCorruptError: Something is not what was written.
         """
-        from g2l_core.api.arrays import feature_array, write_features
+        from g2l_core.api.arrays import feature_array, features_at, write_features
 
         key = self._selection.encoder(encoder)
         parts = self._parts(drop_unreadable)
+        if rows is not None:
+            if out is not None or mmap:
+                raise UsageError("rows are read into memory: leave out and mmap go with all of them")
+            return features_at(parts, key, self._dim(key), rows, view=view)
         if out is None:
             if mmap:
                 raise UsageError("mmap=True needs a file: give out='features.npy'")
@@ -351,6 +358,26 @@ class Cohort:
         parts = self._selection.parts()
         return annotated_data(self._selection.store, parts, keys, view=view, max_patches=max_patches, seed=seed)
 
+    def spatialdata(self, slide_id: str, encoders: Sequence[str] | str, *, view: int = 0) -> "spatialdata.SpatialData":
+        """One slide as SpatialData: its patches as squares, and a table of features that annotates them.
+
+        Args:
+            slide_id: The slide.
+            encoders: One encoder or several.
+            view: Which view.
+
+        Returns:
+            shapes["patches"]: a square for each readable patch, in the coordinate systems `global` (level-0 pixels)
+            and, where um/px is known, `um` (micrometers). tables["features"]: what `anndata` gives, linked to them.
+
+        Raises:
+            UsageError: spatialdata is not installed, or it is a set of patch images.
+            UnknownNameError: There is no such slide or encoder.
+        """
+        from g2l_core.api.scverse import spatial_data
+
+        return spatial_data(self.where(slides=[slide_id]).anndata(encoders, view=view, max_patches=None), self.slides())
+
     # -- writing ----------------------------------------------------------------------------------------------
 
     def to_parquet(
@@ -404,6 +431,21 @@ class Cohort:
         write_store([selection], Path(out), Kept(encoders=keys, n_views=views))
         return open_cohort(out)
 
+    def pack(self, encoder: str, *, view: int = 0) -> Path:
+        """Let the store keep one view's features of all slides in one more .npy file, from which any rows are quick.
+
+        `numpy`, `blocks`, `torch`, `bags` and `anndata` read it from then on.
+
+        Raises:
+            StoreMissingError: No slide has these features whole; those that lack them are left out.
+            UnknownNameError: The store does not have the encoder.
+            StoreError: The store cannot be written, or another command writes into it.
+        """
+        from g2l_core.api.packs import write_pack
+
+        key, store = self._selection.encoder(encoder), self._selection.store
+        return write_pack(folder_of(store.path), list(store.slides()), key, self._dim(key), view=view).path
+
     def write_column(self, name: str, values: Any) -> None:
         """Add a column to the store: one value for each patch, such as a score. One of the same name is replaced.
 
@@ -439,7 +481,7 @@ class Cohort:
 
 
 def open_cohort(path: Location | str) -> Cohort:
-    """Open a store. As `g2l.open` it is where everything begins.
+    """Open a store, with all of its patches and the labels of its manifest. As `g2l.open` it is where everything begins.
 
     Args:
         path: Its folder, as `g2l cache-teacher --store` was given it; or an address of s3://, gs:// or https://, as
@@ -449,35 +491,8 @@ def open_cohort(path: Location | str) -> Cohort:
         StoreMissingError: There is none.
         StoreError: The folder or address is something else, of a newer format, or cannot be read.
         UsageError: It is an address, and the package that reads it is not installed.
-
-    Returns:
-        All of its patches, with the labels of the manifest.
     """
     return Cohort(Selection(store=FeatureStore.open(path)))
-
-
-def merge(cohorts: Sequence[Cohort | Location | str], out: Path | str) -> Cohort:
-    """Write several stores of the same grid and views into a new one.
-
-    A slide that several of them have, with the same patches, is taken once, with the features of all of them; so
-    encoders that were stored apart come together.
-
-    Args:
-        cohorts: Stores, or parts of them that have whole slides.
-        out: The folder of the new store, which must not be there.
-
-    Raises:
-        StoreMismatchError: Grid, views or encoders of one name differ, or slides of one id do; names what.
-        StoreError: There is something at `out`, or it cannot be written.
-        UsageError: There is nothing to merge, or a cohort has parts of slides.
-    """
-    from g2l_core.api.copies import Kept, write_store
-
-    opened = [cohort if isinstance(cohort, Cohort) else open_cohort(cohort) for cohort in cohorts]
-    if not opened:
-        raise UsageError("name at least one store to merge")
-    write_store([cohort._selection for cohort in opened], Path(out), Kept())
-    return open_cohort(out)
 
 
 def _short(number: int) -> str:

@@ -97,19 +97,30 @@ class RowBlocks:
         if self.options.shuffle:
             keyed_generator("blocks", self.options.seed, self.epoch).shuffle(pieces)
         read = read_ahead(self._read, pieces[worker::workers], self._place, at_once=self._at_once)
-        full = self.options.rows * (POOL_BLOCKS if self.options.shuffle else 1)
-        held: list[Block] = []
-        for block in read:
-            held.append(block)
-            while sum(map(len, held)) >= full:
-                ready, rest = _split(self._mixed(_joined(held), worker), self.options.rows)
-                held = [rest]
-                yield ready
+        yield from self._mixed(read, worker) if self.options.shuffle else self._in_order(read)
+
+    def _in_order(self, read: Iterator["_Read"]) -> Iterator[Block]:
+        held, rows = list[_Read](), self.options.rows
+        for piece in read:
+            held.append(piece)
+            while sum(map(len, held)) >= rows:
+                joined = _joined(held)
+                held = [joined.taken(slice(rows, None))]
+                yield joined.taken(slice(0, rows)).block()
         if any(map(len, held)):
-            rest = self._mixed(_joined(held), worker)
-            while len(rest):
-                ready, rest = _split(rest, self.options.rows)
-                yield ready
+            yield _joined(held).block()
+
+    def _mixed(self, read: Iterator["_Read"], worker: int) -> Iterator[Block]:
+        """Blocks drawn at random from a pool that is filled in the order of reading."""
+        rows, pool = self.options.rows, None
+        draw = keyed_generator("rows", self.options.seed, self.epoch, worker)
+        for piece in read:
+            pool = pool or _Pool(piece, POOL_BLOCKS * rows + schema.CHUNK_ROWS)
+            pool.add(piece)
+            while pool.size >= POOL_BLOCKS * rows:
+                yield pool.drawn(rows, draw).block()
+        while pool and pool.size:
+            yield pool.drawn(min(rows, pool.size), draw).block()
 
     def _pieces(self) -> list[tuple[int, int, int]]:
         """(Part, first and last place among its rows) of what is read together: a chunk where rows are shuffled."""
@@ -120,7 +131,7 @@ class RowBlocks:
             found += [(number, a, b) for a, b in pairwise(edges) if a < b]
         return found
 
-    def _read(self, piece: tuple[int, int, int]) -> Block:
+    def _read(self, piece: tuple[int, int, int]) -> "_Read":
         number, start, stop = piece
         part = self.parts[number]
         if number not in self._good:
@@ -128,18 +139,11 @@ class RowBlocks:
         places = start + np.flatnonzero(self._good[number][start:stop])
         taken = replace(part, chosen=part.rows[places])
         label = self.options.label
-        return Block(
-            features=_widened(taken.features(self.encoder, self.options.view)),
+        return _Read(
+            features=taken.features(self.encoder, self.options.view),
             index=self._starts[number] + places,
             labels=taken.columns.column(label, taken.rows) if label else np.full(len(places), "", object),
         )
-
-    def _mixed(self, block: Block, worker: int) -> Block:
-        if not self.options.shuffle:
-            return block
-        first = int(block.index[0])
-        order = keyed_generator("rows", self.options.seed, self.epoch, worker, first).permutation(len(block))
-        return _taken(block, order)
 
     def __repr__(self) -> str:
         order = f"shuffled with seed {self.options.seed}" if self.options.shuffle else "in stored order"
@@ -147,23 +151,63 @@ class RowBlocks:
         return f"<RowBlocks: {patches:,} patches of {self.encoder} by {self.options.rows:,}, {order}>"
 
 
-def _widened(features: Features) -> Float32[np.ndarray, "row dim"]:
-    return features.astype(np.float32)
+@dataclass(frozen=True, kw_only=True)
+class _Read:
+    """What was read together, in the precision of the store."""
+
+    features: Features
+    index: Int64[np.ndarray, " row"]
+    labels: Shaped[np.ndarray, " row"]
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def taken(self, rows: "slice | np.ndarray") -> "_Read":
+        return _Read(features=self.features[rows], index=self.index[rows], labels=self.labels[rows])
+
+    def block(self) -> Block:
+        return Block(features=self.features.astype(np.float32), index=self.index, labels=self.labels)
 
 
-def _joined(blocks: Sequence[Block]) -> Block:
-    if len(blocks) == 1:
-        return blocks[0]
-    return Block(
-        features=np.concatenate([block.features for block in blocks]),
-        index=np.concatenate([block.index for block in blocks]),
-        labels=np.concatenate([block.labels for block in blocks]),
+class _Pool:
+    """Rows that wait to be drawn, in arrays that are made once. Drawing moves no more rows than it takes."""
+
+    def __init__(self, first: _Read, capacity: int) -> None:
+        self.size = 0
+        self._rows = _Read(
+            features=np.empty((capacity, first.features.shape[1]), np.float16),
+            index=np.empty(capacity, np.int64),
+            labels=np.empty(capacity, object),
+        )
+
+    def add(self, read: _Read) -> None:
+        """Put rows into the pool."""
+        stop = self.size + len(read)
+        for mine, theirs in self._columns(read):
+            mine[self.size : stop] = theirs
+        self.size = stop
+
+    def drawn(self, n: int, draw: np.random.Generator) -> _Read:
+        """Take some rows out, without replacement, in random order; rows from the end fill their places."""
+        places = draw.choice(self.size, n, replace=False)
+        taken, rest = self._rows.taken(places), self.size - n
+        staying = np.ones(n, bool)
+        staying[places[places >= rest] - rest] = False
+        for mine, _ in self._columns(taken):
+            mine[np.sort(places[places < rest])] = mine[rest : self.size][staying]
+        self.size = rest
+        return taken
+
+    def _columns(self, other: _Read) -> list[tuple[np.ndarray, np.ndarray]]:
+        mine = self._rows
+        return [(mine.features, other.features), (mine.index, other.index), (mine.labels, other.labels)]
+
+
+def _joined(reads: Sequence[_Read]) -> _Read:
+    if len(reads) == 1:
+        return reads[0]
+    return _Read(
+        features=np.concatenate([read.features for read in reads]),
+        index=np.concatenate([read.index for read in reads]),
+        labels=np.concatenate([read.labels for read in reads]),
     )
-
-
-def _split(block: Block, rows: int) -> tuple[Block, Block]:
-    return _taken(block, slice(0, rows)), _taken(block, slice(rows, None))
-
-
-def _taken(block: Block, rows: "slice | np.ndarray") -> Block:
-    return Block(features=block.features[rows], index=block.index[rows], labels=block.labels[rows])

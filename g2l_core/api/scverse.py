@@ -1,10 +1,11 @@
-"""A cohort as AnnData, for scanpy and its kin."""
+"""A cohort as AnnData, for scanpy and its kin, and a slide as SpatialData."""
 
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 
 from g2l_core.api.arrays import feature_array
 from g2l_core.api.frames import patch_frame
@@ -16,6 +17,7 @@ from g2l_core.store.features import FeatureStore
 
 if TYPE_CHECKING:
     import anndata
+    import spatialdata
 
 
 def annotated_data(
@@ -53,6 +55,39 @@ def annotated_data(
     for encoder, features in zip(encoders[1:], others, strict=True):
         cells.obsm[f"X_{encoder}"] = features
     return cells
+
+
+SQUARES = "patches"
+"""The name of the squares in SpatialData."""
+
+
+def spatial_data(cells: "anndata.AnnData", slides: pd.DataFrame) -> "spatialdata.SpatialData":
+    """The SpatialData that `Cohort.spatialdata` describes.
+
+    Args:
+        cells: The patches of one slide.
+        slides: The table of slides.
+
+    Raises:
+        UsageError: spatialdata is not installed, or the patches are images without coordinates.
+    """
+    module, models, frames, shapely, geopandas = (
+        require(name, "spatialdata", "SpatialData")
+        for name in ("spatialdata", "spatialdata.models", "spatialdata.transformations", "shapely", "geopandas")
+    )
+    slide = slides.set_index("slide_id").loc[cells.obs["slide_id"].iloc[0]]
+    if slide["kind"] != "slide":
+        raise UsageError(f"{slide.name} is a set of patch images: SpatialData needs coordinates on a slide")
+    (left, top), side = np.asarray(cells.obsm["spatial"], float).T, float(slide["patch_px_level0"])
+    squares = geopandas.GeoDataFrame(geometry=shapely.box(left, top, left + side, top + side), index=cells.obs_names)
+    systems = {"global": frames.Identity()}
+    if slide["mpp"] > 0:
+        systems["um"] = frames.Scale([slide["mpp"], slide["mpp"]], axes=("x", "y"))
+    cells.obs["region"] = pd.Categorical([SQUARES] * len(cells))
+    cells.obs["patch"] = cells.obs_names.to_numpy()
+    table = models.TableModel.parse(cells, region=SQUARES, region_key="region", instance_key="patch")
+    shapes = models.ShapesModel.parse(squares, transformations=systems)
+    return module.SpatialData(shapes={SQUARES: shapes}, tables={"features": table})
 
 
 def _drawn(parts: Sequence[Part], limit: int | None, seed: int) -> list[Part]:

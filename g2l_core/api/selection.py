@@ -7,12 +7,14 @@ import numpy as np
 from jaxtyping import Int64
 
 from g2l_core.api.labels import FileLabels, require_missing
+from g2l_core.api.packs import packed_rows
 from g2l_core.benchmark.columns import SlideColumns, spelled
 from g2l_core.encoders.resolve import find_stored
 from g2l_core.errors import StoreMissingError, UnknownNameError, UsageError
 from g2l_core.rng import keyed_generator
 from g2l_core.slides.manifest import parse_condition
 from g2l_core.store.features import FeatureStore, StoredSlide, require_whole
+from g2l_core.store.location import Location
 from g2l_core.store.quick_tables import read_small_table
 from g2l_core.store.rows import read_selected
 from g2l_core.store.schema import STATUS
@@ -25,6 +27,7 @@ Rows = Int64[np.ndarray, " row"]
 class Part:
     """The patches of one slide that take part."""
 
+    store: Location
     slide: StoredSlide
     labels: tuple[FileLabels, ...]
     """The file that takes precedence first."""
@@ -68,8 +71,9 @@ class Part:
         return self if good.all() else replace(self, chosen=self.rows[good])
 
     def features(self, encoder: str, view: int) -> Features:
-        """float16 (row, dim). The rows of patches that have no features are NaN."""
-        return read_selected(self.slide, encoder, self.chosen, view=view)
+        """float16 (row, dim), from a pack where there is one. The rows of patches that have no features are NaN."""
+        packed = packed_rows(self.store, self.slide, encoder, self.chosen, view=view)
+        return read_selected(self.slide, encoder, self.chosen, view=view) if packed is None else packed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +144,7 @@ class Selection:
 
     def _parts(self) -> Iterator[Part]:
         for slide in self.store.slides():
-            part: Part | None = Part(slide=slide, labels=self.labels)
+            part: Part | None = Part(store=self.store.path, slide=slide, labels=self.labels)
             for step in self.steps:
                 part = step.taken(part) if part is not None else None
             if part is not None:

@@ -62,7 +62,7 @@ class ReplayDataset(IterableDataset[Batch]):
         """Open the slides and check that everything needed is there.
 
         Args:
-            store: The store, with complete features of the teacher for views 1 to `spec.n_augmented`.
+            store: The store, with complete features of the teacher for `spec.views`.
             rows: Stored rows to train on, by slide id; None for all good rows of a slide.
             spec: What is replayed, and in which order.
             reading: How it is read.

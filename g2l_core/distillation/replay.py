@@ -35,9 +35,9 @@ class ReplaySpec:
     """The teachers' keys in the store. None replay pixels without targets, for teachers that run live."""
     may_miss: bool = False
     """Whether slides may lack some of the teachers' features; their targets are NaN."""
-    n_augmented: int
+    n_augmented: int | None
     """The last replayed view; the first is 1, and every epoch shows one view of each patch. 0 draws a new view every
-    epoch, without end."""
+    epoch, without end. None replays the canonical view alone, in every epoch."""
     batch_size: int = 32
     """Patches of a step, of all ranks together."""
     pool_blocks: int = 256
@@ -52,12 +52,17 @@ class ReplaySpec:
         """
         if self.batch_size < 2:
             raise UsageError(f"a batch of {self.batch_size} has no batch statistics; use at least 2, the paper has 32")
-        if self.pool_blocks < 1 or self.n_augmented < 0:
+        if self.pool_blocks < 1 or (self.n_augmented or 0) < 0:
             raise UsageError("pool_blocks must be at least 1, n_augmented at least 0")
-        if self.encoders and not self.n_augmented:
+        if self.encoders and not self.views:
             raise UsageError(
                 "a new view every epoch needs a teacher that runs live: stored features have so many views"
             )
+
+    @property
+    def views(self) -> range:
+        """The stored views that are replayed; empty where every epoch draws a new one."""
+        return range(1) if self.n_augmented is None else range(1, 1 + self.n_augmented)
 
 
 ChosenRows = Mapping[str, Rows | None]
@@ -123,7 +128,7 @@ class ReplaySource:
         """Check that all features are stored and that the slides are there. Nothing of them is read yet.
 
         Args:
-            store: The store, with the teacher's features of views 1 to `spec.n_augmented`.
+            store: The store, with the teacher's features of `spec.views`.
             rows: Stored rows to replay.
             spec: The teacher and the views.
             pixel_cache: Decoded patches are kept here between epochs and runs.
@@ -155,7 +160,7 @@ class ReplaySource:
         Raises:
             StoreMissingError: One is missing that must be there.
         """
-        views = range(1, 1 + self._spec.n_augmented)
+        views = self._spec.views
         if self._spec.may_miss:
             return encoders_of(slide, self._spec.encoders, views)
         for encoder in self._spec.encoders:
@@ -169,13 +174,13 @@ class ReplaySource:
         Raises:
             StoreCorruptError: They are not finite, or not what was written.
         """
-        n_augmented, width = self._spec.n_augmented, sum(self._dims.values())
-        if not width or sum(map(len, self._slides)) * n_augmented * width * 2 > 1e9 * max_gb:
+        views, width = self._spec.views, sum(self._dims.values())
+        if not width or sum(map(len, self._slides)) * len(views) * width * 2 > 1e9 * max_gb:
             return
         for index, slide in enumerate(self._slides):
             chosen = self._rows[index]
             rows = good_rows(slide) if chosen is None else chosen
-            for view in range(1, 1 + n_augmented):
+            for view in views:
                 self._held[index, view] = self._all_targets(index, view, rows)
 
     def _all_targets(self, index: int, view: int, rows: Rows) -> Float16[np.ndarray, "row dim"]:
@@ -235,10 +240,11 @@ class ReplaySource:
 
     def _views_of_epoch(self, slide: SlideTables, rows: Rows, epoch: int) -> Rows:
         """The view of each row that an epoch shows: views are mixed, and none repeats before all were shown."""
-        if not self._spec.n_augmented:
+        views = self._spec.views
+        if not views:
             return np.full(len(rows), 1 + epoch)
-        turn = (slide.take("pixel_hash", rows, 0) + np.uint64(epoch)) % np.uint64(self._spec.n_augmented)
-        return 1 + turn.astype(np.int64)
+        turn = (slide.take("pixel_hash", rows, 0) + np.uint64(epoch)) % np.uint64(len(views))
+        return views.start + turn.astype(np.int64)
 
     def _read_targets(self, index: int, rows: Rows, views: Rows) -> Float16[np.ndarray, "row dim"]:
         """The teachers' features of one view of each row: from memory, or by one contiguous read for each view."""

@@ -33,19 +33,19 @@ SAMPLE_SLIDES = 1_000
 
 
 def target_statistics(
-    store: FeatureStore, rows: ChosenRows, encoder: str, n_augmented: int, *, with_phi_s: bool = False
+    store: FeatureStore, rows: ChosenRows, encoder: str, views: range, *, with_phi_s: bool = False
 ) -> TargetStatistics:
     """Compute the statistics of the replayed views' features.
 
     Rows lie in a slide's store in the random order of its cells, so the first ones are a sample of the whole slide:
     each slide gives its first rows, at most a million in all, in every replayed view. The bank is spread in the same
-    way, over view 1.
+    way, over the first of these views.
 
     Args:
         store: The store, with the teacher's features.
         rows: Training rows by slide id.
         encoder: The teacher's key.
-        n_augmented: The last replayed view; the first is 1.
+        views: The replayed views.
         with_phi_s: Whether the matrix of PHI-S is wanted, for which the covariance is summed.
 
     Raises:
@@ -53,13 +53,13 @@ def target_statistics(
     """
     count, total, squares = 0, np.float64(0), np.float64(0)
     products: np.ndarray | np.float64 = np.float64(0)
-    for features in _first_rows(store, rows, encoder, range(1, 1 + n_augmented), SAMPLE_ROWS):
+    for features in _first_rows(store, rows, encoder, views, SAMPLE_ROWS):
         values = features.astype(np.float64)
         count, total, squares = count + len(values), total + values.sum(0), squares + np.square(values).sum(0)
         products = products + values.T @ values if with_phi_s else products
     mean = total / count
     deviation = np.sqrt(np.maximum(squares / count - np.square(mean), 0))
-    bank = np.concatenate(list(_first_rows(store, rows, encoder, range(1, 2), BANK_ROWS)))
+    bank = np.concatenate(list(_first_rows(store, rows, encoder, views[:1], BANK_ROWS)))
     return TargetStatistics(
         mean=torch.from_numpy(np.asarray(mean, np.float32)),
         deviation=torch.from_numpy(np.maximum(deviation, 1e-3 * deviation.max()).astype(np.float32)),

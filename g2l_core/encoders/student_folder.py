@@ -162,7 +162,8 @@ def _made_of(card: ModelCard) -> dict[str, str]:
     train = card.settings["train"]
     optim = train["optim"]
     origins = (
-        f"{teacher['name']} ({teacher.get('trained_on') or teacher['weights']}), digest {teacher['digest'][:12]}"
+        f"{teacher['name']} ({teacher.get('trained_on') or teacher.get('weights') or 'weights unknown'}), "
+        f"digest {teacher['digest'][:12]}"
         for teacher in card.teachers
     )
     return {

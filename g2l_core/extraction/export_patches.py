@@ -22,7 +22,15 @@ from g2l_core.patches.grid import GridSpec
 from g2l_core.patches.identity import require_same_slide
 from g2l_core.patches.render import PatchReader, open_patches
 from g2l_core.store import schema
-from g2l_core.store.export import SLIDES_FILE, Exported, chosen_slides, count_unreadable, write_slides
+from g2l_core.store.export import (
+    SLIDES_FILE,
+    Exported,
+    Report,
+    chosen_slides,
+    count_unreadable,
+    reporting,
+    write_slides,
+)  # fmt: skip
 from g2l_core.store.features import FeatureStore, StoredSlide
 from g2l_core.store.formats.item import whole_file
 from g2l_core.store.formats.journal import Journal, Written
@@ -60,7 +68,12 @@ class PatchFormat:
 
 
 def export_patches(
-    store: FeatureStore, folder: Path, layout: str, *, where: Mapping[str, str] | None = None
+    store: FeatureStore,
+    folder: Path,
+    layout: str,
+    *,
+    where: Mapping[str, str] | None = None,
+    report: Report = lambda done, total: None,
 ) -> Exported:
     """Write the whole patches, whatever part of them was encoded, of all slides that are at hand.
 
@@ -69,6 +82,7 @@ def export_patches(
         folder: Where to write; made where it is missing.
         layout: A name of `PATCH_FORMATS`.
         where: As for `store.export.export_features`.
+        report: Is told how many slides are done, and of how many.
 
     Raises:
         UsageError: No slide fits the conditions.
@@ -80,7 +94,7 @@ def export_patches(
     with locked_output(folder):
         slides, left_out = chosen_slides(store, where or {})
         journal = Journal(folder, f"{layout} {store.grid}")
-        for slide in slides:
+        for slide in reporting(slides, report):
             facts = {key: value for key, value in slide.facts.to_json().items() if key != "features"}
             written = journal.entry(facts)
             if written is None:
@@ -100,6 +114,28 @@ def export_patches(
     )
 
 
+def plan_patches(store: FeatureStore, *, where: Mapping[str, str] | None = None) -> Exported:
+    """What `export_patches` would write, as far as the store and the slides' files tell; errors as there."""
+    counts, unreadable = [0, 0], Counter[str]()
+    slides, left_out = chosen_slides(store, where or {})
+    for slide in slides:
+        try:
+            _require_slide(slide)
+            status = slide.patch_status
+        except (SlideError, StoreCorruptError) as error:
+            left_out[slide.slide_id] = str(error)
+            continue
+        counts = [counts[0] + 1, counts[1] + int((status == schema.STATUS["ok"]).sum())]
+        unreadable.update(count_unreadable(status))
+    return Exported(files=(), slides=counts[0], patches=counts[1], left_out=left_out, unreadable=dict(unreadable))
+
+
+def _require_slide(slide: StoredSlide) -> None:
+    if slide.facts.kind != "slide":
+        raise ReadError("it is a set of patch images, which are files already")
+    require_same_slide(slide, Path(slide.facts.source))
+
+
 def _write_slide(store: FeatureStore, slide: StoredSlide, form: PatchFormat, folder: Path) -> Written:
     """Write one slide.
 
@@ -108,9 +144,7 @@ def _write_slide(store: FeatureStore, slide: StoredSlide, form: PatchFormat, fol
         StoreCorruptError: Its tables are damaged.
         StoreError: It cannot be written.
     """
-    if slide.facts.kind != "slide":
-        raise ReadError("it is a set of patch images, which are files already")
-    require_same_slide(slide, Path(slide.facts.source))
+    _require_slide(slide)
     status, coords, lost = slide.patch_status, slide.coords, Counter[str]()
     rows = np.flatnonzero(status == schema.STATUS["ok"]).tolist()
     reader = open_patches(slide, GridSpec.from_json(store.grid))

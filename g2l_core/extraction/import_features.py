@@ -6,8 +6,8 @@ card until `proof` has shown it, and no pixel hash is known. Features are kept a
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,12 @@ import numpy as np
 from g2l_core.encoders.spec import EncoderSpec, spec_to_json
 from g2l_core.errors import EncoderError, MppError, ReadError, SlideError, StoreError, UsageError
 from g2l_core.extraction.foreign import LAYOUTS, ForeignFile, ForeignSlide, Scale, read_slide
+from g2l_core.extraction.import_sources import Places, manifest_rows
 from g2l_core.patches.grid import GridSpec, cell_order
 from g2l_core.patches.views import COLUMNS, ViewSpec, sample_views
 from g2l_core.slides.fingerprint import file_state, fingerprint
-from g2l_core.slides.manifest import files_below, open_table
-from g2l_core.slides.readers import slide_suffixes
 from g2l_core.slides.slide import open_slide
+from g2l_core.store.consolidated import consolidate
 from g2l_core.store.facts import EncoderFacts, SlideFacts
 from g2l_core.store.features import FeatureStore, StoredSlide
 from g2l_core.store.locks import LOCKS, locked
@@ -88,6 +88,9 @@ def import_features(
     name: str,
     spec: EncoderSpec | None,
     settings: ImportSettings | None = None,
+    *,
+    dry_run: bool = False,
+    report: Callable[[int, int], None] = lambda done, total: None,
 ) -> ImportSummary:
     """Write features and coordinates of another tool into a store, which is made or completed.
 
@@ -101,6 +104,8 @@ def import_features(
         name: The encoder, as the user names it.
         spec: Its spec; None if G2L does not know it.
         settings: What the files do not say.
+        dry_run: Read and check everything, and write nothing.
+        report: Is told how many files are done, and of how many.
 
     Raises:
         UsageError: There is nothing to import, or it is not clear what.
@@ -113,22 +118,27 @@ def import_features(
     files = LAYOUTS[layout].find(source, name, settings.coords)
     if not files:
         raise UsageError(f"{source} has no features in layout {layout}; is it another layout, or a folder above?")
-    work = _Import(layout, store_path, name, spec, settings)
-    with locked(store_path / LOCKS / "writer", wait_s=0, holder="another g2l command writes into it"):
+    work = _Import(layout, store_path, name, spec, settings, dry_run=dry_run)
+    holder = "another g2l command writes into it"
+    with nullcontext() if dry_run else locked(store_path / LOCKS / "writer", wait_s=0, holder=holder):
         twice = {slide_id for slide_id, n in Counter(file.slide_id for file in files).items() if n > 1}
-        for file in files:
+        for done, file in enumerate(files, start=1):
             work.add(file, is_only=file.slide_id not in twice)
+            report(done, len(files))
         return work.finish()
 
 
 class _Import:
     """An import under way."""
 
-    def __init__(self, layout: str, path: Path, name: str, spec: EncoderSpec | None, settings: ImportSettings) -> None:
+    def __init__(
+        self, layout: str, path: Path, name: str, spec: EncoderSpec | None, settings: ImportSettings, *, dry_run: bool
+    ) -> None:
         self._layout, self._path, self._name, self._spec, self._settings = layout, path, name, spec, settings
-        self._store = FeatureStore.open(path, writable=True) if (path / "zarr.json").exists() else None
-        self._places = _Places(settings.slides)
-        self._rows = _manifest_rows(settings.manifest)
+        self._dry_run, self._first = dry_run, Scale()
+        self._store = FeatureStore.open(path, writable=not dry_run) if (path / "zarr.json").exists() else None
+        self._places = Places(settings.slides)
+        self._rows = manifest_rows(settings.manifest)
         self._encoder: EncoderFacts | None = None
         self._key = ""
         self._failed: dict[str, tuple[str, str]] = {}
@@ -152,8 +162,15 @@ class _Import:
         corners = _level0_corners(found, facts)
         _require_on_slide(corners, found.scale, facts)
         features = _as_stored(found.features)
-        store = self._open_store(scale)
-        key = self._open_encoder(store, found)
+        self._require_alike(scale)
+        self._require_encoder(found)
+        if self._dry_run:
+            self._compare(file.slide_id, corners)
+            self._count(len(corners), bool(facts.fingerprint))
+            return
+        store, key = self._open_store(scale), self._key
+        assert self._encoder
+        store.add_encoder(key, self._encoder)
         facts = replace(facts, patch_px_level0=round(scale.side or 0), notes=_notes(scale, facts))
         order = cell_order(corners, Level0Px(facts.patch_px_level0), GridSpec.from_json(store.grid), file.slide_id)
         features = features[order]
@@ -162,11 +179,23 @@ class _Import:
         for shard in writer.missing([0]):
             n = shard.stop - shard.start
             writer.write(shard, features[shard.start : shard.stop], np.zeros(n, np.uint64), np.zeros(n, np.uint8))
-        self._slides, self._patches = self._slides + 1, self._patches + len(corners)
-        self._with_slides += bool(slide.facts.fingerprint)
+        self._count(len(corners), bool(slide.facts.fingerprint))
+
+    def _compare(self, slide_id: str, corners: np.ndarray) -> None:
+        """Refuse what does not fit the store that is there."""
+        if self._store is None:
+            return
+        if slide_id in self._store.slide_ids():
+            _same_patches(self._store.slide(slide_id), corners)
+        if self._encoder and self._key in self._store.encoders:
+            self._store.add_encoder(self._key, self._encoder)  # adds nothing, but refuses another one
+
+    def _count(self, patches: int, has_slide: bool) -> None:
+        self._slides, self._patches = self._slides + 1, self._patches + patches
+        self._with_slides += has_slide
 
     def _open_store(self, scale: Scale) -> FeatureStore:
-        """The store, made for the first slide; all others must have patches of the same size."""
+        """The store, made for the first slide."""
         assert scale.patch_px
         assert scale.mpp
         view_px = scale.view_px or scale.patch_px
@@ -174,17 +203,27 @@ class _Import:
             grid = GridSpec(mpp=scale.mpp, patch_px=scale.patch_px, tissue=COORDINATES, min_tissue=0, artifacts=())
             views = ViewSpec(patch_px=scale.patch_px, crop_px=view_px)
             self._store = FeatureStore.create(self._path, grid=grid.to_json(), views=views.to_json())
-        there = (self._store.grid["patch_px"], self._store.views["crop_px"], self._store.grid["mpp"])
+        return self._store
+
+    def _require_alike(self, scale: Scale) -> None:
+        """Refuse patches of another size than those of the store, or of the first slide."""
+        assert scale.patch_px
+        assert scale.mpp
+        view_px = scale.view_px or scale.patch_px
+        if self._store is not None:
+            there = (self._store.grid["patch_px"], self._store.views["crop_px"], self._store.grid["mpp"])
+        else:
+            self._first = self._first if self._first.mpp else scale
+            there = (self._first.patch_px, self._first.view_px or self._first.patch_px, self._first.mpp or 0.0)
         if there[:2] != (scale.patch_px, view_px) or abs(scale.mpp - there[2]) > TOLERANCE * there[2]:
             raise MppError(
                 f"its patches are {scale.patch_px} px at {scale.mpp:.4g} um/px, of which {view_px} px were encoded; "
                 f"those of {self._path} are {there[0]} px at {there[2]:.4g} um/px, of which {there[1]} px. Import them "
                 "into another --store, or give --mpp and --patch-px if the file is wrong"
             )
-        return self._store
 
-    def _open_encoder(self, store: FeatureStore, found: ForeignSlide) -> str:
-        """The key of the encoder, which the first slide decides; all others must have been encoded alike."""
+    def _require_encoder(self, found: ForeignSlide) -> None:
+        """Refuse features that were encoded otherwise than those of the first slide, which decides."""
         dim = found.features.shape[1]
         if self._encoder is None:
             if self._spec and self._spec.dim not in {None, dim}:
@@ -200,15 +239,14 @@ class _Import:
             raise ReadError(
                 "it was exported from features of another encoder than the other slides: their digests differ"
             )
-        store.add_encoder(self._key, self._encoder)
-        return self._key
 
     def finish(self) -> ImportSummary:
         """Keep what failed, and the index of the store."""
-        if self._store is not None:
+        if self._store is not None and not self._dry_run:
             for slide_id, (source, reason) in self._failed.items():
                 with suppress(StoreError):  # an id that no store can hold, which the summary names all the same
                     self._store.fail_slide(slide_id, source, reason, _labels(self._rows.get(slide_id, {})))
+            consolidate(self._store.slides())
             self._store.save_catalogue()
         return ImportSummary(
             store=self._path,
@@ -262,63 +300,6 @@ def _as_stored(features: np.ndarray) -> np.ndarray:
 
 
 # -- the slide --------------------------------------------------------------------------------------------
-
-
-class _Places:
-    """The slides below a folder, by their path without suffix and by their name alone."""
-
-    def __init__(self, folder: Path | None) -> None:
-        self._by_name: dict[str, list[Path]] = {}
-        self._taken: dict[Path, str] = {}
-        if folder is None:
-            return
-        if not folder.is_dir():
-            raise UsageError(f"--slides {folder}: no such folder")
-        suffixes = slide_suffixes() | {".zarr"}
-        for path in sorted(files_below(folder)):
-            if path.suffix.lower() in suffixes:
-                relative = path.relative_to(folder).with_suffix("").as_posix()
-                for name in dict.fromkeys((relative, relative.removesuffix(".ome"), path.stem, path.name)):
-                    self._by_name.setdefault(name, []).append(path)
-
-    def find(self, slide_id: str, row: Mapping[str, str]) -> Path | None:
-        """The file of a slide: the manifest's, or the one of its name.
-
-        Raises:
-            ReadError: Several files have its name, or the file is another slide's already.
-        """
-        names = dict.fromkeys((slide_id, slide_id.rpartition("/")[2]))
-        found = [Path(row["path"])] if row.get("path") else next(filter(None, map(self._by_name.get, names)), [])
-        if len(found) > 1:
-            raise ReadError(f"two slides have its name, {found[0]} and {found[1]}: name its path in a --manifest")
-        if not found:
-            return None
-        if (other := self._taken.setdefault(found[0], slide_id)) != slide_id:
-            raise ReadError(f"{found[0]} is the slide of {other!r} already: name its own in a --manifest")
-        return found[0]
-
-
-def _manifest_rows(manifest: Path | None) -> dict[str, dict[str, str]]:
-    """The rows of a manifest by slide; its paths are relative to it.
-
-    Raises:
-        ManifestError: It cannot be read.
-        UsageError: It has neither slide_id nor path.
-    """
-    if manifest is None:
-        return {}
-    table = open_table(manifest)
-    table.log_notes()
-    if not {"slide_id", "path"} & {*table.columns}:
-        raise UsageError(
-            f"--manifest {manifest}: expected a column slide_id or path; it has {', '.join(table.columns)}"
-        )
-    rows = {}
-    for row in table.rows():
-        path = manifest.absolute().parent / row["path"] if row.get("path") else None
-        slide_id = row.get("slide_id") or (path.stem if path else "")
-        rows[slide_id] = {**row, "path": str(path or "")}
-    return rows
 
 
 def _labels(row: Mapping[str, str]) -> dict[str, str]:
@@ -444,6 +425,34 @@ def _notes(scale: Scale, facts: SlideFacts) -> tuple[str, ...]:
     return ("imported patches are up to 10 % larger or smaller than their scale says",)
 
 
+def _complete_source(slide: StoredSlide, facts: SlideFacts) -> None:
+    """Let a slide that was imported without its file, or without its scale, know them now.
+
+    Raises:
+        ReadError: It has another file.
+    """
+    known = slide.facts
+    if not facts.fingerprint or (facts.fingerprint == known.fingerprint and known.mpp):
+        return
+    if known.fingerprint not in {"", facts.fingerprint}:
+        raise ReadError(f"the store has slide {slide.slide_id!r} of another file, {known.source}")
+    scale = {} if known.mpp else {"mpp": facts.mpp, "mpp_source": facts.mpp_source}
+    slide.set_source(Path(facts.source), facts.fingerprint, facts.file_state, level0_size=facts.level0_size, **scale)
+
+
+def _same_patches(slide: StoredSlide, corners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What sorts some corners, and what sorts those of a stored slide, which must be the same.
+
+    Raises:
+        ReadError: They are not.
+    """
+    there = slide.coords
+    order, wanted = np.lexsort(corners.T), np.lexsort(there.T)
+    if len(there) != len(corners) or not np.array_equal(corners[order], there[wanted]):
+        raise ReadError(f"the store has slide {slide.slide_id!r} with other patches: import it into another --store")
+    return order, wanted
+
+
 def _stored_slide(
     store: FeatureStore, slide_id: str, facts: SlideFacts, corners: np.ndarray, features: np.ndarray
 ) -> tuple[StoredSlide, np.ndarray]:
@@ -458,14 +467,8 @@ def _stored_slide(
         slide = store.add_slide(slide_id, facts, coords=corners, view_params=params, columns=COLUMNS, patch_ids=None)
         return slide, features
     slide = store.slide(slide_id)
-    there = slide.coords
-    order, wanted = np.lexsort(corners.T), np.lexsort(there.T)
-    if len(there) != len(corners) or not np.array_equal(corners[order], there[wanted]):
-        raise ReadError(f"the store has slide {slide_id!r} with other patches: import it into another --store")
-    if facts.fingerprint and facts.fingerprint != slide.facts.fingerprint:
-        if slide.facts.fingerprint:
-            raise ReadError(f"the store has slide {slide_id!r} of another file, {slide.facts.source}")
-        slide.set_source(Path(facts.source), facts.fingerprint, facts.file_state)
+    order, wanted = _same_patches(slide, corners)
+    _complete_source(slide, facts)
     if facts.labels and facts.labels != slide.labels:
         slide.set_labels({**slide.labels, **facts.labels})
     ordered = np.empty_like(features)

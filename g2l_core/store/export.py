@@ -8,7 +8,7 @@ over the slides that are written already and have not changed.
 import csv
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from itertools import chain
@@ -25,16 +25,18 @@ from g2l_core.errors import (
 )
 from g2l_core.files import csv_row
 from g2l_core.store import schema
-from g2l_core.store.features import FeatureStore, StoredSlide
+from g2l_core.store.features import FeatureStore, StoredSlide, require_whole
 from g2l_core.store.formats import hdf5, raw2features, tables
 from g2l_core.store.formats.item import POWERS, ExportCohort, ExportItem, magnification, whole_file
 from g2l_core.store.formats.journal import Journal, Written
 from g2l_core.store.locks import locked_output
 
 __all__ = (
-    "FORMATS", "POWERS", "SLIDES_FILE", "Exported", "Format", "chosen_slides", "count_unreadable", "export_features",
-    "export_trident", "magnification", "write_slides",
+    "FORMATS", "POWERS", "SLIDES_FILE", "Exported", "Format", "Report", "chosen_slides", "count_unreadable",
+    "export_features", "export_trident", "magnification", "reporting", "write_slides",
 )  # fmt: skip
+
+Report = Callable[[int, int], None]
 
 SLIDES_FILE = "slides.csv"
 """Written beside every export: the slides and their labels, as `g2l store import --manifest` reads them."""
@@ -105,6 +107,16 @@ class _Account:
         self.slides, self.patches = self.slides + 1, self.patches + patches
         self.unreadable.update(unreadable)
 
+    def exported(self, files: Sequence[Path]) -> Exported:
+        """What these files hold, and what they do not."""
+        return Exported(
+            files=tuple(files),
+            slides=self.slides,
+            patches=self.patches,
+            left_out=self.left_out,
+            unreadable=dict(self.unreadable),
+        )
+
 
 def export_features(
     store: FeatureStore,
@@ -115,6 +127,8 @@ def export_features(
     view: int = 0,
     where: Mapping[str, str] | None = None,
     label: str = "",
+    dry_run: bool = False,
+    report: Report = lambda done, total: None,
 ) -> Exported:
     """Write a cohort's features in a layout, without the patches that have none.
 
@@ -126,6 +140,8 @@ def export_features(
         view: Which view; 0 is canonical.
         where: Shell-style patterns by column of the slides' labels, or for slide_id; a slide must fit all.
         label: The column of classes, for the layouts that have one.
+        dry_run: Only count, by what the store records.
+        report: Is told how many slides are done, and of how many.
 
     Raises:
         UnknownNameError: There is no such layout or encoder.
@@ -145,21 +161,40 @@ def export_features(
     if FORMATS[layout].needs_label and not label:
         raise UsageError(f"format {layout} asks for classes: name their column with --label COLUMN")
     account = _Account()
-    with locked_output(folder):
+    with nullcontext() if dry_run else locked_output(folder):
         slides, left_out = chosen_slides(store, where or {})
         account.left_out |= left_out
         cohort = _cohort(store, slides, encoders or tuple(store.encoders), view, label)
         usable = [slide for slide in slides if not _is_refused(slide, FORMATS[layout], layout, account)]
-        files = _write(usable, cohort, FORMATS[layout], layout, folder, account)
+        if dry_run:
+            _plan(reporting(usable, report), cohort, account)
+            return account.exported([])
+        files = _write(reporting(usable, report), cohort, FORMATS[layout], layout, folder, account)
         if files:
             write_slides(folder / SLIDES_FILE, usable)
-    return Exported(
-        files=tuple(files),
-        slides=account.slides,
-        patches=account.patches,
-        left_out=account.left_out,
-        unreadable=dict(account.unreadable),
-    )
+    return account.exported(files)
+
+
+def reporting(slides: Sequence[StoredSlide], report: Report) -> Iterator[StoredSlide]:
+    """The slides; each is reported as done when the next one is asked for."""
+    for done, slide in enumerate(slides, start=1):
+        yield slide
+        report(done, len(slides))
+
+
+def _plan(slides: Iterable[StoredSlide], cohort: ExportCohort, account: _Account) -> None:
+    """Count what would be written. Of features only the records are looked at."""
+    for slide in slides:
+        lacking = dict[str, str]()
+        for encoder in cohort.encoders:
+            try:
+                require_whole(slide, encoder, view=cohort.view)
+            except StoreMissingError as error:
+                lacking[f"{slide.slide_id}, {encoder}"] = str(error)
+        account.left_out |= lacking
+        if len(lacking) < len(cohort.encoders):
+            status = slide.patch_status
+            account.add(int((status == schema.STATUS["ok"]).sum()), count_unreadable(status))
 
 
 def export_trident(store: FeatureStore, encoder: str, folder: Path, *, view: int = 0) -> list[Path]:
@@ -292,7 +327,7 @@ def _item(slide: StoredSlide, cohort: ExportCohort, account: _Account) -> Export
 
 
 def _write(
-    slides: Sequence[StoredSlide], cohort: ExportCohort, form: Format, layout: str, folder: Path, account: _Account
+    slides: Iterable[StoredSlide], cohort: ExportCohort, form: Format, layout: str, folder: Path, account: _Account
 ) -> list[Path]:
     if form.write_cohort:
         items = (item for slide in slides if (item := _item(slide, cohort, account)) is not None)

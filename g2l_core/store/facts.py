@@ -89,6 +89,8 @@ class EncoderFacts(Facts):
     imported: str = field(default="", metadata=_SPARSE)
     """The layout that its features were imported from; empty where G2L has encoded them. Of an imported encoder the
     pixel hashes are unknown, and so is how patches were preprocessed, until `proof` says otherwise."""
+    rounded_bits: int = field(default=0, metadata=_SPARSE)
+    """Bits of the mantissa, of float16's 10, that `g2l store compact` left of its features; 0 where it left all."""
     proof: str = field(default="", metadata=_SPARSE)
     """How an imported encoder's features were found to be those that it gives, in words."""
 

@@ -264,10 +264,10 @@ class StoredSlide:
         """Replace the labels of the slide."""
         self._update(lambda facts: replace(facts, labels=dict(labels)))
 
-    def set_source(self, path: Path, fingerprint: str, file_state: tuple[int, int] | None = None) -> None:
-        """Replace the file that the slide is read from."""
-        source = str(path.resolve())
-        self._update(lambda facts: replace(facts, source=source, fingerprint=fingerprint, file_state=file_state))
+    def set_source(self, path: Path, fingerprint: str, file_state: tuple[int, int] | None = None, **scale: Any) -> None:
+        """Replace the file that the slide is read from, and of its scale what was not known before, by field."""
+        known: dict[str, Any] = {"source": str(path.resolve()), "fingerprint": fingerprint, "file_state": file_state}
+        self._update(lambda facts: replace(facts, **known, **scale))
 
     @property
     def unreadable(self) -> dict[int, str]:

@@ -1,17 +1,19 @@
 """`g2l store export` and `g2l store import`: features to and from the files of other tools."""
 
-from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from pipeline.cli import EXIT_DONE, EXIT_SOME_FAILED
-from pipeline.cli.options import Store, Weights, from_specs
+from pipeline.cli.options import Json, Store, Weights, from_specs
 from pipeline.cli.store import StorePath
+from pipeline.cli.store_copies import DryRun, list_left_out, tell
 
-SHOWN = 20
+if TYPE_CHECKING:
+    from g2l_core.store.export import Exported
+    from g2l_core.store.features import FeatureStore
 
 
 class ExportFormat(StrEnum):
@@ -27,6 +29,8 @@ class ExportFormat(StrEnum):
     PATHOROB = "pathorob"
     PARQUET = "parquet"
     NPY = "npy"
+    ANNDATA = "anndata"
+    SPATIALDATA = "spatialdata"
     PNG = "png"
     JPEG = "jpeg"
     WEBDATASET = "webdataset"
@@ -48,6 +52,8 @@ def export(
     label: Annotated[
         str, typer.Option(help="The column of classes, for eva, croma, pathorob.", show_default=False)
     ] = "",
+    dry_run: DryRun = False,
+    as_json: Json = False,
 ) -> None:
     """Write features as other tools read them, or the patches themselves: png, jpeg, webdataset.
 
@@ -55,31 +61,55 @@ def export(
     """
     from g2l_core.encoders.resolve import find_stored
     from g2l_core.slides.manifest import parse_condition
-    from g2l_core.store.export import FORMATS, export_features
     from g2l_core.store.features import FeatureStore
 
     opened = FeatureStore.open(store)
     keys = list(dict.fromkeys(find_stored(name, opened.encoders) for name in encoder or ()))
     conditions = dict(parse_condition(text) for text in where or ())
-    if to.value in FORMATS:
-        done = export_features(opened, out, to.value, encoders=keys, view=view, where=conditions, label=label)
-        names = f" for {', '.join(keys or opened.encoders)}"
-    else:
-        from g2l_core.errors import UsageError
-        from g2l_core.extraction.export_patches import export_patches
-
-        if keys or view or label:
-            raise UsageError(f"--format {to.value} writes whole patches: leave out --encoder, --view and --label")
-        done, names = export_patches(opened, out, to.value, where=conditions), ""
-    typer.echo(
-        f"{len(done.files):,} files with {done.patches:,} patches of {done.slides:,} slides{names} under {out}, "
-        f"layout {to.value}"
-    )
+    asked = {"encoders": keys, "view": view, "where": conditions, "label": label}
+    done = _exported(opened, out, to, asked, dry_run=dry_run)
+    names = "" if to in OF_PATCHES else f" for {', '.join(keys or opened.encoders)}"
+    files = "files of each encoder" if dry_run else f"{len(done.files):,} files"
+    lines = [f"{files} with {done.patches:,} patches of {done.slides:,} slides{names} under {out}, layout {to.value}"]
     if done.unreadable:
         counts = ", ".join(f"{count:,} {name}" for name, count in done.unreadable.items())
-        typer.echo(f"patches that are not exported: {counts}")
+        lines.append(f"patches that are not exported: {counts}")
+    facts = {"files": [str(path) for path in done.files], "slides": done.slides, "patches": done.patches}
+    facts |= {"left_out": dict(done.left_out), "unreadable": dict(done.unreadable)}
+    tell("\n".join(lines), {"folder": str(out), "format": to.value, **facts}, dry_run=dry_run, as_json=as_json)
     list_left_out(done.left_out)
     raise typer.Exit(EXIT_SOME_FAILED if done.left_out else EXIT_DONE)
+
+
+OF_PATCHES = (ExportFormat.PNG, ExportFormat.JPEG, ExportFormat.WEBDATASET)
+OF_SCVERSE = (ExportFormat.ANNDATA, ExportFormat.SPATIALDATA)
+
+
+def _exported(
+    store: "FeatureStore", out: Path, to: ExportFormat, asked: dict[str, Any], *, dry_run: bool
+) -> "Exported":
+    """Export with the function that knows the format."""
+    from g2l_core.errors import UsageError
+    from pipeline.progress import ProgressLine
+
+    if to in OF_PATCHES and (asked["encoders"] or asked["view"] or asked["label"]):
+        raise UsageError(f"--format {to.value} writes whole patches: leave out --encoder, --view and --label")
+    with ProgressLine("export", "slides") as line:
+        if to in OF_PATCHES:
+            from g2l_core.extraction.export_patches import export_patches, plan_patches
+
+            if dry_run:
+                return plan_patches(store, where=asked["where"])
+            return export_patches(store, out, to.value, where=asked["where"], report=line.update)
+        if to in OF_SCVERSE:
+            from g2l_core.api.export_scverse import export_scverse
+
+            if asked.pop("label"):
+                raise UsageError(f"--format {to.value} has all labels as columns: leave out --label")
+            return export_scverse(store, out, to.value, **asked, dry_run=dry_run, report=line.update)
+        from g2l_core.store.export import export_features
+
+        return export_features(store, out, to.value, **asked, dry_run=dry_run, report=line.update)
 
 
 class ImportLayout(StrEnum):
@@ -115,6 +145,8 @@ def import_features(
     mpp_override: Annotated[
         float | None, typer.Option(min=0.01, help="Um/px of level 0, where neither slide nor file says it.")
     ] = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
 ) -> None:
     """Make a store of features that another tool has extracted, or add them to one.
 
@@ -125,6 +157,7 @@ def import_features(
     from g2l_core.errors import UnknownNameError
     from g2l_core.extraction.import_features import ImportSettings
     from g2l_core.extraction.import_features import import_features as run_import
+    from pipeline.progress import ProgressLine
 
     spec, unknown = None, ""
     try:
@@ -134,21 +167,16 @@ def import_features(
     settings = ImportSettings(
         mpp=mpp, patch_px=patch_px, mpp_override=mpp_override, slides=slides, coords=coords, manifest=manifest
     )
-    done = run_import(layout.value, source, store, encoder, spec, settings)
+    with ProgressLine("import", "files") as line:
+        done = run_import(layout.value, source, store, encoder, spec, settings, dry_run=dry_run, report=line.update)
     if unknown:
         typer.echo(f"note  {unknown}", err=True)
-    typer.echo(
+    text = (
         f"{store}: {done.patches:,} patches of {done.slides:,} slides imported as {done.encoder or encoder}; "
         f"{done.with_slides:,} slides are at hand"
     )
+    facts = {"encoder": done.encoder, "slides": done.slides, "patches": done.patches, "with_slides": done.with_slides}
+    facts |= {"known": done.known, "failed": dict(done.failed)}
+    tell(text, {"store": str(store), **facts}, dry_run=dry_run, as_json=as_json)
     list_left_out(done.failed)
     raise typer.Exit(EXIT_SOME_FAILED if done.failed else EXIT_DONE)
-
-
-def list_left_out(left_out: Mapping[str, str]) -> None:
-    """Name on stderr what was left out, with the reason."""
-    lines: Sequence[str] = [f"left out  {name}: {reason}" for name, reason in left_out.items()]
-    for line in lines[:SHOWN]:
-        typer.echo(line, err=True)
-    if len(lines) > SHOWN:
-        typer.echo(f"left out  and {len(lines) - SHOWN:,} more", err=True)

@@ -32,6 +32,7 @@ from pipeline.cli import (
     models,
     plan,
     store,
+    store_copies,
     store_edit,
 )  # fmt: skip
 
@@ -52,13 +53,9 @@ for command in (
 store.app.command()(interchange.export)
 store.app.command(name="import")(interchange.import_features)
 for command in (
-    store_edit.label,
-    store_edit.subset,
-    store_edit.merge,
-    store_edit.rm,
-    store_edit.du,
-    store_edit.upload,
-):
+    store_edit.label, store_copies.subset, store_copies.merge, store_edit.rm, store_edit.du,
+    store_copies.pack, store_copies.compact, store_copies.publish, store_edit.upload,
+):  # fmt: skip
     store.app.command()(command)
 app.add_typer(store.app, name="store")
 

@@ -135,7 +135,7 @@ def _parameters(entry: Entry, default: Any) -> Iterator[Parameter]:
     if kind is bool and default:
         flag += f"/--no-{name.replace('_', '-')}"
     if option.parse:
-        kind, default = str, ",".join(default) or "none"
+        kind, default = (str | None, None) if default is None else (str, ",".join(default) or "none")
     elif get_origin(kind) is tuple:
         kind, default = list[get_args(kind)[0]] | None, None  # type: ignore[misc]
     shown = {"help": option.help, "rich_help_panel": option.panel, "metavar": _metavar(kind), "min": option.min}

@@ -363,7 +363,7 @@ def test_commands_on_an_imported_store(store, tmp_path):
         require_same_slide(FeatureStore.open(out).slide("e"), tmp_path)
 
 
-def test_distilling_an_imported_teacher_is_refused(cohort, cached_store, tmp_path):
+def test_distilling_augmented_views_of_an_imported_teacher_is_refused(cohort, cached_store, tmp_path):
     key = "timm-mobilenetv3_small_050-64-random0"
     export_features(FeatureStore.open(cached_store), tmp_path / "job", "trident-h5")
     teacher = resolve_encoder("timm:mobilenetv3_small_050@64", weights="random:0")

@@ -106,7 +106,7 @@ def test_weights_that_do_not_fit_are_refused_before_training_starts(cached_store
 def test_statistics_are_those_of_all_training_targets(cached_store):
     store = FeatureStore.open(cached_store)
     chosen = {slide.slide_id: good_rows(slide)[::2] for slide in store.slides()}
-    found = target_statistics(store, chosen, KEY, 2)
+    found = target_statistics(store, chosen, KEY, range(1, 3))
     values = np.concatenate([store.slide(i).features(KEY, view=v)[r] for i, r in chosen.items() for v in (1, 2)])
     np.testing.assert_allclose(found.mean, values.astype(np.float64).mean(0), rtol=1e-4, atol=1e-5)
     wanted = values.astype(np.float64).std(0)
