@@ -481,7 +481,7 @@ class Cohort:
 
 
 def open_cohort(path: Location | str) -> Cohort:
-    """Open a store, with all of its patches and the labels of its manifest. As `g2l.open` it is where everything begins.
+    """Open a store, with all of its patches and the labels of its manifest. As `g2l.open` it begins everything.
 
     Args:
         path: Its folder, as `g2l cache-teacher --store` was given it; or an address of s3://, gs:// or https://, as

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import cv2
 import numpy as np
-from jaxtyping import Float64
+from jaxtyping import Float64, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from g2l_core.types import Coords, Rgb
@@ -89,7 +89,7 @@ def heatmap_picture(
     *,
     limits: tuple[float, float],
     caption: str,
-) -> Rgb:
+) -> UInt8[np.ndarray, "picture_height picture_width 3"]:
     """Draw the patches in colors over the slide, with a scale and a caption below.
 
     Args:
