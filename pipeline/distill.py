@@ -184,7 +184,7 @@ def _distill(run: Run, epochs: int | None) -> DistillSummary:
 
 def _open_batches(run: Run) -> ReplayDataset:
     machine, group = run.machine, run.group
-    slides = [run.store.slide(slide_id) for slide_id in {*run.split.train, *run.split.held_out}]
+    slides = [run.store.slide(slide_id) for slide_id in sorted({*run.split.train, *run.split.held_out})]
     spec = ReplaySpec(
         encoders=stored_keys(run.teachers),
         may_miss=run.settings.train.teachers.missing == "mask",

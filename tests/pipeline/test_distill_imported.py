@@ -89,7 +89,7 @@ def test_a_student_of_a_foreign_grid_is_benched(cohort, foreign, tmp_path):
     bring("plain", foreign, store, slides=slides, manifest=cohort, mpp=0.5, patch_px=256)
     opened = FeatureStore.open(store)
     assert (opened.grid["patch_px"], opened.views["crop_px"]) == (256, 256)
-    spec = ReplaySpec(encoder=IMPORTED, n_augmented=None)
+    spec = ReplaySpec(encoders=(IMPORTED,), n_augmented=None)
     for slide_id in ("p01-1", "p02-1"):  # scanned at 40x and at 20x
         pixels, targets = ReplaySource(opened, {slide_id: None}, spec).read(0, np.arange(10), epoch=7)
         assert pixels.shape == (10, 256, 256, 3)

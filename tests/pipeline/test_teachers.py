@@ -156,7 +156,7 @@ def test_statistics_are_taken_once_and_kept(run, store):
     found = read_statistics(out)
     assert tuple(found) == KEYS
     for key in KEYS:
-        wanted = target_statistics(opened, train, key, 2, with_phi_s=True)
+        wanted = target_statistics(opened, train, key, range(1, 3), with_phi_s=True)
         assert torch.equal(found[key].phi_s, wanted.phi_s)
         assert torch.equal(found[key].mean, wanted.mean)
         values = np.concatenate([opened.slide(i).features(key, view=v) for i in train for v in (1, 2)])
