@@ -5,7 +5,7 @@ rooms on floors. Each imports only from floors below its own:
 
     api
     extraction  distillation  benchmark  datasets
-    patches  tissue  encoders
+    patches  tissue  encoders  heads
     slides  store  metrics  report  synthetic
     errors  types  options  results  rng  concurrency  files  version
 

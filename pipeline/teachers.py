@@ -259,7 +259,8 @@ def _require_files(slides: Sequence[StoredSlide]) -> None:
 def doubts_of(teachers: Teachers) -> tuple[str, ...]:
     """What nobody knows about teachers that were imported and never compared with what their encoders give."""
     return tuple(
-        f"the features of {teacher.column} were imported ({teacher.facts.imported}), and nobody has compared them with it"
+        f"the features of {teacher.column} were imported ({teacher.facts.imported}), "
+        "and nobody has compared them with it"
         for teacher in teachers
         if not teacher.live and teacher.facts.imported and not teacher.facts.proof
     )
