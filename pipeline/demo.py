@@ -209,8 +209,10 @@ def _interval(gain: Comparison | None) -> str:
 
 
 def _method(results: Sequence[Result], after: str) -> str:
+    """How the intervals were made: the same for all but for the degrees of freedom, which are left to the report."""
     found = [r.estimate.method for r in results if r.encoder == after and not isnan(r.estimate.low)]
-    return "95 %     " + "; ".join(dict.fromkeys(found)) if found else ""
+    names = dict.fromkeys(method.partition(", t with")[0] for method in found)
+    return f"95 %     {'; '.join(names)}, t; see docs/intervals.md" if found else ""
 
 
 def _write_csv(path: Path, rows: Sequence[dict[str, str]]) -> None:
