@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from jaxtyping import Float32, UInt8
 from torch import Tensor, nn
 
 from g2l_core.encoders.architectures import build_architecture
+from g2l_core.encoders.exported import RUNTIMES, export_digest, read_export_record, require_intact
 from g2l_core.encoders.networks import choose_network
 from g2l_core.encoders.patch_encoder import PatchEncoder, require_whole_steps, side_step
 from g2l_core.encoders.resolve import (
@@ -24,7 +26,8 @@ from g2l_core.encoders.resolve import (
     read_student_record,
     spec_to_json,
 )
-from g2l_core.encoders.spec import spec_digest
+from g2l_core.encoders.runtimes import SessionNetwork
+from g2l_core.encoders.spec import EXPORT, spec_digest
 from g2l_core.encoders.trust import code_of, require_trusted
 from g2l_core.encoders.weight_files import preprocessing_beside
 from g2l_core.encoders.weights import read_networks, state_digest, weights_content, weights_file
@@ -35,6 +38,9 @@ _log = logging.getLogger(__name__)
 
 COMPILED = "+compile"
 """Suffix of a precision with torch.compile, which changes features by about 1e-6 in float32."""
+
+RUNTIME_FACTS = "runtime"
+"""The key of `LoadedEncoder.runtime` in what a store keeps of an encoder."""
 
 DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -54,6 +60,9 @@ class LoadedEncoder:
     device: torch.device
     notes: tuple[str, ...] = ()
     """What a reader of results must know of how the weights were read."""
+    runtime: Mapping[str, Any] | None = None
+    """Of an exported student: the runtime, its version, the form, the student's digest and how near its features are.
+    None where torch runs it."""
 
     @property
     def key(self) -> str:
@@ -63,7 +72,13 @@ class LoadedEncoder:
     @property
     def facts(self) -> EncoderFacts:
         """What a store keeps of it."""
-        found = {"precision": self.precision, "weights_digest": self.weights_digest, "digest": self.digest}
+        found: dict[str, Any] = {
+            "precision": self.precision,
+            "weights_digest": self.weights_digest,
+            "digest": self.digest,
+        }
+        if self.runtime is not None:
+            found[RUNTIME_FACTS] = dict(self.runtime)
         return EncoderFacts.from_json({**spec_to_json(self.spec), "dim": self.dim, **found})
 
 
@@ -73,15 +88,18 @@ def load_encoder(spec: EncoderSpec, *, device: str = "auto", precision: str = "a
     Args:
         spec: The encoder.
         device: auto, cpu or cuda.
-        precision: auto (fp32 on CPU, the card's on a GPU), fp32, bf16 or fp16; each may end in `+compile`.
+        precision: auto (fp32 on CPU, the card's on a GPU), fp32, bf16 or fp16; each may end in `+compile`. An exported
+            student has its own, which ends in its runtime, as in `int8+onnx`.
 
     Raises:
         EncoderError: The weights cannot be read or do not fit, the number of features is not the card's, or a student's
             weights are not those that its record names.
         UsageError: The device or precision is unknown or not available.
     """
-    target = choose_device(device)
+    target = _device_of(spec, device)
     precision = choose_precision(spec, target, precision)
+    if spec.source.kind == EXPORT:
+        return _load_exported(spec, precision)
     network, notes = _network_and_notes(spec)
     weights_digest = state_digest(network.state_dict())
     if spec.source.kind == "run":
@@ -102,6 +120,27 @@ def load_encoder(spec: EncoderSpec, *, device: str = "auto", precision: str = "a
         digest=spec_digest(spec, weights_digest, precision),
         device=target,
         notes=notes,
+    )
+
+
+def _load_exported(spec: EncoderSpec, precision: str) -> LoadedEncoder:
+    """An exported student in its runtime, on the CPU; pixels are prepared by torch as for any encoder."""
+    folder = Path(spec.source.where)
+    record = read_export_record(folder)
+    require_intact(folder, record)
+    network = SessionNetwork(folder / next(iter(record["files"])), record["runtime"], batch=record["batch"])
+    module = PatchEncoder(network, replace(spec, pooling="native")).eval()  # the network pools
+    weights_digest = export_digest(record)
+    told = ("form", "student_digest", "gate")
+    return LoadedEncoder(
+        spec=spec,
+        module=module,
+        dim=_feature_size(module, torch.device("cpu")),
+        precision=precision,
+        weights_digest=weights_digest,
+        digest=spec_digest(spec, weights_digest, precision),
+        device=torch.device("cpu"),
+        runtime={"name": record["runtime"], "version": network.version, **{key: record[key] for key in told}},
     )
 
 
@@ -130,7 +169,7 @@ def stored_key(
     Raises:
         UsageError: The device or precision is unknown or not available.
     """
-    precision = choose_precision(spec, choose_device(device), precision)
+    precision = choose_precision(spec, _device_of(spec, device), precision)
     fitting = [
         key
         for key, facts in stored.items()
@@ -146,6 +185,11 @@ def stored_key(
         return None
     same = [key for key in fitting if stored[key].extra.get(WEIGHTS_CONTENT, "") == content]
     return same[0] if same else None
+
+
+def _device_of(spec: EncoderSpec, device: str) -> torch.device:
+    """The device that a user names; auto is the CPU for an exported student."""
+    return choose_device("cpu" if device == "auto" and spec.source.kind == EXPORT else device)
 
 
 def _require_recorded(student: Path, weights_digest: str) -> None:
@@ -181,6 +225,8 @@ def choose_precision(spec: EncoderSpec, device: torch.device, precision: str) ->
         UnknownNameError: There is no such precision.
         UsageError: The network is to be compiled, but there is no compiler.
     """
+    if spec.source.kind == EXPORT:
+        return _export_precision(spec, device, precision)
     asked, compiled = precision.removesuffix(COMPILED), precision.endswith(COMPILED)
     if asked == "auto":
         asked = spec.card_precision if device.type == "cuda" else "fp32"
@@ -189,6 +235,19 @@ def choose_precision(spec: EncoderSpec, device: torch.device, precision: str) ->
     if compiled and device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
         raise UsageError("--compile on a CPU needs a C++ compiler: install g++, or leave --compile out")
     return asked + COMPILED if compiled else asked
+
+
+def _export_precision(spec: EncoderSpec, device: torch.device, precision: str) -> str:
+    own = spec.card_precision
+    number, _, runtime = own.rpartition("+")
+    if precision not in {"auto", own, number}:
+        raise UsageError(
+            f"{spec.source.where} computes in {number} with {RUNTIMES[runtime]}; --precision {precision} and --compile "
+            "are for torch. Leave them out"
+        )
+    if device.type != "cpu":
+        raise UsageError(f"{spec.source.where} runs on the CPU; give --device cpu, or the run folder for the GPU")
+    return own
 
 
 def build_network(spec: EncoderSpec) -> nn.Module:
@@ -255,7 +314,7 @@ def encode(
 
 def features_of(encoder: LoadedEncoder, pixels: UInt8[Tensor, "batch height width 3"]) -> Float32[Tensor, "batch dim"]:
     """Compute the features of a batch of views that is on the encoder's device already, without gradients."""
-    dtype = DTYPES[encoder.precision.removesuffix(COMPILED)]
+    dtype = DTYPES.get(encoder.precision.removesuffix(COMPILED), torch.float32)  # runtimes take and give float32
     autocast = nullcontext() if dtype == torch.float32 else torch.autocast(encoder.device.type, dtype)
     with torch.no_grad(), autocast:
         features: Tensor = encoder.module(pixels).float()

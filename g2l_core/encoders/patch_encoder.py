@@ -37,11 +37,15 @@ class PatchEncoder(nn.Module):
         Args:
             pixels: uint8, red green blue. They stay in channels_last memory, which convolutions prefer.
         """
+        features = self.pooled(self.normalized(pixels))
+        return features if self.width is None else features[:, : self.width]
+
+    def normalized(self, pixels: UInt8[Tensor, "batch height width 3"]) -> Float[Tensor, "batch 3 side side"]:
+        """Views as the network takes them: resampled to its input size, and normalized."""
         images = pixels.permute(0, 3, 1, 2).float()
         if images.shape[-1] != self.input_px:
             images = resample(images, self.input_px, self.interpolation)
-        features = self.pooled((images - self.get_buffer("mean")) / self.get_buffer("std"))
-        return features if self.width is None else features[:, : self.width]
+        return (images - self.get_buffer("mean")) / self.get_buffer("std")
 
     def pooled(self, images: Float[Tensor, "batch 3 side side"]) -> Float[Tensor, "batch dim"]:
         """Compute the features of normalized images of the network's input size."""

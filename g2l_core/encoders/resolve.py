@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from g2l_core.encoders.exported import export_digest, export_encoder, is_export_folder, read_export_record
 from g2l_core.encoders.registry import TABLE
 from g2l_core.encoders.spec import POOLINGS, EncoderSpec, WeightsSource, spec_digest, spec_from_json, spec_to_json
 from g2l_core.encoders.spec_file import local_weights, read_encoder_file
@@ -52,9 +53,9 @@ def resolve_encoder(
     """Find the spec of the encoder that a user names.
 
     Args:
-        text: A name of the table, `timm:NAME`, a run folder, a spec file (`.toml`), or MODULE:FUNCTION. `@PX` after
-            it sets another input size, and `+POOLING` another pooling, as in `virchow2@448+cls`. `+WIDTH` after a run
-            folder takes its first so many features, as in `run/+256`.
+        text: A name of the table, `timm:NAME`, a run folder, a folder of `g2l export-student`, a spec file (`.toml`),
+            or MODULE:FUNCTION. `@PX` after it sets another input size, and `+POOLING` another pooling, as in
+            `virchow2@448+cls`. `+WIDTH` after a run folder takes its first so many features, as in `run/+256`.
         weights: Replaces the encoder's own weights: `random:SEED`, a file or folder, `FILE#NETWORK` where the file
             holds several networks, or `hub:REPOSITORY[@REVISION][#FILE[#NETWORK]]`.
         seed_hint: Whether the message for missing weights mentions random ones.
@@ -71,6 +72,8 @@ def resolve_encoder(
     if is_run_folder(folder):
         spec = with_trusted_code(run_encoder(Path(folder)), trusted)
         return _with_width(spec, width) if width else spec
+    if is_export_folder(text):
+        return export_encoder(Path(text))
     base, pooling = _split_pooling(text)
     name, _, size = base.rpartition("@") if re.search(r"@[^@/]*$", base) else (base, "", "")
     spec = with_trusted_code(_base_spec(name, named_in, trusted), trusted)
@@ -262,16 +265,17 @@ def find_stored(text: str, stored: Mapping[str, EncoderFacts]) -> str:
     if text in stored:
         return text
     folder, width = split_width(text)
-    if is_run_folder(folder):
-        tensors = _student_record(Path(folder))["weights_digest"]
+    if is_run_folder(folder) or is_export_folder(folder):
+        tensors = _folder_digest(Path(folder))
         fitting = [
             key
             for key, facts in stored.items()
             if facts.weights_digest == tensors and str(facts.extra.get("width") or "") == width
         ]
         if not fitting:
+            what = "run" if is_run_folder(folder) else "export"
             raise UnknownNameError(
-                "encoder", text, stored, f"This run has no features here yet: g2l embed --encoder {text}"
+                "encoder", text, stored, f"This {what} has no features here yet: g2l embed --encoder {text}"
             )
     else:
         name = read_encoder_file(Path(text)).name if text.lower().endswith(".toml") else text
@@ -282,6 +286,13 @@ def find_stored(text: str, stored: Mapping[str, EncoderFacts]) -> str:
     if not fitting:
         raise UnknownNameError("encoder", text, stored, "g2l store ls lists them.")
     return fitting[0]
+
+
+def _folder_digest(folder: Path) -> str:
+    """The digest of the weights in a run folder or an exported one, as its record says."""
+    if is_export_folder(str(folder)):
+        return export_digest(read_export_record(folder))
+    return str(_student_record(folder)["weights_digest"])
 
 
 def _function_name(facts: EncoderFacts) -> str:

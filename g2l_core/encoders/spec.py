@@ -17,6 +17,9 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 STORED_LICENSE = "licence"
 """The key of `EncoderSpec.license` in stores and run folders, from before the spelling was settled."""
 
+EXPORT = "export"
+"""The kind of weights that are an exported network, which a runtime other than torch runs."""
+
 MIN_INPUT_PX = 16
 
 MPP_TOLERANCE = 0.1
@@ -28,7 +31,7 @@ class WeightsSource:
     """Where an encoder's weights come from. `str` gives the text that specs and stores keep, `parse` reads it.
 
     The texts are hub:REPOSITORY@REVISION#FILE#NETWORK (all but the repository may be absent), package:MODULE/GLOB,
-    file:PATH#NETWORK, run:FOLDER, module:FUNCTION (the function loads them) and random:SEED.
+    file:PATH#NETWORK, run:FOLDER, export:FOLDER, module:FUNCTION (the function loads them) and random:SEED.
     """
 
     kind: str
@@ -146,7 +149,10 @@ class EncoderSpec:
     def describe_weights(self) -> str:
         """What the weights were trained on, or else where they come from, for people."""
         where = self.source.where
-        words = {"random": f"random, seed {where}", "file": f"file {where}", "run": f"distilled, {where}"}
+        words = {
+            "random": f"random, seed {where}", "file": f"file {where}", "run": f"distilled, {where}",
+            EXPORT: f"exported, {where}",
+        }  # fmt: skip
         return self.trained_on or words.get(self.source.kind, self.weights)
 
     def fits_mpp(self, mpp: float) -> bool:

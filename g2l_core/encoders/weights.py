@@ -21,14 +21,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from g2l_core.encoders.exported import network_files
 from g2l_core.encoders.networks import networks_in
-from g2l_core.encoders.spec import EncoderSpec
+from g2l_core.encoders.spec import EXPORT, EncoderSpec
 from g2l_core.encoders.weight_files import FILE_NAMES, INDEX, shard_names, shards_of, weights_path
 from g2l_core.errors import EncoderError
 
 Answer = TypeVar("Answer")
 
-_LOCAL_KINDS = frozenset({"file", "run", "package"})
+_LOCAL_KINDS = frozenset({"file", "run", "package", EXPORT})
 
 
 def require_weights(spec: EncoderSpec) -> None:
@@ -44,8 +45,7 @@ def require_weights(spec: EncoderSpec) -> None:
         if _cached_file(spec) is None:
             hub_etag(spec)
     elif spec.source.kind in _LOCAL_KINDS:
-        path = weights_file(spec)
-        for file in (path, *(shards_of(path) if path.is_file() else ())):
+        for file in _weights_files(spec):
             if not file.is_file():
                 raise EncoderError(f"{spec.name}: there is no weights file {file}")
 
@@ -70,9 +70,17 @@ def weights_content(spec: EncoderSpec) -> str | None:
             name, etag = _hub_name_and_etag(spec)
             return None if name.endswith(INDEX) else f"etag {etag}"  # an index says nothing of its shards' content
         case kind if kind in _LOCAL_KINDS:
-            return f"xxh3-128 {_checksum(shards_of(weights_file(spec)), spec.name)}"
+            return f"xxh3-128 {_checksum(_weights_files(spec), spec.name)}"
         case _:
             return None
+
+
+def _weights_files(spec: EncoderSpec) -> tuple[Path, ...]:
+    """The local files that hold the weights: one, its shards, or those of an exported network."""
+    if spec.source.kind == EXPORT:
+        return network_files(Path(spec.source.where))
+    path = weights_file(spec)
+    return shards_of(path) if path.is_file() else (path,)
 
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -143,6 +151,11 @@ def hub_file(spec: EncoderSpec) -> Path:
     for shard in shards_of(path) if path.name.endswith(INDEX) else ():
         _of_hub(spec, (str(Path(source.file).with_name(shard.name) if source.file else shard.name),), download)
     return path
+
+
+def is_cached(spec: EncoderSpec) -> bool:
+    """Whether the weights of a repository are in the hub's cache on this machine."""
+    return _cached_file(spec) is not None
 
 
 def _cached_file(spec: EncoderSpec) -> Path | None:

@@ -1,4 +1,4 @@
-"""`g2l distill`, `g2l sweep`, `g2l export-student`."""
+"""`g2l distill` and `g2l sweep`."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +9,7 @@ import typer
 from g2l_core.errors import UsageError
 from g2l_core.options import ENCODER
 from pipeline.cli import EXIT_DONE, EXIT_SOME_FAILED
-from pipeline.cli.options import TrustCode, Weights, from_specs
+from pipeline.cli.options import Weights, from_specs
 from pipeline.settings import DistillHow, Recipe
 
 if TYPE_CHECKING:
@@ -142,19 +142,3 @@ def sweep(
     result = run_sweep(plan, store, teacher or (), student, weights, out, replace(how, resume=True))
     typer.echo(sweep_text(result, out))
     raise typer.Exit(EXIT_SOME_FAILED if result.failed else EXIT_DONE)
-
-
-@from_specs()
-def export_student(
-    run: Annotated[Path, typer.Argument(help="A run folder of g2l distill.", show_default=False)],
-    form: Annotated[str, typer.Option("--format", help="timm, torchscript, onnx or transformers.")] = "timm",
-    out: Annotated[
-        Path | None, typer.Option(help="The folder to make; RUN-FORMAT if not given.", show_default=False)
-    ] = None,
-    trust_code: TrustCode = None,
-) -> None:
-    """Write a run's student for other programs, with its model card, checked against the student."""
-    from g2l_core.encoders.student_export import export_student as export
-
-    target = out or run.with_name(f"{run.resolve().name}-{form}")
-    typer.echo(f"{export(run, form, target, trust_code or ())}: {form}, with README.md (the model card)")

@@ -307,14 +307,14 @@ def features_of(run, images):
 
 
 def test_timm_folder(vit_run, tmp_path):
-    out = export_student(vit_run, "timm", tmp_path / "timm")
+    out = export_student(vit_run, "timm", tmp_path / "timm").out
     model = import_timm().create_model(f"local-dir:{out}", pretrained=True, num_classes=0).eval()
     with torch.inference_mode():
         torch.testing.assert_close(model.forward_features(normalized())[:, 0], features_of(vit_run, normalized()))
 
 
 def test_torchscript_file(vit_run, tmp_path):
-    out = export_student(vit_run, "torchscript", tmp_path / "script")
+    out = export_student(vit_run, "torchscript", tmp_path / "script").out
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         loaded = torch.jit.load(out / "model.pt")
@@ -327,7 +327,7 @@ def test_torchscript_file(vit_run, tmp_path):
 def test_onnx_file(vit_run, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed (the extra onnx)")
     pytest.importorskip("onnxscript", reason="onnxscript is not installed (the extra onnx)")
-    out = export_student(vit_run, "onnx", tmp_path / "onnx")
+    out = export_student(vit_run, "onnx", tmp_path / "onnx").out
     session = onnxruntime.InferenceSession(str(out / "model.onnx"), providers=["CPUExecutionProvider"])
     for n in (1, 3):
         found = session.run(None, {"images": normalized(n).numpy()})[0]
@@ -337,7 +337,7 @@ def test_onnx_file(vit_run, tmp_path):
 def test_transformers_layout_and_back(vit_run, tmp_path):
     """Transformers loads it and gives the features; loaded back as weights it is the same encoder bit for bit."""
     transformers = pytest.importorskip("transformers", reason="transformers is no dependency of G2L")
-    out = export_student(vit_run, "transformers", tmp_path / "hf")
+    out = export_student(vit_run, "transformers", tmp_path / "hf").out
     model = transformers.AutoModel.from_pretrained(out).eval()
     with torch.inference_mode():
         found = model(normalized()).pooler_output
@@ -357,7 +357,7 @@ def test_exports_that_cannot_be(vit_run, cached_store, tmp_path):
         export_student(vit_run, "tim", tmp_path / "x")
     with pytest.raises(RunError, match="exists; give another --out"):
         export_student(vit_run, "timm", tmp_path)
-    assert FORMATS == ("timm", "torchscript", "onnx", "transformers")
+    assert {"timm", "torchscript", "onnx", "transformers"} < set(FORMATS)
 
 
 def test_the_model_card_says_what_it_is_made_of(vit_run):
