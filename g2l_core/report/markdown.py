@@ -1,7 +1,6 @@
 """A report as Markdown: its tables, without plots."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields
 
 from g2l_core.report.tables import (
     TaskPart,
@@ -43,9 +42,10 @@ def markdown(report: Report) -> str:
         rows = ([row.task, row.encoder or "all", row.reason] for row in report.failures)
         lines += _table(["task", "encoder", "reason"], (map(_escaped, row) for row in rows))
     lines += ["## Encoders", ""]
+    shown = ("key", "name", "weights", "dim", "pooling", "precision", "digest", "note")
     lines += _table(
-        ["encoder", "name", "weights", "dim", "pooling", "precision", "digest", "note"],
-        ([_escaped(str(getattr(row, field.name))) for field in fields(row)] for row in report.encoders),
+        ["encoder", *shown[1:]],
+        ([_escaped(str(getattr(row, field))) for field in shown] for row in report.encoders),
     )
     lines += ["## Provenance", ""]
     lines += _table(["what", "value"], (map(_escaped, item) for item in sorted(report.provenance.items())))

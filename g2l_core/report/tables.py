@@ -60,18 +60,17 @@ def split_k(metric: str) -> tuple[str, int | None]:
 ROBUSTNESS = ("robustness_", "center_", "bias_drop_", "consistency_")
 """What the names of figures of robustness begin with. Features that have forgotten tissue are robust too."""
 
-QUALITY = (
-    "probe_balanced_accuracy", "knn_balanced_accuracy", "slide_probe_balanced_accuracy",
-    "slide_vote_balanced_accuracy", "abmil_balanced_accuracy", "regression_pearson", "survival_c_index",
-)  # fmt: skip
-"""The first of these that a task has stands beside every figure of robustness."""
+QUALITY = ("probe_balanced_accuracy", "knn_balanced_accuracy")
+"""The first of these that a task has, or else another figure of a probe or kNN, stands beside every figure of
+robustness."""
 
 
 def beside(part: "TaskPart", metric: str) -> str:
     """What must be read beside a figure of robustness: how good the same features are at the task. Else nothing."""
     if not metric.startswith(ROBUSTNESS):
         return ""
-    quality = next((name for name in QUALITY if name in part.results), None)
+    others = (name for name in part.results if name.startswith(tuple(name.split("_")[0] for name in QUALITY)))
+    quality = next((name for name in QUALITY if name in part.results), None) or next(others, None)
     if quality is None:
         return "the task has no probe or kNN, so what such robustness costs is not known"
     row = part.results[quality]

