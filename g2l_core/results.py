@@ -5,6 +5,9 @@ from dataclasses import dataclass, field, fields
 from math import nan
 from typing import Literal
 
+RETAINED = "retained_"
+"""What the name of a student's figure over the teacher's begins with; the figure's own name follows."""
+
 FEWEST = 4
 """With fewer patients there is no interval: of three, each one decides a third of it, and no test can reach 0.05."""
 

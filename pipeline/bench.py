@@ -11,11 +11,11 @@ import numpy as np
 from g2l_core.benchmark.evaluate import BenchSpec, TaskOutcome, adjusted, evaluate_task
 from g2l_core.benchmark.rows import stored_encoders
 from g2l_core.benchmark.task_file import read_task, task_tables
-from g2l_core.encoders.resolve import find_stored, spec_from_json
+from g2l_core.encoders.resolve import spec_from_json
 from g2l_core.errors import EncoderError, TaskError, UsageError, writing
-from g2l_core.report.tables import headline, listed, meaning_of
+from g2l_core.report.tables import ROBUSTNESS, headline, listed, meaning_of
 from g2l_core.report.write import write_report
-from g2l_core.results import EncoderSummary, Failure, Report, Result
+from g2l_core.results import RETAINED, EncoderSummary, Failure, Report, Result
 from g2l_core.store.facts import EncoderFacts
 from g2l_core.store.features import FeatureStore
 from g2l_core.store.locks import locked_output
@@ -74,11 +74,13 @@ def _run_bench(
     stores = [FeatureStore.open(path) for path in store_paths]
     known = stored_encoders(stores)
     keys, damaged, seeds = find_encoders(encoders, known)
+    against, seeds = _with_baseline(baseline, keys, seeds, known)
+    keys = (*keys, against) if against and against not in keys else keys
     known |= facts_of_widths((*keys, *(key for members in seeds.values() for key in members)), known)
     bench = BenchSpec(
         encoders=keys,
         seeds=seeds,
-        baseline=find_stored(baseline, known) if baseline else "",
+        baseline=against,
         **statistics,
         device=_sums_device(device),
     )
@@ -131,6 +133,24 @@ def find_encoders(
             seeds[name] = tuple(found)
         keys += [name] if len(found) > 1 else found
     return tuple(keys), damaged, seeds
+
+
+def _with_baseline(
+    baseline: str, keys: Sequence[str], seeds: Mapping[str, tuple[str, ...]], known: Mapping[str, EncoderFacts]
+) -> tuple[str, dict[str, tuple[str, ...]]]:
+    """The name of the baseline, empty without one, and the seeds with its own. It may be a mean over seeds too.
+
+    Raises:
+        UsageError: It is several encoders, or has the name of other runs among the encoders.
+    """
+    if not baseline:
+        return "", dict(seeds)
+    found, _, own = find_encoders([baseline], known)
+    if len(found) > 1:
+        raise UsageError(f"--baseline {baseline} is several encoders, {', '.join(found)}: give one of them")
+    if found[0] in seeds and own.get(found[0]) != seeds[found[0]]:
+        raise UsageError(f"--baseline {baseline} and other runs are both called {found[0]}: rename a folder of runs")
+    return found[0], {**seeds, **own}
 
 
 def _evaluate(
@@ -224,16 +244,21 @@ def encoder_summary(key: str, facts: EncoderFacts) -> EncoderSummary:
 
 
 def summary_sentence(task: str, bench: BenchSpec, results: Sequence[Result]) -> str:
-    """One sentence on a task: its headline metric for every encoder."""
+    """What a task's headline metric says: the share of the teacher that others retain, then every encoder's value."""
     of_task = [result for result in results if result.task == task]
     metric = headline([result.metric for result in of_task])
     if metric is None:
         return ""
     by_encoder = {result.encoder: result for result in of_task if result.metric == metric}
     values = [f"{_value_text(by_encoder[key])} for {key}" for key in bench.encoders if key in by_encoder]
+    shares = {r.encoder: r for r in of_task if r.metric == f"{RETAINED}{metric}"}
+    retained = [f"{_value_text(shares[key])} for {key}" for key in bench.encoders if key in shares]
+    lead = f"{task}: retained share of the teacher is {listed(retained)}. " if retained else f"{task}: "
+    aside = "; what such robustness costs is not known, as the task has no probe or kNN"
+    aside = aside if metric.startswith(ROBUSTNESS) else ""
     first = next(iter(by_encoder.values()))
     support = ", ".join(filter(None, (f"k = {k}" if (k := first.settings.get("k")) else "", f"n = {first.n:,}")))
-    return f"{task}: {meaning_of(metric).title} ({support}) is {listed(values)}."
+    return f"{lead}{meaning_of(metric).title} ({support}) is {listed(values)}{aside}."
 
 
 def _value_text(result: Result) -> str:

@@ -176,7 +176,7 @@ def _distill(run: Run, epochs: int | None) -> DistillSummary:
         held_out=run.split.description,
         before=_values_at(run.out, 0),
         after=validations[-1],
-        share_waiting=_share_waiting(run.out),
+        share_waiting=share_waiting_of(run.out),
         warnings=outcome.warnings,
         is_main=run.group.is_main,
     )
@@ -239,8 +239,8 @@ def run_record(run: Run, student: LoadedEncoder, replay: ReplaySpec) -> RunRecor
         teacher=run.teachers[0].facts,
         more_teachers=tuple(teacher.facts for teacher in run.teachers[1:]),
         student=student.facts,
-        settings=_recorded(run.settings),
-        replay=_recorded_replay(replay),
+        settings=recorded(run.settings),
+        replay=recorded_replay(replay),
         ranks=run.group.world,
         held_out=run.split.description,
         rows={
@@ -251,7 +251,7 @@ def run_record(run: Run, student: LoadedEncoder, replay: ReplaySpec) -> RunRecor
     )
 
 
-def _recorded(settings: DistillSettings) -> dict[str, Any]:
+def recorded(settings: DistillSettings) -> dict[str, Any]:
     """The settings as run.json keeps them. Those that older runs have not are left out at their defaults."""
     plain = {**asdict(settings), "where": list(settings.where)}
     train = plain["train"]
@@ -264,12 +264,13 @@ def _recorded(settings: DistillSettings) -> dict[str, Any]:
     return plain
 
 
-def _recorded_replay(replay: ReplaySpec) -> dict[str, Any]:
+def recorded_replay(replay: ReplaySpec) -> dict[str, Any]:
     """What is replayed as run.json keeps it: `encoder` is the first teacher's key, `encoders` those of several."""
     plain = asdict(replay)
-    keys, may_miss = plain.pop("encoders"), plain.pop("may_miss")
+    keys, may_miss, at_once = plain.pop("encoders"), plain.pop("may_miss"), plain.pop("at_once")
     several = {"encoders": list(keys), "may_miss": may_miss} if len(keys) > 1 else {}
-    return {"encoder": keys[0] if keys else None, **plain, **several}
+    views = {"at_once": at_once} if at_once > 1 else {}
+    return {"encoder": keys[0] if keys else None, **plain, **several, **views}
 
 
 def _train(
@@ -395,7 +396,7 @@ def _finish(run: Run, outcome: TrainOutcome, state: RunState, sources: Sequence[
         exported=exported,
         kept=kept,
         kept_step=step,
-        share_waiting=_share_waiting(out),
+        share_waiting=share_waiting_of(out),
     )
     record = replace(record, result=result)
     write_text(out / CURVES_PAGE, training_page(card.name, out, record, result))
@@ -415,7 +416,7 @@ def _values_at(folder: Path, step: int) -> dict[str, float]:
     return dict(row_of_step(folder / VALIDATIONS, _validations(folder), step))
 
 
-def _share_waiting(out: Path) -> float:
+def share_waiting_of(out: Path) -> float:
     """Fraction of the training time spent waiting for data, without the first step, which fills the pool."""
     rows = read_log(out / STEPS, READ_OF_STEPS)[1:]
     seconds = sum(row["seconds"] for row in rows)

@@ -74,6 +74,11 @@ def gigabytes(patches: int, n_views: int, dims: Sequence[int]) -> float:
     return patches * n_views * sum(dims) * BYTES_PER_FEATURE / 1e9
 
 
+def third(epochs: int) -> int:
+    """A third of the epochs, in whole views."""
+    return max(1, round(epochs / 3))
+
+
 def view_choices(epochs: int) -> list[int]:
-    """The numbers of augmented views worth comparing: 1, 2, 4 and as many as epochs."""
-    return sorted({1, 2, 4, epochs})
+    """The numbers of augmented views worth comparing: 1, 2, 4, a third of the epochs and as many as epochs."""
+    return sorted({1, 2, 4, third(epochs), epochs})

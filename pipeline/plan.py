@@ -262,6 +262,7 @@ def _choice_text(plan: Plan) -> str:
         )
         for row in _choices(plan)
     ]
+    rows.append(("online", _size(0.0), "none first", *("1.00 x" for _ in RUNS)))
     return (
         f"A teacher cached with V views, against one run live in {plan.epochs} epochs of distillation\n"
         f"(its forward pass costing {STEP_RATIO:g} of a student's step, as H-optimus-0 for Hibou-L):\n"

@@ -36,7 +36,8 @@ CKA_PARTS = ("cka_debiased:", "cka_debiased@")
 def training_page(title: str, folder: Path, record: RunRecord, result: RunResult) -> str:
     """The page of a run folder: what was trained, its loss, its held-out metrics, and its warnings."""
     steps, validations = read_log(folder / "log.csv"), read_log(folder / "validation.csv")
-    held_out = [curve(words, i, _points(validations, name)) for i, (name, words) in enumerate(HELD_OUT.items())]
+    measured = _measured(result)
+    held_out = [curve(words, i, _points(validations, name)) for i, (name, words) in enumerate(measured.items())]
     names = [name for name in (steps[0] if steps else {}) if name.startswith(PARTS)]
     losses = {
         "loss": "loss_per_element",
@@ -56,9 +57,10 @@ def training_page(title: str, folder: Path, record: RunRecord, result: RunResult
         held_out=f"{record.held_out}; {_kept(result)}",
         held_out_plot=curves(held_out, x_label="step", label="Held-out metrics over the steps"),
         before_after=_before_after(result),
-        loss=record.settings["train"]["objective"]["loss"],
+        command="g2l baseline" if record.baseline else "g2l distill",
+        loss=record.baseline.get("loss") or record.settings["train"]["objective"]["loss"],
         parts_plot=curves(parts, x_label="step", label="CKA to each teacher and at each width") if parts else "",
-        loss_plot=curves(loss, x_label="step", label="Training loss over the steps"),
+        loss_plot=curves(loss, x_label="step", label="Training loss over the steps") if steps else "",
         share_waiting=result.share_waiting,
         settings=_settings(record),
     )
@@ -74,6 +76,11 @@ def _summary(record: RunRecord, result: RunResult) -> str:
     outcome, rows = result.outcome, record.rows["train"]
     teachers = " and ".join(teacher.name for teacher in record.teachers)
     early = ", stopped early" if outcome.stopped_early else ""
+    if record.baseline:
+        return (
+            f"{record.baseline['what'].capitalize()}: {outcome.steps:,} steps on {sum(rows.values()):,} patches. "
+            f"Its held-out metrics are against {teachers}, which it did not learn from."
+        )
     return (
         f"{record.student.name} from {teachers}: {outcome.steps:,} steps{early} on "
         f"{sum(rows.values()):,} patches of {len(rows)} slides."
@@ -105,8 +112,13 @@ def _averaged(points: Sequence[tuple[float, float]]) -> tuple[tuple[float, float
 
 
 def _before_after(result: RunResult) -> list[list[str]]:
-    before, after = result.before, result.after
-    return [[words, *(proper(number(f[name], 3)) for f in (before, after))] for name, words in HELD_OUT.items()]
+    both, measured = (result.before, result.after), _measured(result)
+    return [[words, *(proper(number(f[name], 3)) for f in both)] for name, words in measured.items()]
+
+
+def _measured(result: RunResult) -> dict[str, str]:
+    """The held-out metrics that a run has: without a teacher there are none of projected features."""
+    return {name: words for name, words in HELD_OUT.items() if name in result.after}
 
 
 def _settings(record: RunRecord) -> str:

@@ -1,4 +1,4 @@
-"""The run folder of `g2l distill`: made once, continued only with the same settings, described by run.json."""
+"""The run folder of `g2l distill` and `g2l baseline`: made once, continued with equal settings, told by run.json."""
 
 import json
 from collections.abc import Mapping
@@ -58,6 +58,9 @@ class RunRecord(Facts):
     """Describes what is held out."""
     rows: Mapping[str, Mapping[str, int]]
     """Number of patches by slide id, of `train` and of `held_out`."""
+    baseline: Mapping[str, Any] = field(default_factory=dict, metadata={"sparse": True})
+    """Of a run of g2l baseline, which learns from no teacher, what it learns from; `teacher` is then what it is
+    compared with."""
     store: Mapping[str, Any] = field(default_factory=dict)
     """The store's grid and views."""
     replay: Mapping[str, Any] = field(default_factory=dict)
@@ -167,7 +170,7 @@ def _require_kinds(record: RunRecord) -> None:
     from pydantic import TypeAdapter
 
     settings: TypeAdapter[Any] = TypeAdapter(dict[str, Any])
-    for mapping in (record.settings, record.store, record.replay, record.about):
+    for mapping in (record.settings, record.store, record.replay, record.about, record.baseline):
         settings.validate_python(mapping, strict=True)
     TypeAdapter(dict[str, dict[str, int]]).validate_python(record.rows, strict=True)
     for text in (record.held_out, record.student.name, *(t.name for t in record.teachers), record.teacher.digest):

@@ -76,7 +76,7 @@ def _settings_but_seed(folder: str) -> str:
     student = {name: value for name, value in record["student"].items() if "digest" not in name}
     student["weights"] = str(student.get("weights")).partition(":")[0] if _is_random(student) else student["weights"]
     teachers = [teacher.get("digest") for teacher in (record["teacher"], *record.get("more_teachers", ()))]
-    return json.dumps([settings, student, teachers, record["store"]], sort_keys=True)
+    return json.dumps([settings, student, teachers, record["store"], record.get("baseline")], sort_keys=True)
 
 
 def _is_random(student: Mapping[str, Any]) -> bool:

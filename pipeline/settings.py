@@ -10,6 +10,7 @@ from g2l_core.options import DATA, ENCODER, MACHINE, OUTPUT, PATCHES, SLIDES, TR
 KEPT = ("last", "best")
 CANONICAL = "canonical"
 """The word for the canonical view alone, where a number of augmented views is asked for."""
+BASELINES = ("simclr", "supervised", "start", "pca")
 
 TRUST_CODE = "A module that may run although a file names it: a store, run folder, spec file, recipe; repeatable."
 
@@ -138,6 +139,34 @@ class DistillHow:
     targets_gb: float = option(4.0, panel=MACHINE, help="Targets of up to so many GB are held in memory.")
     pixel_cache: Path | None = option(None, panel=MACHINE, help="Keep decoded patches in this fast local folder.")
     pixel_cache_gb: float = option(50.0, panel=MACHINE, help="Maximum GB of decoded patches.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaselineSettings:
+    """What a baseline learns from in place of a teacher."""
+
+    kind: str = option(
+        "simclr",
+        help="simclr (NT-Xent of two views), supervised (cross-entropy on --label), start (the student's start, "
+        "untouched) or pca (principal components of the teacher's features).",
+    )
+    label: str = option("", help="Column of the store's labels that supervised learns.")
+    temperature: float | None = option(None, help="Temperature of simclr; 0.1 if not given.")
+    width: int | None = option(None, min=1, help="Components of pca; as many as the student has features if not given.")
+    lr: float | None = option(None, help="Learning rate, in place of the run's.")
+
+    def __post_init__(self) -> None:
+        """Refuse a kind that is not known, and settings of another one."""
+        if self.kind not in BASELINES:
+            raise UnknownNameError("kind of baseline", self.kind, BASELINES)
+        if self.kind == "supervised" and not self.label:
+            raise UsageError("--kind supervised: expected the column of the labels, as in --label tissue")
+        for name, kinds in (("label", ("supervised",)), ("temperature", ("simclr",)), ("width", ("pca",)),
+                            ("lr", ("simclr", "supervised"))):  # fmt: skip
+            if getattr(self, name) and self.kind not in kinds:
+                raise UsageError(f"--{name} is for --kind {' or '.join(kinds)}: leave it out of {self.kind}")
+        if (self.temperature is not None and self.temperature <= 0) or (self.lr is not None and self.lr <= 0):
+            raise UsageError(f"expected a temperature and a learning rate above 0, not {self.temperature}, {self.lr}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+from math import isnan
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -15,13 +16,27 @@ from g2l_core.errors import G2LError, RunError, UsageError, with_remedy, writing
 from g2l_core.files import csv_row, parse_toml, replacing, write_text
 from g2l_core.report.page import render
 from g2l_core.report.plots import curves
+from g2l_core.report.tables import estimate_text
+from g2l_core.store.features import FeatureStore
 from g2l_core.store.locks import locked_output
-from pipeline.config import NAMES, check_option, find_recipe, read_toml, settings_of
+from pipeline.config import NAMES, OPTIONS, check_option, find_recipe, read_toml, settings_of
 from pipeline.distill import run_distill
 from pipeline.progress import say
 from pipeline.run_page import HELD_OUT, curve
 from pipeline.runs import read_run
 from pipeline.settings import DistillHow
+from pipeline.sweep_views import (
+    ONLINE,
+    VIEWS,
+    Cost,
+    cost_charts,
+    cost_of,
+    in_numbers,
+    live_specs,
+    over_seeds,
+    require_views,
+    with_live_teacher,
+)
 from pipeline.tables import table_text
 
 RESULTS = "results.csv"
@@ -45,6 +60,7 @@ class Sweep:
         runs: list[dict[str, Any]] = []
         for values in product(*self.grid.values()):
             run = dict(zip(self.grid, values, strict=True))
+            run = with_live_teacher(run)
             if {**self.base, **run}.get("loss", "logsum") not in ALPHA_LOSSES:
                 run.pop("alpha", None)
             if run not in runs:
@@ -61,6 +77,7 @@ class RunResult:
     before: Mapping[str, float]
     after: Mapping[str, float]
     steps: int
+    cost: Cost
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,12 +113,17 @@ def read_sweep(name: str, changes: Sequence[str]) -> Sweep:
     for option, values in grid.items():
         if not isinstance(values, list) or not values:
             raise UsageError(f"{path}: {option} in [grid] must be a list of values, not {values!r}")
+    if VIEWS in grid:
+        grid[VIEWS] = in_numbers(grid[VIEWS], base, OPTIONS["epochs"].default)
     if taken := [option for option in NAMES if option in base or (option in grid and option != "teacher")]:
         raise UsageError(f"{path}: {taken[0]} is given on the command line, not in a sweep")
     return Sweep(
         title=content.get("title", path.stem),
         base={option: check_option(option, value, path) for option, value in base.items()},
-        grid={option: tuple(check_option(option, v, path) for v in values) for option, values in grid.items()},
+        grid={
+            option: tuple(v if (option, v) == (VIEWS, ONLINE) else check_option(option, v, path) for v in values)
+            for option, values in grid.items()
+        },
     )
 
 
@@ -146,18 +168,26 @@ def run_sweep(
         )
     for run in runs:  # what cannot be used is refused before the first run starts
         settings_of({**sweep.base, **run})
+    opened = FeatureStore.open(store)
+    named = [teacher] if isinstance(teacher, str) else list(teacher)
+    if VIEWS in sweep.grid:
+        require_views(opened, runs, named)
     with writing(out), locked_output(out):
         finished: list[RunResult] = []
         failed: dict[str, str] = {}
         for i, run in enumerate(runs, start=1):
             folder = out / name_of(run)
             try:
-                done = _finished(folder, run)
+                done = _finished(folder, run, opened)
                 if done is None:
                     say(f"run {i}/{len(runs)}  {folder.name}")
                     settings, epochs = settings_of({**sweep.base, **run})
-                    run_distill(store, run.get("teacher", teacher), spec, folder, settings, epochs=epochs, how=how)
-                    done = _finished(folder, run)
+                    teachers: Any = run.get("teacher", teacher)
+                    if settings.online:
+                        names = [teachers] if isinstance(teachers, str) else teachers
+                        teachers = live_specs(opened, names, how.trust_code)
+                    run_distill(store, teachers, spec, folder, settings, epochs=epochs, how=how)
+                    done = _finished(folder, run, opened)
                 finished += [done] if done else []
             except G2LError as error:
                 failed[folder.name] = with_remedy(str(error))
@@ -179,14 +209,19 @@ def shown(value: Any) -> str:
     return "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def _finished(folder: Path, run: Mapping[str, Any]) -> RunResult | None:
+def _finished(folder: Path, run: Mapping[str, Any], store: FeatureStore) -> RunResult | None:
     result = read_run(folder).result if (folder / RUN_RECORD).is_file() else None
     if result is None:
         return None
     if missing := [name for name in HELD_OUT if name not in result.before or name not in result.after]:
         raise RunError(f"{folder / RUN_RECORD} lacks {', '.join(missing)}: remove the folder and sweep again")
     return RunResult(
-        varied=run, folder=folder.name, before=result.before, after=result.after, steps=result.outcome.steps
+        varied=run,
+        folder=folder.name,
+        before=result.before,
+        after=result.after,
+        steps=result.outcome.steps,
+        cost=cost_of(folder, store),
     )
 
 
@@ -218,6 +253,8 @@ def sweep_text(result: SweepResult, out: Path) -> str:
 
 
 def _words(key: Sequence[tuple[str, Any]]) -> str:
+    if (ONLINE, True) in key:
+        key = [(VIEWS, ONLINE), *((name, value) for name, value in key if name not in {VIEWS, ONLINE})]
     return ", ".join(f"{name} {shown(value)}" for name, value in key) or "all"
 
 
@@ -226,11 +263,18 @@ def _write(result: SweepResult, out: Path) -> None:
     with replacing(out / RESULTS, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(
-            [*csv_row(varied), "run", "steps", *(f"{name}_{when}" for name in HELD_OUT for when in ("before", "after"))]
-        )
+            [
+                *csv_row(varied), "run", "steps", "gigabytes", "hours",
+                *(f"{name}_{when}" for name in HELD_OUT for when in ("before", "after")),
+            ]
+        )  # fmt: skip
         for run in result.finished:
             figures = [values[name] for name in HELD_OUT for values in (run.before, run.after)]
-            cells = (*(shown(run.varied.get(name, "")) for name in varied), run.folder, run.steps, *figures)
+            values = [
+                ONLINE if name == VIEWS and run.varied.get(ONLINE) else run.varied.get(name, "") for name in varied
+            ]
+            cost = (run.cost.gigabytes, run.cost.hours)
+            cells = (*map(shown, values), run.folder, run.steps, *cost, *figures)
             writer.writerow(csv_row(cells))
     write_text(out / PAGE, _page(result))
 
@@ -243,6 +287,8 @@ def _page(result: SweepResult) -> str:
         for key, runs in groups_of(result).items()
     ]
     option = _numeric_option(result.sweep)
+    groups = groups_of(result) if VIEWS in result.sweep.grid else {}
+    costs = [[_words(key), *_costs(runs)] for key, runs in groups.items()]
     return render(
         "sweep.html",
         title=result.sweep.title,
@@ -253,8 +299,22 @@ def _page(result: SweepResult) -> str:
         rows=rows,
         option=option,
         plot=_plot(result, option) if option else "",
+        costs=costs,
+        cost_charts=cost_charts(
+            [
+                (_words(key), [run.after["cka_debiased"] for run in runs], [run.cost for run in runs])
+                for key, runs in groups.items()
+            ]
+        ),
         settings=json.dumps(result.sweep.base, indent=2),
     )
+
+
+def _costs(runs: Sequence[RunResult]) -> list[str]:
+    """CKA, gigabytes and hours of the runs of one number of views, as means over seeds."""
+    quality = over_seeds([run.after["cka_debiased"] for run in runs])
+    size, hours = (mean(values) for values in zip(*((run.cost.gigabytes, run.cost.hours) for run in runs), strict=True))
+    return [estimate_text(quality, 3), f"{size:.4g}", "not known" if isnan(hours) else f"{hours:.3g}"]
 
 
 def _numeric_option(sweep: Sweep) -> str | None:

@@ -12,16 +12,16 @@ from typing import TypeVar
 import numpy as np
 
 from g2l_core.benchmark.damage import Damages, damaged_documents, damaged_features, describe
-from g2l_core.benchmark.metric_groups import METRIC_GROUPS, MetricValue, TaskInput
+from g2l_core.benchmark.metric_groups import METRIC_GROUPS, TASK_GROUPS, MetricValue, TaskInput
 from g2l_core.benchmark.notes import notes_on
 from g2l_core.benchmark.plots import confusion_matrix, task_plots
 from g2l_core.benchmark.rows import TaskRows, gather
 from g2l_core.benchmark.spec import NEEDS, TaskSpec
 from g2l_core.benchmark.training import with_training_variation
 from g2l_core.errors import G2LError, StoreError, TaskError
-from g2l_core.metrics.intervals import averaged, compare, estimate
+from g2l_core.metrics.intervals import Figure, averaged, compare, estimate, ratio
 from g2l_core.metrics.statistics import holm
-from g2l_core.results import Comparison, Estimate, Failure, Plots, PublishedValue, Result
+from g2l_core.results import RETAINED, Comparison, Estimate, Failure, Plots, PublishedValue, Result
 from g2l_core.store.features import FeatureStore
 from g2l_core.types import Features
 
@@ -114,6 +114,7 @@ def evaluate_task(stores: Sequence[FeatureStore], spec: TaskSpec, bench: BenchSp
     outcome.failures += [Failure(task=spec.name, reason=str(why), encoder=key) for key, why in errors.items()]
     values = {encoder: _metric_values(encoder, rows, features, spec, bench, outcome) for encoder in features}
     means = _over_seeds(values, bench)
+    _add_retained(means, spec, bench, outcome)
     _add_intervals(means, rows, spec, bench, outcome)
     first = {key: features[key] for encoder in means if (key := bench.members(encoder)[0]) in features}
     _add_plots(means, rows, first, spec, bench, outcome)
@@ -197,6 +198,32 @@ def _over_seeds(values: Mapping[str, list[MetricValue]], bench: BenchSpec) -> di
         elif members:
             found[encoder] = members[0]
     return found
+
+
+def _add_retained(
+    values: Mapping[str, Sequence[MetricValue]], spec: TaskSpec, bench: BenchSpec, outcome: TaskOutcome
+) -> None:
+    """The share of the teacher's figure that every other encoder has, of figures of the task where higher is better."""
+    teacher = bench.encoders[0]
+    references = {value.metric: value.figure for value in values.get(teacher, [])}
+    for encoder in bench.encoders[1:]:
+        for value in values.get(encoder, []):
+            of_task = any(value.metric.startswith(f"{group}_") for group in TASK_GROUPS)
+            if not of_task or value.better != "higher" or value.metric not in references:
+                continue
+            share = partial(_share, value.figure, references[value.metric])
+            found = _guarded(outcome, spec, encoder, f"{RETAINED}{value.metric}", share)
+            if found:
+                result = _result(spec, encoder, value, found)
+                settings = {**value.settings, "reference": teacher}
+                outcome.results.append(replace(result, metric=f"{RETAINED}{value.metric}", settings=settings))
+
+
+def _share(figure: Figure, reference: Figure) -> Estimate | None:
+    """The retained share with its interval; None where the teacher, or the encoder, has nothing above 0 to share."""
+    if not reference.values[0] > 0 or not figure.values[0] >= 0:
+        return None
+    return estimate(ratio(figure, reference))
 
 
 def _add_intervals(

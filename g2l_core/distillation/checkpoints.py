@@ -13,8 +13,8 @@ from typing import IO, Any, cast
 
 import torch
 
+from g2l_core.distillation.baselines import Minimized
 from g2l_core.distillation.distiller import Average, Distiller
-from g2l_core.distillation.joint import JointObjective
 from g2l_core.distillation.objective import Objective
 from g2l_core.distillation.optim import EarlyStop
 from g2l_core.distillation.spec import ObjectiveSpec
@@ -38,7 +38,7 @@ class RunState:
     distiller: Distiller
     optimizer: torch.optim.Optimizer
     early_stop: EarlyStop
-    objective: Objective | JointObjective = field(default_factory=lambda: Objective(ObjectiveSpec()))
+    objective: Minimized = field(default_factory=lambda: Objective(ObjectiveSpec()))
     """The loss; that of several teachers has running means, which a checkpoint holds."""
     average: Average | None = None
     step: int = 0

@@ -14,7 +14,7 @@ from jaxtyping import Float16, UInt8
 from torch.utils.data import IterableDataset, get_worker_info
 
 from g2l_core.concurrency import run_ahead
-from g2l_core.distillation.replay import ChosenRows, ReplaySource, ReplaySpec
+from g2l_core.distillation.replay import ChosenRows, Given, ReplaySource, ReplaySpec
 from g2l_core.distillation.sampling import BatchOrder, BlockRead
 from g2l_core.errors import UsageError
 from g2l_core.patches.pixel_cache import PixelCache
@@ -40,7 +40,8 @@ class Batch(NamedTuple):
 
     position: int
     epoch: int
-    pixels: UInt8[np.ndarray, "batch height width 3"]
+    pixels: UInt8[np.ndarray, "batch *view height width 3"]
+    """With an axis for views where several of a patch are shown at once."""
     targets: Float16[np.ndarray, "batch dim"]
     """The teacher's features of the pixels; without columns where the teacher runs live."""
 
@@ -58,6 +59,7 @@ class ReplayDataset(IterableDataset[Batch]):
         rows: ChosenRows,
         spec: ReplaySpec,
         reading: Reading | None = None,
+        given: Given | None = None,
     ) -> None:
         """Open the slides and check that everything needed is there.
 
@@ -66,6 +68,7 @@ class ReplayDataset(IterableDataset[Batch]):
             rows: Stored rows to train on, by slide id; None for all good rows of a slide.
             spec: What is replayed, and in which order.
             reading: How it is read.
+            given: The targets, where no encoder gives them.
 
         Raises:
             StoreMissingError: A slide misses views of the teacher.
@@ -78,7 +81,7 @@ class ReplayDataset(IterableDataset[Batch]):
         share, rest = divmod(spec.batch_size, world)
         if rest or share < 1:
             raise UsageError(f"a batch of {spec.batch_size} cannot be parted among {world} ranks")
-        self._source = ReplaySource(store, rows, spec, self._reading.pixel_cache)
+        self._source = ReplaySource(store, rows, spec, self._reading.pixel_cache, given)
         block_rows = self._source.block_rows
         total = int(block_rows.sum(dtype=np.int64))
         if total < spec.batch_size:

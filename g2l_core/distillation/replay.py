@@ -43,6 +43,8 @@ class ReplaySpec:
     pool_blocks: int = 256
     """Blocks from which a batch is drawn. With 256, a batch of 32 has rows of 30 different blocks."""
     seed: int = 0
+    at_once: int = 1
+    """Different views of each patch in one batch."""
 
     def __post_init__(self) -> None:
         """Check that batches can be drawn.
@@ -58,6 +60,8 @@ class ReplaySpec:
             raise UsageError(
                 "a new view every epoch needs a teacher that runs live: stored features have so many views"
             )
+        if self.n_augmented and not 1 <= self.at_once <= self.n_augmented:
+            raise UsageError(f"{self.at_once} different views of a patch need as many; there are {self.n_augmented}")
 
     @property
     def views(self) -> range:
@@ -67,6 +71,9 @@ class ReplaySpec:
 
 ChosenRows = Mapping[str, Rows | None]
 """Stored rows by slide id; None stands for all good rows of a slide, which are counted but not listed."""
+
+Given = Mapping[str, Float16[np.ndarray, "row dim"]]
+"""Targets of all stored rows by slide id, in place of encoders' features: labels as numbers."""
 
 OPEN_TABLES = 128
 """Slides whose tables are held in memory; with five views and 10,000 patches, 3 MB each."""
@@ -123,7 +130,12 @@ class ReplaySource:
     """
 
     def __init__(
-        self, store: FeatureStore, rows: ChosenRows, spec: ReplaySpec, pixel_cache: PixelCache | None = None
+        self,
+        store: FeatureStore,
+        rows: ChosenRows,
+        spec: ReplaySpec,
+        pixel_cache: PixelCache | None = None,
+        given: Given | None = None,
     ) -> None:
         """Check that all features are stored and that the slides are there. Nothing of them is read yet.
 
@@ -132,13 +144,14 @@ class ReplaySource:
             rows: Stored rows to replay.
             spec: The teacher and the views.
             pixel_cache: Decoded patches are kept here between epochs and runs.
+            given: The targets, where no encoder gives them.
 
         Raises:
             StoreMissingError: A slide misses views of a teacher, and may not; or of all of them.
             StoreMismatchError: A slide's file has changed.
         """
         grid = GridSpec.from_json(store.grid)
-        self._spec, self._views = spec, ViewSpec.from_json(store.views)
+        self._spec, self._views, self._given = spec, ViewSpec.from_json(store.views), given
         stored = {slide.slide_id: slide for slide in store.slides() if slide.slide_id in rows}
         self._slides = [stored[slide_id] for slide_id in sorted(rows)]
         self._rows = [_sorted(rows[slide.slide_id]) for slide in self._slides]
@@ -197,7 +210,7 @@ class ReplaySource:
 
     def read(
         self, block: int, within: Rows, epoch: int
-    ) -> tuple[UInt8[np.ndarray, "row height width 3"], Float16[np.ndarray, "row dim"]]:
+    ) -> tuple[UInt8[np.ndarray, "row *view height width 3"], Float16[np.ndarray, "row dim"]]:
         """Pixels and targets of some rows of a block, in the views that an epoch shows.
 
         Args:
@@ -207,7 +220,8 @@ class ReplaySource:
 
         Returns:
             Pixels, and the teachers' features of them, one teacher's columns behind the other's; without columns where
-            teachers run live, and NaN where a teacher's features may be missing and are.
+            teachers run live, and NaN where a teacher's features may be missing and are. Of several views at once,
+            pixels are (row, view, height, width, 3), and features those of the first.
 
         Raises:
             ReadError: A patch cannot be read.
@@ -217,8 +231,8 @@ class ReplaySource:
         index = int(np.searchsorted(self._first_block, block, side="right")) - 1
         tables = self._tables(index)
         rows = self._rows_of(index, block - int(self._first_block[index]), tables)[within]
-        views = self._views_of_epoch(tables, rows, epoch)
-        params = tables.view_params(rows, views)
+        shown = [self._views_of_epoch(tables, rows, epoch, i) for i in range(self._spec.at_once)]
+        params = np.concatenate([tables.view_params(rows, views) for views in shown], axis=1)
         with self._readers.reading(str(index)) as reader:
             rendered = render_block(reader, rows.tolist(), params, np.zeros(len(rows), np.uint8), self._views)
         if rendered.reasons:
@@ -226,8 +240,10 @@ class ReplaySource:
                 f"slide {tables.slide_id}: a patch that stage one read cannot be read now, "
                 f"{next(iter(rendered.reasons.values()))}"
             )
-        require_same_pixels(tables, rows, views, rendered.hashes)
-        return rendered.pixels[:, 0], self._read_targets(index, rows, views)
+        for i, views in enumerate(shown):
+            require_same_pixels(tables, rows, views, rendered.hashes[:, i : i + 1])
+        pixels = rendered.pixels if len(shown) > 1 else rendered.pixels[:, 0]
+        return pixels, self._read_targets(index, rows, shown[0])
 
     def _rows_of(self, index: int, block: int, tables: SlideTables) -> Rows:
         """The chosen rows of a slide's block, increasing."""
@@ -238,16 +254,18 @@ class ReplaySource:
         candidates = np.arange(first, min(first + REPLAY_ROWS, len(self._slides[index])))
         return candidates[tables.take("patch_status", candidates) == STATUS["ok"]]
 
-    def _views_of_epoch(self, slide: SlideTables, rows: Rows, epoch: int) -> Rows:
-        """The view of each row that an epoch shows: views are mixed, and none repeats before all were shown."""
+    def _views_of_epoch(self, slide: SlideTables, rows: Rows, epoch: int, i: int) -> Rows:
+        """The i-th view of each row that an epoch shows: views are mixed, and none repeats before all were shown."""
         views = self._spec.views
         if not views:
-            return np.full(len(rows), 1 + epoch)
-        turn = (slide.take("pixel_hash", rows, 0) + np.uint64(epoch)) % np.uint64(len(views))
+            return np.full(len(rows), 1 + epoch * self._spec.at_once + i)
+        turn = (slide.take("pixel_hash", rows, 0) + np.uint64(epoch + i)) % np.uint64(len(views))
         return views.start + turn.astype(np.int64)
 
     def _read_targets(self, index: int, rows: Rows, views: Rows) -> Float16[np.ndarray, "row dim"]:
         """The teachers' features of one view of each row: from memory, or by one contiguous read for each view."""
+        if self._given is not None:
+            return self._given[self._slides[index].slide_id][rows]
         targets = np.full((len(rows), sum(self._dims.values())), np.nan, np.float16)
         for view in np.unique(views).tolist():
             in_view = np.flatnonzero(views == view)

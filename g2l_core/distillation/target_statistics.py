@@ -53,13 +53,13 @@ def target_statistics(
     """
     count, total, squares = 0, np.float64(0), np.float64(0)
     products: np.ndarray | np.float64 = np.float64(0)
-    for features in _first_rows(store, rows, encoder, views, SAMPLE_ROWS):
+    for features in first_rows(store, rows, encoder, views, SAMPLE_ROWS):
         values = features.astype(np.float64)
         count, total, squares = count + len(values), total + values.sum(0), squares + np.square(values).sum(0)
         products = products + values.T @ values if with_phi_s else products
     mean = total / count
     deviation = np.sqrt(np.maximum(squares / count - np.square(mean), 0))
-    bank = np.concatenate(list(_first_rows(store, rows, encoder, views[:1], BANK_ROWS)))
+    bank = np.concatenate(list(first_rows(store, rows, encoder, views[:1], BANK_ROWS)))
     return TargetStatistics(
         mean=torch.from_numpy(np.asarray(mean, np.float32)),
         deviation=torch.from_numpy(np.maximum(deviation, 1e-3 * deviation.max()).astype(np.float32)),
@@ -115,7 +115,7 @@ def _parts() -> list[str]:
     return [field.name for field in fields(TargetStatistics)]
 
 
-def _first_rows(
+def first_rows(
     store: FeatureStore, rows: ChosenRows, encoder: str, views: range, max_rows: int
 ) -> Iterator[Float16[np.ndarray, "row dim"]]:
     """Yield the features of every slide's first chosen rows, view by view, at most `max_rows` rows in all."""

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from g2l_core.concurrency import in_background
+from g2l_core.distillation.baselines import Minimized
 from g2l_core.distillation.checkpoints import RunState, restore, save, save_best
 from g2l_core.distillation.distiller import Average, Distiller
 from g2l_core.distillation.distributed import ProcessGroup
-from g2l_core.distillation.joint import JointObjective
 from g2l_core.distillation.loader import Batch
 from g2l_core.distillation.logs import TrainingLogs
-from g2l_core.distillation.objective import Objective
 from g2l_core.distillation.optim import EarlyStop, anneal, build_optimizer
 from g2l_core.distillation.spec import TrainSettings
 from g2l_core.errors import RunError
@@ -75,7 +74,7 @@ class Prepared:
 class DistillationStep(nn.Module):
     """From pixels and targets to the loss: everything that data-parallel training must wrap."""
 
-    def __init__(self, distiller: Distiller, objective: Objective | JointObjective, hooks: TrainerHooks) -> None:
+    def __init__(self, distiller: Distiller, objective: Minimized, hooks: TrainerHooks) -> None:
         super().__init__()
         self.distiller, self.objective = distiller, objective
         self._device, self._autocast = hooks.group.device.type, hooks.autocast
@@ -90,7 +89,7 @@ class DistillationStep(nn.Module):
 
 def train(
     distiller: Distiller,
-    objective: Objective | JointObjective,
+    objective: Minimized,
     settings: TrainSettings,
     folder: Path,
     hooks: TrainerHooks,
@@ -147,7 +146,7 @@ def train(
 
 def _begin(
     distiller: Distiller,
-    objective: Objective | JointObjective,
+    objective: Minimized,
     settings: TrainSettings,
     folder: Path,
     hooks: TrainerHooks,
@@ -232,8 +231,11 @@ def _prepare(batches: Generator[Batch, None, None], device: torch.device) -> Gen
 
 
 def _to_device(batch: Prepared, hooks: TrainerHooks) -> tuple[Tensor, Tensor]:
-    """A batch's pixels and targets: the stored ones, or a live teacher's features of these pixels."""
-    pixels = batch.pixels.to(hooks.group.device, non_blocking=True)
+    """A batch's pixels and targets: the stored ones, or a live teacher's features of these pixels.
+
+    Several views of a patch become rows behind one another.
+    """
+    pixels = batch.pixels.flatten(0, -4).to(hooks.group.device, non_blocking=True)
     if hooks.teacher is not None:
         return pixels, hooks.teacher(pixels)
     return pixels, batch.targets.to(hooks.group.device, non_blocking=True).float()

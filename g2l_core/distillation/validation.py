@@ -41,6 +41,7 @@ def held_out_metrics(
     *,
     layout: HeadLayout | None = None,
     restored: Mapping[str, Restored] | None = None,
+    is_projected: bool = True,
 ) -> dict[str, float]:
     """Measure how close the student is to the teacher on held-out canonical views.
 
@@ -51,6 +52,8 @@ def held_out_metrics(
         batch_size: Patches that are encoded at a time.
         layout: Which columns are whose, where there are several teachers or widths.
         restored: By teacher, what takes projected features back to the teacher's own space; as they are by default.
+        is_projected: Whether there are features in the teacher's space. Of a student that has no teacher there are
+            none, and the layout then says whose features to compare with.
 
     Returns:
         Metric values by name. Of student and teacher: linear CKA, debiased and biased, and the mutual kNN overlap. Of
@@ -61,15 +64,15 @@ def held_out_metrics(
     """
     student, projected = _encode(distiller, held_out, device, batch_size)
     layout = layout or HeadLayout(teachers=("",), dims=(projected.shape[1],), widths=(student.shape[1],))
-    parts = layout.split(torch.from_numpy(projected))
+    parts = layout.split(torch.from_numpy(projected)) if is_projected else None
     found = dict[tuple[str, int], dict[str, float]]()
     ends = np.cumsum(layout.dims)
     for i, teacher in enumerate(layout.teachers):
         targets = held_out.targets[:, ends[i] - layout.dims[i] : ends[i]]
         there = ~np.isnan(targets[:, 0])
         undo = (restored or {}).get(teacher, _as_it_is)
-        for part, width in zip(parts[i], layout.widths, strict=True):
-            back = undo(part[torch.from_numpy(there)]).numpy()
+        for j, width in enumerate(layout.widths):
+            back = undo(parts[i][j][torch.from_numpy(there)]).numpy() if parts else None
             found[teacher, width] = _closeness(student[there, :width], back, targets[there].astype(np.float32))
     return _summarized(found, layout)
 
@@ -87,17 +90,22 @@ def _summarized(found: Mapping[tuple[str, int], Mapping[str, float]], layout: He
         return sum(found[teacher, width][name] for teacher in layout.teachers) / len(layout.teachers)
 
     several = layout.teachers if len(layout.teachers) > 1 else ()
+    of_parts = [name for name in OF_PARTS if name in names]
     return {
         **{name: mean(name, full) for name in names},
-        **{f"{name}:{teacher}": found[teacher, full][name] for teacher in several for name in OF_PARTS},
-        **{f"{name}@{width}": mean(name, width) for width in layout.widths[:-1] for name in OF_PARTS},
+        **{f"{name}:{teacher}": found[teacher, full][name] for teacher in several for name in of_parts},
+        **{f"{name}@{width}": mean(name, width) for width in layout.widths[:-1] for name in of_parts},
     }
 
 
 def _closeness(
-    student: Float32[np.ndarray, "n dim"], projected: Float32[np.ndarray, "n d"], teacher: Float32[np.ndarray, "n d"]
+    student: Float32[np.ndarray, "n dim"],
+    projected: Float32[np.ndarray, "n d"] | None,
+    teacher: Float32[np.ndarray, "n d"],
 ) -> dict[str, float]:
     """The metrics of one teacher at one width."""
+    if projected is None:
+        return {**_cka(student, teacher, ""), "knn_overlap": neighbor_overlap(student, teacher, OVERLAP_K)}
     alive = teacher.std(axis=0) > DEAD * teacher.std(axis=0).max()  # a constant dimension explains nothing
     s, t = (_standardized(z[:, alive]) for z in (projected, teacher))
     cosines = (s * t).sum(axis=1) / np.maximum(np.linalg.norm(s, axis=1) * np.linalg.norm(t, axis=1), 1e-12)

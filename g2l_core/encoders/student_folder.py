@@ -42,6 +42,10 @@ class ModelCard:
     """Teachers, start and data with their terms."""
     widths: tuple[int, ...] = ()
     """Further widths that the student was trained to be good at."""
+    baseline: str = ""
+    """What the encoder is, where it is no student but a baseline that learned from no teacher."""
+    loss: str = ""
+    """What was minimized, where it is not the loss in the settings."""
 
 
 def write_student(
@@ -117,23 +121,24 @@ def timm_config(network: nn.Module, spec: EncoderSpec) -> dict[str, Any]:
 
 def model_card(card: ModelCard, spec: EncoderSpec) -> str:
     """README.md for the hub: a header, how to load the student, how it was made, its terms, and what was measured."""
-    student, terms = card.student, verdict(card.sources)
+    terms = verdict(card.sources)
     scale = f" at {spec.mpp:g} um/px" if spec.mpp else ""
     near = "its teachers" if len(card.teachers) > 1 else "its teacher"
+    near = f"{near.replace('its', 'the')}, from which it did not learn" if card.baseline else near
     names = " and ".join(teacher["name"] for teacher in card.teachers)
     measured = (name for name in card.after if name != "step")
     lines = [
         "---",
         "library_name: timm",
-        "tags: [pathology, feature-extraction, distillation, g2l]",
+        f"tags: [pathology, feature-extraction, {'baseline' if card.baseline else 'distillation'}, g2l]",
         "license: other",
         f"license_name: {json.dumps(terms)}",
         "---",
         "",
         f"# {card.name}",
         "",
-        f"A patch encoder for H&E slides, distilled by G2L (arXiv 2510.11176): {student.name} learned the features of",
-        f"{names}. Input {spec.input_px} px{scale}, pooling {spec.pooling}.",
+        *_intro(card, names),
+        f"Input {spec.input_px} px{scale}, pooling {spec.pooling}.",
         "",
         *(line for warning in card.warnings for line in (f"**Warning**: {warning}.", "")),
         "```python",
@@ -152,10 +157,22 @@ def model_card(card: ModelCard, spec: EncoderSpec) -> str:
         "|---|---|---|",
         *(f"| {name} | {card.before[name]:z.3f} | {card.after[name]:z.3f} |" for name in measured),
         "",
-        f"These values show how near the student is to {near}, and not how good either is at a task.",
+        f"These values show how near it is to {near}, and not how good either is at a task.",
         "",
     ]
     return "\n".join(lines)
+
+
+def _intro(card: ModelCard, teachers: str) -> list[str]:
+    if card.baseline:
+        return [
+            "A baseline made by g2l baseline, to tell what distillation adds; not a distilled student. "
+            f"{card.student.name}, {card.baseline}.",
+        ]
+    return [
+        f"A patch encoder for H&E slides, distilled by G2L (arXiv 2510.11176): {card.student.name} learned the "
+        f"features of {teachers}.",
+    ]
 
 
 def _made_of(card: ModelCard) -> dict[str, str]:
@@ -167,11 +184,11 @@ def _made_of(card: ModelCard) -> dict[str, str]:
         for teacher in card.teachers
     )
     return {
-        "teachers" if len(card.teachers) > 1 else "teacher": "; ".join(origins),
+        ("compared with" if card.baseline else "teachers" if len(card.teachers) > 1 else "teacher"): "; ".join(origins),
         "student before": f"{card.student.name} ({card.student.describe_weights()})",
         "data": f"{card.train_patches:,} patches of {card.train_slides} slides; held out: {card.held_out}",
         "training": f"step {card.step:,} of {train['steps']:,}, batch {card.settings['batch_size']}, loss "
-        f"{train['objective']['loss']}, lr {optim['lr']:g}, weight decay {optim['weight_decay']:g}",
+        f"{card.loss or train['objective']['loss']}, lr {optim['lr']:g}, weight decay {optim['weight_decay']:g}",
     }
 
 

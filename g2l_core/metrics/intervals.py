@@ -384,6 +384,59 @@ def compare(figure: Figure, reference: Figure, *, draws: int = 1000, seed: int, 
     return Difference(estimate=found, p_value=min(1.0, p_value), p_equivalent=equivalent)
 
 
+def ratio(figure: Figure, reference: Figure) -> Figure:
+    """Return an encoder's figure over a reference encoder's on the same patients, such as a student's retained share.
+
+    Patients are left out of both at once, so what the two share cancels. The interval is made on the logarithm of the
+    ratio r = a / b, to first order in each left-out value. Of what patients cannot show, the larger of the two relative
+    variances is kept. Sources that are paired give the ratio of each repetition; the others add up, those of b
+    times -r / b.
+
+    Args:
+        figure: The encoder's.
+        reference: The reference encoder's, with the same design, above 0.
+
+    Returns:
+        The figure of the ratio, for `estimate`.
+
+    Raises:
+        TaskError: If the reference is not above 0, or the encoder is below it, so that there is no share.
+
+    Examples:
+        >>> from g2l_core.metrics.patients import design_of
+        >>> design = design_of(np.arange(4), unit="slides")
+        >>> student = Figure(values=np.array([0.6, 0.5, 0.6, 0.7, 0.6]), design=design)
+        >>> teacher = Figure(values=np.array([0.8, 0.7, 0.8, 0.9, 0.8]), design=design)
+        >>> found = estimate(ratio(student, teacher))
+        >>> round(found.value, 3), round(found.low, 3), round(found.high, 3)
+        (0.75, 0.636, 0.884)
+    """
+    a, b = _value(figure), _value(reference)
+    if b <= 0 or a < 0:
+        raise TaskError(f"a share of the reference needs figures above 0; got {a:.3g} over {b:.3g}")
+    theirs = {source.what: source for source in reference.more if source.paired}
+    more = []
+    for source in figure.more:
+        other = theirs.pop(source.what, None) if source.paired else None
+        over = b if other is None else other.values
+        more.append(replace(source, values=source.values / over))
+    others = [source for source in reference.more if not source.paired or source.what in theirs]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        values = figure.values / reference.values
+        both = figure.pairs is not None and reference.pairs is not None
+        pairs = figure.pairs / reference.pairs if both else None  # type: ignore[operator]
+    return replace(
+        figure,
+        values=values,
+        pairs=pairs,
+        scale=POSITIVE,
+        exchange=None,
+        least_variance=max(figure.least_variance, reference.least_variance * (a / b) ** 2) / b**2,
+        more=(*more, *(replace(source, values=source.values * a / b**2) for source in others)),
+        no_interval=figure.no_interval or reference.no_interval,
+    )
+
+
 def _of_difference(more: Sequence[Source], other: Sequence[Source]) -> tuple[Source, ...]:
     """The sources of a difference: what is paired is subtracted, all else adds up."""
     theirs = {source.what: source for source in other if source.paired}

@@ -1,6 +1,7 @@
 """A report as one HTML page with its style sheet and pictures inside: no script, no network."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from math import isnan
 
 from markupsafe import Markup
@@ -13,6 +14,7 @@ from g2l_core.report.tables import (
     Cell,
     TaskPart,
     against_published,
+    beside,
     cells,
     decimals,
     encoder_order,
@@ -64,6 +66,7 @@ def page(report: Report) -> str:
         better=_BETTER,
         difference_caption=_DIFFERENCE_CAPTION,
         against_published=against_published,
+        beside=beside,
         cells=cells,
         curves_over_k=_curves_over_k,
         differences=_differences,
@@ -86,7 +89,7 @@ def _supported(part: TaskPart) -> Iterator[tuple[str, Mapping[str, Result], str]
     above = ""
     for metric, row in part.results.items():
         text = support(row)
-        yield metric, row, text if text != above else ""
+        yield metric, row, "; ".join(filter(None, (text if text != above else "", beside(part, metric))))
         above = text
 
 
@@ -110,6 +113,8 @@ def _metrics_by_stem(part: TaskPart) -> dict[str, list[tuple[int, str]]]:
 def _curves_over_k(part: TaskPart, order: Sequence[str]) -> Iterator[tuple[Meaning, Markup]]:
     for stem, by_k in _metrics_by_stem(part).items():
         meaning = meaning_of(stem)
+        aside = beside(part, stem)
+        caption = ". ".join(filter(None, (meaning.sentence.rstrip("."), aside and aside[0].upper() + aside[1:]))) + "."
         lines = [
             Curve(
                 label=key,
@@ -121,7 +126,7 @@ def _curves_over_k(part: TaskPart, order: Sequence[str]) -> Iterator[tuple[Meani
             for key in part.encoders
         ]
         yield (
-            meaning,
+            replace(meaning, sentence=caption if aside else meaning.sentence),
             curves(
                 [line for line in lines if line.points],
                 x_label="k nearest neighbors",
@@ -193,7 +198,8 @@ def _interval_group(metric: str, part: TaskPart, order: Sequence[str]) -> Forest
         for key in part.encoders
         if key in row
     )
-    return ForestGroup(title=meaning_of(metric).title, rows=rows)
+    aside = beside(part, metric)
+    return ForestGroup(title=meaning_of(metric).title + (f" ({aside})" if aside else ""), rows=rows)
 
 
 def _differences(comparisons: Sequence[Comparison], order: Sequence[str]) -> Iterator[tuple[str, list[Markup]]]:

@@ -1,11 +1,11 @@
 """A report as Markdown: its tables, without plots."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields
 
 from g2l_core.report.tables import (
     TaskPart,
     against_published,
+    beside,
     cells,
     decimals,
     encoder_order,
@@ -42,9 +42,10 @@ def markdown(report: Report) -> str:
         rows = ([row.task, row.encoder or "all", row.reason] for row in report.failures)
         lines += _table(["task", "encoder", "reason"], (map(_escaped, row) for row in rows))
     lines += ["## Encoders", ""]
+    shown = ("key", "name", "weights", "dim", "pooling", "precision", "digest", "note")
     lines += _table(
-        ["encoder", "name", "weights", "dim", "pooling", "precision", "digest", "note"],
-        ([_escaped(str(getattr(row, field.name))) for field in fields(row)] for row in report.encoders),
+        ["encoder", *shown[1:]],
+        ([_escaped(str(getattr(row, field))) for field in shown] for row in report.encoders),
     )
     lines += ["## Provenance", ""]
     lines += _table(["what", "value"], (map(_escaped, item) for item in sorted(report.provenance.items())))
@@ -74,7 +75,7 @@ def _overview(parts: Sequence[TaskPart], order: Sequence[str]) -> list[str]:
         return []
     keys = [key for key in order if any(key in row for _, _, row in headlines)]
     rows = (
-        [_escaped(part.name), _title(metric), _escaped(support(row)), *_cells(part, row, keys)]
+        [_escaped(part.name), _title(metric), _escaped(_supported(part, metric)), *_cells(part, row, keys)]
         for part, metric, row in headlines
     )
     return ["## Overview", "", *_table(["task", "metric", "support", *map(_escaped, keys)], rows)]
@@ -84,12 +85,16 @@ def _values(part: TaskPart) -> list[str]:
     if not part.results:
         return []
     rows = (
-        [_title(metric), _escaped(support(row)), *_cells(part, row, part.encoders)]
+        [_title(metric), _escaped(_supported(part, metric)), *_cells(part, row, part.encoders)]
         for metric, row in part.results.items()
     )
     few = few_patients(part)
     table = _table(["metric", "support", *map(_escaped, part.encoders)], rows)
     return [*([f"**{_escaped(few)}**", ""] if few else []), *table]
+
+
+def _supported(part: TaskPart, metric: str) -> str:
+    return "; ".join(filter(None, (support(part.results[metric]), beside(part, metric))))
 
 
 def _cells(part: TaskPart, row: Mapping[str, Result], keys: Sequence[str]) -> Iterator[str]:

@@ -212,5 +212,14 @@ _OTHERS = {
     ),
 }
 
+RETAINED_SHARE = Meaning(
+    title="Retained share",
+    sentence="The encoder's figure over the first encoder's, the teacher: 1 is as good. A guess has a share above 0 "
+    "too, so read it beside a baseline's.",
+    scale="retained share",
+    neutral=1.0,
+)
+"""Of a metric, whose title follows."""
+
 METRICS: Mapping[str, Meaning] = {**_classifier_meanings(), **_BASIC, **_SIMILARITIES, **_OTHERS}
 """By the first part of a metric's name; what follows it (`_k5`) is added to the title in words."""

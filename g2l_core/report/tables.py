@@ -3,13 +3,13 @@
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import floor, isfinite, isnan, log10
 from typing import Literal
 
 from g2l_core.errors import TaskError
-from g2l_core.report.meanings import METRICS, Meaning
-from g2l_core.results import FEWEST, Comparison, Estimate, Failure, Plots, PublishedValue, Report, Result
+from g2l_core.report.meanings import METRICS, RETAINED_SHARE, Meaning
+from g2l_core.results import FEWEST, RETAINED, Comparison, Estimate, Failure, Plots, PublishedValue, Report, Result
 
 _MAX_DECIMALS = 5
 _LARGE = 1e7
@@ -40,6 +40,9 @@ _HIDDEN = ("duplicates_dropped",)
 
 def meaning_of(metric: str) -> Meaning:
     """The meaning of a metric by the name in `METRICS` that it begins with, else its own name."""
+    if metric.startswith(RETAINED):
+        of = meaning_of(metric.removeprefix(RETAINED))
+        return replace(RETAINED_SHARE, title=f"{RETAINED_SHARE.title}: {of.title}")
     for stem, known in METRICS.items():
         if metric == stem or metric.startswith(f"{stem}_"):
             rest = re.sub(r"\bk(\d+)\b", r"k=\1", metric[len(stem) :].replace("_", " ").strip())
@@ -52,6 +55,27 @@ def split_k(metric: str) -> tuple[str, int | None]:
     """`robustness_ratio_k5` as ("robustness_ratio", 5); (metric, None) where the name does not end so."""
     match = re.fullmatch(r"(.+)_k([1-9][0-9]{0,8})", metric)
     return (match[1], int(match[2])) if match else (metric, None)
+
+
+ROBUSTNESS = ("robustness_", "center_", "bias_drop_", "consistency_")
+"""What the names of figures of robustness begin with. Features that have forgotten tissue are robust too."""
+
+QUALITY = ("probe_balanced_accuracy", "knn_balanced_accuracy")
+"""The first of these that a task has, or else another figure of a probe or kNN, stands beside every figure of
+robustness."""
+
+
+def beside(part: "TaskPart", metric: str) -> str:
+    """What must be read beside a figure of robustness: how good the same features are at the task. Else nothing."""
+    if not metric.startswith(ROBUSTNESS):
+        return ""
+    others = (name for name in part.results if name.startswith(tuple(name.split("_")[0] for name in QUALITY)))
+    quality = next((name for name in QUALITY if name in part.results), None) or next(others, None)
+    if quality is None:
+        return "the task has no probe or kNN, so what such robustness costs is not known"
+    row = part.results[quality]
+    values = [f"{key} {number(row[key].estimate.value, 3)}" for key in part.encoders if key in row]
+    return f"{meaning_of(quality).title} beside it: {', '.join(values)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,11 +108,12 @@ class TaskPart:
 
 def headline(metrics: Sequence[str]) -> str | None:
     """The metric that represents the others; None where there is none."""
+    own = [metric for metric in metrics if not metric.startswith(RETAINED)]
     for wanted in HEADLINES:
-        for metric in metrics:
+        for metric in own:
             if wanted in (metric, split_k(metric)[0]):
                 return metric
-    return metrics[0] if metrics else None
+    return own[0] if own else None
 
 
 def encoder_order(report: Report) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from g2l_core.files import csv_row, parse_json, replacing
 from g2l_core.report.html import page
 from g2l_core.report.json import FORMAT, json_text, report_of
 from g2l_core.report.markdown import markdown
-from g2l_core.report.tables import TaskPart, decimals, estimate_text, few_patients, meaning_of, task_parts
+from g2l_core.report.tables import TaskPart, beside, decimals, estimate_text, few_patients, meaning_of, task_parts
 from g2l_core.results import Comparison, Report, Result
 
 _GAP, _MIN_TITLE, _MIN_COLUMN = 2, 18, 12
@@ -148,7 +148,10 @@ def terminal_table(report: Report | Sequence[Result], width: int = 80) -> str:
     for part in task_parts(report):
         if part.results:
             few = few_patients(part)
-            lines += [*_lines(part.name, width), *(_lines(few, width) if few else ()), *_terminal_part(part, width)]
+            asides = dict.fromkeys(filter(None, (beside(part, metric) for metric in part.results)))
+            told = [*filter(None, [few]), *(f"robustness: {aside}" for aside in asides)]
+            lines += [line for text in (part.name, *told) for line in _lines(text, width)]
+            lines += _terminal_part(part, width)
     for facts in report.encoders:
         if facts.note:
             lines += _lines(f"{facts.key}: {facts.note}", width)

@@ -1,4 +1,4 @@
-"""`g2l distill` and `g2l sweep`."""
+"""`g2l distill`, `g2l baseline` and `g2l sweep`."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +10,7 @@ from g2l_core.errors import UsageError
 from g2l_core.options import ENCODER
 from pipeline.cli import EXIT_DONE, EXIT_SOME_FAILED
 from pipeline.cli.options import Weights, from_specs
-from pipeline.settings import DistillHow, Recipe
+from pipeline.settings import BaselineSettings, DistillHow, Recipe
 
 if TYPE_CHECKING:
     from g2l_core.encoders.resolve import EncoderSpec
@@ -113,6 +113,42 @@ def _text(summary: "DistillSummary") -> str:
             "patches were read too slowly for the student: more --workers, or --pixel-cache on a fast disk, help"
         )
     return "\n".join(lines)
+
+
+@from_specs(without=("permissive", "targets_gb"))
+def baseline(
+    run: Annotated[Path, typer.Argument(help="A run folder of g2l distill.", show_default=False)],
+    asked: BaselineSettings,
+    how: DistillHow,
+    out: Annotated[
+        Path | None, typer.Option(help="The baseline's run folder; pca has none.", show_default=False)
+    ] = None,
+    store: Annotated[
+        Path | None, typer.Option(help="The run's store, if it is elsewhere now.", show_default=False)
+    ] = None,
+) -> None:
+    """What distillation must beat: the same student, patches, steps and batches as a run, without its teacher.
+
+    simclr, supervised and start write a run folder, an encoder like other runs. pca writes an encoder into the store.
+    """
+    from pipeline.baseline import prepare, run_baseline
+
+    if (out is None) != (asked.kind == "pca"):
+        raise UsageError(
+            "--kind pca writes an encoder into the store and no run folder: leave --out out"
+            if out
+            else f"--kind {asked.kind}: expected the baseline's run folder, as in --out runs/{asked.kind}"
+        )
+    found = prepare(run, asked, how, store)
+    if out is None:
+        from pipeline.pca import run_pca
+
+        key, share = run_pca(found)
+        typer.echo(f"{found.store.path}: {key}, which has {share:.1%} of its teacher's variance")
+        return
+    summary = run_baseline(found, out)
+    if summary.is_main:
+        typer.echo(_text(summary))
 
 
 @from_specs(without=("resume",))

@@ -47,9 +47,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 for command in (
-    extract.cache_teacher, extract.embed, distill.distill, bench.bench, distill.sweep, deploy.export_student,
-    deploy.measure, deploy.doctor, heads.fit_head, heads.predict, plan.plan, models.models, datasets.datasets,
-    demo.demo,
+    extract.cache_teacher, extract.embed, distill.distill, distill.baseline, bench.bench, distill.sweep,
+    deploy.export_student, deploy.measure, deploy.doctor, heads.fit_head, heads.predict, plan.plan, models.models,
+    datasets.datasets, demo.demo,
 ):  # fmt: skip
     app.command()(command)
 store.app.command()(interchange.export)

@@ -49,7 +49,8 @@ def test_laws_of_the_speed_up(views, epochs, runs, ratio):
 def test_gigabytes_and_choices():
     assert gigabytes(10_000_000, 1, [1536]) == pytest.approx(30.72)  # a thousand slides of ten thousand patches
     assert gigabytes(100, 3, [1024, 512]) == pytest.approx(100 * 3 * 1536 * 2 / 1e9)
-    assert view_choices(10) == [1, 2, 4, 10]
+    assert view_choices(10) == [1, 2, 3, 4, 10]
+    assert view_choices(30) == [1, 2, 4, 10, 30]
     assert view_choices(2) == [1, 2, 4]
     free = Speeds(patches=1, read=0.0, augment=0.0, encode={}, shares_cores=True)
     assert isinf(forecast(free, 1, 1, 1).patches_needed)
@@ -66,13 +67,14 @@ def test_the_plan_of_a_cohort(cohort, tmp_path):
     assert "p06-1" in done.stdout
     assert "sets the pace" in done.stdout
     assert "1.79 x" in done.stdout
+    assert "online" in done.stdout
     assert list(tmp_path.iterdir()) == []
     facts = json.loads(plan(cohort, "--views", "1", "--json").stdout)
     total = sum(facts["patches"].values())
     assert facts["gigabytes"] == pytest.approx(total * 2 * 1024 * 2 / 1e9)
     assert facts["measured"]["patches"] == total < 256
     assert facts["forecast"]["hours"] > 0
-    assert [row["views"] for row in facts["views_table"]] == [1, 2, 4, 10]
+    assert [row["views"] for row in facts["views_table"]] == [1, 2, 3, 4, 10]
 
 
 def test_a_dry_run_is_the_same_plan(cohort, tmp_path):

@@ -9,7 +9,12 @@ from collections.abc import Callable, Mapping
 from g2l_core.benchmark.metric_groups import patches, robustness, similarity, slides
 from g2l_core.benchmark.metric_groups.values import MetricValue, TaskInput
 
-__all__ = ("METRIC_GROUPS", "MetricValue", "TaskInput")
+__all__ = ("METRIC_GROUPS", "TASK_GROUPS", "MetricValue", "TaskInput")
+
+TASK_GROUPS = (
+    "knn", "probe", "prototypes", "regression", "retrieval", "slide_probe", "slide_vote", "abmil", "survival",
+)  # fmt: skip
+"""The groups that say how good features are at a task; the others describe the features."""
 
 METRIC_GROUPS: Mapping[str, Callable[[TaskInput], list[MetricValue]]] = {
     "cka": similarity.cka,
