@@ -1,7 +1,6 @@
 """A report as Markdown: its tables, without plots."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields
 
 from g2l_core.report.tables import (
     TaskPart,
@@ -20,6 +19,12 @@ from g2l_core.report.tables import (
     task_parts,
 )
 from g2l_core.results import Plots, Report, Result
+
+_ENCODER_COLUMNS = {
+    "key": "encoder", "name": "name", "stored_key": "key in the store", "weights": "weights", "dim": "dim",
+    "pooling": "pooling", "precision": "precision", "digest": "digest", "nested_in": "nested in", "note": "note",
+}  # fmt: skip
+"""What the table of encoders tells of each, with the heads of its columns."""
 
 
 def markdown(report: Report) -> str:
@@ -43,8 +48,8 @@ def markdown(report: Report) -> str:
         lines += _table(["task", "encoder", "reason"], (map(_escaped, row) for row in rows))
     lines += ["## Encoders", ""]
     lines += _table(
-        ["encoder", "name", "weights", "dim", "pooling", "precision", "digest", "note"],
-        ([_escaped(str(getattr(row, field.name))) for field in fields(row)] for row in report.encoders),
+        [*_ENCODER_COLUMNS.values()],
+        ([_escaped(str(getattr(row, name))) for name in _ENCODER_COLUMNS] for row in report.encoders),
     )
     lines += ["## Provenance", ""]
     lines += _table(["what", "value"], (map(_escaped, item) for item in sorted(report.provenance.items())))
