@@ -88,7 +88,7 @@ def check_kind(where: str, value: object, kind: Any) -> Any:
     if kind is str and type(value) in {int, float}:
         plain = str(value)
     try:
-        return TypeAdapter(kind).validate_python(plain, strict=kind is not Path)
+        return TypeAdapter(kind).validate_python(plain, strict=Path not in {kind, *get_args(kind)})
     except ValidationError:
         raise UsageError(f"{where} must be {describe_kind(kind)}, not {value!r}") from None
 

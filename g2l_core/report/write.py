@@ -64,10 +64,8 @@ def write_report(report: Report, folder: Path) -> list[Path]:
         RunError: If the folder cannot be written.
         TaskError: If two results have the same task, metric and encoder.
     """
-    contents = (
-        json_text(report), _results_csv(report.results), _comparisons_csv(report.comparisons), markdown(report), page(report),
-    )  # fmt: skip
-    texts = dict(zip(FILES, contents, strict=True))
+    tables = _results_csv(report.results), _comparisons_csv(report.comparisons)
+    texts = dict(zip(FILES, (json_text(report), *tables, markdown(report), page(report)), strict=True))
     try:
         with writing(folder), ExitStack() as finished:
             folder.mkdir(parents=True, exist_ok=True)

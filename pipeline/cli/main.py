@@ -34,6 +34,7 @@ from pipeline.cli import (
     store,
     store_copies,
     store_edit,
+    study,
 )  # fmt: skip
 
 app = typer.Typer(
@@ -48,6 +49,7 @@ app = typer.Typer(
 for command in (
     extract.cache_teacher, extract.embed, distill.distill, bench.bench, distill.sweep, distill.export_student,
     heads.fit_head, heads.predict, plan.plan, models.models, datasets.datasets, demo.demo,
+    study.run, study.init,
 ):  # fmt: skip
     app.command()(command)
 store.app.command()(interchange.export)
