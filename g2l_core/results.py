@@ -39,7 +39,7 @@ class Result:
     metric: str
     """The metric's name, which begins with its group: "knn_balanced_accuracy", "robustness_ratio_k5"."""
     encoder: str
-    """The encoder's key in the store."""
+    """The encoder's key in the store, or its alias."""
     estimate: Estimate
     n: int
     """How many rows, slides or patients the value rests on."""
@@ -84,6 +84,7 @@ class EncoderSummary:
     """What a reader must know of an encoder to trust its results."""
 
     key: str
+    """What the report calls it: its key in the store, or the alias that the user gave it."""
     name: str
     weights: str
     """Where they come from, in words: "ImageNet, efficientnet-lite0 package", "random, seed 0"."""
@@ -95,6 +96,8 @@ class EncoderSummary:
     """A caution the report must show: "untrained"."""
     nested_in: str = ""
     """Of nested features, which encoder's: the name of the one that has all of them, also for that one itself."""
+    stored_key: str = ""
+    """Its key in the store where `key` is an alias; of several seeds, the first one's."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,14 @@ from g2l_core.benchmark.task_file import read_task, task_tables
 from g2l_core.encoders.resolve import spec_from_json
 from g2l_core.errors import EncoderError, TaskError, UsageError, writing
 from g2l_core.report.tables import ROBUSTNESS, headline, listed, meaning_of
-from g2l_core.report.write import write_report
+from g2l_core.report.write import require_report_folder, write_report
 from g2l_core.results import RETAINED, EncoderSummary, Failure, Report, Result
 from g2l_core.store.facts import EncoderFacts
 from g2l_core.store.features import FeatureStore
 from g2l_core.store.locks import locked_output
 from g2l_core.store.provenance import digest, software
 from g2l_core.store.schema import PATCH_LABELS
+from pipeline.aliases import require_distinct, split_alias, with_aliases
 from pipeline.seeds import grouped_by_seed
 from pipeline.widths import facts_of_widths, find_key, nested_in, with_all_widths
 
@@ -44,7 +45,7 @@ def run_bench(
     Args:
         tasks_path: The task file, or the name of a shipped one.
         store_paths: Cohorts, put one behind the other.
-        encoders: Names as users write them; the first is the teacher.
+        encoders: Names as users write them, or ALIAS=NAME; the first is the teacher.
         out: The report's folder; results.json, .csv, .md and report.html are replaced there.
         baseline: A second encoder to take differences from.
         draws: Random exchanges of two encoders, where there are too many patients to try all.
@@ -55,6 +56,7 @@ def run_bench(
     Raises:
         G2LError: Nothing could be started. A task that fails is a `Failure` of the report instead.
     """
+    require_report_folder(out)
     with writing(out), locked_output(out):
         statistics = {"draws": draws, "margin": margin, "seed": seed}
         return _run_bench(tasks_path, store_paths, encoders, out, baseline, statistics, device)
@@ -73,9 +75,9 @@ def _run_bench(
     title, tables = task_tables(tasks_file)
     stores = [FeatureStore.open(path) for path in store_paths]
     known = stored_encoders(stores)
-    keys, damaged, seeds = find_encoders(encoders, known)
-    against, seeds = _with_baseline(baseline, keys, seeds, known)
-    keys = (*keys, against) if against and against not in keys else keys
+    asked = find_encoders(encoders, known)
+    against, seeds = _with_baseline(baseline, asked, known)
+    keys = (*asked.keys, against) if against and against not in asked.keys else asked.keys
     known |= facts_of_widths((*keys, *(key for members in seeds.values() for key in members)), known)
     bench = BenchSpec(
         encoders=keys,
@@ -84,11 +86,8 @@ def _run_bench(
         **statistics,
         device=_sums_device(device),
     )
-    if len(set(keys)) < len(keys):
-        raise UsageError(f"--encoders names one encoder twice: {', '.join(keys)}")
-    outcome = TaskOutcome(
-        failures=[Failure(task=name, reason=why, encoder=text) for name in tables for text, why in damaged.items()]
-    )
+    failures = [Failure(task=name, reason=why, encoder=text) for name in tables for text, why in asked.damaged.items()]
+    outcome = TaskOutcome(failures=failures)
     for name, table in tables.items():
         outcome += _evaluate(tasks_file, name, table, stores, bench, folder)
     report = Report(
@@ -103,54 +102,81 @@ def _run_bench(
         expected=tuple(outcome.expected),
         pictures=outcome.pictures,
     )
+    report = with_aliases(report, asked.aliases)
     write_report(report, out)
     return report
 
 
-def find_encoders(
-    texts: Sequence[str], known: Mapping[str, EncoderFacts]
-) -> tuple[tuple[str, ...], dict[str, str], dict[str, tuple[str, ...]]]:
-    """The keys of the stored encoders that a user names, why run folders among them cannot be read, and seeds.
+@dataclass(frozen=True, kw_only=True)
+class AskedEncoders:
+    """The encoders that a user names."""
 
-    The last maps the name of each encoder that is a mean over seeds (see `pipeline.seeds`) to the keys of its runs.
+    keys: tuple[str, ...]
+    """Their keys in the store; of one that is a mean over seeds (see `pipeline.seeds`), its name."""
+    damaged: Mapping[str, str]
+    """Why run folders among them cannot be read."""
+    seeds: Mapping[str, tuple[str, ...]]
+    """The keys of the runs of each that is a mean over seeds."""
+    aliases: Mapping[str, str]
+    """The names that the user gave some of them, by key."""
+
+
+def find_encoders(texts: Sequence[str], known: Mapping[str, EncoderFacts]) -> AskedEncoders:
+    """The stored encoders that a user names, each as ENCODER or ALIAS=ENCODER.
 
     Raises:
-        G2LError: A name is unknown or means several, or the first, which the others are compared with, cannot be read.
+        G2LError: A name is unknown or means several, one stands there twice, or the first, which the others are
+            compared with, cannot be read.
     """
     keys: list[str] = []
     damaged: dict[str, str] = {}
     seeds: dict[str, tuple[str, ...]] = {}
-    for name, members in grouped_by_seed([each for text in texts for each in with_all_widths(text)]):
-        found = []
-        for text in members:
-            try:
-                found.append(find_key(text, known))
-            except EncoderError as error:
-                if not keys:
-                    raise
-                damaged[text] = str(error)
-        if len(found) > 1:
-            seeds[name] = tuple(found)
-        keys += [name] if len(found) > 1 else found
-    return tuple(keys), damaged, seeds
+    aliases: dict[str, str] = {}
+    for alias, asked in map(split_alias, texts):
+        groups = grouped_by_seed(with_all_widths(asked))
+        for name, members in groups:
+            found = []
+            for text in members:
+                try:
+                    found.append(find_key(text, known))
+                except EncoderError as error:
+                    if not keys:
+                        raise
+                    damaged[text] = str(error)
+            key = name if len(found) > 1 else found[0] if found else members[0]
+            if len(found) > 1:
+                seeds[name] = tuple(found)
+            if alias:
+                aliases[key] = alias + name.removeprefix(groups[0][0])  # G2L=run/+all: G2L, G2L+64, G2L+128
+            keys += [key] if found else []
+        if alias and len(groups) > 1 and not asked.endswith("+all"):
+            raise UsageError(f"{alias}={asked}: the pattern names runs of {len(groups)} settings, an alias one encoder")
+    require_distinct(keys)
+    require_distinct([aliases.get(key, key) for key in keys])
+    return AskedEncoders(keys=tuple(keys), damaged=damaged, seeds=seeds, aliases=aliases)
 
 
 def _with_baseline(
-    baseline: str, keys: Sequence[str], seeds: Mapping[str, tuple[str, ...]], known: Mapping[str, EncoderFacts]
+    baseline: str, asked: AskedEncoders, known: Mapping[str, EncoderFacts]
 ) -> tuple[str, dict[str, tuple[str, ...]]]:
     """The name of the baseline, empty without one, and the seeds with its own. It may be a mean over seeds too.
 
     Raises:
         UsageError: It is several encoders, or has the name of other runs among the encoders.
     """
+    seeds = dict(asked.seeds)
     if not baseline:
-        return "", dict(seeds)
-    found, _, own = find_encoders([baseline], known)
-    if len(found) > 1:
-        raise UsageError(f"--baseline {baseline} is several encoders, {', '.join(found)}: give one of them")
-    if found[0] in seeds and own.get(found[0]) != seeds[found[0]]:
-        raise UsageError(f"--baseline {baseline} and other runs are both called {found[0]}: rename a folder of runs")
-    return found[0], {**seeds, **own}
+        return "", seeds
+    by_alias = {alias: key for key, alias in asked.aliases.items()}
+    if baseline in by_alias:
+        return by_alias[baseline], seeds
+    own = find_encoders([baseline], known)
+    if len(own.keys) > 1:
+        raise UsageError(f"--baseline {baseline} is several encoders, {', '.join(own.keys)}: give one of them")
+    name = own.keys[0]
+    if name in seeds and own.seeds.get(name) != seeds[name]:
+        raise UsageError(f"--baseline {baseline} and other runs are both called {name}: rename a folder of runs")
+    return name, {**seeds, **own.seeds}
 
 
 def _evaluate(

@@ -1,10 +1,11 @@
 """Recipes and sweeps: TOML files of the options of `g2l distill`, checked against the specs that declare them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
+from g2l_core.encoders.resolve import normalized
 from g2l_core.errors import UnknownNameError, UsageError
 from g2l_core.files import parse_toml
 from g2l_core.options import Entry, build, entries
@@ -67,20 +68,54 @@ def check_option(name: str, value: object, path: Path) -> Any:
         UnknownNameError: There is no such option; the message names the nearest.
         UsageError: The value is of another kind.
     """
-    from pydantic import TypeAdapter, ValidationError
-
     if name not in (*NAMES, *OPTIONS):
         raise UnknownNameError(f"option in {path}", name, (*NAMES, *OPTIONS))
     kind = OPTIONS[name].kind if name in OPTIONS else str
     if name == "teacher" and isinstance(value, list):  # several, in a recipe or as a set in a sweep
         kind = tuple[str, ...]
+    return check_kind(f"{path}: {name}", value, kind)
+
+
+def check_kind(where: str, value: object, kind: Any) -> Any:
+    """A value of TOML as an option of this kind holds it: a list as a tuple, hold_out = 0.1 as a text.
+
+    Raises:
+        UsageError: The value is of another kind; `where` begins the message.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
     plain = tuple(value) if isinstance(value, list) else value
-    if kind is str and type(value) in {int, float}:  # hold_out = 0.1
+    if kind is str and type(value) in {int, float}:
         plain = str(value)
     try:
-        return TypeAdapter(kind).validate_python(plain, strict=True)
+        return TypeAdapter(kind).validate_python(plain, strict=Path not in {kind, *get_args(kind)})
     except ValidationError:
-        raise UsageError(f"{path}: {name} must be {describe_kind(kind)}, not {value!r}") from None
+        raise UsageError(f"{where} must be {describe_kind(kind)}, not {value!r}") from None
+
+
+def weights_by_encoder(names: Sequence[str], texts: Sequence[str]) -> dict[str, str]:
+    """The weights that a user gives encoders: ENCODER=WEIGHTS for each, or WEIGHTS alone where there is one encoder.
+
+    Args:
+        names: The encoders as the user names them.
+        texts: What stands in place of their own weights.
+
+    Raises:
+        UsageError: A text names no encoder of these, or two are for one encoder.
+    """
+    found: dict[str, str] = {}
+    for text in texts:
+        name, _, weights = text.partition("=")
+        meant = [known for known in names if normalized(known) == normalized(name)] if weights else []
+        if not meant and len(names) != 1:
+            raise UsageError(
+                f"--weights {text}: expected ENCODER=WEIGHTS, as there are several encoders: {', '.join(names)}"
+            )
+        encoder, weights = (meant[0], weights) if meant else (names[0], text)
+        if encoder in found:
+            raise UsageError(f"--weights gives {encoder} two: leave one out")
+        found[encoder] = weights
+    return found
 
 
 def describe_kind(kind: Any) -> str:

@@ -79,7 +79,7 @@ def _run_demo(out: Path, slides: Path | None, settings: DemoSettings) -> str:
     )
     _cache(cohort, store, resolve_encoder(str(run)), 0, settings)
     say("3/3  benchmarking from stored features")
-    tasks = write_tasks(out, cohort, FeatureStore.open(store), run)
+    tasks = write_tasks(out, cohort.truth, FeatureStore.open(store), run)
     keys = [_key(store, teacher), _key(store, before), str(run)]
     report = run_bench(tasks, [store], keys, out / "report", baseline=keys[1], seed=settings.seed)
     for failure in report.failures:
@@ -101,12 +101,18 @@ def _training(settings: DemoSettings) -> TrainSettings:
 
 
 def _drawn_cohort(out: Path, seed: int) -> _Cohort:
-    say(f"drawing {PATIENTS} slides of {PATIENTS} patients, 2 centers, 3 tissue classes")
-    manifest = draw_cohort(out / "cohort", CohortSpec(patients=PATIENTS, seed=seed))
+    manifest = draw_split_cohort(out / "cohort", PATIENTS, seed)
+    return _Cohort(inputs=(manifest,), hold_out="split=test", truth=out / "cohort" / "truth")
+
+
+def draw_split_cohort(folder: Path, patients: int, seed: int) -> Path:
+    """Draw a cohort whose manifest, which is returned, has a column split: the last four patients are test."""
+    say(f"drawing {patients} slides of {patients} patients, 2 centers, 3 tissue classes")
+    manifest = draw_cohort(folder, CohortSpec(patients=patients, seed=seed))
     rows = read_table(manifest)
     held_out = sorted({row["patient_id"] for row in rows})[-HELD_OUT:]
     _write_csv(manifest, [{**row, "split": "test" if row["patient_id"] in held_out else "train"} for row in rows])
-    return _Cohort(inputs=(manifest,), hold_out="split=test", truth=out / "cohort" / "truth")
+    return manifest
 
 
 def _user_cohort(slides: Path) -> _Cohort:
@@ -127,16 +133,23 @@ def _key(store: Path, spec: EncoderSpec) -> str:
     return next(key for key, facts in FeatureStore.open(store).encoders.items() if facts.name == spec.name)
 
 
-def write_tasks(out: Path, cohort: _Cohort, store: FeatureStore, run: Path) -> Path:
-    """The demo's task file, and the label table of its drawn patches."""
+def write_tasks(out: Path, truth_folder: Path | None, store: FeatureStore, run: Path) -> Path:
+    """A task file for slides of which nobody has labels but, of drawn ones, the classes that they were drawn with.
+
+    Args:
+        out: Gets tasks.toml, and of drawn slides labels.csv.
+        truth_folder: The class maps of drawn slides; None for others, on whose held-out ones similarity is measured.
+        store: The store of the slides.
+        run: The run folder, which knows what was held out.
+    """
     path = out / "tasks.toml"
-    if cohort.truth is None:
+    if truth_folder is None:
         path.write_text(_similarity_task(store, run), encoding="utf-8")
         return path
     rows: list[dict[str, str]] = []
     for slide in store.slides():
         side = slide.facts.patch_px_level0
-        truth = cohort.truth / f"{slide.slide_id.rpartition('/')[2]}.classes.png"
+        truth = truth_folder / f"{slide.slide_id.rpartition('/')[2]}.classes.png"
         classes = label_patches(truth, slide.coords, side, slide.facts.level0_size)
         for (x, y), name in zip(slide.coords.tolist(), classes, strict=True):
             rows.append({"slide_id": slide.slide_id, "x": str(x), "y": str(y), "tissue": name})

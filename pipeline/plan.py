@@ -1,7 +1,7 @@
 """`g2l plan`: what stage one would do and cost, from thumbnails and a few hundred patches. Writes nothing."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
@@ -41,6 +41,8 @@ class Plan:
     workers: int
     epochs: int
     speeds: Speeds | None
+    keys: Mapping[str, str] = field(default_factory=dict)
+    """The key of each encoder that was measured, by its name."""
     why_not: str = ""
     """Why nothing was measured."""
 
@@ -48,6 +50,11 @@ class Plan:
     def total(self) -> int:
         """Patches in all."""
         return sum(self.patches.values())
+
+    def seconds_of(self, encoder: str) -> float:
+        """Seconds a view of an encoder that was measured, by its name."""
+        assert self.speeds is not None
+        return self.speeds.encode[self.keys[encoder]]
 
     def with_views(self, views: int) -> Forecast | None:
         """The cost with another number of augmented views; None where nothing was measured."""
@@ -70,6 +77,39 @@ def make_plan(
     epochs: int,
 ) -> Plan:
     """Find the patches of all sources on their thumbnails, and measure reading and encoding on some of them."""
+    patched, failed = find_patches(sources, grid, settings, tissue)
+    dims = {spec.name: spec.dim for spec in encoder_specs}
+    keys: dict[str, str] = {}
+    speeds, why_not = None, "no patch to measure with"
+    if patched:
+        try:
+            for spec in encoder_specs:
+                require_weights(spec)
+            encoders = [
+                load_encoder(s, device=settings.device, precision=settings.encoder_precision) for s in encoder_specs
+            ]
+            dims = {encoder.spec.name: encoder.dim for encoder in encoders}
+            keys = {encoder.spec.name: encoder.key for encoder in encoders}
+            speeds, why_not = measure(patched, encoders, grid, views, settings), ""
+        except (EncoderError, SlideError) as error:
+            why_not = str(error)
+    return Plan(
+        patches={source.slide_id: len(slide.coords) for source, slide in patched},
+        failed_slides=failed,
+        dims=dims,
+        views=settings.views,
+        workers=settings.workers,
+        epochs=epochs,
+        speeds=speeds,
+        keys=keys,
+        why_not=why_not,
+    )
+
+
+def find_patches(
+    sources: Sequence[Source], grid: GridSpec, settings: ExtractionSettings, tissue: TissueMethod | None
+) -> tuple[list[tuple[Source, PatchedSlide]], dict[str, str]]:
+    """The patches of all sources, found on their thumbnails, and why others failed."""
     if tissue is not None:
         tissue.require_distinct(sources)
     patched: list[tuple[Source, PatchedSlide]] = []
@@ -89,29 +129,7 @@ def make_plan(
             else:
                 failed[outcome.source.slide_id] = str(outcome.error)
             line.update(done, len(sources))
-    dims = {spec.name: spec.dim for spec in encoder_specs}
-    speeds, why_not = None, "no patch to measure with"
-    if patched:
-        try:
-            for spec in encoder_specs:
-                require_weights(spec)
-            encoders = [
-                load_encoder(s, device=settings.device, precision=settings.encoder_precision) for s in encoder_specs
-            ]
-            dims = {encoder.spec.name: encoder.dim for encoder in encoders}
-            speeds, why_not = measure(patched, encoders, grid, views, settings), ""
-        except (EncoderError, SlideError) as error:
-            why_not = str(error)
-    return Plan(
-        patches={source.slide_id: len(slide.coords) for source, slide in patched},
-        failed_slides=failed,
-        dims=dims,
-        views=settings.views,
-        workers=settings.workers,
-        epochs=epochs,
-        speeds=speeds,
-        why_not=why_not,
-    )
+    return patched, failed
 
 
 def measure(
@@ -233,7 +251,7 @@ def _cost_rows(plan: Plan) -> list[tuple[str, str]]:
     size, view = plan.gigabytes(1 + plan.views), plan.gigabytes(1)
     rows = []
     if size is not None and view is not None:
-        rows.append(("store", f"{_size(view)} a view, {_size(size)} with {plan.views} augmented views"))
+        rows.append(("store", f"{size_text(view)} a view, {size_text(size)} with {plan.views} augmented views"))
     if plan.speeds is None:
         return [*rows, ("time", f"not measured: {plan.why_not}")]
     speeds, cost = plan.speeds, forecast(plan.speeds, plan.total, 1 + plan.views, plan.workers)
@@ -248,7 +266,7 @@ def _cost_rows(plan: Plan) -> list[tuple[str, str]]:
     )
     if cost.enough_workers > plan.workers:
         readers += f"; --workers {cost.enough_workers} would be enough"
-    time = f"{_time(cost.hours)}; {cost.bottleneck} sets the pace"
+    time = f"{time_text(cost.hours)}; {cost.bottleneck} sets the pace"
     return [*rows, ("measured", measured), ("time", time), ("readers", readers)]
 
 
@@ -256,13 +274,13 @@ def _choice_text(plan: Plan) -> str:
     rows = [
         (
             str(row["views"]),
-            "?" if row["gigabytes"] is None else _size(row["gigabytes"]),
-            "?" if row["hours"] is None else _time(row["hours"]),
+            "?" if row["gigabytes"] is None else size_text(row["gigabytes"]),
+            "?" if row["hours"] is None else time_text(row["hours"]),
             *(f"{row[f'speed_up_{runs}_runs']:.2f} x" for runs in RUNS),
         )
         for row in _choices(plan)
     ]
-    rows.append(("online", _size(0.0), "none first", *("1.00 x" for _ in RUNS)))
+    rows.append(("online", size_text(0.0), "none first", *("1.00 x" for _ in RUNS)))
     return (
         f"A teacher cached with V views, against one run live in {plan.epochs} epochs of distillation\n"
         f"(its forward pass costing {STEP_RATIO:g} of a student's step, as H-optimus-0 for Hibou-L):\n"
@@ -270,11 +288,13 @@ def _choice_text(plan: Plan) -> str:
     )
 
 
-def _size(gb: float) -> str:
+def size_text(gb: float) -> str:
+    """Gigabytes for people."""
     return f"{gb:,.1f} GB" if gb >= 0.1 else f"{1e3 * gb:,.1f} MB"
 
 
-def _time(hours: float) -> str:
+def time_text(hours: float) -> str:
+    """Hours for people."""
     if hours < 1 / 60:
         return f"{3600 * hours:.0f} s"
     return f"{hours:,.1f} h" if hours >= 1 else f"{60 * hours:.0f} min"

@@ -21,6 +21,12 @@ from g2l_core.report.tables import (
 )
 from g2l_core.results import Plots, Report, Result
 
+_ENCODER_COLUMNS = {
+    "key": "encoder", "name": "name", "stored_key": "key in the store", "weights": "weights", "dim": "dim",
+    "pooling": "pooling", "precision": "precision", "digest": "digest", "nested_in": "nested in", "note": "note",
+}  # fmt: skip
+"""What the table of encoders tells of each, with the heads of its columns."""
+
 
 def markdown(report: Report) -> str:
     """The whole report.
@@ -42,10 +48,9 @@ def markdown(report: Report) -> str:
         rows = ([row.task, row.encoder or "all", row.reason] for row in report.failures)
         lines += _table(["task", "encoder", "reason"], (map(_escaped, row) for row in rows))
     lines += ["## Encoders", ""]
-    shown = ("key", "name", "weights", "dim", "pooling", "precision", "digest", "note")
     lines += _table(
-        ["encoder", *shown[1:]],
-        ([_escaped(str(getattr(row, field))) for field in shown] for row in report.encoders),
+        [*_ENCODER_COLUMNS.values()],
+        ([_escaped(str(getattr(row, name))) for name in _ENCODER_COLUMNS] for row in report.encoders),
     )
     lines += ["## Provenance", ""]
     lines += _table(["what", "value"], (map(_escaped, item) for item in sorted(report.provenance.items())))

@@ -240,11 +240,17 @@ def published_text(expected: PublishedValue) -> str:
 
 
 def against_published(part: TaskPart, report: Report) -> tuple[ExpectedVsFound, ...]:
-    """Each published value of a task with the one found, by the encoder's key or name."""
-    keys = {encoder.name: encoder.key for encoder in report.encoders} | {key: key for key in part.encoders}
+    """Each published value of a task with the one found, by the encoder's alias, key or name.
+
+    Case and separators do not count: G2L and g2l, uni_v2 and uni-v2 are the same. Of several encoders that fit, one
+    whose alias or key does goes before one whose name does.
+    """
+    keys = {_plain(encoder.name): encoder.key for encoder in reversed(report.encoders)}
+    keys |= {_plain(encoder.stored_key): encoder.key for encoder in report.encoders if encoder.stored_key}
+    keys |= {_plain(key): key for key in part.encoders}
     pairs = []
     for row in part.expected:
-        result = part.results.get(row.metric, {}).get(keys.get(row.encoder, row.encoder))
+        result = part.results.get(row.metric, {}).get(keys.get(_plain(row.encoder), row.encoder))
         pairs.append(ExpectedVsFound(expected=row, found=result.estimate if result else None))
     return tuple(pairs)
 
@@ -255,6 +261,10 @@ def reasons(failures: Sequence[Failure]) -> list[tuple[str, str]]:
     for row in failures:
         alike.setdefault((row.task, row.reason), []).append(row.encoder)
     return [(", ".join(filter(None, (task, listed(keys)))), reason) for (task, reason), keys in alike.items()]
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\s_-]+", "", name).casefold()
 
 
 def listed(words: Sequence[str]) -> str:

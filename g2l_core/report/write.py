@@ -27,6 +27,26 @@ _GAP, _MIN_TITLE, _MIN_COLUMN = 2, 18, 12
 _WIDEST = 10_000
 
 
+FILES = ("results.json", "results.csv", "comparisons.csv", "results.md", "report.html")
+
+
+def require_report_folder(folder: Path) -> None:
+    """Refuse a folder that holds something else than a report, before anything is computed for it.
+
+    Other files beside a report's own are left alone. What an interrupted `write_report` left is no obstacle.
+
+    Raises:
+        RunError: It holds files and no report.
+    """
+    if not folder.is_dir() or (folder / FILES[0]).is_file():
+        return
+    others = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    if others and not set(others) <= {*FILES}:
+        raise RunError(
+            f"{folder} holds {others[0]} and no report of g2l bench: name an empty folder, or a new one, with --out"
+        )
+
+
 def write_report(report: Report, folder: Path) -> list[Path]:
     """Writes results.json, results.csv, comparisons.csv, results.md and report.html.
 
@@ -44,13 +64,8 @@ def write_report(report: Report, folder: Path) -> list[Path]:
         RunError: If the folder cannot be written.
         TaskError: If two results have the same task, metric and encoder.
     """
-    texts = {
-        "results.json": json_text(report),
-        "results.csv": _results_csv(report.results),
-        "comparisons.csv": _comparisons_csv(report.comparisons),
-        "results.md": markdown(report),
-        "report.html": page(report),
-    }
+    tables = _results_csv(report.results), _comparisons_csv(report.comparisons)
+    texts = dict(zip(FILES, (json_text(report), *tables, markdown(report), page(report)), strict=True))
     try:
         with writing(folder), ExitStack() as finished:
             folder.mkdir(parents=True, exist_ok=True)

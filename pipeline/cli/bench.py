@@ -17,12 +17,18 @@ def bench(
     encoders: Annotated[
         str,
         typer.Option(
-            help="Names, keys or run folders, by comma; the teacher first. Runs that a pattern names and that differ "
-            "in their seed alone are one encoder: a mean over seeds.",
+            help="Names, keys or run folders, by comma; the teacher first. ALIAS=NAME is called ALIAS in the report. "
+            "Runs that a pattern names and that differ in their seed alone are one encoder: a mean over seeds.",
             show_default=False,
         ),
     ],
-    out: Annotated[Path, typer.Option(help="The report's folder.", show_default=False)],
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="The report's folder: an empty one, a new one, or one with a report, which is replaced.",
+            show_default=False,
+        ),
+    ],
     baseline: Annotated[
         str, typer.Option(help="An encoder to take further differences from.", show_default=False)
     ] = "",

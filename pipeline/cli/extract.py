@@ -13,7 +13,7 @@ from g2l_core.errors import UsageError, with_remedy
 from g2l_core.options import ENCODER, OUTPUT, PATCHES
 from g2l_core.patches.spec import GridSpec, ViewSpec
 from pipeline.cli import EXIT_DONE, EXIT_SOME_FAILED
-from pipeline.cli.options import Coordinates, Inputs, Json, Store, Weights, from_specs, resolve_patches
+from pipeline.cli.options import Coordinates, Inputs, Json, Store, Weights, WeightsOfEach, from_specs, resolve_patches
 from pipeline.cli.plan import EPOCHS, print_plan
 from pipeline.settings import ExtractionSettings
 
@@ -61,7 +61,7 @@ def embed(
     store: Store,
     encoder: Annotated[list[str], typer.Option(help="An encoder or run folder; repeatable.", show_default=False)],
     settings: ExtractionSettings,
-    weights: Weights = None,
+    weights: WeightsOfEach = None,
     runtime: Annotated[
         str,
         typer.Option(
@@ -92,6 +92,7 @@ def embed(
     from g2l_core.encoders.exported import with_runtime
     from g2l_core.encoders.resolve import resolve_encoder
     from g2l_core.store.features import FeatureStore
+    from pipeline.config import weights_by_encoder
 
     existing = FeatureStore.open(store)
     grid = GridSpec.from_json(existing.grid)
@@ -100,10 +101,9 @@ def embed(
         asked = f"--coords {coords}" if coords else f"--tissue {tissue}"
         raise UsageError(f"{asked}: the store's tissue method is {grid.tissue!r}, not {method.identity!r}")
     names = [f"{name}+{width}" for name in encoder for width in dim] if dim else encoder
-    specs = [resolve_encoder(name, weights=weights, trusted=settings.trust_code) for name in names]
+    given = weights_by_encoder(encoder, weights or ())
+    specs = [resolve_encoder(name, weights=given.get(name), trusted=settings.trust_code) for name in names]
     specs = [with_runtime(spec, runtime) for spec in specs]
-    if len(specs) > 1 and weights is not None:
-        raise UsageError("--weights speaks of one encoder; embed them one after the other")
     views = ViewSpec.from_json(existing.views)
     raise typer.Exit(_extract(inputs, store, specs, grid, method, views, settings, as_json))
 

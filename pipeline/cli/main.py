@@ -35,6 +35,7 @@ from pipeline.cli import (
     store,
     store_copies,
     store_edit,
+    study,
 )  # fmt: skip
 
 app = typer.Typer(
@@ -49,7 +50,7 @@ app = typer.Typer(
 for command in (
     extract.cache_teacher, extract.embed, distill.distill, distill.baseline, bench.bench, distill.sweep,
     deploy.export_student, deploy.measure, deploy.doctor, heads.fit_head, heads.predict, plan.plan, models.models,
-    datasets.datasets, demo.demo,
+    datasets.datasets, demo.demo, study.run, study.init,
 ):  # fmt: skip
     app.command()(command)
 store.app.command()(interchange.export)

@@ -35,6 +35,16 @@ Weights = Annotated[
         rich_help_panel=ENCODER,
     ),
 ]
+WeightsOfEach = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--weights",
+        help="In place of an encoder's own weights, see g2l cache-teacher; of several encoders ENCODER=WEIGHTS, "
+        "repeatable.",
+        show_default=False,
+        rich_help_panel=ENCODER,
+    ),
+]
 TrustCode = Annotated[
     list[str] | None, typer.Option(help=TRUST_CODE, metavar="TEXT", rich_help_panel=ENCODER, show_default=False)
 ]
