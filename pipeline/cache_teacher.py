@@ -39,6 +39,7 @@ from g2l_core.tissue.methods import TissueMethod
 from g2l_core.tissue.overview import overview_folder
 from pipeline.audit import audit_sources, require_plausible
 from pipeline.extract import encode_slides
+from pipeline.interruption import if_interrupted
 from pipeline.killers import Trial, without_killers
 from pipeline.progress import ProgressLine, clock, say
 from pipeline.recognize import recognize, same_slide
@@ -403,12 +404,15 @@ def encode_cohort(
 ) -> ExtractionProgress:
     """Encode what the slides still miss, with a progress line."""
     line = ProgressLine(" + ".join(encoder.key for encoder in encoders), "patches")
+    latest = ExtractionProgress()
 
     def report(progress: ExtractionProgress) -> None:
+        nonlocal latest
+        latest = progress
         note = f"encoder {progress.utilization:.0%} busy  bottleneck: {progress.bottleneck}"
         line.update(progress.patches_done, progress.patches_total, note)
 
-    with line:
+    with line, if_interrupted(lambda: patches_left(latest)):
         if settings.local_workers or settings.scheduler:
             from pipeline.cluster import encode_on_workers
 
@@ -421,6 +425,14 @@ def encode_cohort(
     if progress.patches_total:
         say(time_spent(progress))
     return progress
+
+
+def patches_left(progress: ExtractionProgress) -> str:
+    """What an interrupted call leaves to the next one."""
+    counts = (
+        f"{progress.patches_kept:,} of {progress.patches_total:,} patches are kept" if progress.patches_total else ""
+    )
+    return f"{counts or 'the patches that were found are kept'}; the same command goes on from there"
 
 
 def time_spent(progress: ExtractionProgress) -> str:

@@ -216,6 +216,7 @@ def _add(
         total.failed_slides |= dict.fromkeys(group, outcome)
         return
     total.patches_done += sum(missing[slide_id] for slide_id in group if slide_id not in outcome.failed_slides)
+    total.patches_kept = total.patches_done
     total.failed_slides |= outcome.failed_slides
     total.unreadable |= outcome.unreadable
     total.turned |= outcome.turned

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from g2l_core.distillation.checkpoints import RunState, restore_best
+from g2l_core.distillation.checkpoints import RunState, last_step, restore_best
 from g2l_core.distillation.distiller import Distiller, HeadLayout, checkpoint_gradients, head_layout
 from g2l_core.distillation.distributed import ProcessGroup, init_distributed
 from g2l_core.distillation.held_out import HeldOutSet, read_held_out
@@ -33,6 +33,7 @@ from g2l_core.patches.pixel_cache import PixelCache
 from g2l_core.store.features import FeatureStore
 from g2l_core.store.locks import locked_output
 from g2l_core.store.provenance import software
+from pipeline.interruption import if_interrupted
 from pipeline.progress import ProgressLine, say
 from pipeline.run_page import HELD_OUT, training_page
 from pipeline.runs import RunRecord, RunResult, open_run, read_run, write_run
@@ -162,7 +163,7 @@ def _distill(run: Run, epochs: int | None) -> DistillSummary:
     for doubt in doubts_of(run.teachers) if run.group.is_main else ():
         say(f"note  {doubt}: g2l store verify --recompute N does, where the teacher's weights are at hand")
     if run.group.is_main:
-        open_run(run.out, run_record(run, student, batches.spec), resume=run.machine.resume)
+        open_run(run.out, run_record(run, student, batches.spec), restart=run.machine.restart)
     run.group.wait()
     outcome, state = _train(run, student, batches, held_out, layout)
     run.group.wait()
@@ -304,8 +305,16 @@ def _train(
         note=lambda text: say(f"note  {text}") if group.is_main else None,
         teacher=live_features(run.teachers),
     )
-    with ProgressLine("distill", "steps") as line:
+    with ProgressLine("distill", "steps") as line, if_interrupted(lambda: _left(run.out, settings.steps)):
         return train(distiller, objective, settings, run.out, hooks)
+
+
+def _left(out: Path, steps: int) -> str:
+    """What a run that is interrupted now leaves to the next call."""
+    kept = last_step(out)
+    if kept is None:
+        return f"no step of {steps:,} is kept; the same command begins again"
+    return f"step {kept:,} of {steps:,} is kept; the same command goes on from there"
 
 
 def _statistics(run: Run, replay: ReplaySpec) -> dict[str, TargetStatistics]:

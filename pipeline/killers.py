@@ -88,7 +88,7 @@ def read_alone(source: Source, grid: GridSpec, settings: ExtractionSettings) -> 
         "grid": grid.to_json(),
     }
     done = subprocess.run(
-        [sys.executable, "-m", "pipeline.killers"],
+        [sys.executable, "-P", "-m", "pipeline.killers"],  # -P: the working folder may hold another pipeline.py
         input=json.dumps(case),
         capture_output=True,
         text=True,

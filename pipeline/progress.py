@@ -1,4 +1,4 @@
-"""How far a long piece of work is: one live line on a terminal, a log line every few seconds elsewhere; on stderr."""
+"""How far a long piece of work is, on stderr: a live line on a terminal, else a few lines and then one a minute."""
 
 import sys
 from time import monotonic
@@ -9,7 +9,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, Task, TextColumn
 from rich.table import Column
 
-LOG_EVERY_S = 5.0
+from pipeline.tables import at_words
+
+LOG_EVERY_S, LOG_LATER_S, FIRST_LINES = 5.0, 60.0, 5
+"""Where nobody looks on, lines are seconds apart until it is clear that all is well, then a minute: a job of a night
+writes some hundred, and not thousands."""
 DRAW_EVERY_S = 0.2
 BAR_COLUMNS = 110
 """Terminals of this width have room for a bar."""
@@ -21,8 +25,8 @@ class ProgressLine:
     def __init__(self, title: str, unit: str, *, stream: TextIO | None = None) -> None:
         console = Console(file=stream or sys.stderr)
         self._title, self._unit, self._stream = title, unit, console.file
-        self._live = console.is_terminal and not console.is_dumb_terminal
-        self._last = -1e9
+        self._live = console.is_terminal and not (console.is_dumb_terminal or console.no_color)
+        self._last, self._lines = -1e9, 0
         self._task: Task | None = None
         gives_way = Column(ratio=1, no_wrap=True, overflow="ellipsis")
         self._progress = Progress(
@@ -43,9 +47,9 @@ class ProgressLine:
             (self._task,) = self._progress.tasks
         self._progress.update(self._task.id, completed=done, total=total)
         now = monotonic()
-        if now - self._last < (DRAW_EVERY_S if self._live else LOG_EVERY_S) and done < total:
+        if now - self._last < self._wait_s and done < total:
             return
-        self._last = now
+        self._last, self._lines = now, self._lines + 1
         state = f"{done:,}/{total:,} {self._unit}{_speed(self._task)}" + (f"  {note}" if note else "")
         if not self._live:
             self._stream.write(f"{self._title}  {state}\n")
@@ -55,6 +59,12 @@ class ProgressLine:
         if not self._progress.live.is_started:
             self._progress.start()
             self._progress.console.show_cursor(True)  # Ctrl-C ends the process at once and would leave it hidden
+
+    @property
+    def _wait_s(self) -> float:
+        if self._live:
+            return DRAW_EVERY_S
+        return LOG_EVERY_S if self._lines < FIRST_LINES else LOG_LATER_S
 
     def close(self) -> None:
         """End the live line."""
@@ -81,8 +91,8 @@ def _speed(task: Task) -> str:
 
 
 def say(line: str) -> None:
-    """One line on stderr, where progress goes."""
-    sys.stderr.write(line + "\n")
+    """One line on stderr, where progress goes; on a terminal it is broken between words."""
+    sys.stderr.write(at_words(line, sys.stderr) + "\n")
     sys.stderr.flush()
 
 

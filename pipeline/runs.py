@@ -1,6 +1,7 @@
 """The run folder of `g2l distill` and `g2l baseline`: made once, continued with equal settings, told by run.json."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -12,9 +13,11 @@ from g2l_core.encoders.resolve import RUN_RECORD
 from g2l_core.errors import RunError, refuse_open_files, writing
 from g2l_core.files import parse_json, write_text
 from g2l_core.store.facts import EncoderFacts, Facts
-from g2l_core.store.locks import holds_only_locks
+from g2l_core.store.locks import LOCKS, holds_only_locks
 from g2l_core.store.provenance import differences
 
+REMAINS = ".removed.partial"
+"""Where in its folder a run is put that is to be removed."""
 SEAL = "sha256"
 """The key of the digest of all other keys of run.json; older versions did not write it."""
 
@@ -92,26 +95,32 @@ class RunRecord(Facts):
         return (self.teacher, *self.more_teachers)
 
 
-def open_run(folder: Path, record: RunRecord, *, resume: bool) -> None:
-    """Make a run folder, or check that the one there is the same run.
+def open_run(folder: Path, record: RunRecord, *, restart: bool = False) -> None:
+    """Make a run folder, or check that the one there is the same run, which then goes on.
 
     Args:
         folder: The run folder.
         record: What identifies the run.
-        resume: Whether the user wants to continue a run that is there.
+        restart: Whether to remove a run that is there, and begin anew.
 
     Raises:
         RunError: The folder holds another run or something else.
     """
+    remains = folder / REMAINS
+    with writing(folder):
+        if (folder / RUN_RECORD).is_file() and restart:
+            _set_aside(folder, remains)
+        shutil.rmtree(remains, ignore_errors=True)
     if (folder / RUN_RECORD).is_file():
-        if not resume:
-            raise RunError(f"{folder} holds a run already: --resume continues it, or give another --out")
         changed = [
             f"{name} was {stored!r}, now {asked!r}"
             for name, stored, asked in differences(read_run(folder).identity(), record.identity())
         ]
         if changed:
-            raise RunError(f"{folder} was begun with other settings: {'; '.join(changed)}. Use them, or another --out")
+            raise RunError(
+                f"use the former settings, another --out, or --restart, which removes the run in {folder}: it was "
+                f"begun with other settings: {'; '.join(changed)}"
+            )
         return
     if folder.exists() and not (folder.is_dir() and holds_only_locks(folder)):
         raise RunError(f"{folder} exists and is no run of g2l distill; give another --out")
@@ -120,6 +129,14 @@ def open_run(folder: Path, record: RunRecord, *, resume: bool) -> None:
     except OSError as error:
         raise RunError(f"cannot make the run folder {folder}: {error.strerror}") from error
     write_run(folder, record)
+
+
+def _set_aside(folder: Path, remains: Path) -> None:
+    """Move what a run folder holds into `remains`, the record last: until then it is a run that has not begun."""
+    remains.mkdir(exist_ok=True)
+    held = [path for path in folder.iterdir() if path.name not in {LOCKS, REMAINS}]
+    for path in sorted(held, key=lambda path: path.name == RUN_RECORD):
+        path.replace(remains / path.name)
 
 
 def write_run(folder: Path, record: RunRecord) -> None:

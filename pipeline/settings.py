@@ -129,7 +129,10 @@ class Recipe:
 class DistillHow:
     """How stage two runs. None of it changes the student, except for the device."""
 
-    resume: bool = option(False, help="Go on with the run in --out.")
+    restart: bool = option(False, help="Begin anew, and remove the run that is in --out.")
+    resume: bool = option(
+        False, help="Go on with the run in --out, as is done in any case; only so that older scripts stay as they are."
+    )
     permissive: bool = option(
         False, help="Refuse teachers, a start or slides whose terms would keep the student from being free for any use."
     )
@@ -139,6 +142,11 @@ class DistillHow:
     targets_gb: float = option(4.0, panel=MACHINE, help="Targets of up to so many GB are held in memory.")
     pixel_cache: Path | None = option(None, panel=MACHINE, help="Keep decoded patches in this fast local folder.")
     pixel_cache_gb: float = option(50.0, panel=MACHINE, help="Maximum GB of decoded patches.")
+
+    def __post_init__(self) -> None:
+        """Refuse to go on and to begin anew."""
+        if self.restart and self.resume:
+            raise UsageError("--restart begins anew, --resume goes on: give one of them")
 
 
 @dataclass(frozen=True, kw_only=True)

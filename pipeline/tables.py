@@ -3,6 +3,8 @@
 import sys
 from collections.abc import Iterable, Sequence
 from shutil import get_terminal_size
+from textwrap import wrap
+from typing import TextIO
 
 from rich.console import Console
 from rich.table import Table
@@ -16,6 +18,8 @@ def table_text(
 ) -> str:
     """Rows in aligned columns, two spaces apart; what is too long goes on in the next line of its column.
 
+    No word is broken: where words do not fit beside each other, the table is wider.
+
     Args:
         rows: The cells of each row.
         header: Titles of the columns; none where there are none.
@@ -24,12 +28,19 @@ def table_text(
     """
     lines = [list(row) for row in rows]
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=bool(header), header_style="")
+    longest_words: list[int] = []
     for column in range(len(header or next(iter(lines), ()))):
         justify = "right" if column in right else "left"
-        table.add_column(header[column] if header else "", justify=justify, overflow="fold")  # type: ignore[arg-type]
+        title = header[column] if header else ""
+        longest = max(
+            (len(word) for text in (title, *(line[column] for line in lines)) for word in text.split()), default=0
+        )
+        longest_words.append(longest)
+        table.add_column(title, justify=justify, overflow="fold", min_width=longest)  # type: ignore[arg-type]
     for line in lines:
         table.add_row(*line)
-    console = Console(width=width, color_system=None, markup=False, highlight=False, emoji=False)
+    needed = sum(longest_words) + 2 * (len(longest_words) - 1)
+    console = Console(width=max(width, needed), color_system=None, markup=False, highlight=False, emoji=False)
     with console.capture() as captured:
         console.print(table)
     return "\n".join(line.rstrip() for line in captured.get().splitlines())
@@ -38,6 +49,20 @@ def table_text(
 def stdout_width() -> int:
     """Columns of the terminal; without one, as in a pipe, lines are as long as what they say."""
     return get_terminal_size().columns if sys.stdout.isatty() else _UNLIMITED
+
+
+def at_words(text: str, stream: TextIO) -> str:
+    """Text as it is, or, on a terminal, with its lines broken between words where the terminal would break inside."""
+    if not stream.isatty():
+        return text
+    width = max(20, get_terminal_size().columns)
+    lines = [
+        wrap(line, width, break_long_words=False, break_on_hyphens=False, drop_whitespace=True) or [""]
+        if len(line) > width and not line.startswith(" ")
+        else [line]
+        for line in text.split("\n")
+    ]
+    return "\n".join("\n".join(parts) for parts in lines)
 
 
 def bytes_text(size: float) -> str:

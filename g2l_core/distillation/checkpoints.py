@@ -79,6 +79,12 @@ def save(folder: Path, state: RunState) -> None:
         old.unlink()
 
 
+def last_step(folder: Path) -> int | None:
+    """The step of the newest checkpoint in a run folder; None where there is none."""
+    names = [path.stem for path in (folder / "checkpoints").glob("step-*.pt")]
+    return max((int(name.removeprefix("step-")) for name in names), default=None)
+
+
 def save_best(folder: Path, state: RunState) -> None:
     """Write checkpoints/best.pt: the weights of `eval_model` and their step."""
     _write(folder / "checkpoints" / BEST, {"step": state.step, "model": state.eval_model.state_dict()})

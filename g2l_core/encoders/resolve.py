@@ -25,7 +25,7 @@ __all__ = [
     "is_run_folder", "normalized", "resolve_encoder", "run_encoder", "spec_from_json", "spec_to_json", "split_width",
 ]  # fmt: skip
 
-RESTORE = "Restore it from a copy, or write the student again with g2l distill --resume"
+RESTORE = "Restore it from a copy, or write the student again with the same g2l distill"
 RUN_RECORD = "run.json"
 STUDENT_FOLDER = "student"
 STUDENT_RECORD = "encoder.json"
@@ -207,13 +207,15 @@ def run_encoder(folder: Path) -> EncoderSpec:
     try:
         return spec_from_json(fields, str(record))
     except (TypeError, ValueError, AttributeError) as error:
-        raise EncoderError(f"{record} describes no encoder: {error}. Run g2l distill --resume again") from error
+        raise EncoderError(f"{record} describes no encoder: {error}. Run the same g2l distill again") from error
 
 
 def _student_record(folder: Path) -> dict[str, Any]:
     record = folder / STUDENT_FOLDER / STUDENT_RECORD
     if not record.is_file():
-        raise EncoderError(f"{folder} has no finished student; run g2l distill --resume --out {folder}")
+        raise EncoderError(
+            f"{folder} has no finished student; run the same g2l distill --out {folder} again, which goes on"
+        )
     return read_student_record(record)
 
 

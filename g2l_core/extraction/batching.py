@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float16, Float32, UInt8, UInt64
 
 from g2l_core.encoders.loading import LoadedEncoder, encode
 from g2l_core.errors import EncoderError
+from g2l_core.extraction.unfinished import UnfinishedShard
 from g2l_core.store.features import Shard, StoredSlide
 from g2l_core.store.schema import STATUS
 from g2l_core.store.writer import FeatureWriter, is_lost
@@ -61,8 +62,35 @@ class ShardBuffer:
         self.hashes = np.zeros((len(shards), rows), np.uint64)
         self.status = slide.patch_status[self.start : self.stop]
         self.todo: Bool[np.ndarray, "view row"] = np.ones((len(shards), rows), bool)
+        self.handed: Bool[np.ndarray, " row"] = np.zeros(rows, bool)
+        """The rows that were read in this call."""
+        self.kept: Bool[np.ndarray, "view row"] = np.zeros((len(shards), rows), bool)
+        """The features that a killed run leaves to the next one."""
         self.refused = ""
         """Why its features cannot be stored; empty where they can."""
+        self._file: UnfinishedShard | None = None
+
+    def keep_in(self, file: UnfinishedShard) -> None:
+        """Take what a killed run has left of this shard, and leave what this one encodes to the next one."""
+        self._file = file
+        self.kept = file.read(self.shards, self.features, self.hashes)
+        self.todo &= ~self.kept
+
+    def save(self) -> None:
+        """Keep what is new, for the case that the run is killed before the shard is whole."""
+        new = ~self.todo & ~self.kept & (self.status == STATUS["ok"])
+        if self._file and new.any() and self._file.append(self.shards, self.features, self.hashes, new):
+            self.kept |= new
+
+    def forget(self) -> None:
+        """Delete what was kept for the next run."""
+        if self._file:
+            self._file.forget()
+
+    @property
+    def at_risk(self) -> Bool[np.ndarray, " row"]:
+        """The rows that were read, and would be read again by the next run if this one were killed."""
+        return self.handed & ~self.kept.all(axis=0)
 
     def retry(self, again: Bool[np.ndarray, " row"], missing: Collection[Shard]) -> None:
         """Try rows again that could not be read before.

@@ -35,6 +35,7 @@ from g2l_core.concurrency import run_ahead
 from g2l_core.encoders.loading import LoadedEncoder
 from g2l_core.errors import EncoderError, ReadError, SlideError, StoreCorruptError, StoreMismatchError
 from g2l_core.extraction.batching import Batcher, ShardBuffer
+from g2l_core.extraction.unfinished import SAVE_EVERY_S, UnfinishedShard
 from g2l_core.patches.artifacts import ArtifactSpec
 from g2l_core.patches.grid import GridSpec
 from g2l_core.patches.grid import blocks as row_blocks
@@ -57,6 +58,8 @@ class ExtractionProgress:
 
     patches_total: int = 0
     patches_done: int = 0
+    patches_kept: int = 0
+    """Those of them that the same call again would not encode, if this one were killed now."""
     seconds: dict[str, float] = field(
         default_factory=lambda: {"read": 0.0, "augment": 0.0, "encode": 0.0, "write": 0.0, "wait": 0.0}
     )
@@ -192,7 +195,7 @@ def extract_features(
 
     with ThreadPoolExecutor(1, thread_name_prefix="g2l-encode") as thread:
         batchers = {e.key: Batcher(e, batch_size, views.crop_px, thread) for e in encoders}
-        unfinished: list[ShardBuffer] = []
+        unfinished, saved_at = list[ShardBuffer](), perf_counter()
         reading = _Reading(watch=watch, timeout=timeout, stage=stage)
         blocks = _blocks(store, slide_ids, encoders, n_views, progress, retry_unreadable, reading)
         begin = waiting_since = perf_counter()
@@ -203,6 +206,7 @@ def extract_features(
                 lost.add(block.slide)
                 progress.failed_slides.setdefault(block.slide.slide_id, str(rendered))
                 unfinished = [buffer for buffer in unfinished if buffer.slide is not block.slide]
+                progress.patches_kept = _kept(progress, unfinished)
                 waiting_since = perf_counter()
                 continue
             _note(block, rendered, progress)
@@ -210,6 +214,7 @@ def extract_features(
             for buffer in block.buffers:
                 _fill(buffer, batchers[buffer.encoder.key], block, rendered)
             _write_complete(unfinished, batchers, progress)
+            saved_at = _keep(unfinished, progress, saved_at)
             if stage and last and last is not block.slide:
                 stage.release(Path(last.facts.source))
             last = block.slide
@@ -219,6 +224,7 @@ def extract_features(
         for batcher in batchers.values():
             batcher.finish()
         _write_complete(unfinished, batchers, progress)
+        progress.patches_kept = _kept(progress, unfinished)
     progress.elapsed = perf_counter() - begin
     report(progress)
     return progress
@@ -243,7 +249,7 @@ def _blocks(
         try:
             slide = store.slide(slide_id)
             source = Path(slide.facts.source)
-            shards = _shard_buffers(slide, encoders, n_views, retry_unreadable)
+            shards = _shard_buffers(store, slide, encoders, n_views, retry_unreadable, progress)
             for block in _slide_blocks(slide, grid, shards, reading):
                 yield block
                 if slide_id in progress.failed_slides:
@@ -284,9 +290,17 @@ def _slide_blocks(
 
 
 def _shard_buffers(
-    slide: StoredSlide, encoders: Sequence[LoadedEncoder], n_views: int, retry_unreadable: bool
+    store: FeatureStore,
+    slide: StoredSlide,
+    encoders: Sequence[LoadedEncoder],
+    n_views: int,
+    retry_unreadable: bool,
+    progress: ExtractionProgress,
 ) -> Iterator[tuple[ShardBuffer, ...]]:
-    """The buffers of each shard's rows, one an encoder that misses some of them; each is made only when it is due."""
+    """The buffers of each shard's rows, one an encoder that misses some of them; each is made only when it is due.
+
+    They hold what a killed run has left of them, which counts as done.
+    """
     shards = slide.shards(range(n_views))
     writers = [FeatureWriter.open(slide, e.key, digest=e.digest, dim=e.dim, n_views=n_views) for e in encoders]
     missing = [set(writer.missing(range(n_views))) for writer in writers]
@@ -301,14 +315,23 @@ def _shard_buffers(
                 buffers[-1].retry(again, absent)
             elif absent.intersection(here):
                 buffers.append(ShardBuffer(slide, writer, encoder, [shard for shard in here if shard in absent]))
+                file = UnfinishedShard(store, slide, encoder.key, encoder.digest, encoder.dim, start)
+                buffers[-1].keep_in(file)
+        if buffers and not again.any():
+            progress.patches_done += int((~_is_missing(buffers)).sum())
         if buffers:
             yield tuple(buffers)
+
+
+def _is_missing(buffers: Sequence[ShardBuffer]) -> np.ndarray:
+    """Of which rows of a shard some buffer misses a view."""
+    return np.any([buffer.todo.any(axis=0) for buffer in buffers], axis=0)
 
 
 def _missing_rows(buffers: Sequence[ShardBuffer], cells: Sequence[tuple[int, int]]) -> Iterator[np.ndarray]:
     """The stored rows of a shard of which some buffer misses a view, cell by cell."""
     first, last = buffers[0].start, buffers[0].stop
-    is_missing = np.any([buffer.todo.any(axis=0) for buffer in buffers], axis=0)
+    is_missing = _is_missing(buffers)
     for start, stop in ((max(a, first), min(b, last)) for a, b in cells if a < last and b > first):
         rows = start + np.flatnonzero(is_missing[start - first : stop - first])
         if len(rows):
@@ -335,7 +358,7 @@ def _note(block: _Block, rendered: RenderedBlock, progress: ExtractionProgress) 
 def _fill(buffer: ShardBuffer, batcher: Batcher, block: _Block, rendered: RenderedBlock) -> None:
     """Hand the views that a buffer misses to its encoder, and their hashes and reason codes to the buffer."""
     rows = block.rows - buffer.start
-    buffer.status[rows] = rendered.status
+    buffer.status[rows], buffer.handed[rows] = rendered.status, True
     for view, shard in enumerate(buffer.shards):
         column = block.views.index(shard.view)
         for i, row in enumerate(rows.tolist()):
@@ -359,5 +382,25 @@ def _write_complete(
             buffer.flush()
         except (EncoderError, StoreMismatchError, StoreCorruptError) as error:
             progress.failed_slides.setdefault(buffer.slide.slide_id, str(error))
+        buffer.forget()
         unfinished.remove(buffer)
     progress.seconds["write"] += perf_counter() - begin
+
+
+def _keep(unfinished: Sequence[ShardBuffer], progress: ExtractionProgress, saved_at: float) -> float:
+    """Keep what is new of shards that are not whole, if it is time; count what is kept; and when that was last done."""
+    if perf_counter() - saved_at > SAVE_EVERY_S:
+        for buffer in unfinished:
+            buffer.save()
+        saved_at = perf_counter()
+    progress.patches_kept = _kept(progress, unfinished)
+    return saved_at
+
+
+def _kept(progress: ExtractionProgress, unfinished: Sequence[ShardBuffer]) -> int:
+    """How many of the patches that are done would not be encoded again."""
+    at_risk: dict[tuple[str, int], np.ndarray] = {}
+    for buffer in unfinished:
+        place = buffer.slide.slide_id, buffer.start
+        at_risk[place] = at_risk.get(place, False) | buffer.at_risk
+    return progress.patches_done - sum(int(rows.sum()) for rows in at_risk.values())

@@ -8,6 +8,7 @@ import typer
 from g2l_core.options import MACHINE
 from pipeline.cli import EXIT_DONE, EXIT_SOME_FAILED
 from pipeline.cli.options import Json, Seed, from_specs
+from pipeline.cli.printing import show, show_next
 
 
 @from_specs()
@@ -54,9 +55,10 @@ def bench(
     )
     for failure in report.failures:
         who = f" ({failure.encoder})" if failure.encoder else ""
-        typer.echo(f"failed  {failure.task}{who}: {failure.reason}", err=True)
+        show(f"failed  {failure.task}{who}: {failure.reason}", err=True)
     refuse_no_results(report)
     typer.echo((out / "results.json").read_text(encoding="utf-8") if as_json else terminal_table(report))
     if not as_json:
-        typer.echo(f"report: {out / 'report.html'}")
+        show(f"report: {out / 'report.html'}")
+        show_next(f"g2l fit-head {tasks} --store {store[0]} --encoder {names[-1]} --out HEAD")
     raise typer.Exit(EXIT_SOME_FAILED if report.failures else EXIT_DONE)

@@ -1,12 +1,14 @@
 """`g2l datasets`: public datasets as manifests."""
 
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from g2l_core.errors import UnknownNameError, UsageError
-from pipeline.cli.options import from_specs
+from pipeline.cli.options import Json, from_specs
+from pipeline.cli.printing import tell
 
 if TYPE_CHECKING:
     from g2l_core.datasets.manifest import Written
@@ -23,6 +25,7 @@ def datasets(
     out: Annotated[
         Path | None, typer.Option(help="The manifest to write; NAME.csv here if not given.", show_default=False)
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """List public datasets, describe one, or read its folder as published and write its manifest.
 
@@ -34,8 +37,8 @@ def datasets(
     if name is None:
         if root or out:
             raise UsageError("--root and --out need the NAME of a dataset; g2l datasets lists them")
-        for dataset in DATASETS.values():
-            typer.echo(f"{dataset.name:18}{dataset.title}")
+        lines = [f"{dataset.name:18}{dataset.title}" for dataset in DATASETS.values()]
+        tell("\n".join(lines), {key: _facts(dataset) for key, dataset in DATASETS.items()}, as_json=as_json)
         return
     key = name.lower().replace("_", "-")
     if key not in DATASETS:
@@ -43,11 +46,17 @@ def datasets(
     if root is None:
         if out:
             raise UsageError("--out needs --root, the folder to read")
-        typer.echo("\n".join(describe(DATASETS[key])))
+        tell("\n".join(describe(DATASETS[key])), _facts(DATASETS[key]), as_json=as_json)
         return
     from g2l_core.datasets.manifest import write_manifest
 
-    typer.echo(_written_text(DATASETS[key], write_manifest(DATASETS[key], root, out or Path(f"{key}.csv"))))
+    written = write_manifest(DATASETS[key], root, out or Path(f"{key}.csv"))
+    tell(_written_text(DATASETS[key], written), asdict(written), as_json=as_json)
+
+
+def _facts(dataset: "Dataset") -> dict[str, object]:
+    """A dataset as plain values."""
+    return {field.name: value for field in fields(dataset) if not callable(value := getattr(dataset, field.name))}
 
 
 def _written_text(dataset: "Dataset", written: "Written") -> str:

@@ -1,6 +1,6 @@
 """`g2l distill`, `g2l baseline` and `g2l sweep`."""
 
-from dataclasses import replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,7 +9,8 @@ import typer
 from g2l_core.errors import UsageError
 from g2l_core.options import ENCODER
 from pipeline.cli import EXIT_DONE, EXIT_SOME_FAILED
-from pipeline.cli.options import Weights, from_specs
+from pipeline.cli.options import Json, Weights, from_specs
+from pipeline.cli.printing import tell
 from pipeline.settings import BaselineSettings, DistillHow, Recipe
 
 if TYPE_CHECKING:
@@ -64,11 +65,12 @@ def distill(
         str | None,
         typer.Option(help="Weights of a teacher that runs live, as --weights.", rich_help_panel=ENCODER),
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Stage two: train a student on the stored features, seeing the very pixels that the teacher saw.
 
-    The teacher is not loaded. Interrupt it at any time and go on with --resume. Several GPUs:
-    torchrun --nproc-per-node N -m pipeline.cli distill ...
+    The teacher is not loaded. Interrupt it at any time: the same command again goes on where it stopped. Several GPUs:
+    torchrun --nproc-per-node N -m g2l_core distill ...
     """
     from g2l_core.encoders.resolve import resolve_encoder
     from pipeline.config import read_recipe, settings_of
@@ -95,7 +97,8 @@ def distill(
         how=how,
     )
     if summary.is_main:
-        typer.echo(_text(summary))
+        then = f"g2l embed SLIDES --store {store} --encoder {out}"
+        tell(_text(summary), asdict(summary), as_json=as_json, then=then)
 
 
 def _text(summary: "DistillSummary") -> str:
@@ -151,7 +154,7 @@ def baseline(
         typer.echo(_text(summary))
 
 
-@from_specs(without=("resume",))
+@from_specs(without=("resume", "restart"))
 def sweep(
     file: Annotated[str, typer.Argument(help="losses, alpha, views, slides, or a TOML file.", show_default=False)],
     store: Folder,
@@ -167,14 +170,19 @@ def sweep(
         list[str] | None,
         typer.Option("--set", help="NAME=VALUE of g2l distill for every run; repeatable.", show_default=False),
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Many runs from one cache: losses, alpha, views, seeds, numbers of slides; one table and one page.
 
     Interrupt it at any time: the same command goes on where it stopped.
     """
-    from pipeline.sweep import read_sweep, run_sweep, sweep_text
+    from pipeline.sweep import PAGE, read_sweep, run_sweep, sweep_text
 
     plan = read_sweep(file, option or [])
-    result = run_sweep(plan, store, teacher or (), student, weights, out, replace(how, resume=True))
-    typer.echo(sweep_text(result, out))
+    result = run_sweep(plan, store, teacher or (), student, weights, out, how)
+    best = max(result.finished, key=lambda run: run.after["cka_debiased"])
+    facts = {"folder": str(out), "page": str(out / PAGE), "finished": [asdict(run) for run in result.finished]}
+    facts |= {"failed": dict(result.failed)}
+    then = f"g2l embed SLIDES --store {store} --encoder '{out / best.folder}'"
+    tell(sweep_text(result, out), facts, as_json=as_json, then=then)
     raise typer.Exit(EXIT_SOME_FAILED if result.failed else EXIT_DONE)

@@ -1,6 +1,5 @@
 """`g2l cache-teacher` and `g2l embed`: stage one."""
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,6 +14,7 @@ from g2l_core.patches.spec import GridSpec, ViewSpec
 from pipeline.cli import EXIT_DONE, EXIT_SOME_FAILED
 from pipeline.cli.options import Coordinates, Inputs, Json, Store, Weights, WeightsOfEach, from_specs, resolve_patches
 from pipeline.cli.plan import EPOCHS, print_plan
+from pipeline.cli.printing import show, tell
 from pipeline.settings import ExtractionSettings
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def cache_teacher(
     specs = [resolve_encoder(teacher, weights=weights, trusted=settings.trust_code)]
     if dry_run:
         raise typer.Exit(print_plan(inputs, specs, grid, tissue, views, settings, EPOCHS, as_json))
-    raise typer.Exit(_extract(inputs, store, specs, grid, tissue, views, settings, as_json))
+    raise typer.Exit(_extract(inputs, store, specs, grid, tissue, views, settings, as_json, is_teacher=True))
 
 
 @from_specs(without=("pictures",), views=0)
@@ -105,7 +105,7 @@ def embed(
     specs = [resolve_encoder(name, weights=given.get(name), trusted=settings.trust_code) for name in names]
     specs = [with_runtime(spec, runtime) for spec in specs]
     views = ViewSpec.from_json(existing.views)
-    raise typer.Exit(_extract(inputs, store, specs, grid, method, views, settings, as_json))
+    raise typer.Exit(_extract(inputs, store, specs, grid, method, views, settings, as_json, is_teacher=False))
 
 
 def _extract(
@@ -117,14 +117,24 @@ def _extract(
     views: ViewSpec,
     settings: ExtractionSettings,
     as_json: bool,
+    *,
+    is_teacher: bool,
 ) -> int:
     """Run stage one, print what it did, and return the exit code."""
     from pipeline.cache_teacher import run_extraction
 
     summary = run_extraction(inputs, store, specs, grid, views, settings, tissue=tissue)
-    typer.echo(json.dumps(_summary_json(summary), indent=2) if as_json else _summary_text(summary))
+    then = f"g2l store verify {store}" if not summary.patches else _next(summary, is_teacher=is_teacher)
+    tell(_summary_text(summary), _summary_json(summary), as_json=as_json, then=then)
     _list_losses(summary.failed_slides, {s: f"{len(r)} patches: {r[0]}" for s, r in summary.unreadable.items()})
     return EXIT_DONE if summary.is_complete else EXIT_SOME_FAILED
+
+
+def _next(summary: "ExtractionSummary", *, is_teacher: bool) -> str:
+    """The command that most people call next."""
+    if is_teacher:
+        return f"g2l distill --store {summary.store} --teacher {summary.encoders[0]} --student hibou-l --out RUN"
+    return f"g2l bench TASKS --store {summary.store} --encoders TEACHER,{','.join(summary.encoders)} --out REPORT"
 
 
 def _summary_json(summary: "ExtractionSummary") -> dict[str, Any]:
@@ -171,7 +181,7 @@ def _list_losses(*losses: dict[str, str]) -> None:
             shared.setdefault(re.sub(rf"(?<!\w){re.escape(slide_id)}(?!\w)", "", reason), []).append(slide_id)
         for names in list(shared.values())[:SHOWN_REASONS]:
             count = f"{len(names):,} slides, " if len(names) > 1 else ""
-            typer.echo(f"failed  {count}{some(names)}: {with_remedy(group[names[0]])}", err=True)
+            show(f"failed  {count}{some(names)}: {with_remedy(group[names[0]])}", err=True)
         if len(shared) > SHOWN_REASONS:
             rest = sum(map(len, list(shared.values())[SHOWN_REASONS:]))
-            typer.echo(f"failed  and {rest} more; g2l store info lists all", err=True)
+            show(f"failed  and {rest} more; g2l store info lists all", err=True)

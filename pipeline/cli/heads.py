@@ -1,6 +1,5 @@
 """`g2l fit-head` and `g2l predict`: from a student to a slide's answer."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +8,7 @@ import typer
 from g2l_core.options import OUTPUT, PATCHES
 from pipeline.cli import EXIT_DONE, EXIT_SOME_FAILED
 from pipeline.cli.options import Inputs, Json, Seed, from_specs
+from pipeline.cli.printing import show, show_next, tell
 from pipeline.settings import ExtractionSettings
 
 
@@ -41,9 +41,8 @@ def fit_head(
     if as_json:
         typer.echo((out / RECORD).read_text(encoding="utf-8"))
         return
-    typer.echo("\n".join(describe(head.facts)))
-    typer.echo(f"figures are of {head.facts.figures_of}")
-    typer.echo(f"head: {out}  next: g2l predict SLIDES --head {out} --out FOLDER")
+    show("\n".join([*describe(head.facts), f"figures are of {head.facts.figures_of}", f"head: {out}"]))
+    show_next(f"g2l predict SLIDES --head {out} --out FOLDER")
 
 
 @from_specs(without=("views", "precision", "pictures"))
@@ -74,7 +73,7 @@ def predict(
 
     method = resolve_patches(tissue, None) if tissue else None
     summary = run_predict(inputs, head, out, settings, store=store, tissue=method, pictures=pictures)
-    typer.echo(json.dumps(summary_json(summary), indent=2) if as_json else summary_text(summary))
+    tell(summary_text(summary), summary_json(summary), as_json=as_json)
     for slide_id, reason in summary.failed.items():
-        typer.echo(f"failed  {slide_id}: {reason}", err=True)
+        show(f"failed  {slide_id}: {reason}", err=True)
     raise typer.Exit(EXIT_SOME_FAILED if summary.failed else EXIT_DONE)

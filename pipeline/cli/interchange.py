@@ -8,8 +8,9 @@ import typer
 
 from pipeline.cli import EXIT_DONE, EXIT_SOME_FAILED
 from pipeline.cli.options import Json, Store, Weights, from_specs
+from pipeline.cli.printing import list_left_out, show, tell
 from pipeline.cli.store import StorePath
-from pipeline.cli.store_copies import DryRun, list_left_out, tell
+from pipeline.cli.store_copies import DryRun
 
 if TYPE_CHECKING:
     from g2l_core.store.export import Exported
@@ -170,13 +171,14 @@ def import_features(
     with ProgressLine("import", "files") as line:
         done = run_import(layout.value, source, store, encoder, spec, settings, dry_run=dry_run, report=line.update)
     if unknown:
-        typer.echo(f"note  {unknown}", err=True)
+        show(f"note  {unknown}", err=True)
     text = (
         f"{store}: {done.patches:,} patches of {done.slides:,} slides imported as {done.encoder or encoder}; "
         f"{done.with_slides:,} slides are at hand"
     )
     facts = {"encoder": done.encoder, "slides": done.slides, "patches": done.patches, "with_slides": done.with_slides}
     facts |= {"known": done.known, "failed": dict(done.failed)}
-    tell(text, {"store": str(store), **facts}, dry_run=dry_run, as_json=as_json)
+    then = f"g2l store verify {store} --recompute 50" if done.with_slides else f"g2l store info {store}"
+    tell(text, {"store": str(store), **facts}, dry_run=dry_run, as_json=as_json, then=then)
     list_left_out(done.failed)
     raise typer.Exit(EXIT_SOME_FAILED if done.failed else EXIT_DONE)

@@ -10,7 +10,7 @@ import sys
 import threading
 import traceback
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Annotated
 
 import typer
@@ -20,7 +20,6 @@ from g2l_core.errors import G2LError, machine_fault, machine_fault_text, with_re
 from pipeline.cli import (
     EXIT_CODES,
     EXIT_INTERNAL,
-    EXIT_INTERRUPTED,
     EXIT_REFUSED,
     bench,
     datasets,
@@ -37,13 +36,14 @@ from pipeline.cli import (
     store_edit,
     study,
 )  # fmt: skip
+from pipeline.cli.interruption import interrupt
+from pipeline.cli.printing import show
 
 app = typer.Typer(
     name="g2l",
     help="Cache a giga-scale pathology teacher once, distill a cancer-specific student, benchmark both.",
     epilog="Exit codes: " + "; ".join(f"{code} {meaning.split(';')[0]}" for code, meaning in EXIT_CODES.items()),
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
@@ -89,12 +89,12 @@ def explain(kind: type[BaseException], error: BaseException, trace: TracebackTyp
     """One clear line in place of a traceback."""
     fault = machine_fault(error)
     if issubclass(kind, G2LError):
-        typer.echo(f"error: {with_remedy(str(error))}", err=True)
+        show(f"error: {with_remedy(str(error))}", err=True)
     elif fault:
-        typer.echo(f"error: {machine_fault_text(fault, 'a file')}", err=True)
+        show(f"error: {machine_fault_text(fault, 'a file')}", err=True)
     else:
         what = f"{kind.__name__}: {' '.join(str(error).split())}"
-        typer.echo(
+        show(
             f"internal error: {what} ({_place(trace)}). This is a fault of G2L: run the same command as "
             "g2l --debug COMMAND for the traceback, and report it with that to those who gave you G2L",
             err=True,
@@ -114,9 +114,11 @@ def _place(trace: TracebackType | None) -> str:
 def main() -> None:
     """The console script: runs the command line, turns errors into exit codes."""
     sys.excepthook = explain
+    if os.environ.get("NO_COLOR"):  # Rich would still write bold and dim, which are escapes too
+        os.environ["TERM"] = "dumb"
     signal.signal(signal.SIGINT, interrupt)
     try:
-        app()
+        app(prog_name="g2l")
     except SystemExit as end:
         leave_stuck_threads(end.code)
         raise
@@ -135,20 +137,6 @@ def leave_stuck_threads(code: object) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code if isinstance(code, int) else 0 if code is None else 1)
-
-
-def interrupt(_signal: int, _frame: FrameType | None) -> None:
-    """Leave on Ctrl-C at once, with the exit code that says so.
-
-    As after `kill -9`, what is recorded is kept; an orderly shutdown would wait for batches under way in other
-    threads, or tear Zarr's event loop from under them.
-    """
-    if marks := sys.modules.get("g2l_core.slides.under_way"):
-        marks.forget_own()
-    typer.echo("\ninterrupted; what is recorded is kept, and the same call goes on from there", err=True)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(EXIT_INTERRUPTED)
 
 
 if __name__ == "__main__":

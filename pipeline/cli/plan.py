@@ -1,6 +1,5 @@
 """`g2l plan`, and `g2l cache-teacher --dry-run`: what stage one would do and cost."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from g2l_core.options import PATCHES
 from g2l_core.patches.spec import GridSpec, ViewSpec
 from pipeline.cli import EXIT_DONE, EXIT_SOME_FAILED
 from pipeline.cli.options import Coordinates, Inputs, Json, Weights, from_specs, resolve_patches
+from pipeline.cli.printing import show, tell
 from pipeline.settings import ExtractionSettings
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def print_plan(
         sources, mpp_override=settings.mpp_override, workers=settings.workers, timeout=settings.slide_timeout
     )
     if facts:
-        typer.echo(audit_table(facts, findings), err=True)
+        show(audit_table(facts, findings), err=True)
     made = make_plan(sources, specs, grid, views, settings, tissue=tissue, epochs=epochs)
-    typer.echo(json.dumps(plan_json(made), indent=2) if as_json else plan_text(made))
+    tell(plan_text(made), plan_json(made), as_json=as_json)
     return EXIT_SOME_FAILED if made.failed_slides else EXIT_DONE

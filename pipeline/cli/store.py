@@ -1,13 +1,15 @@
 """`g2l store ...`: look at a store, check it, repair and move it. Imports no torch."""
 
 from collections.abc import Collection
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pipeline.cli import EXIT_DONE, EXIT_SOME_FAILED
-from pipeline.cli.options import Seed, TrustCode, from_specs
+from pipeline.cli.options import Json, Seed, TrustCode, from_specs
+from pipeline.cli.printing import show, tell
 
 if TYPE_CHECKING:
     from g2l_core.store.features import FeatureStore, StoredSlide
@@ -19,7 +21,7 @@ StorePath = Annotated[Path, typer.Argument(help="The store.", show_default=False
 
 
 @app.command(name="ls")
-def list_slides(store: StorePath) -> None:
+def list_slides(store: StorePath, as_json: Json = False) -> None:
     """List the slides and, for each, its patches and the encoders that are complete.
 
     Exit code 1 if a slide's document is damaged; its file is named.
@@ -34,8 +36,10 @@ def list_slides(store: StorePath) -> None:
     ]
     rows += [("failed", slide_id, reason) for slide_id, reason in opened.failed_slides().items()]
     rows += [("damaged", slide_id, damage) for slide_id, damage in opened.damaged.items()]
-    if rows:
-        typer.echo(table_text(rows, right=[0], width=stdout_width()))
+    slides = {slide.slide_id: {"patches": len(slide), "features": _complete_views(slide)} for slide in opened.slides()}
+    facts = {"slides": slides, "failed": opened.failed_slides(), "damaged": opened.damaged}
+    if rows or as_json:
+        tell(table_text(rows, right=[0], width=stdout_width()), facts, as_json=as_json)
     raise typer.Exit(_exit_code(opened))
 
 
@@ -44,18 +48,25 @@ def _exit_code(store: "FeatureStore") -> int:
 
 
 def _coverage(slide: "StoredSlide") -> list[str]:
-    """Encoders of a slide with the views that are complete."""
-    found = []
+    """Encoders of a slide with the views that are complete, in words."""
+    return [
+        f"{encoder} {n if complete == n else f'{complete}/{n}'} views"
+        for encoder, (complete, n) in _complete_views(slide).items()
+    ]
+
+
+def _complete_views(slide: "StoredSlide") -> dict[str, tuple[int, int]]:
+    """By encoder of a slide how many views are complete, and of how many."""
+    found = {}
     for encoder, facts in sorted(slide.facts.features.items()):
         records = slide.records(encoder)
         complete = sum(all(s.name in records for s in slide.shards([view])) for view in range(facts.n_views))
-        views = f"{facts.n_views} views" if complete == facts.n_views else f"{complete}/{facts.n_views} views"
-        found.append(f"{encoder} {views}")
+        found[encoder] = complete, facts.n_views
     return found
 
 
 @app.command()
-def info(store: StorePath) -> None:
+def info(store: StorePath, as_json: Json = False) -> None:
     """Show what a store was made with: grid, views, encoders, software, and what failed.
 
     Exit code 1 if a slide's document is damaged; its file is named.
@@ -80,8 +91,11 @@ def info(store: StorePath) -> None:
             rows.append(("", f"imported from {spec.imported}; {spec.proof or 'its preprocessing is not proved'}"))
     rows += [("failed", f"{slide_id}: {reason}") for slide_id, reason in opened.failed_slides().items()]
     rows += [("damaged", f"{slide_id}: {damage}") for slide_id, damage in opened.damaged.items()]
-    typer.echo(f"{opened.path}: format {facts.format}, {len(slides)} slides, {sum(map(len, slides)):,} patches")
-    typer.echo(table_text(rows))
+    patches = sum(map(len, slides))
+    text = f"{opened.path}: format {facts.format}, {len(slides)} slides, {patches:,} patches\n{table_text(rows)}"
+    found = {"store": str(opened.path), "slides": len(slides), "patches": patches, **facts.to_json()}
+    found |= {"failed": opened.failed_slides(), "damaged": opened.damaged}
+    tell(text, found, as_json=as_json)
     raise typer.Exit(_exit_code(opened))
 
 
@@ -96,6 +110,7 @@ def verify(
     seed: Seed = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     trust_code: TrustCode = None,
+    as_json: Json = False,
 ) -> None:
     """Read everything again and compare it with its checksums.
 
@@ -112,20 +127,22 @@ def verify(
     from g2l_core.store.features import FeatureStore
 
     opened, to_cache = FeatureStore.open(store), set[str]()
-    problems = _verified(opened)
+    problems, said, done = _verified(opened), list[str](), list[str]()
     if recompute:
-        problems += _recompute(opened, recompute, seed, device, trust_code or ())
+        problems += _recompute(opened, recompute, seed, device, trust_code or (), said)
     if repair:
-        left = _repaired(store, problems)
+        left = _repaired(store, problems, done)
         problems = [problem for problem in left if problem.kind == "damaged"]
         to_cache = {problem.slide_id for problem in left if problem.kind in {"missing", "failed"}}
-    else:
-        for problem in problems:
-            typer.echo(str(problem))
     wrong = sum(problem.kind != "leftover" for problem in problems)
-    typer.echo(f"{opened.path}: " + (f"{wrong} problems" if wrong else "every recorded shard is as it was written"))
+    lines = [*said, *(done if repair else map(str, problems))]
+    lines.append(f"{opened.path}: " + (f"{wrong} problems" if wrong else "every recorded shard is as it was written"))
     if to_cache:
-        typer.echo(f"{len(to_cache)} slides are not complete: run the caching command again, which fills them")
+        lines.append(f"{len(to_cache)} slides are not complete: run the caching command again, which fills them")
+    elif wrong and not repair:
+        lines.append(f"next: g2l store verify {store} --repair, which drops or mends what is damaged")
+    facts = {"store": str(opened.path), "problems": [asdict(problem) for problem in problems], "repaired": done}
+    tell("\n".join(lines), {**facts, "recomputed": said, "to_cache": sorted(to_cache)}, as_json=as_json)
     raise typer.Exit(EXIT_SOME_FAILED if wrong else EXIT_DONE)
 
 
@@ -142,8 +159,8 @@ def _verified(store: "FeatureStore") -> "list[Problem]":
     return problems
 
 
-def _repaired(path: Path, problems: "list[Problem]") -> "list[Problem]":
-    """Repair what can be repaired, tell what was done, and return what is still wrong."""
+def _repaired(path: Path, problems: "list[Problem]", lines: list[str]) -> "list[Problem]":
+    """Repair what can be repaired, add to the lines what was done, and return what is still wrong."""
     from g2l_core.store.features import FeatureStore
     from g2l_core.store.locks import LOCKS, locked
     from pipeline.repair import repair_store
@@ -151,13 +168,16 @@ def _repaired(path: Path, problems: "list[Problem]") -> "list[Problem]":
     with locked(path / LOCKS / "writer", wait_s=0, holder="another g2l command writes into it"):
         store = FeatureStore.open(path, writable=True)
         for problem, done in repair_store(store, problems):
-            typer.echo(f"{problem}" + (f"\n         {done}" if done else ""))
+            lines.append(f"{problem}" + (f"\n         {done}" if done else ""))
         left = _verified(store)
         store.save_catalogue()
     return left
 
 
-def _recompute(store: "FeatureStore", n: int, seed: int, device: str, trusted: Collection[str]) -> "list[Problem]":
+def _recompute(
+    store: "FeatureStore", n: int, seed: int, device: str, trusted: Collection[str], lines: list[str]
+) -> "list[Problem]":
+    """Encode random rows again, add to the lines how they compare, and return what is wrong."""
     from g2l_core.errors import StoreError
     from pipeline.recompute import MIN_COSINE, keep_proof
     from pipeline.recompute import recompute as encode_again
@@ -165,14 +185,14 @@ def _recompute(store: "FeatureStore", n: int, seed: int, device: str, trusted: C
     problems: list[Problem] = []
     for result in encode_again(store, n, seed=seed, device=device, trusted=trusted):
         if result.verdict:
-            typer.echo(f"{result.encoder}: {result.verdict}")
+            lines.append(f"{result.encoder}: {result.verdict}")
             problems += result.problems
             try:
                 keep_proof(store.path, result)
             except StoreError as error:
-                typer.echo(f"note  this is not kept in the store: {error}", err=True)
+                show(f"note  this is not kept in the store: {error}", err=True)
             continue
-        typer.echo(
+        lines.append(
             f"{result.encoder}: {result.compared} rows encoded again, least cosine {result.min_cosine:.6f} "
             f"(expected {MIN_COSINE})"
         )
@@ -185,6 +205,7 @@ def relocate(
     store: StorePath,
     folder: Annotated[Path, typer.Argument(help="Where the slides are now, at any depth.", show_default=False)],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what would be found.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Point a store at its slides in another folder. They are known by their fingerprints; no weights are needed.
 
@@ -198,15 +219,15 @@ def relocate(
     rows += [("as before", slide_id, "not below the folder, but where it was") for slide_id in now.kept]
     rows += [("ambiguous", slide_id, " or ".join(map(str, places))) for slide_id, places in now.ambiguous.items()]
     rows += [("missing", slide_id, f"was {place}") for slide_id, place in now.missing.items()]
-    if rows:
-        typer.echo(table_text(rows, width=stdout_width()))
+    table = table_text(rows, width=stdout_width()) + "\n" if rows else ""
     counts = f"{len(now.found)} found, {len(now.kept)} as before, {len(now.ambiguous)} ambiguous, {len(now.missing)}"
-    typer.echo(f"{store}: {counts} missing" + ("; nothing is changed, as --dry-run asks" if dry_run else ""))
+    facts = {"store": str(store), **asdict(now)}
+    tell(f"{table}{store}: {counts} missing", facts, dry_run=dry_run, as_json=as_json)
     raise typer.Exit(EXIT_DONE if now.is_complete else EXIT_SOME_FAILED)
 
 
 @app.command()
-def upgrade(store: StorePath) -> None:
+def upgrade(store: StorePath, as_json: Json = False) -> None:
     """Make a store of an earlier version one of the present format. Nothing is encoded again.
 
     The old store stays beside it, under a name that ends in .format1, until you delete it. Both share the bytes of
@@ -224,4 +245,7 @@ def upgrade(store: StorePath) -> None:
         done = 0
         for done, _ in enumerate(upgrade_slides(store), start=1):
             line.update(done, done)
-    typer.echo(f"{store}: {done} slides are in the present format; the old store is {UpgradePaths(store).old}")
+    old = UpgradePaths(store).old
+    text = f"{store}: {done} slides are in the present format; the old store is {old}"
+    facts = {"store": str(store), "slides": done, "old": str(old)}
+    tell(text, facts, as_json=as_json, then=f"g2l store verify {store}")

@@ -1,7 +1,5 @@
 """`g2l store subset`, `merge`, `pack`, `compact` and `publish`: stores from stores. No weights, no slides."""
 
-import json
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,10 +7,8 @@ import typer
 
 from pipeline.cli import EXIT_DONE, EXIT_SOME_FAILED
 from pipeline.cli.options import Json, from_specs
+from pipeline.cli.printing import list_left_out, tell
 from pipeline.cli.store import StorePath
-
-SHOWN = 20
-"""What is left out that is named line by line."""
 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only tell what would be done.")]
 NewStore = Annotated[Path, typer.Argument(help="The new store.", show_default=False)]
@@ -48,7 +44,8 @@ def subset(
         kept = Kept(encoders=keys, n_views=views, report=line.update)
         copied = write_store([chosen], out, kept, dry_run=dry_run)
     text = f"{out}: {copied.slides} slides of {store}"
-    tell(text, {"store": str(out), **copied.to_json()}, dry_run=dry_run, as_json=as_json)
+    facts = {"store": str(out), **copied.to_json()}
+    tell(text, facts, dry_run=dry_run, as_json=as_json, then=f"g2l store info {out}")
 
 
 @from_specs()
@@ -68,7 +65,8 @@ def merge(
     with ProgressLine("merge", "slides") as line:
         copied = write_store(selections, out, Kept(report=line.update), dry_run=dry_run)
     text = f"{out}: {copied.slides} slides, {', '.join(copied.encoders) or 'no encoder'}"
-    tell(text, {"store": str(out), **copied.to_json()}, dry_run=dry_run, as_json=as_json)
+    facts = {"store": str(out), **copied.to_json()}
+    tell(text, facts, dry_run=dry_run, as_json=as_json, then=f"g2l store info {out}")
 
 
 @from_specs()
@@ -208,20 +206,3 @@ def _chosen(store: Path, where: list[str] | None, slides: list[str] | None, enco
     if where or slides:
         selection = selection.where(where or (), slides or None, (), None, 0)
     return selection, frozenset(map(selection.encoder, encoders)) if encoders else None
-
-
-def tell(text: str, facts: dict[str, Any], *, dry_run: bool, as_json: bool) -> None:
-    """Print what a command did: for people, or as JSON."""
-    if as_json:
-        typer.echo(json.dumps({**facts, "dry_run": dry_run}, indent=1))
-    else:
-        typer.echo(text + ("; nothing is changed, as --dry-run asks" if dry_run else ""))
-
-
-def list_left_out(left_out: Mapping[str, str]) -> None:
-    """Name on stderr what was left out, with the reason."""
-    lines: Sequence[str] = [f"left out  {name}: {reason}" for name, reason in left_out.items()]
-    for line in lines[:SHOWN]:
-        typer.echo(line, err=True)
-    if len(lines) > SHOWN:
-        typer.echo(f"left out  and {len(lines) - SHOWN:,} more", err=True)

@@ -1,6 +1,5 @@
 """`g2l store label`, `rm`, `du` and `upload`. None of them loads weights or opens slides."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -8,8 +7,9 @@ from typing import Annotated
 import typer
 
 from pipeline.cli.options import Json
+from pipeline.cli.printing import show, tell
 from pipeline.cli.store import StorePath
-from pipeline.cli.store_copies import DryRun, tell
+from pipeline.cli.store_copies import DryRun
 
 
 def label(
@@ -34,7 +34,7 @@ def label(
     with ProgressLine("label", "slides") as line:
         done = label_store(store, table, missing=missing, dry_run=dry_run, report=line.update)
     for note in done.notes:
-        typer.echo(f"note  {note}", err=True)
+        show(f"note  {note}", err=True)
     text = f"{store}: {', '.join(done.columns)} for {done.slides} slides as a whole and the patches of {done.by_patch}"
     tell(text, {"store": str(store), **asdict(done)}, dry_run=dry_run, as_json=as_json)
 
@@ -62,16 +62,15 @@ def du(store: StorePath, as_json: Json = False) -> None:
     from pipeline.tables import bytes_text, table_text
 
     found = usage(store)
-    if as_json:
-        typer.echo(json.dumps({"bytes": found}, indent=1))
-        return
     rows = [(bytes_text(size), name) for name, size in found.items()]
-    typer.echo(table_text([*rows, (bytes_text(sum(found.values())), "in all")], right=[0]))
+    text = table_text([*rows, (bytes_text(sum(found.values())), "in all")], right=[0])
+    tell(text, {"bytes": found}, as_json=as_json)
 
 
 def upload(
     store: StorePath,
     address: Annotated[str, typer.Argument(help="Where to: s3://BUCKET/NAME or gs://BUCKET/NAME.", show_default=False)],
+    as_json: Json = False,
 ) -> None:
     """Copy a store to a bucket, where every command can read it. Run it again to go on, or to send what is new.
 
@@ -83,4 +82,6 @@ def upload(
 
     with ProgressLine("upload", "files") as line:
         sent, kept = upload_store(store, address, line.update)
-    typer.echo(f"{address}: {bytes_text(sent)} sent, {bytes_text(kept)} were there already")
+    text = f"{address}: {bytes_text(sent)} sent, {bytes_text(kept)} were there already"
+    facts = {"address": address, "bytes_sent": sent, "bytes_kept": kept}
+    tell(text, facts, as_json=as_json, then=f"g2l store verify {address}")

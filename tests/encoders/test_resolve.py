@@ -114,7 +114,7 @@ def test_a_run_folder_is_an_encoder(tmp_path):
     (run / "student").mkdir(parents=True)
     assert run_folder_unknown(run)
     (run / "run.json").write_text("{}")
-    with pytest.raises(EncoderError, match="has no finished student; run g2l distill --resume"):
+    with pytest.raises(EncoderError, match="has no finished student; run the same g2l distill"):
         run_encoder(run)
     saved(run / "student", VIT, "model.safetensors")
     tensors = state_digest(build_network(VIT).state_dict())

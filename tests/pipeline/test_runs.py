@@ -3,12 +3,13 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from g2l_core.encoders.resolve import RUN_RECORD
 from g2l_core.errors import RunError
-from pipeline.runs import RunRecord, open_run, read_run, write_run
+from pipeline.runs import REMAINS, RunRecord, open_run, read_run, write_run
 from tests.test_golden import GOLDEN
 
 
@@ -40,14 +41,39 @@ def test_what_is_read_is_written_again_byte_for_byte(folder):
 
 def test_only_the_same_run_is_resumed(folder):
     record = replace(read_run(folder), result=None, about={"device": "another"}, extra={})
-    open_run(folder, record, resume=True)
-    with pytest.raises(RunError, match="holds a run already: --resume continues it"):
-        open_run(folder, record, resume=False)
+    open_run(folder, record)
     changed = replace(record, ranks=2, settings={**record.settings, "batch_size": 7})
     with pytest.raises(
-        RunError, match=r"begun with other settings: ranks was 1, now 2; settings.batch_size was \d+, now 7"
+        RunError,
+        match=r"^use the former settings, .*--restart.*: ranks was 1, now 2; settings.batch_size was \d+, now 7",
     ):
-        open_run(folder, changed, resume=True)
+        open_run(folder, changed)
+    (folder / "checkpoints").mkdir(exist_ok=True)
+    (folder / "checkpoints" / "step-00000004.pt").write_bytes(b"old")
+    open_run(folder, changed, restart=True)
+    assert [path.name for path in folder.iterdir()] == [RUN_RECORD]
+    assert read_run(folder).identity() == changed.identity()
+
+
+def test_a_restart_that_is_killed_leaves_a_run_that_begins_anew(folder, monkeypatch):
+    """Killed at the last move, only the record is left: the same run, without a checkpoint."""
+    record = replace(read_run(folder), result=None, extra={})
+    (folder / "checkpoints").mkdir(exist_ok=True)
+    (folder / "checkpoints" / "step-00000004.pt").write_bytes(b"old")
+    move = Path.replace
+
+    def killed(path, target):
+        if path.name == RUN_RECORD:
+            raise KeyboardInterrupt
+        return move(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            open_run(folder, record, restart=True)
+    assert {path.name for path in folder.iterdir()} == {RUN_RECORD, REMAINS}
+    open_run(folder, record)
+    assert [path.name for path in folder.iterdir()] == [RUN_RECORD]
 
 
 def test_a_record_of_an_unfinished_run_has_no_result(folder):
