@@ -164,7 +164,7 @@ def _run(baseline: Baseline, out: Path, group: ProcessGroup) -> DistillSummary:
     )
     record = _record(baseline, batches, rows, classes, group)
     if group.is_main:
-        open_run(out, record, resume=baseline.machine.resume)
+        open_run(out, record, restart=baseline.machine.restart)
     group.wait()
     outcome, distiller, step = _train(baseline, student, batches, held_out, len(classes), out, group)
     group.wait()
