@@ -12,7 +12,7 @@ from g2l_core.benchmark.metric_groups import METRIC_GROUPS, TaskInput
 from g2l_core.benchmark.rows import TaskRows, gather
 from g2l_core.benchmark.task_file import read_task, task_tables
 from g2l_core.distillation.held_out import read_held_out
-from g2l_core.distillation.replay import ChosenRows, good_rows
+from g2l_core.distillation.replay import ChosenRows, count_rows, good_rows
 from g2l_core.encoders.conversion import LinearClassifier
 from g2l_core.encoders.gate import MIN_SLIDES, Encode, HeldOutPatches, ProbeLoss
 from g2l_core.encoders.resolve import RUN_RECORD
@@ -29,7 +29,7 @@ from g2l_core.store.features import FeatureStore
 from g2l_core.store.provenance import digest
 from pipeline.bench import find_tasks
 from pipeline.runs import RunRecord, read_run
-from pipeline.split import split_store
+from pipeline.split import Split, split_store
 
 GATE_PATCHES, CALIBRATION_PATCHES = 512, 128
 PROBE_PATCHES = 2048
@@ -143,9 +143,8 @@ def _parts(store: FeatureStore, run: Path, head: Head | None) -> tuple[ChosenRow
     slides = {slide.slide_id: slide for slide in store.slides()}
     if (run / RUN_RECORD).is_file():
         record = read_run(run)
-        known = set(record.rows["train"]) | set(record.rows["held_out"])
-        if known <= slides.keys():
-            return _parts_of_run(store, record)
+        if (split := _split_of_run(store, record)) is not None:
+            return split.held_out, split.train, f"held out by the run: {record.held_out}"
         trained = set(record.rows["train"])
     elif head is not None:
         fitted = set(head.facts.trained_on["slides"])
@@ -157,12 +156,18 @@ def _parts(store: FeatureStore, run: Path, head: Head | None) -> tuple[ChosenRow
     return rows, others, "slides of another cohort" if not others else "slides that were not trained on"
 
 
-def _parts_of_run(store: FeatureStore, record: RunRecord) -> tuple[ChosenRows, ChosenRows, str]:
+def _split_of_run(store: FeatureStore, record: RunRecord) -> Split | None:
+    """The run's own split, if this is its store: the slides that it names, with as many patches of each."""
     settings = record.settings
-    split = split_store(
-        store, settings["where"], settings["hold_out"], settings["train"]["seed"], slides=settings["slides"]
-    )
-    return split.held_out, split.train, f"held out by the run: {record.held_out}"
+    try:
+        split = split_store(
+            store, settings["where"], settings["hold_out"], settings["train"]["seed"], slides=settings["slides"]
+        )
+    except UsageError:
+        return None
+    parts = {"train": split.train, "held_out": split.held_out}
+    counts = {side: dict(count_rows(store, part)) for side, part in parts.items()}
+    return split if all(counts[side] == dict(record.rows[side]) for side in counts) else None
 
 
 def _read(

@@ -32,7 +32,10 @@ def tiny_vit(folder: Path) -> EncoderSpec:
 
 
 def make_run(folder: Path, spec: EncoderSpec, *, train=("a",), held_out=("b",)) -> Path:
-    """A finished run whose student is the encoder itself, and whose teacher is it too."""
+    """A finished run whose student is the encoder itself, and whose teacher is it too.
+
+    `train` and `held_out` are slide ids, or how many patches of each slide there are.
+    """
     folder.mkdir(parents=True)
     encoder = load_encoder(spec, device="cpu", precision="fp32")
     plain = asdict(settings())
@@ -41,7 +44,10 @@ def make_run(folder: Path, spec: EncoderSpec, *, train=("a",), held_out=("b",)) 
         train_patches=1, held_out="some", step=1, before={}, after={},
     )  # fmt: skip
     write_student(folder, encoder.module, spec, trained_on="nothing", card=card)
-    rows = {"train": dict.fromkeys(train, 1), "held_out": dict.fromkeys(held_out, 1)}
+    rows = {
+        side: dict(part) if isinstance(part, dict) else dict.fromkeys(part, 1)
+        for side, part in (("train", train), ("held_out", held_out))
+    }
     record = RunRecord(
         teacher=encoder.facts, student=encoder.facts, settings={**plain, "where": []}, held_out="some", rows=rows
     )
