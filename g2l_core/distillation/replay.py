@@ -196,7 +196,7 @@ class ReplaySource:
             for view in views:
                 self._held[index, view] = self._all_targets(index, view, rows)
 
-    def _all_targets(self, index: int, view: int, rows: Rows) -> Float16[np.ndarray, "row dim"]:
+    def _all_targets(self, index: int, view: int, rows: Rows) -> Float16[np.ndarray, "stored dim"]:
         """The targets of all rows of a slide, those of some rows checked. Those of one teacher are not copied."""
         slide, parts = self._slides[index], list[np.ndarray]()
         for encoder, dim in self._dims.items():
