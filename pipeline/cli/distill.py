@@ -145,7 +145,11 @@ def sweep(
     plan = read_sweep(file, option or [])
     result = run_sweep(plan, store, teacher or (), student, weights, out, how)
     best = max(result.finished, key=lambda run: run.after["cka_debiased"])
-    facts = {"folder": str(out), "page": str(out / PAGE), "finished": [asdict(run) for run in result.finished]}
+    facts: dict[str, Any] = {
+        "folder": str(out),
+        "page": str(out / PAGE),
+        "finished": [asdict(run) for run in result.finished],
+    }
     facts |= {"failed": dict(result.failed)}
     then = f"g2l embed SLIDES --store {store} --encoder '{out / best.folder}'"
     tell(sweep_text(result, out), facts, as_json=as_json, then=then)
