@@ -33,6 +33,7 @@ from pipeline.cli import (
     store,
     store_copies,
     store_edit,
+    view,
 )  # fmt: skip
 from pipeline.cli.interruption import interrupt
 from pipeline.cli.printing import show
@@ -47,7 +48,7 @@ app = typer.Typer(
 )
 for command in (
     extract.cache_teacher, extract.embed, distill.distill, bench.bench, distill.sweep, distill.export_student,
-    heads.fit_head, heads.predict, plan.plan, models.models, datasets.datasets, demo.demo,
+    heads.fit_head, heads.predict, plan.plan, models.models, datasets.datasets, view.view, demo.demo,
 ):  # fmt: skip
     app.command()(command)
 store.app.command()(interchange.export)
