@@ -187,3 +187,19 @@ class DemoSettings:
     mpp_override: float | None = option(None, help="um/px of slides whose header and manifest give none.")
     seed: int = option(0, help="Random seed.")
     workers: int = option(2, min=1, help="Threads that read and augment.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewSettings:
+    """What a view shows. Its bounds keep the page at a few MB whatever the store."""
+
+    encoder: str = option("", help="Whose features; the store's first if not given.")
+    slides: int = option(24, min=1, help="Slides that are shown, drawn by the seed if there are more.")
+    patches: int = option(400, min=0, help="Patches that can be clicked, drawn from all slides shown; 0 for none.")
+    seed: int = option(0, help="Random seed.")
+
+    def __post_init__(self) -> None:
+        """Refuse pages that are too large to be sent."""
+        for name, most in (("slides", 100), ("patches", 2000)):
+            if getattr(self, name) > most:
+                raise UsageError(f"--{name} {getattr(self, name)}: at most {most}, so that the page can be sent")

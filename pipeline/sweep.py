@@ -1,7 +1,6 @@
 """Many distillations from one cache: every combination of some options, resumable, in one table."""
 
 import csv
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -9,18 +8,19 @@ from math import isnan
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
+from urllib.parse import quote
 
 from g2l_core.distillation.spec import ALPHA_LOSSES
 from g2l_core.encoders.resolve import RUN_RECORD, resolve_encoder
 from g2l_core.errors import G2LError, RunError, UsageError, with_remedy, writing
 from g2l_core.files import csv_row, parse_toml, replacing, write_text
 from g2l_core.report.page import render
-from g2l_core.report.plots import curves
+from g2l_core.report.plots import ForestGroup, Row, curves, forest
 from g2l_core.report.tables import estimate_text
 from g2l_core.store.features import FeatureStore
 from g2l_core.store.locks import locked_output
 from pipeline.config import NAMES, OPTIONS, check_option, find_recipe, read_toml, settings_of
-from pipeline.distill import run_distill
+from pipeline.distill import CURVES_PAGE, run_distill
 from pipeline.progress import say
 from pipeline.run_page import HELD_OUT, curve
 from pipeline.runs import read_run
@@ -276,29 +276,32 @@ def _write(result: SweepResult, out: Path) -> None:
             cost = (run.cost.gigabytes, run.cost.hours)
             cells = (*map(shown, values), run.folder, run.steps, *cost, *figures)
             writer.writerow(csv_row(cells))
-    write_text(out / PAGE, _page(result))
+    write_text(out / PAGE, _page(result, out))
 
 
-def _page(result: SweepResult) -> str:
+def _page(result: SweepResult, out: Path) -> str:
     first = result.finished[0].before
     rows = [["before", "", *(f"{first[name]:z.3f}" for name in HELD_OUT)]]
     rows += [
         [_words(key), str(len(runs)), *(_spread([run.after[name] for run in runs]) for name in HELD_OUT)]
         for key, runs in groups_of(result).items()
     ]
-    option = _numeric_option(result.sweep)
     groups = groups_of(result) if VIEWS in result.sweep.grid else {}
     costs = [[_words(key), *_costs(runs)] for key, runs in groups.items()]
+    has_seeds = "seed" in result.sweep.grid
     return render(
         "sweep.html",
         title=result.sweep.title,
-        runs=len(result.finished),
-        over_seeds="seed" in result.sweep.grid,
+        facts=_facts(result, out),
+        runs=[_link(run) for run in result.finished],
+        over_seeds=has_seeds,
         failed=result.failed,
         header=("", "runs", *HELD_OUT.values()),
         rows=rows,
-        option=option,
-        plot=_plot(result, option) if option else "",
+        overview=_overview(result),
+        overview_caption="CKA, debiased, on held-out patches; the line is the student before training"
+        + ("; bars are 95 % intervals over seeds. g2l bench has intervals over patients and seeds" if has_seeds else ""),
+        plots={option: _plot(result, option) for option in _numeric_options(result.sweep)},
         costs=costs,
         cost_charts=cost_charts(
             [
@@ -306,8 +309,41 @@ def _page(result: SweepResult) -> str:
                 for key, runs in groups.items()
             ]
         ),
-        settings=json.dumps(result.sweep.base, indent=2),
+        settings=[[name, shown(value)] for name, value in result.sweep.base.items()],
     )
+
+
+def _facts(result: SweepResult, out: Path) -> dict[str, str]:
+    """What all runs have in common, for people."""
+    record = read_run(out / result.finished[0].folder)
+    teachers = "as the table says" if "teacher" in result.sweep.grid else " and ".join(t.name for t in record.teachers)
+    return {
+        "Store": str(record.about.get("store", "unknown")),
+        "Teacher": teachers,
+        "Student": f"{record.student.name}: {record.student.weights}",
+        "Held out": record.held_out,
+    }
+
+
+def _link(run: RunResult) -> dict[str, Any]:
+    """A run and its page, relative to the sweep's."""
+    return {
+        "words": _words(tuple(run.varied.items())),
+        "steps": run.steps,
+        "cka": f"{run.after['cka_debiased']:z.3f}",
+        "link": f"{quote(run.folder)}/{CURVES_PAGE}",
+    }
+
+
+def _overview(result: SweepResult) -> str:
+    """CKA of each setting as a mark, with its interval over seeds."""
+    rows = []
+    for i, (key, runs) in enumerate(groups_of(result).items()):
+        values = [run.after["cka_debiased"] for run in runs]
+        rows.append(Row(label=_words(key), series=i, estimate=over_seeds(values), text=_spread(values)))
+    before = result.finished[0].before["cka_debiased"]
+    group = ForestGroup(title="CKA, debiased", rows=tuple(rows))
+    return forest([group], neutral=before, label="CKA of every setting")
 
 
 def _costs(runs: Sequence[RunResult]) -> list[str]:
@@ -317,13 +353,13 @@ def _costs(runs: Sequence[RunResult]) -> list[str]:
     return [estimate_text(quality, 3), f"{size:.4g}", "not known" if isnan(hours) else f"{hours:.3g}"]
 
 
-def _numeric_option(sweep: Sweep) -> str | None:
-    """The one varied option that is a number; None where there is none or more than one."""
-    names = [
+def _numeric_options(sweep: Sweep) -> list[str]:
+    """The varied options that are numbers, each of which gets a chart."""
+    return [
         name for name, values in sweep.grid.items()
-        if name != "seed" and len(values) > 1 and all(isinstance(v, int | float) for v in values)
+        if name != "seed" and len(values) > 1
+        and all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
     ]  # fmt: skip
-    return names[0] if len(names) == 1 else None
 
 
 def _plot(result: SweepResult, option: str) -> str:
@@ -334,7 +370,7 @@ def _plot(result: SweepResult, option: str) -> str:
         if option in options:
             point = (float(options.pop(option)), mean(run.after["cka_debiased"] for run in runs))
             lines.setdefault(_words(tuple(options.items())), []).append(point)
-    named = [
+    drawn = [
         curve("CKA" if words == "all" else words, i, sorted(points)) for i, (words, points) in enumerate(lines.items())
     ]
-    return curves(named, x_label=option, label=f"CKA over {option}")
+    return curves(drawn, x_label=option, label=f"CKA over {option}")

@@ -7,6 +7,7 @@ from math import isnan
 from markupsafe import Markup
 
 from g2l_core.report.meanings import Meaning
+from g2l_core.report.names import named
 from g2l_core.report.page import render
 from g2l_core.report.pictures import pictures_of
 from g2l_core.report.plots import Curve, ForestGroup, Row, curves, forest
@@ -27,6 +28,7 @@ from g2l_core.report.tables import (
     p_text,
     published_text,
     reasons,
+    settings_text,
     split_k,
     support,
     task_parts,
@@ -49,6 +51,7 @@ def page(report: Report) -> str:
     Raises:
         TaskError: If two results have the same task, metric and encoder.
     """
+    report = named(report)
     parts = [part for part in task_parts(report) if part.is_shown]
     order = encoder_order(report)
     headlines = [(i, metric, part.results[metric]) for i, part in enumerate(parts) if (metric := part.headline())]
@@ -242,7 +245,6 @@ def _how_computed(part: TaskPart) -> list[list[str]]:
     """Metric, rows, interval method and settings, with the encoders that share them."""
     alike: dict[tuple[str, str, str, str], list[str]] = {}
     for row in (result for results in part.results.values() for result in results.values()):
-        settings = ", ".join(f"{name}={value}" for name, value in sorted(row.settings.items()))
-        facts = (meaning_of(row.metric).title, f"{row.n:,}", row.estimate.method, settings)
+        facts = (meaning_of(row.metric).title, f"{row.n:,}", row.estimate.method, settings_text(row.settings))
         alike.setdefault(facts, []).append(row.encoder)
     return [[*facts, ", ".join(keys)] for facts, keys in alike.items()]

@@ -35,6 +35,7 @@ from pipeline.cli import (
     store_copies,
     store_edit,
     study,
+    view,
 )  # fmt: skip
 from pipeline.cli.interruption import interrupt
 from pipeline.cli.printing import show
@@ -50,7 +51,7 @@ app = typer.Typer(
 for command in (
     extract.cache_teacher, extract.embed, distill.distill, distill.baseline, bench.bench, distill.sweep,
     deploy.export_student, deploy.measure, deploy.doctor, heads.fit_head, heads.predict, plan.plan, models.models,
-    datasets.datasets, demo.demo, study.run, study.init,
+    datasets.datasets, view.view, demo.demo, study.run, study.init,
 ):  # fmt: skip
     app.command()(command)
 store.app.command()(interchange.export)
