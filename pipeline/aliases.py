@@ -15,6 +15,27 @@ _NAMING = frozenset({"encoder", "reference", "encoders"})
 """Fields of a report's rows and pictures that hold encoders' names."""
 
 
+def split_names(text: str) -> list[str]:
+    """The encoders in a list by comma. A comma in the name of a folder that is there, as of g2l sweep's, is its own.
+
+    Examples:
+        >>> split_names("h-optimus-0, G2L=run/")
+        ['h-optimus-0', 'G2L=run/']
+    """
+    parts, names, first = text.split(","), list[str](), 0
+    while first < len(parts):
+        ends = range(len(parts), first, -1)
+        last = next((end for end in ends if _is_folder(",".join(parts[first:end]))), first + 1)
+        names.append(",".join(parts[first:last]).strip())
+        first = last
+    return [name for name in names if name]
+
+
+def _is_folder(text: str) -> bool:
+    """Whether a text, or what follows its alias, names folders that are there."""
+    return any(_is_path(name.strip()) for name in (text, text.partition("=")[2]) if name.strip())
+
+
 def split_alias(text: str) -> tuple[str, str]:
     """The alias in ALIAS=ENCODER, empty where there is none, and the encoder.
 

@@ -300,7 +300,7 @@ def _page(result: SweepResult, out: Path) -> str:
         rows=rows,
         overview=_overview(result),
         overview_caption="CKA, debiased, on held-out patches; the line is the student before training"
-        + ("; bars are 95 % intervals over seeds. g2l bench has intervals over patients and seeds" if has_seeds else ""),
+        + has_seeds * "; bars are 95 % intervals over seeds. g2l bench has intervals over patients and seeds",
         plots={option: _plot(result, option) for option in _numeric_options(result.sweep)},
         costs=costs,
         cost_charts=cost_charts(

@@ -47,9 +47,10 @@ def bench(
 ) -> None:
     """Stage three: CKA, kNN, linear probe and robustness from stored features alone, with intervals."""
     from g2l_core.report.write import terminal_table
+    from pipeline.aliases import split_names
     from pipeline.bench import refuse_no_results, run_bench
 
-    names = [name.strip() for name in encoders.split(",") if name.strip()]
+    names = split_names(encoders)
     report = run_bench(
         tasks, store, names, out, baseline=baseline, draws=draws, margin=margin, seed=seed, device=device
     )

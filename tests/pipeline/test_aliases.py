@@ -7,7 +7,7 @@ import pytest
 
 from g2l_core.errors import RunError, UsageError
 from g2l_core.report.write import FILES, read_report, require_report_folder
-from pipeline.aliases import split_alias
+from pipeline.aliases import split_alias, split_names
 from pipeline.bench import run_bench
 from tests.benchmark.test_metric_groups import label_row
 from tests.planted import PATCHES, make_store, write_labels
@@ -125,3 +125,14 @@ def test_a_folder_of_something_else_is_refused_before_anything_is_computed(plant
     (tmp_path / "results.json").write_text("{}")
     require_report_folder(tmp_path)  # a report, and what its owner has put beside it
     require_report_folder(tmp_path / "new")
+
+
+def test_commas_in_the_names_of_folders_are_their_own(tmp_path, monkeypatch):
+    """As g2l sweep makes them."""
+    monkeypatch.chdir(tmp_path)
+    for seed in range(2):
+        (tmp_path / f"sweep/loss=mse,seed={seed}").mkdir(parents=True)
+    assert split_names("a, b,") == ["a", "b"]
+    assert split_names("teacher,sweep/loss=mse,seed=0,c") == ["teacher", "sweep/loss=mse,seed=0", "c"]
+    assert split_names("teacher,G2L=sweep/loss=mse,seed=*") == ["teacher", "G2L=sweep/loss=mse,seed=*"]
+    assert split_names("teacher,sweep/loss=mse,seed=7") == ["teacher", "sweep/loss=mse", "seed=7"]
