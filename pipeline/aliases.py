@@ -33,7 +33,8 @@ def split_names(text: str) -> list[str]:
 
 def _is_folder(text: str) -> bool:
     """Whether a text, or what follows its alias, names folders that are there."""
-    return any(_is_path(name.strip()) for name in (text, text.partition("=")[2]) if name.strip())
+    alias, _, name = text.partition("=")
+    return any(_is_path(each.strip()) for each in (text, name if "," not in alias else "") if each.strip())
 
 
 def split_alias(text: str) -> tuple[str, str]:
