@@ -18,6 +18,9 @@ MIN_PATCHES, MIN_SLIDES = 256, 3
 MAX_PROBE_LOSS = 0.01
 """Most that a probe on exported features may lose of its balanced accuracy."""
 
+DOUBTFUL_CENTERED_COSINE = 0.95
+"""Least cosine without the mean feature below which an export that no probe has judged is called doubtful."""
+
 MAX_PROBABILITY_CHANGE = 0.01
 """Most that an exported classifier's probability of a class may differ from the head's."""
 
@@ -93,6 +96,16 @@ class Agreement:
                 f"most {MAX_PROBE_LOSS} may be lost"
             )
         return " and ".join(reasons)
+
+    @property
+    def doubt(self) -> str:
+        """What the gate cannot see without a probe; empty if there is no doubt."""
+        if self.probe is not None or self.min_centered_cosine >= DOUBTFUL_CENTERED_COSINE:
+            return ""
+        return (
+            f"without the mean of all features, which patches have in common, the least cosine is "
+            f"{self.min_centered_cosine:.3f}: judge it by a task, with --tasks"
+        )
 
     def require_near(self, form: str) -> None:
         """Refuse a network whose features are not the student's.

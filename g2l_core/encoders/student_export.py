@@ -223,6 +223,8 @@ def _card(run: Path, form: str, agreement: Agreement | None) -> str:
         f"have a cosine of {agreement.min_cosine:.5f} at least and {agreement.median_cosine:.5f} at the median",
         "to those of the student in float32 in torch.",
     ]
+    if agreement.doubt:
+        lines.append(f"\n**Warning**: {agreement.doubt}.")
     if agreement.probe is not None:
         lost = agreement.probe
         lines.append(f"A probe of {lost.task}: {lost.metric} {lost.exported:.4f}, with the student {lost.student:.4f}.")

@@ -70,6 +70,7 @@ def _export_text(exported: "Exported", form: str) -> str:
             f"on {found.patches:,} patches of {found.slides} slides ({found.origin}): cosine {found.min_cosine:.5f} at "
             f"least, {found.median_cosine:.5f} at the median; {found.min_centered_cosine:.5f} at least without the mean"
         )
+        lines += [f"warning: {found.doubt}"] if found.doubt else []
         if found.probe is not None:
             probe = found.probe
             lines.append(f"probe of {probe.task}: {probe.metric} {probe.exported:.4f}, student {probe.student:.4f}")
