@@ -5,6 +5,8 @@ need not be at hand. Nor are they computed in bench, whose rows have labels and 
 the very features that the distillation learned from, they are the same in every task and never saw a held-out patch.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 from jaxtyping import Float64
 
@@ -58,7 +60,8 @@ def run_pca(baseline: Baseline) -> tuple[str, float]:
         )
     mean, covariance, count = _moments(baseline, teacher)
     components, share = principal_components(mean, covariance, width)
-    made = digest([facts.digest, width, mean.tolist(), components.tolist()])
+    rows = {slide_id: count if chosen is None else chosen.tolist() for slide_id, chosen, count in _trained(baseline)}
+    made = digest([facts.digest, width, baseline.like.replay["n_augmented"], rows])
     key = f"{teacher}-pca{width}-{made[:8]}"
     with locked(folder_of(store.path) / LOCKS / "writer", wait_s=0, holder="another g2l command writes into it"):
         store.add_encoder(
@@ -78,6 +81,13 @@ def run_pca(baseline: Baseline) -> tuple[str, float]:
                 _write(slide, teacher, key, made, mean, components)
         store.save_catalogue()
     return key, share
+
+
+def _trained(baseline: Baseline) -> Iterator[tuple[str, np.ndarray | None, int]]:
+    """Each training slide with its chosen rows and their number, which decide the components with the features."""
+    counts = baseline.like.rows["train"]
+    for slide_id, chosen in sorted(baseline.split.train.items()):
+        yield slide_id, chosen, counts[slide_id]
 
 
 def _moments(

@@ -274,6 +274,10 @@ def find_stored(text: str, stored: Mapping[str, EncoderFacts]) -> str:
             for key, facts in stored.items()
             if facts.weights_digest == tensors and str(facts.extra.get("width") or "") == width
         ]
+        own = [
+            key for key in fitting if stored[key].name == Path(folder).resolve().name + (f"+{width}" if width else "")
+        ]
+        fitting = own if len(own) == 1 else fitting  # a start may be that of several runs
         if not fitting:
             what = "run" if is_run_folder(folder) else "export"
             raise UnknownNameError(

@@ -17,7 +17,7 @@ from sklearn.decomposition import PCA
 from typer.testing import CliRunner
 
 from g2l_core.encoders.loading import load_encoder
-from g2l_core.encoders.resolve import resolve_encoder
+from g2l_core.encoders.resolve import find_stored, resolve_encoder
 from g2l_core.errors import G2LError, RunError, UnknownNameError, UsageError
 from g2l_core.patches.grid import GridSpec
 from g2l_core.patches.views import ViewSpec
@@ -142,6 +142,16 @@ def test_the_start_is_the_start(distilled, tmp_path):
     assert json.loads((tmp_path / "start" / "run.json").read_text())["rows"]["train"] == {}
     assert "Training loss" not in (tmp_path / "start" / "curves.html").read_text()
     make(distilled, tmp_path / "start", kind="start", resume=True)
+
+
+def test_two_folders_with_one_start_are_told_apart(distilled, store, cohort, tmp_path):
+    own = Path(shutil.copytree(store, tmp_path / "store.zarr"))
+    for name in ("one", "two"):
+        make(distilled, tmp_path / name, kind="start")
+    specs = [resolve_encoder(str(tmp_path / name)) for name in ("one", "two")]
+    run_extraction([cohort], own, specs, GridSpec(), ViewSpec(), ExtractionSettings(batch_size=16, views=0))
+    stored = FeatureStore.open(own).encoders
+    assert [stored[find_stored(str(tmp_path / name), stored)].name for name in ("one", "two")] == ["one", "two"]
 
 
 # ---- labels -----------------------------------------------------------------------------------------------------
