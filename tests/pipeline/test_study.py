@@ -76,7 +76,7 @@ def test_killed_three_times_and_finished_by_the_same_command(finished, tmp_path)
     for name in FILES:
         assert (out / "report" / name).read_bytes() == (finished / "report" / name).read_bytes(), name
     log = (out / "run" / "log.csv").read_text().splitlines()
-    assert [int(line.split(",")[0]) for line in log[1:]] == [1, 2, 3, 4, 5, 6]
+    assert [int(line.split(",")[0]) for line in log[1:]] == [0, 1, 2, 3, 4, 5]
 
 
 def test_the_report_speaks_of_the_study_s_encoders(finished):
