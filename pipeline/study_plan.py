@@ -88,7 +88,9 @@ def plan_study(study: Study) -> StudyPlan:
             patched, lost = find_patches(read_sources(other.inputs), other.grid, other.settings, other.tissue)
             patches, failed = {source.slide_id: len(slide.coords) for source, slide in patched}, failed | lost
         steps.append(_embed_step(study, made, store, other, patches, compared))
-    steps.append(PlannedStep(name=BENCHMARK, state="to do", what=f"tasks: {study.bench.tasks or 'made for these slides'}"))
+    steps.append(
+        PlannedStep(name=BENCHMARK, state="to do", what=f"tasks: {study.bench.tasks or 'made for these slides'}")
+    )
     return StudyPlan(
         title=study.file.title, out=study.out, steps=tuple(steps), failed_slides=failed, why_not=made.why_not
     )
