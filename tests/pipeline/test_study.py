@@ -97,8 +97,8 @@ def test_done_steps_are_skipped_and_other_settings_refused(finished, tmp_path, m
     for words in ("drawn already", "all of them were stored already", "distilled already", "written already"):
         assert words in again.stderr
     assert "CKA, debiased" in again.stdout
-    changed = {path for path in before if path.stat().st_mtime_ns != before[path]}
-    assert not {path.name for path in changed} - {".catalogue"}, changed
+    changed = {path.relative_to(tmp_path / "small") for path in before if path.stat().st_mtime_ns != before[path]}
+    assert not [path for path in changed if path.parts[0] in {"run", "report", "cohort"} or path.name.startswith("c.")]
 
     planned = json.loads(g2l("run", "small.toml", "--dry-run", "--json").stdout)
     assert [step["state"] for step in planned["steps"]] == ["done", "done", "done", "to do"]
@@ -224,6 +224,6 @@ def test_the_paper_s_studies_are_the_paper_s_recipes(tmp_path, monkeypatch, coho
         assert (study.distill.train.optim.lr, study.cohort.settings.views) == (1e-4, 5)
         assert [each.alias or each.name for each in study.compared] == ["h-optimus-0", "hibou-l", "G2L"]
         assert {path.parent.name for path in study.evaluated} == {COHORTS}
+        (tmp_path / manifest).unlink()
         with pytest.raises(UsageError, match=r"no such file or folder"):
-            (tmp_path / manifest).unlink()
-            resolve_study(read_study(name), tmp_path / "out")
+            resolve_study(file, tmp_path / "out")
