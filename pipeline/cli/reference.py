@@ -30,9 +30,9 @@ A recipe is a TOML file for `g2l distill --config`; a sweep has these keys in `[
 STUDY_KEYS = """\
 ## Study files
 
-The tables of a [study](studies.md) have the options above as keys: `[slides]` those of slides and patches of `g2l
-cache-teacher`, `[teacher]` its others, `[student]` those of `g2l distill`, and these. `[bench.slides.NAME]` has the keys
-of `[slides]`. `g2l init` writes a file that explains all of them.
+The tables of a [study](studies.md) have the options above as keys: `[slides]` those of slides and patches of
+`g2l cache-teacher`, `[teacher]` its others, `[student]` those of `g2l distill`, and these. `[bench.slides.NAME]` has
+the keys of `[slides]`. `g2l init` writes a file that explains all of them.
 """
 TASKS = """\
 ## Task files
