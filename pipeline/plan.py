@@ -21,6 +21,7 @@ from g2l_core.slides.slide import open_slide
 from g2l_core.tissue.methods import TissueMethod
 from g2l_core.types import Level0Px
 from pipeline.forecast import RUNS, STEP_RATIO, Forecast, Speeds, forecast, gigabytes, speed_up, view_choices
+from pipeline.gpus import LARGE, READ_SOURCE, find_gpu, published_speeds
 from pipeline.progress import ProgressLine
 from pipeline.settings import ExtractionSettings
 from pipeline.tables import table_text
@@ -45,11 +46,15 @@ class Plan:
     """The key of each encoder that was measured, by its name."""
     why_not: str = ""
     """Why nothing was measured."""
+    assumed: tuple[int, int] | None = None
+    """Slides and patches of each, where there are none to look at."""
+    sources: tuple[str, ...] = ()
+    """Where speeds that were not measured here come from, in words."""
 
     @property
     def total(self) -> int:
         """Patches in all."""
-        return sum(self.patches.values())
+        return self.assumed[0] * self.assumed[1] if self.assumed else sum(self.patches.values())
 
     def seconds_of(self, encoder: str) -> float:
         """Seconds a view of an encoder that was measured, by its name."""
@@ -103,6 +108,45 @@ def make_plan(
         speeds=speeds,
         keys=keys,
         why_not=why_not,
+    )
+
+
+def plan_without_slides(
+    specs: Sequence[EncoderSpec],
+    slides: int,
+    patches_per_slide: int,
+    gpu: str,
+    settings: ExtractionSettings,
+    epochs: int,
+) -> Plan:
+    """The plan of a cohort that is not at hand, on a GPU that is not at hand, from published figures.
+
+    Raises:
+        UsageError: Nothing is known of the GPU, or of the network's cost.
+    """
+    found = find_gpu(gpu)
+    speeds = published_speeds(specs, found)
+    doubts = [
+        f"{spec.name}: takes longer than that, as the speed is that of large vision transformers"
+        for spec in specs
+        if not spec.architecture.startswith(LARGE)
+    ]
+    counted = ", ".join(f"{spec.name} {found.tflops * speeds.encode[spec.name]:.3g}" for spec in specs)
+    return Plan(
+        patches={},
+        failed_slides={},
+        dims={spec.name: spec.dim for spec in specs},
+        views=settings.views,
+        workers=settings.workers,
+        epochs=epochs,
+        speeds=speeds,
+        assumed=(slides, patches_per_slide),
+        sources=(
+            f"encode: TFLOP a view, counted on the architecture ({counted}), at {found.tflops:.0f} TFLOP/s",
+            f"TFLOP/s: {found.source}",
+            READ_SOURCE,
+            *doubts,
+        ),
     )
 
 
@@ -216,7 +260,10 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "workers": plan.workers,
         "gigabytes_per_view": plan.gigabytes(1),
         "gigabytes": plan.gigabytes(1 + plan.views),
+        "total": plan.total,
+        "assumed": plan.assumed,
         "measured": None if plan.speeds is None else {**vars(plan.speeds), "encode": dict(plan.speeds.encode)},
+        "sources": list(plan.sources),
         "not_measured": plan.why_not,
         "forecast": None if plan.speeds is None else vars(plan.with_views(plan.views)),
         "views_table": _choices(plan),
@@ -236,12 +283,19 @@ def _choices(plan: Plan) -> list[dict[str, Any]]:
 
 def plan_text(plan: Plan) -> str:
     """The plan at 80 columns."""
+    if plan.assumed:
+        slides = [(f"{plan.total:,}", f"patches: {plan.assumed[0]:,} slides of {plan.assumed[1]:,}, as you say")]
+        return _plan_parts(plan, slides)
     slides = [(f"{patches:,}", slide_id) for slide_id, patches in list(plan.patches.items())[:LISTED_SLIDES]]
     if len(plan.patches) > LISTED_SLIDES:
         slides.append(("", f"and {len(plan.patches) - LISTED_SLIDES:,} more slides"))
     slides += [("failed", f"{slide_id}: {reason}") for slide_id, reason in plan.failed_slides.items()]
     failed = f", {len(plan.failed_slides):,} failed" if plan.failed_slides else ""
     slides.append((f"{plan.total:,}", f"patches of {len(plan.patches):,} slides{failed}"))
+    return _plan_parts(plan, slides)
+
+
+def _plan_parts(plan: Plan, slides: Sequence[tuple[str, str]]) -> str:
     facts = [("encoders", f"{name}: {dim or 'unknown number of'} features") for name, dim in plan.dims.items()]
     parts = [table_text(slides, right=[0]), table_text([*facts, *_cost_rows(plan)]), _choice_text(plan)]
     return "\n\n".join(parts)
@@ -257,7 +311,7 @@ def _cost_rows(plan: Plan) -> list[tuple[str, str]]:
     speeds, cost = plan.speeds, forecast(plan.speeds, plan.total, 1 + plan.views, plan.workers)
     encode = " + ".join(f"{1e3 * seconds:.1f}" for seconds in speeds.encode.values())
     measured = (
-        f"on {speeds.patches} patches: read {1e3 * speeds.read:.1f} ms a patch, "
+        f"{f'on {speeds.patches} patches' if speeds.patches else 'not here'}: read {1e3 * speeds.read:.1f} ms a patch, "
         f"augment {1e3 * speeds.augment:.2f} and encode {encode} ms a view"
     )
     readers = (
@@ -267,7 +321,8 @@ def _cost_rows(plan: Plan) -> list[tuple[str, str]]:
     if cost.enough_workers > plan.workers:
         readers += f"; --workers {cost.enough_workers} would be enough"
     time = f"{time_text(cost.hours)}; {cost.bottleneck} sets the pace"
-    return [*rows, ("measured", measured), ("time", time), ("readers", readers)]
+    rows += [("speeds" if plan.sources else "measured", measured), ("time", time), ("readers", readers)]
+    return [*rows, *(("source", source) for source in plan.sources)]
 
 
 def _choice_text(plan: Plan) -> str:

@@ -37,22 +37,30 @@ COPY, DONE = "study.toml", "steps.json"
 """In a study's folder: the study file as it was last run, and what is done of it."""
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class StudyOutcome:
     """What a study has come to."""
 
-    report: Report | None = None
-    failed_slides: dict[str, str] = field(default_factory=dict)
+    report: Report
+    failed_slides: Mapping[str, str]
     """Why slides could not be used, by id."""
+
+
+@dataclass
+class _Progress:
+    """What the steps so far have found."""
+
+    failed_slides: dict[str, str] = field(default_factory=dict)
     keys: dict[tuple[str, str], str] = field(default_factory=dict)
     """The key of each stored encoder, by its name and weights."""
+    reports: list[Report] = field(default_factory=list)
 
     def key_of(self, spec: EncoderSpec) -> str:
         """The key of an encoder that a step has stored."""
         return self.keys[spec.name, spec.weights]
 
 
-Step = Callable[[Study, StudyOutcome], str]
+Step = Callable[[Study, _Progress], str]
 """Does a step and returns what is to be told of it."""
 
 
@@ -65,15 +73,15 @@ def run_study(study: Study) -> StudyOutcome:
     with writing(study.out), locked_output(study.out):
         _claim(study)
         require_all_weights(study)
-        outcome = StudyOutcome()
+        progress = _Progress()
         steps: dict[str, Step] = {"drawing slides": _draw} if study.drawn else {}
         steps |= {"caching the teacher": _cache, "distilling the student": _distill}
         steps |= {"caching what is compared": _embed, "benchmarking": _bench}
         for number, (name, step) in enumerate(steps.items(), start=1):
             say(f"{number}/{len(steps)}  {name}")
-            if told := step(study, outcome):
+            if told := step(study, progress):
                 say(f"     {told}")
-        return outcome
+        return StudyOutcome(report=progress.reports[-1], failed_slides=progress.failed_slides)
 
 
 def _claim(study: Study) -> None:
@@ -127,7 +135,7 @@ def is_stored(store: Path, spec: EncoderSpec, cohort: StudyCohort) -> bool:
 # -- steps -------------------------------------------------------------------------------------------------
 
 
-def _draw(study: Study, _outcome: StudyOutcome) -> str:
+def _draw(study: Study, _progress: _Progress) -> str:
     folder = study.out / DRAWN
     if folder.is_dir():
         return "drawn already"
@@ -138,14 +146,14 @@ def _draw(study: Study, _outcome: StudyOutcome) -> str:
     return ""
 
 
-def _cache(study: Study, outcome: StudyOutcome) -> str:
-    return _extract(study.store, study.cohort, study.teachers, outcome)
+def _cache(study: Study, progress: _Progress) -> str:
+    return _extract(study.store, study.cohort, study.teachers, progress)
 
 
-def _extract(store: Path, cohort: StudyCohort, specs: Sequence[EncoderSpec], outcome: StudyOutcome) -> str:
+def _extract(store: Path, cohort: StudyCohort, specs: Sequence[EncoderSpec], progress: _Progress) -> str:
     done = run_extraction(cohort.inputs, store, specs, cohort.grid, cohort.views, cohort.settings, tissue=cohort.tissue)
-    outcome.failed_slides |= done.failed_slides
-    outcome.keys |= {(spec.name, spec.weights): key for spec, key in zip(specs, done.encoders, strict=True)}
+    progress.failed_slides |= done.failed_slides
+    progress.keys |= {(spec.name, spec.weights): key for spec, key in zip(specs, done.encoders, strict=True)}
     if not done.patches:
         reason = next(iter(done.failed_slides.values()), "there is none")
         raise UsageError(f"no slide of {', '.join(map(str, cohort.inputs))} could be used: {reason}")
@@ -155,8 +163,8 @@ def _extract(store: Path, cohort: StudyCohort, specs: Sequence[EncoderSpec], out
     return f"{store}: {done.patches:,} patches of {done.slides:,} slides for {', '.join(done.encoders)}; {now}"
 
 
-def _distill(study: Study, outcome: StudyOutcome) -> str:
-    keys = [outcome.key_of(spec) for spec in study.teachers]
+def _distill(study: Study, progress: _Progress) -> str:
+    keys = [progress.key_of(spec) for spec in study.teachers]
     asked = _deciding(study, keys)
     if is_distilled(study) and (made := _done(study).get("distill")):
         if changed := list(differences(made, asked)):
@@ -181,43 +189,44 @@ def _deciding(study: Study, teachers: Sequence[str]) -> dict[str, Any]:
     return {**json.loads(json.dumps(plain)), "teacher": list(teachers)}
 
 
-def _embed(study: Study, outcome: StudyOutcome) -> str:
+def _embed(study: Study, progress: _Progress) -> str:
     student = resolve_encoder(str(study.run), trusted=study.how.trust_code)
     told = []
     for store, cohort in study.evaluated.items():
         cached = {spec.name for spec in study.teachers} if store == study.store else set[str]()
         specs = {each.spec.name: each.spec for each in study.compared if each.spec and each.spec.name not in cached}
         once = replace(cohort, settings=replace(cohort.settings, views=0))
-        told.append(_extract(store, once, [*specs.values(), student], outcome))
+        told.append(_extract(store, once, [*specs.values(), student], progress))
     return "\n     ".join(told)
 
 
-def _bench(study: Study, outcome: StudyOutcome) -> str:
+def _bench(study: Study, progress: _Progress) -> str:
     stores = list(study.evaluated)
     tasks = Path(study.bench.tasks) if study.bench.tasks else _written_tasks(study)
-    encoders = [_asked(study, each, outcome) for each in study.compared]
+    encoders = [_asked(study, each, progress) for each in study.compared]
     baseline = next((each for each in study.compared if each.fits(study.bench.baseline)), None)
     options = {name: getattr(study.bench, name) for name in ("draws", "margin", "seed", "device")}
     given = _digest_of_bench(study, stores, tasks, encoders)
     if _done(study).get("bench") == given and all((study.report / name).is_file() for name in FILES):
-        outcome.report = read_report(study.report)
+        progress.reports.append(read_report(study.report))
         return f"{study.report}: written already, from the same features and tasks"
-    outcome.report = run_bench(
+    report = run_bench(
         tasks,
         stores,
         encoders,
         study.report,
-        baseline=(baseline.alias or _asked(study, baseline, outcome)) if baseline else "",
+        baseline=(baseline.alias or _asked(study, baseline, progress)) if baseline else "",
         **options,
     )
+    progress.reports.append(report)
     _note_done(study, bench=given)
     return ""
 
 
-def _asked(study: Study, each: Compared, outcome: StudyOutcome) -> str:
+def _asked(study: Study, each: Compared, progress: _Progress) -> str:
     """An encoder as `g2l bench --encoders` takes it."""
     width = each.name.rstrip("/").removeprefix(STUDENT)
-    name = outcome.key_of(each.spec) if each.spec else f"{study.run}{width}"
+    name = progress.key_of(each.spec) if each.spec else f"{study.run}{width}"
     return f"{each.alias}={name}" if each.alias else name
 
 

@@ -118,6 +118,11 @@ def resolve_study(file: StudyFile, out: Path, trusted: Sequence[str] = ()) -> St
     resolver = _Resolver(file=file, trusted=tuple(trusted))
     teachers = resolver.encoders("teacher", asked, file.teacher.get("weights", ()))
     student = resolver.encoder("student", file.student["student"], file.student.get("weights"))
+    if any(spec.name == student.name and spec != student for spec in teachers.values()):
+        raise UsageError(
+            f"{file.path}, [student]: teacher and student are both called {student.name} and have other weights: give "
+            "one of them as a spec file (.toml) with a name of its own"
+        )
     distill, epochs, how = _distillation(file, trusted)
     bench = file.built("bench", BenchTable, file.bench)
     _require_tasks(file, bench)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from g2l_core.encoders.patch_encoder import PatchEncoder
 from g2l_core.encoders.resolve import RECORD_DIGEST, STUDENT_FOLDER, STUDENT_RECORD, EncoderSpec, spec_to_json
 from g2l_core.encoders.spec import spec_digest
-from g2l_core.encoders.terms import Source, combined, verdict
+from g2l_core.encoders.terms import COPYLEFT, FREE, NON_COMMERCIAL, UNKNOWN, Source, combined, verdict
 from g2l_core.encoders.timm_compat import import_timm
 from g2l_core.encoders.weights import state_digest
 from g2l_core.files import sync_folder, write_text, write_with
@@ -126,7 +126,6 @@ def model_card(card: ModelCard, spec: EncoderSpec) -> str:
     near = "its teachers" if len(card.teachers) > 1 else "its teacher"
     near = f"{near.replace('its', 'the')}, from which it did not learn" if card.baseline else near
     names = " and ".join(teacher["name"] for teacher in card.teachers)
-    measured = (name for name in card.after if name != "step")
     lines = [
         "---",
         "library_name: timm",
@@ -148,15 +147,10 @@ def model_card(card: ModelCard, spec: EncoderSpec) -> str:
         "| | |",
         "|---|---|",
         *(f"| {what} | {words} |" for what, words in _made_of(card).items()),
-        f"| terms | {terms} |",
         "",
+        *_on_terms(card, spec),
         *_on_widths(card),
-        f"Held-out patches, against the teacher{'s, as means over them' if len(card.teachers) > 1 else ''}:",
-        "",
-        "| metric | before | after |",
-        "|---|---|---|",
-        *(f"| {name} | {card.before[name]:z.3f} | {card.after[name]:z.3f} |" for name in measured),
-        "",
+        *_measured(card),
         f"These values show how near it is to {near}, and not how good either is at a task.",
         "",
     ]
@@ -173,6 +167,46 @@ def _intro(card: ModelCard, teachers: str) -> list[str]:
         f"A patch encoder for H&E slides, distilled by G2L (arXiv 2510.11176): {card.student.name} learned the "
         f"features of {teachers}.",
     ]
+
+
+def _on_terms(card: ModelCard, spec: EncoderSpec) -> list[str]:
+    """What the weights may be used for, and the terms of each thing that they are made from."""
+    sources = card.sources or [Source(what=f"the start {card.student.name}", license=spec.license)]
+    words = {
+        FREE: "free for any use, if it is named",
+        COPYLEFT: "what is made from it has the same terms",
+        UNKNOWN: "not known to be free: ask its owner",
+        NON_COMMERCIAL: "no commercial use",
+    }
+    return [
+        "## Terms",
+        "",
+        f"This student is {verdict(sources)}. It is made from:",
+        "",
+        "| made from | its terms | in short |",
+        "|---|---|---|",
+        *(f"| {source.what} | {source.license} | {words[source.kind]} |" for source in sources),
+        "",
+        "The strictest of them holds. This is read from their licenses by a program, and is no legal advice.",
+        "",
+    ]
+
+
+def _measured(card: ModelCard) -> list[str]:
+    """Two tables of held-out values: of the student's own features, and of those behind the projector."""
+    over = "s, as means over them" if len(card.teachers) > 1 else ""
+    lines = [f"## Held-out patches, against the teacher{over}", ""]
+    parts = {
+        "The student's own features, which this folder gives:": False,
+        "With the projector that training has put behind them, and which is no part of this folder "
+        "(`projector.safetensors` of the run):": True,
+    }
+    for title, is_projected in parts.items():
+        names = [name for name in card.after if name != "step" and ("_projected" in name) == is_projected]
+        if names:
+            lines += [title, "", "| metric | before | after |", "|---|---|---|"]
+            lines += [f"| {name} | {card.before[name]:z.3f} | {card.after[name]:z.3f} |" for name in names] + [""]
+    return lines
 
 
 def _made_of(card: ModelCard) -> dict[str, str]:

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from g2l_core.errors import UsageError
 from g2l_core.options import PATCHES
 from g2l_core.patches.spec import GridSpec, ViewSpec
 from pipeline.cli import EXIT_DONE, EXIT_SOME_FAILED
-from pipeline.cli.options import Coordinates, Inputs, Json, Weights, from_specs, resolve_patches
+from pipeline.cli.options import Coordinates, Json, Weights, from_specs, resolve_patches
 from pipeline.cli.printing import show, tell
 from pipeline.settings import ExtractionSettings
 
@@ -27,11 +28,26 @@ NOT_PLANNED = (
 
 @from_specs(without=NOT_PLANNED)
 def plan(
-    inputs: Inputs,
     teacher: Annotated[list[str], typer.Option(help="The encoder; repeatable.", show_default=False)],
     grid: GridSpec,
     views: ViewSpec,
     settings: ExtractionSettings,
+    inputs: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="As of g2l cache-teacher. Without any: --slides, --patches-per-slide, --gpu.", show_default=False
+        ),
+    ] = None,
+    slides: Annotated[
+        int | None, typer.Option(min=1, help="Forecast so many slides that are not at hand.", show_default=False)
+    ] = None,
+    patches_per_slide: Annotated[
+        int | None, typer.Option(min=1, help="Patches of each of them.", show_default=False)
+    ] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(help="The GPU that they would be encoded on, such as h200 or rtx4090.", show_default=False),
+    ] = None,
     weights: Weights = None,
     coords: Coordinates = None,
     epochs: Annotated[
@@ -41,14 +57,47 @@ def plan(
 ) -> None:
     """Patches, gigabytes, hours and bottleneck of g2l cache-teacher, before anything is written.
 
-    Thumbnails are read to count patches; a few hundred patches are read and encoded to measure this machine.
+    Thumbnails are read to count patches; a few hundred patches are read and encoded to measure this machine. Without
+    slides, speeds are published ones, or data sheets' where there are none; the plan says which.
     """
     from g2l_core.encoders.resolve import resolve_encoder
 
+    if given := [value for value in (slides, patches_per_slide, gpu) if value is not None]:
+        if inputs or len(given) < 3 or slides is None or patches_per_slide is None or gpu is None:
+            raise UsageError(
+                "a forecast without slides needs all of --slides, --patches-per-slide and --gpu, and no INPUT"
+            )
+        raise typer.Exit(_print_forecast(teacher, slides, patches_per_slide, gpu, settings, epochs, as_json))
+    if not inputs:
+        raise UsageError("expected INPUT, your slides; or --slides, --patches-per-slide and --gpu in their place")
     tissue = resolve_patches(grid.tissue, coords)
     specs = [resolve_encoder(name, weights=weights, trusted=settings.trust_code) for name in teacher]
     grid = replace(grid, tissue=tissue.identity)
     raise typer.Exit(print_plan(inputs, specs, grid, tissue, views, settings, epochs, as_json))
+
+
+def _print_forecast(
+    teachers: Sequence[str],
+    slides: int,
+    patches_per_slide: int,
+    gpu: str,
+    settings: ExtractionSettings,
+    epochs: int,
+    as_json: bool,
+) -> int:
+    """Forecast slides that are not at hand. Encoders need no weights for it."""
+    from g2l_core.encoders.resolve import resolve_encoder
+    from pipeline.plan import plan_json, plan_text, plan_without_slides
+
+    specs = [
+        resolve_encoder(
+            name, weights="random:0" if name.lower().startswith("timm:") else None, trusted=settings.trust_code
+        )
+        for name in teachers
+    ]
+    made = plan_without_slides(specs, slides, patches_per_slide, gpu, settings, epochs)
+    tell(plan_text(made), plan_json(made), as_json=as_json)
+    return EXIT_DONE
 
 
 def print_plan(

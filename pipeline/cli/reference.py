@@ -12,8 +12,9 @@ import typer
 from typer.models import ArgumentInfo, CommandInfo, OptionInfo
 
 from g2l_core.files import write_text
-from g2l_core.options import PANELS
+from g2l_core.options import PANELS, entries
 from pipeline.config import NAMES, OPTIONS, describe_kind
+from pipeline.study_file import BenchTable, SlidesTable, StudentTable, TeacherTable
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference.md"
 INTRODUCTION = """\
@@ -25,6 +26,13 @@ RECIPES = f"""\
 
 A recipe is a TOML file for `g2l distill --config`; a sweep has these keys in `[base]`, and lists of their values in
 `[grid]`. An option of the command line takes precedence over a recipe. A recipe may also name {", ".join(NAMES)}.
+"""
+STUDY_KEYS = """\
+## Study files
+
+The tables of a [study](studies.md) have the options above as keys: `[slides]` those of slides and patches of
+`g2l cache-teacher`, `[teacher]` its others, `[student]` those of `g2l distill`, and these. `[bench.slides.NAME]` has
+the keys of `[slides]`. `g2l init` writes a file that explains all of them.
 """
 TASKS = """\
 ## Task files
@@ -46,6 +54,7 @@ def reference() -> str:
         for name, entry in sorted(OPTIONS.items(), key=lambda item: PANELS.index(item[1].option.panel))
     ]
     lines += ["", RECIPES, *_table(("key", "value", "default", "meaning"), rows)]
+    lines += ["", STUDY_KEYS, *_table(("table", "key", "value", "default", "meaning"), _study_rows())]
     lines += ["", TASKS, *_table(("key", "value", "default", "meaning"), _task_rows())]
     return "\n".join(lines) + "\n"
 
@@ -94,6 +103,13 @@ def _shown(default: Any) -> str:
     if isinstance(default, tuple):
         return f"`[{', '.join(map(str, default))}]`" if default else ""
     return "" if default is None or default in ("", MISSING) else f"`{default}`"
+
+
+def _study_rows() -> Iterator[tuple[str, ...]]:
+    tables = {"slides": SlidesTable, "teacher": TeacherTable, "student": StudentTable, "bench": BenchTable}
+    for table, spec in tables.items():
+        for name, kind, default, option in entries(spec):
+            yield f"`[{table}]`", f"`{name}`", describe_kind(kind), _shown(default), option.help
 
 
 def _task_rows() -> Iterator[tuple[str, str, str, str]]:

@@ -70,6 +70,18 @@ def copy(cached_store, tmp_path):
     return shutil.copytree(cached_store, tmp_path / "store.zarr")
 
 
+def test_weights_of_each_encoder_that_is_embedded(slides, copy):
+    small, other = "timm:mobilenetv3_small_075@64", "timm:test_vit@64"
+    embed = ["embed", slides, "--store", copy, "--encoder", small, "--encoder", other, "--batch-size", "8"]
+    done = g2l(*embed, "--weights", f"{other}=random:2", "--weights", f"{small}=random:1")
+    assert done.returncode == 0, done.stderr
+    stored = FeatureStore.open(copy).encoders
+    assert {"timm-mobilenetv3_small_075-64-random1", "timm-test_vit-64-random2"} <= stored.keys()
+    refused(g2l(*embed, "--weights", "random:1"), "expected ENCODER=WEIGHTS", small, other)
+    refused(g2l(*embed, "--weights", f"{small}=random:1", "--weights", f"{small}=random:2"), f"gives {small} two")
+    refused(g2l(*embed, "--weights", f"{small}=random:1"), "architecture without weights", other)
+
+
 # -- stage one ---------------------------------------------------------------------------------------------
 
 

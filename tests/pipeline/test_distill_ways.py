@@ -364,8 +364,14 @@ def test_the_model_card_says_what_it_is_made_of(vit_run):
     card = (vit_run / "student" / "README.md").read_text()
     record = json.loads((vit_run / "run.json").read_text())
     for fact in (TEACHER, record["teacher"]["digest"][:12], "step 2 of 2", "loss logsum", "library_name: timm",
-                 f"{sum(record['rows']['train'].values()):,} patches of 3 slides", "| cka_debiased |"):  # fmt: skip
+                 f"{sum(record['rows']['train'].values()):,} patches of 3 slides", "| cka_debiased |", "## Terms",
+                 "This student is "):  # fmt: skip
         assert fact in card
+    own, with_projector = card.partition("own features")[2].split("With the projector")
+    assert "_projected |" not in own
+    rows = [line for line in with_projector.splitlines() if line.startswith("| ") and "metric" not in line]
+    assert len(rows) == 4
+    assert all("_projected" in row for row in rows)
 
 
 def test_the_card_s_own_python_gives_the_features(vit_run, tmp_path):

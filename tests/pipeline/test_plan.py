@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from g2l_core.encoders.resolve import resolve_encoder
 from pipeline.forecast import Speeds, forecast, gigabytes, speed_up, view_choices
+from pipeline.gpus import GPUS, forward_tflop, published_speeds
 from tests.conftest import TEACHER
 from tests.pipeline.test_cli import g2l
 
@@ -132,3 +134,52 @@ def test_failed_slides_are_named(cohort, tmp_path):
     done = plan(cohort, tmp_path)
     assert done.returncode == 1
     assert "failed  broken: " in done.stdout
+
+
+def test_a_forward_pass_is_counted_as_others_count_it():
+    # GMACs as in timm's results/benchmark-infer-amp-nhwc-pt240-cu124-rtx4090.csv
+    for name, gmacs in (("vit_large_patch16_224", 61.6), ("vit_huge_patch14_224", 167.4)):
+        spec = resolve_encoder(f"timm:{name}", weights="random:0")
+        assert forward_tflop(spec) == pytest.approx(2 * gmacs / 1e3, rel=0.01)
+
+
+def test_published_speeds_foretell_other_published_ones():
+    """The figures are of one network on each card; timm timed others on the same cards."""
+    published = {
+        "rtx3090": {"vit_base_patch16_224": 1572.08, "vit_large_patch16_224": 487.63, "vit_huge_patch14_224": 183.75},
+        "rtx4090": {"vit_base_patch16_224": 2843.0, "vit_large_patch16_224": 903.87, "vit_huge_patch14_224": 348.57},
+    }
+    for gpu, images in published.items():
+        specs = [resolve_encoder(f"timm:{name}", weights="random:0") for name in images]
+        seconds = published_speeds(specs, GPUS[gpu]).encode
+        for name, rate in images.items():
+            assert 1 / seconds[f"timm:{name}"] == pytest.approx(rate, rel=0.25), (gpu, name)
+
+
+def test_a_forecast_without_slides_or_weights(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cohort = ["--slides", "1000", "--patches-per-slide", "12000", "--views", "1"]
+    done = g2l("plan", *cohort, "--teacher", "hibou-l", "--gpu", "RTX 4090", "--workers", "16", "--json")
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert facts["total"] == 12_000_000
+    assert facts["gigabytes"] == pytest.approx(12e6 * 2 * 1024 * 2 / 1e9)
+    seconds = facts["measured"]["encode"]["hibou-l"]
+    assert facts["forecast"]["hours"] == pytest.approx(12e6 * 2 * seconds / 3600)
+    assert any("published" in source and "rtx4090" in source for source in facts["sources"])
+    text = g2l("plan", *cohort, "--teacher", "hibou-l", "--gpu", "h200").stdout
+    assert "assumed" in text
+    assert "not measured" in " ".join(text.split())
+    assert max(map(len, text.splitlines())) <= 80
+    small = g2l("plan", *cohort, "--teacher", "efficientnet-lite0", "--gpu", "h200").stdout
+    assert "takes longer than that" in " ".join(small.split())
+    for arguments, words in {
+        ("--slides", "10"): "needs all of --slides, --patches-per-slide and --gpu",
+        (*cohort, "--gpu", "h200", "slides/"): "no INPUT",
+        (): "expected INPUT",
+        (*cohort, "--gpu", "h2000"): "Did you mean h200",
+    }.items():
+        refused = g2l("plan", *arguments, "--teacher", "hibou-l")
+        assert refused.returncode == 2
+        assert words in refused.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -275,7 +275,7 @@ def test_permissive_refuses_what_would_not_be_free(store, tmp_path):
     assert not (tmp_path / "refused").exists()
     distill(path, tmp_path / "run", teachers=(A, B), steps=2)
     card = (tmp_path / "run" / "student" / "README.md").read_text()
-    assert "| terms | non-commercial because of the teacher uni (CC-BY-NC-ND-4.0) |" in card
+    assert "This student is non-commercial because of the teacher uni (CC-BY-NC-ND-4.0)." in card
     assert json.loads((tmp_path / "run" / "student" / "encoder.json").read_text())["licence"] == "CC-BY-NC-ND-4.0"
     free = with_terms(store, tmp_path / "free.zarr", B, "Apache-2.0")
     distill(free, tmp_path / "free", teachers=(A, B), permissive=True, steps=2)
