@@ -2,7 +2,7 @@
 
 import csv
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
@@ -288,8 +288,9 @@ def _overview(result: SweepResult) -> str:
     rows = []
     for i, (key, runs) in enumerate(groups_of(result).items()):
         values = [run.after["cka_debiased"] for run in runs]
-        bar = {"low": min(values), "high": max(values)} if len(values) > 1 else {}
-        estimate = Estimate(value=mean(values), **bar)
+        estimate = Estimate(value=mean(values))
+        if len(values) > 1:
+            estimate = replace(estimate, low=min(values), high=max(values))
         rows.append(Row(label=_words(key), series=i, estimate=estimate, text=_spread(values)))
     before = result.finished[0].before["cka_debiased"]
     group = ForestGroup(title="CKA, debiased", rows=tuple(rows))

@@ -60,5 +60,5 @@ def _renamed(value: Any, names: dict[str, str]) -> Any:
 def _in_sentence(sentence: str, names: dict[str, str]) -> str:
     for key, name in sorted(names.items(), key=lambda item: -len(item[0])):
         if key != name:
-            sentence = re.sub(rf"(?<![\w-]){re.escape(key)}(?![\w-])", lambda _, name=name: name, sentence)
+            sentence = re.sub(rf"(?<![\w-]){re.escape(key)}(?![\w-])", name.replace("\\", r"\\"), sentence)
     return sentence
