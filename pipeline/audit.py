@@ -65,7 +65,7 @@ def require_plausible(findings: Sequence[ScaleFinding], *, accept_mpp: bool) -> 
     """
     if findings and not accept_mpp:
         raise MppError(
-            f"slides with a doubtful um/px: {len(findings)}, the first is {findings[0].slide_id}: "
-            f"{'; '.join(findings[0].reasons)}. Look at the table; pass --accept-mpp to go on with its figures, "
-            "or give mpp in the manifest"
+            "look at the table of um/px; then give mpp in the manifest, or --accept-mpp to go on with its figures. "
+            f"Slides with a doubtful um/px: {len(findings)}, the first is {findings[0].slide_id}: "
+            f"{'; '.join(findings[0].reasons)}"
         )

@@ -18,7 +18,7 @@ from markupsafe import Markup
 
 from g2l_core.benchmark.projections import cells_of, chosen_rows, component_colors, means_of_cells, principal_components
 from g2l_core.encoders.resolve import find_stored
-from g2l_core.errors import ReadError, SlideError, StoreMissingError, UnknownNameError, writing
+from g2l_core.errors import ReadError, RunError, SlideError, StoreMissingError, UnknownNameError, writing
 from g2l_core.files import parse_json, write_text
 from g2l_core.patches.grid import GridSpec
 from g2l_core.patches.render import PatchReader, SlidePatches, open_patches
@@ -106,6 +106,8 @@ def run_view(store_path: Path, out: Path, settings: ViewSettings, slide_ids: Seq
         raise StoreMissingError(f"{store_path} has no features yet: g2l cache-teacher makes them")
     key = find_stored(settings.encoder, store.encoders) if settings.encoder else next(iter(store.encoders))
     have, notes = _slides(store, key, settings, slide_ids)
+    target = out if out.suffix == ".html" else out / PAGE
+    _make_folder(target.parent)
     with if_interrupted(lambda: "no page was written; the same command begins again"):
         shown = [_shown(slide, key) for slide in have]
         _choose(shown, settings)
@@ -115,9 +117,7 @@ def run_view(store_path: Path, out: Path, settings: ViewSettings, slide_ids: Seq
                 notes += _pictures(one, grid)
                 line.update(done, len(shown))
         page = _page(store, key, shown, store_path, notes)
-        target = out if out.suffix == ".html" else out / PAGE
         with writing(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
             write_text(target, page)
     return Viewed(
         page=target,
@@ -127,6 +127,13 @@ def run_view(store_path: Path, out: Path, settings: ViewSettings, slide_ids: Seq
         with_pictures=sum(bool(one.image or one.faces) for one in shown),
         notes=tuple(notes),
     )
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"cannot make the folder {folder}: {error.strerror}; give another --out") from error
 
 
 def _slides(
@@ -252,7 +259,7 @@ def _page(store: FeatureStore, key: str, shown: Sequence[_Shown], path: Path, no
     return render(
         "view.html",
         title=path.resolve().name,
-        summary=f"{counted:,} patches of {len(shown):,} slides, by {facts.dim:,} features of {key} a patch.",
+        summary=f"{counted:,} patches, slides: {len(shown):,}. Features: {facts.dim:,} a patch.",
         notes=notes,
         encoder=key,
         shares=f"{fitted.sum():.0%}",
@@ -330,6 +337,7 @@ def _on_page(one: _Shown, colored: Mapping[str, Any], numbers: Iterable[int], fo
     kept = (one.corners * scale).round(1) if one.slide.patch_ids is None and len(one.rows) <= MAX_CELLS else ()
     edge = f"{one.side * scale:.1f}"
     mpp = f", {one.slide.facts.mpp:.4g} um/px" if one.slide.facts.mpp else ""
+    mpp += ", images without places, in stored order" if one.slide.patch_ids is not None else ""
     numbered = zip(places, numbers, strict=False)
     return {
         "slide_id": one.slide.slide_id,

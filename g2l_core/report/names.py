@@ -60,6 +60,5 @@ def _renamed(value: Any, names: dict[str, str]) -> Any:
 def _in_sentence(sentence: str, names: dict[str, str]) -> str:
     for key, name in sorted(names.items(), key=lambda item: -len(item[0])):
         if key != name:
-            words = name.replace("\\", r"\\")
-            sentence = re.sub(rf"(?<![\w-]){re.escape(key)}(?![\w-])", words, sentence)
+            sentence = re.sub(rf"(?<![\w-]){re.escape(key)}(?![\w-])", name.replace("\\", r"\\"), sentence)
     return sentence

@@ -147,7 +147,7 @@ class FeatureStore:
         changed = [f"{name} is {there!r} there, {now!r} asked" for name, there, now in differences(stored, asked)]
         if changed:
             raise StoreMismatchError(
-                f"{self.path} was made with other settings: {'; '.join(changed)}. Use its settings, or another --store"
+                f"use another --store, or the settings that {self.path} was made with: {'; '.join(changed)}"
             )
 
     @property
@@ -178,7 +178,7 @@ class FeatureStore:
             changed = differences(known.to_json(), encoder.to_json())
             fields = ", ".join(f"{name}: {there!r} there, {now!r} now" for name, there, now in changed)
             raise StoreMismatchError(
-                f"{self.path} holds features of another encoder under {key!r} ({fields}). Use another --store"
+                f"use another --store: {self.path} holds features of another encoder under {key!r} ({fields})"
             )
 
     def set_proof(self, key: str, proof: str, notes: Sequence[str]) -> None:

@@ -31,5 +31,5 @@ def view(
     made = run_view(store, out, settings, slide or ())
     for note in made.notes:
         show(f"note  {note}", err=True)
-    text = f"{made.page}: {made.slides} slides by {made.encoder}, {made.with_pictures} with pictures"
+    text = f"{made.page}: slides by {made.encoder}, {made.with_pictures} of {made.slides} with pictures"
     tell(f"{text}, {bytes_text(made.size)}; open it in a browser, or send it", asdict(made), as_json=as_json)

@@ -3,11 +3,13 @@
 import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import warnings
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -256,6 +258,11 @@ def test_a_sweep_runs_every_combination_once_and_resumes(cached_store, tmp_path)
     assert "loss logsum, alpha 2.0" in text
     page = (tmp_path / "s" / "sweep.html").read_text()
     assert "loss mse" in page
+    for named in (str(cached_store), "timm:mobilenetv3_small_050@64", "CKA of every setting", "CKA over alpha"):
+        assert named in page
+    links = re.findall(r'href="([^"]+)"', page)
+    assert len(links) == 6
+    assert all((tmp_path / "s" / unquote(link)).is_file() for link in links)
     assert "±" in page
     mean = np.mean([r.after["cka_debiased"] for r in found.finished if r.varied.get("loss") == "mse"])
     assert f"{mean:.3f}" in text

@@ -5,7 +5,7 @@ from dataclasses import replace
 from g2l_core.report.html import page
 from g2l_core.report.names import named, short_names
 from g2l_core.results import EncoderSummary, Result
-from tests.report.test_report import report
+from tests.report.test_report import report, result
 
 DIGEST = "b990dbed" + "0" * 56
 
@@ -14,7 +14,7 @@ def with_keys(*keys):
     """A report of encoders with these keys, all of one digest."""
     full = report()
     facts = {"weights": "w", "dim": 2, "pooling": "cls", "precision": "fp32", "digest": DIGEST}
-    shown = tuple(EncoderSummary(key=key, name=key, **facts) for key in keys)
+    shown = tuple(EncoderSummary(key=key, name=key.partition("-")[0], **facts) for key in keys)
     rows = tuple(result(encoder=key, settings={"C_chosen_by": "given"}) for key in keys)
     summary = (f"task: 1 for {keys[0]}.",)
     return replace(full, encoders=shown, results=rows, comparisons=(), failures=(), summary=summary)
