@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from g2l_core.encoders.exported import with_runtime
 from g2l_core.encoders.loading import (
     LoadedEncoder,
     load_encoder,
@@ -93,6 +94,7 @@ def run_extraction(
     Raises:
         G2LError: Nothing could be started: bad inputs, settings or encoders.
     """
+    encoder_specs = [with_runtime(spec, settings.runtime) for spec in encoder_specs]
     for spec in encoder_specs if not settings.force_mpp else ():
         require_mpp(spec, grid.mpp)
     with locked(store_path / LOCKS / "writer", wait_s=0, holder="another g2l command writes into it"):

@@ -141,6 +141,8 @@ def run_distill(
 
 def _distill(run: Run, epochs: int | None) -> DistillSummary:
     """Open everything that can be refused, then train, then write the student."""
+    if run.student.is_export:
+        raise UsageError(f"{run.student.source.where} is an export, which cannot be trained; give the run folder")
     batches = _open_batches(run)
     if epochs is not None:
         run = _with_steps(run, epochs * batches.batches_per_epoch)

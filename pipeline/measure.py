@@ -22,7 +22,6 @@ from g2l_core.distillation.held_out import read_held_out
 from g2l_core.distillation.replay import good_rows
 from g2l_core.encoders.exported import RUNTIMES, export_encoder, is_export_folder, network_files, read_export_record
 from g2l_core.encoders.resolve import EncoderSpec, read_student_record, run_encoder, spec_from_json
-from g2l_core.encoders.spec import EXPORT
 from g2l_core.encoders.trust import with_trusted_code
 from g2l_core.encoders.weight_files import shards_of
 from g2l_core.errors import G2LError, UsageError
@@ -226,7 +225,7 @@ def _of_run(folder: Path, run: Path) -> EncoderSpec | str:
 def _cost(spec: EncoderSpec | str, name: str, aside: Path, settings: MeasureSettings, pixels: _Pixels) -> Cost:
     if isinstance(spec, str):
         return Cost(name=name, runtime="", failed=spec)
-    runtime = spec.card_precision if spec.source.kind == EXPORT else "fp32, torch"
+    runtime = spec.card_precision if spec.is_export else "fp32, torch"
     say(f"measuring {name}")
     begin = perf_counter()
     try:
@@ -273,7 +272,7 @@ def _measure_one(spec: EncoderSpec, pixels_file: Path, batch_size: int, threads:
     batches = [pixels[start : start + batch_size] for start in range(0, len(pixels), batch_size)]
     batches = [batch for batch in batches if len(batch) == batch_size] or batches
     try:
-        encoder = load_encoder(spec, device="cpu", precision="auto" if spec.source.kind == EXPORT else "fp32")
+        encoder = load_encoder(spec, device="cpu", precision="auto" if spec.is_export else "fp32")
         encode(encoder, batches[0])
         ready = perf_counter()
         meter, seconds = EnergyMeter(), list[float]()
@@ -309,7 +308,7 @@ def _disk_bytes(spec: EncoderSpec) -> int | None:
     if spec.source.kind in {"random", "module"}:
         return None
     try:
-        files = network_files(Path(spec.source.where)) if spec.source.kind == EXPORT else shards_of(weights_file(spec))
+        files = network_files(Path(spec.source.where)) if spec.is_export else shards_of(weights_file(spec))
         return sum(file.stat().st_size for file in files)
     except (G2LError, OSError):
         return None

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from g2l_core.encoders.loading import RUNTIME_FACTS
 from g2l_core.encoders.resolve import STUDENT_FOLDER, EncoderSpec, run_encoder, spec_from_json
 from g2l_core.errors import SlideError, StoreError, UsageError, writing
 from g2l_core.files import csv_row, write_text, write_with
@@ -116,9 +117,13 @@ def run_predict(
 
 
 def _require_same(head: Head, store: FeatureStore, key: str) -> None:
-    """Refuse features of another encoder than the head's: other weights, preprocessing or precision."""
-    fitted, found = head.facts.encoder.get("digest"), store.encoders[key].digest
-    if fitted != found:
+    """Refuse features of another encoder than the head's: other weights, preprocessing or precision.
+
+    An export of the head's own student passes: its features were compared with the student's when it was written.
+    """
+    fitted, facts = head.facts.encoder.get("digest"), store.encoders[key]
+    found, exported_from = facts.digest, facts.extra.get(RUNTIME_FACTS, {}).get("student_digest")
+    if fitted not in {found, exported_from}:
         raise UsageError(
             f"the head was fitted on features of {head.facts.encoder.get('name')} with digest {str(fitted)[:12]}; the "
             f"encoder here has {found[:12]}. Weights, preprocessing and precision must be the same"

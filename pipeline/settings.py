@@ -39,6 +39,12 @@ class ExtractionSettings:
     precision: str = option(
         "auto", panel=ENCODER, help="auto (fp32 on CPU, the model card's on GPU), fp32, bf16 or fp16."
     )
+    runtime: str = option(
+        "auto",
+        panel=ENCODER,
+        help="What runs the student of a folder RUN: torch; or onnx or openvino, which run RUN-onnx or RUN-openvino of "
+        "g2l export-student. auto is torch, and an exported folder's own runtime.",
+    )
     compile: bool = option(False, panel=ENCODER, help="Compile the network: faster on a GPU, half a minute to start.")
     batch_size: int = option(32, min=1, panel=ENCODER, help="Views encoded together.")
     trust_code: tuple[str, ...] = option((), panel=ENCODER, help=TRUST_CODE)

@@ -140,10 +140,10 @@ def with_runtime(spec: EncoderSpec, runtime: str) -> EncoderSpec:
     if runtime not in RUNTIME_CHOICES:
         raise UnknownNameError("runtime", runtime, RUNTIME_CHOICES)
     source = spec.source
-    own = spec.card_precision.rpartition("+")[2] if source.kind == EXPORT else "torch"
+    own = spec.card_precision.rpartition("+")[2] if spec.is_export else "torch"
     if runtime in {"auto", own}:
         return spec
-    if source.kind == EXPORT:
+    if spec.is_export:
         raise UsageError(f"--runtime {runtime}: {source.where} was exported for {own}; leave --runtime out")
     if source.kind != "run":
         raise UsageError(f"--runtime {runtime} runs exported students; {spec.name} is none. Leave --runtime out")

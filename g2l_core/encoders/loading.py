@@ -27,7 +27,7 @@ from g2l_core.encoders.resolve import (
     spec_to_json,
 )
 from g2l_core.encoders.runtimes import SessionNetwork
-from g2l_core.encoders.spec import EXPORT, spec_digest
+from g2l_core.encoders.spec import spec_digest
 from g2l_core.encoders.trust import code_of, require_trusted
 from g2l_core.encoders.weight_files import preprocessing_beside
 from g2l_core.encoders.weights import read_networks, state_digest, weights_content, weights_file
@@ -98,7 +98,7 @@ def load_encoder(spec: EncoderSpec, *, device: str = "auto", precision: str = "a
     """
     target = _device_of(spec, device)
     precision = choose_precision(spec, target, precision)
-    if spec.source.kind == EXPORT:
+    if spec.is_export:
         return _load_exported(spec, precision)
     network, notes = _network_and_notes(spec)
     weights_digest = state_digest(network.state_dict())
@@ -189,7 +189,7 @@ def stored_key(
 
 def _device_of(spec: EncoderSpec, device: str) -> torch.device:
     """The device that a user names; auto is the CPU for an exported student."""
-    return choose_device("cpu" if device == "auto" and spec.source.kind == EXPORT else device)
+    return choose_device("cpu" if device == "auto" and spec.is_export else device)
 
 
 def _require_recorded(student: Path, weights_digest: str) -> None:
@@ -225,7 +225,7 @@ def choose_precision(spec: EncoderSpec, device: torch.device, precision: str) ->
         UnknownNameError: There is no such precision.
         UsageError: The network is to be compiled, but there is no compiler.
     """
-    if spec.source.kind == EXPORT:
+    if spec.is_export:
         return _export_precision(spec, device, precision)
     asked, compiled = precision.removesuffix(COMPILED), precision.endswith(COMPILED)
     if asked == "auto":

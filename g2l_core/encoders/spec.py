@@ -146,6 +146,11 @@ class EncoderSpec:
         """Whether the weights are random."""
         return self.source.kind == "random"
 
+    @property
+    def is_export(self) -> bool:
+        """Whether it is an exported network, which a runtime other than torch runs."""
+        return self.source.kind == EXPORT
+
     def describe_weights(self) -> str:
         """What the weights were trained on, or else where they come from, for people."""
         where = self.source.where

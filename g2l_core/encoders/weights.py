@@ -77,7 +77,7 @@ def weights_content(spec: EncoderSpec) -> str | None:
 
 def _weights_files(spec: EncoderSpec) -> tuple[Path, ...]:
     """The local files that hold the weights: one, its shards, or those of an exported network."""
-    if spec.source.kind == EXPORT:
+    if spec.is_export:
         return network_files(Path(spec.source.where))
     path = weights_file(spec)
     return shards_of(path) if path.is_file() else (path,)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from g2l_core.errors import UsageError, with_remedy
-from g2l_core.options import ENCODER, OUTPUT, PATCHES
+from g2l_core.options import OUTPUT, PATCHES
 from g2l_core.patches.spec import GridSpec, ViewSpec
 from pipeline.cli import EXIT_DONE, EXIT_SOME_FAILED
 from pipeline.cli.options import Coordinates, Inputs, Json, Store, Weights, WeightsOfEach, from_specs, resolve_patches
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 SHOWN_REASONS = 20
 
 
-@from_specs()
+@from_specs(without=("runtime",))
 def cache_teacher(
     inputs: Inputs,
     store: Store,
@@ -62,14 +62,6 @@ def embed(
     encoder: Annotated[list[str], typer.Option(help="An encoder or run folder; repeatable.", show_default=False)],
     settings: ExtractionSettings,
     weights: WeightsOfEach = None,
-    runtime: Annotated[
-        str,
-        typer.Option(
-            help="What runs the student of a run folder RUN: torch, or onnx and openvino, which run the folder "
-            "RUN-onnx or RUN-openvino of g2l export-student. auto is torch, and an exported folder's own runtime.",
-            rich_help_panel=ENCODER,
-        ),
-    ] = "auto",
     tissue: Annotated[
         str | None,
         typer.Option(
@@ -89,7 +81,6 @@ def embed(
 
     The store's own grid and views are used; make it with g2l cache-teacher first.
     """
-    from g2l_core.encoders.exported import with_runtime
     from g2l_core.encoders.resolve import resolve_encoder
     from g2l_core.store.features import FeatureStore
     from pipeline.config import weights_by_encoder
@@ -103,7 +94,6 @@ def embed(
     names = [f"{name}+{width}" for name in encoder for width in dim] if dim else encoder
     given = weights_by_encoder(encoder, weights or ())
     specs = [resolve_encoder(name, weights=given.get(name), trusted=settings.trust_code) for name in names]
-    specs = [with_runtime(spec, runtime) for spec in specs]
     views = ViewSpec.from_json(existing.views)
     raise typer.Exit(_extract(inputs, store, specs, grid, method, views, settings, as_json, is_teacher=False))
 

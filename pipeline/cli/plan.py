@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 EPOCHS = 10
 NOT_PLANNED = (
     "accept_mpp", "force_mpp", "retry_failed", "local_workers", "scheduler", "stage_dir", "stage_gb", "pictures",
+    "runtime",
 )  # fmt: skip
 """Settings of stage one that change nothing in a plan."""
 

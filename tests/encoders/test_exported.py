@@ -23,6 +23,8 @@ from g2l_core.encoders.loading import encode, encode_all, load_encoder, stored_f
 from g2l_core.encoders.resolve import find_stored, resolve_encoder
 from g2l_core.encoders.student_export import export_student
 from g2l_core.errors import EncoderError, UnknownNameError, UsageError
+from pipeline.distill import run_distill
+from tests.faults.small_run import KEY, settings
 from tests.small_student import make_run, tiny_vit
 
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed (the extra onnx)")
@@ -168,6 +170,12 @@ def test_an_export_of_another_student_is_no_runtime_of_this_one(run, onnx, tmp_p
     (tmp_path / "run-onnx").symlink_to(onnx.out)
     with pytest.raises(EncoderError, match="was exported from another student"):
         with_runtime(resolve_encoder(str(other)), "onnx")
+
+
+def test_an_export_is_not_trained(onnx, cached_store, tmp_path):
+    with pytest.raises(UsageError, match="is an export, which cannot be trained; give the run folder"):
+        run_distill(cached_store, KEY, resolve_encoder(str(onnx.out)), tmp_path / "out", settings())
+    assert not (tmp_path / "out" / "run.json").exists()
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32+compile"])

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 from g2l_core.distillation.replay import count_rows
 from g2l_core.encoders.loading import load_encoder
 from g2l_core.encoders.resolve import resolve_encoder
-from g2l_core.errors import UsageError
+from g2l_core.errors import EncoderError, UsageError
 from g2l_core.store.features import FeatureStore
 from g2l_core.synthetic.cohort import label_patches
 from pipeline import doctor
@@ -24,6 +25,8 @@ from pipeline.energy import EnergyMeter
 from pipeline.export_student import GateSettings, linear_classifier, read_patches, run_export
 from pipeline.fit_head import run_fit_head
 from pipeline.measure import Cost, Measured, MeasureSettings, measure_rows, measure_text, run_measure
+from pipeline.predict import run_predict
+from pipeline.settings import ExtractionSettings
 from pipeline.split import split_store
 from tests.encoders.test_weights import closed_port, hub, settings_of_a_hub  # noqa: F401  hub is a fixture
 from tests.faults.small_run import settings
@@ -151,14 +154,19 @@ def test_what_cannot_be_judged(study, form, settings, message):
 # ---- runtimes in stage one --------------------------------------------------------------------------------------
 
 
-@needs_onnx
-def test_embed_with_a_runtime(exported, study):
-    """Its features are the student's to float16, under a digest of their own; a second call encodes nothing."""
-    inputs = Path(next(iter(FeatureStore.open(study / "s.zarr").slides())).facts.source).parents[1] / "manifest.csv"
-    common = ("embed", inputs, "--store", study / "s.zarr", "--encoder", study / "run", "--json")
+@pytest.fixture(scope="module")
+def embedded(exported, cohort, study):
+    """The student's features in torch and in ONNX Runtime, and what a second call with it says."""
+    common = ("embed", cohort, "--store", study / "s.zarr", "--encoder", study / "run", "--json")
     done = [g2l(*common), g2l(*common, "--runtime", "onnx"), g2l(*common, "--runtime", "onnx")]
     assert [run.returncode for run in done] == [0, 0, 0], done[1].stderr
-    torchs, runtimes, again = (json.loads(run.stdout) for run in done)
+    return [json.loads(run.stdout) for run in done]
+
+
+@needs_onnx
+def test_embed_with_a_runtime(embedded, study):
+    """Its features are the student's to float16, under a digest of their own; a second call encodes nothing."""
+    torchs, runtimes, again = embedded
     assert runtimes["encoded"] == torchs["encoded"] > 0
     assert again["encoded"] == 0
     store = FeatureStore.open(study / "s.zarr")
@@ -180,6 +188,32 @@ def test_a_runtime_without_an_export_is_refused(study):
     assert done.returncode == 2
     assert "g2l export-student" in done.stderr
     assert "--format openvino" in done.stderr
+
+
+@needs_onnx
+def test_predict_with_a_runtime(embedded, cohort, study, tmp_path):
+    """An export of the head's own student answers as the student does; that of another one is refused."""
+    head = study / "answers"
+    run_fit_head(study / "tasks.toml", "tissue", [study / "s.zarr"], str(study / "run"), head)
+    shutil.copytree(study / "run-onnx", study / "answers-onnx")
+    settings = ExtractionSettings(batch_size=16, pictures=False)
+    found = {}
+    for runtime in ("torch", "onnx"):
+        summary = run_predict(
+            [cohort],
+            head,
+            tmp_path / runtime,
+            replace(settings, runtime=runtime),
+            store=study / "s.zarr",
+            pictures=False,
+        )
+        found[runtime] = [[float(value) for name, value in row.items() if name[:2] == "p("] for row in summary.rows]
+    np.testing.assert_allclose(found["onnx"], found["torch"], atol=2e-3)
+    other = make_run(tmp_path / "run", replace(tiny_vit(tmp_path), weights="random:2"))
+    shutil.rmtree(head / "student")
+    shutil.copytree(other / "student", head / "student")
+    with pytest.raises(EncoderError, match="was exported from another student"):
+        run_predict([cohort], head, tmp_path / "no", replace(settings, runtime="onnx"))
 
 
 # ---- heads for WSInfer ------------------------------------------------------------------------------------------
