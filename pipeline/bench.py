@@ -27,6 +27,9 @@ from pipeline.widths import facts_of_widths, find_key, nested_in, with_all_width
 
 SHIPPED = Path(__file__).parent / "tasks"
 
+COMPONENTS_OF = "components_of"
+"""What a store keeps of principal components, beside other encoders' facts: whose they are."""
+
 
 def run_bench(
     tasks_path: Path,
@@ -254,7 +257,7 @@ def encoder_summary(key: str, facts: EncoderFacts) -> EncoderSummary:
             pooling=facts.pooling or unknown,
             precision=facts.precision or unknown,
             digest=facts.digest,
-            note="imported",
+            note="" if COMPONENTS_OF in facts.extra else "imported",
         )
     spec = spec_from_json(facts.to_json())
     return EncoderSummary(

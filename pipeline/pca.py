@@ -20,6 +20,7 @@ from g2l_core.store.locks import LOCKS, locked
 from g2l_core.store.provenance import digest
 from g2l_core.store.writer import FeatureWriter
 from pipeline.baseline import Baseline
+from pipeline.bench import COMPONENTS_OF
 
 
 def principal_components(
@@ -74,6 +75,9 @@ def run_pca(baseline: Baseline) -> tuple[str, float]:
                 digest=made,
                 imported=f"the principal components of {teacher}",
                 proof="computed from its stored features",
+                pooling=facts.pooling,
+                precision=facts.precision,
+                extra={COMPONENTS_OF: teacher},
             ),
         )
         for slide in store.slides():
