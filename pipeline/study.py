@@ -21,7 +21,7 @@ from g2l_core.options import entries
 from g2l_core.report.write import FILES, read_report
 from g2l_core.results import Report
 from g2l_core.store.features import FeatureStore
-from g2l_core.store.locks import holds_only_locks, locked_output
+from g2l_core.store.locks import locked_output
 from g2l_core.store.provenance import differences, digest, software
 from pipeline.bench import content_digest, find_tasks, run_bench
 from pipeline.cache_teacher import run_extraction
@@ -91,11 +91,9 @@ def _claim(study: Study) -> None:
         RunError: The folder holds something and no study.
     """
     copy = study.out / COPY
-    if not copy.is_file() and not holds_only_locks(study.out):
-        other = sorted(path.name for path in study.out.iterdir() if not path.name.startswith("."))
-        raise RunError(
-            f"{study.out} holds {', '.join(other[:1])} and no study: name an empty folder, or a new one, with --out"
-        )
+    others = sorted(path.name for path in study.out.iterdir() if not path.name.startswith("."))
+    if others and not copy.is_file():
+        raise RunError(f"{study.out} holds {others[0]} and no study: name an empty folder, or a new one, with --out")
     if not copy.is_file() or copy.read_text(encoding="utf-8") != study.file.text:
         write_text(copy, study.file.text)
 

@@ -17,7 +17,7 @@ from pipeline.bench import find_tasks
 from pipeline.config import settings_of, weights_by_encoder
 from pipeline.distill import training_precision
 from pipeline.settings import DistillHow, DistillSettings, ExtractionSettings
-from pipeline.study_file import COHORTS, STUDENT, BenchTable, StudyFile
+from pipeline.study_file import COHORTS, STUDENT, BenchTable, StudyFile, shipped_studies
 
 DRAWN = "cohort"
 """The folder of drawn slides in a study's folder."""
@@ -179,7 +179,7 @@ class _Resolver:
             if not drawn:
                 tissue.require_distinct(read_sources(inputs))
         except G2LError as error:
-            raise UsageError(f"{file.path}, [{table}]: {error}") from error
+            raise UsageError(f"{file.path}, [{table}]: {error}{_where_looked(file)}") from error
         return StudyCohort(
             inputs=inputs,
             grid=replace(grid, tissue=tissue.identity),
@@ -187,6 +187,14 @@ class _Resolver:
             settings=file.built(table, ExtractionSettings, extraction),
             tissue=tissue,
         )
+
+
+def _where_looked(file: StudyFile) -> str:
+    """What to do where a shipped study does not find its slides."""
+    name = file.path.stem
+    if shipped_studies().get(name) != file.path:
+        return ""
+    return f". A shipped study looks for slides in this folder: g2l init --example {name} writes it here, to be edited"
 
 
 def _distillation(file: StudyFile, trusted: Sequence[str]) -> tuple[DistillSettings, int | None, DistillHow]:

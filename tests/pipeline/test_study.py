@@ -226,5 +226,5 @@ def test_the_paper_s_studies_are_the_paper_s_recipes(tmp_path, monkeypatch, coho
         assert [each.alias or each.name for each in study.compared] == ["h-optimus-0", "hibou-l", "G2L"]
         assert {path.parent.name for path in study.evaluated} == {COHORTS}
         (tmp_path / manifest).unlink()
-        with pytest.raises(UsageError, match=r"no such file or folder"):
+        with pytest.raises(UsageError, match=rf"no such file or folder.*g2l init --example {name}"):
             resolve_study(file, tmp_path / "out")
