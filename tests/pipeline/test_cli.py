@@ -4,10 +4,8 @@ import csv
 import io
 import json
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from contextlib import redirect_stderr, redirect_stdout
 
 import numpy as np
@@ -309,20 +307,6 @@ def test_debug_shows_the_traceback(tmp_path):
     assert "StoreMissingError" in done.stderr
 
 
-def test_ctrl_c_keeps_the_state_and_says_so(slides, tmp_path):
-    arguments = ["cache-teacher", str(slides), "--store", str(tmp_path / "s.zarr"), "--teacher", TEACHER]
-    command = [*G2L, *arguments, "--weights", "random:0", "--views", "40", "--workers", "1"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as running:
-        while not (tmp_path / "s.zarr" / "slides").exists():
-            assert running.poll() is None
-            time.sleep(0.05)
-        running.send_signal(signal.SIGINT)
-        _, told = running.communicate(timeout=60)
-    assert running.returncode == 130, told
-    assert "kept; the same command goes on from there" in told
-    assert "Traceback" not in told
-
-
 # -- stage two ---------------------------------------------------------------------------------------------
 
 
@@ -331,17 +315,6 @@ def distill(store, out, *more):
         *("distill", "--store", store, "--teacher", KEY, "--student", "timm:mobilenetv3_small_050@64"),
         *("--weights", "random:1", "--out", out, "--steps", "2", "--batch-size", "8", "--workers", "1", *more),
     )
-
-
-def test_a_run_is_not_overwritten_and_goes_on_with_its_own_settings(cached_store, tmp_path):
-    first = distill(cached_store, tmp_path / "run")
-    assert first.returncode == 0, first.stderr
-    assert "cka_debiased" in first.stdout
-    refused(
-        distill(cached_store, tmp_path / "run", "--lr", "0.5"),
-        "settings.train.optim.lr was 0.0001, now 0.5",
-    )
-    assert distill(cached_store, tmp_path / "run", "--resume").returncode == 0
 
 
 def test_a_recipe_stands_where_the_command_line_gives_nothing(cached_store, tmp_path):
