@@ -10,7 +10,7 @@ from jaxtyping import UInt8
 
 from g2l_core.benchmark.metric_groups import METRIC_GROUPS, TaskInput
 from g2l_core.benchmark.rows import TaskRows, gather
-from g2l_core.benchmark.task_file import read_task, task_tables
+from g2l_core.benchmark.task_file import read_named_task
 from g2l_core.distillation.held_out import read_held_out
 from g2l_core.distillation.replay import ChosenRows, count_rows, good_rows
 from g2l_core.encoders.conversion import LinearClassifier
@@ -203,11 +203,7 @@ def _probe(store: FeatureStore, settings: GateSettings) -> Callable[[Encode, Enc
     """
     assert settings.tasks is not None
     tasks_file, folder = find_tasks(settings.tasks)
-    _, tables = task_tables(tasks_file)
-    name = settings.task or (next(iter(tables)) if len(tables) == 1 else "")
-    if name not in tables:
-        raise UsageError(f"{tasks_file}: say which task with --task; it has {', '.join(tables)}")
-    spec = read_task(tasks_file, name, tables[name])
+    spec = read_named_task(tasks_file, settings.task)
     if "probe" not in spec.metrics:
         raise UsageError(f"task {spec.name} evaluates no probe; its metrics are {', '.join(spec.metrics)}")
     rows = gather([store], spec, folder)

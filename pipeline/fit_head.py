@@ -12,7 +12,7 @@ from g2l_core.benchmark.metric_groups import METRIC_GROUPS, TaskInput
 from g2l_core.benchmark.metric_groups.patches import fit_probe, numbers
 from g2l_core.benchmark.rows import TaskRows, bags, gather, stored_encoders
 from g2l_core.benchmark.spec import TaskSpec
-from g2l_core.benchmark.task_file import read_task, task_tables
+from g2l_core.benchmark.task_file import read_named_task
 from g2l_core.encoders.resolve import STUDENT_FOLDER, find_stored, is_run_folder, spec_from_json
 from g2l_core.errors import G2LError, TaskError, UsageError, writing
 from g2l_core.heads.calibration import fit_temperature, log_loss, tempered
@@ -82,7 +82,7 @@ def run_fit_head(
         G2LError: The task, its rows or the encoder cannot be used.
     """
     tasks_file, folder = find_tasks(tasks_path)
-    spec = _read_task(tasks_file, task)
+    spec = read_named_task(tasks_file, task)
     kind = _kind(kind, spec)
     stores = [FeatureStore.open(path) for path in store_paths]
     known = stored_encoders(stores)
@@ -115,16 +115,6 @@ def run_fit_head(
         _copy_student(encoder, out)
         write_head(head, out)
     return head
-
-
-def _read_task(tasks_file: Path, task: str) -> TaskSpec:
-    _, tables = task_tables(tasks_file)
-    if not task and len(tables) == 1:
-        task = next(iter(tables))
-    if task not in tables:
-        wanted = f"there is no task {task!r}" if task else "say which task with --task"
-        raise UsageError(f"{tasks_file}: {wanted}; it has {', '.join(tables)}")
-    return read_task(tasks_file, task, tables[task])
 
 
 def _kind(kind: str, spec: TaskSpec) -> str:

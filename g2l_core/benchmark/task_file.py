@@ -54,6 +54,22 @@ def read_tasks(path: Path) -> tuple[str, list[TaskSpec]]:
     return title, [read_task(path, name, table) for name, table in tables.items()]
 
 
+def read_named_task(path: Path, name: str) -> TaskSpec:
+    """The one task of a file that a user names; the name may be empty where there is one.
+
+    Raises:
+        UsageError: There is no such task, or which of several is not said.
+        TaskError: The task cannot be evaluated.
+    """
+    _, tables = task_tables(path)
+    if not name and len(tables) == 1:
+        name = next(iter(tables))
+    if name not in tables:
+        wanted = f"there is no task {name!r}" if name else "say which task with --task"
+        raise UsageError(f"{path}: {wanted}; it has {', '.join(tables)}")
+    return read_task(path, name, tables[name])
+
+
 def read_task(path: Path, name: str, table: Mapping[str, Any]) -> TaskSpec:
     """One task.
 
