@@ -29,7 +29,7 @@ def draw(folder: Path, out: Path, metrics: list[str]) -> None:
                 axes.plot([found.low, found.high], [y, y], color="#33608c", lw=2)
             axes.plot([found.value], [y], "o", color="#33608c")
         axes.axvline(1.0, color="#777777", lw=1)
-        axes.set_yticks(range(len(keys)), keys)
+        axes.set_yticks(range(len(keys)), keys, fontsize=9)
         axes.set_title(meaning_of(metric).title, fontsize=10)
         axes.set_xlabel("share of the teacher")
         axes.spines[["top", "right"]].set_visible(False)
