@@ -40,7 +40,7 @@ def make_run(folder: Path, spec: EncoderSpec, *, train=("a",), held_out=("b",)) 
     encoder = load_encoder(spec, device="cpu", precision="fp32")
     plain = asdict(settings())
     card = ModelCard(
-        name=folder.name, teacher=encoder.facts.to_json(), student=spec, settings=plain, train_slides=len(train),
+        name=folder.name, teachers=[encoder.facts.to_json()], student=spec, settings=plain, train_slides=len(train),
         train_patches=1, held_out="some", step=1, before={}, after={},
     )  # fmt: skip
     write_student(folder, encoder.module, spec, trained_on="nothing", card=card)
