@@ -59,8 +59,8 @@ def run_bench(
     Raises:
         G2LError: Nothing could be started. A task that fails is a `Failure` of the report instead.
     """
-    require_report_folder(out)
     with writing(out), locked_output(out):
+        require_report_folder(out)
         statistics = {"draws": draws, "margin": margin, "seed": seed}
         return _run_bench(tasks_path, store_paths, encoders, out, baseline, statistics, device)
 

@@ -260,11 +260,12 @@ def _words(key: Sequence[tuple[str, Any]]) -> str:
 
 def _write(result: SweepResult, out: Path) -> None:
     varied = list(result.sweep.grid)
+    costly = VIEWS in varied  # hours differ from run to run, and the tables of other sweeps do not
     with replacing(out / RESULTS, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(
             [
-                *csv_row(varied), "run", "steps", "gigabytes", "hours",
+                *csv_row(varied), "run", "steps", *(("gigabytes", "hours") if costly else ()),
                 *(f"{name}_{when}" for name in HELD_OUT for when in ("before", "after")),
             ]
         )  # fmt: skip
@@ -273,7 +274,7 @@ def _write(result: SweepResult, out: Path) -> None:
             values = [
                 ONLINE if name == VIEWS and run.varied.get(ONLINE) else run.varied.get(name, "") for name in varied
             ]
-            cost = (run.cost.gigabytes, run.cost.hours)
+            cost = (run.cost.gigabytes, run.cost.hours) if costly else ()
             cells = (*map(shown, values), run.folder, run.steps, *cost, *figures)
             writer.writerow(csv_row(cells))
     write_text(out / PAGE, _page(result, out))

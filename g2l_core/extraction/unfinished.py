@@ -45,7 +45,7 @@ class UnfinishedShard:
     ) -> Bool[np.ndarray, "view row"]:
         """Put what is kept into the features and hashes of a shard's rows, and return which views of which rows.
 
-        The last row is left out, so that there is always one to be encoded, which makes the shard whole.
+        Of a shard of which every view of every row is kept, one is left out: encoding it makes the shard whole.
         """
         kept = np.zeros(hashes.shape, bool)
         content = b""
@@ -61,11 +61,13 @@ class UnfinishedShard:
             with suppress(OSError), self.path.open("r+b") as file:  # so that rows are appended behind whole ones
                 file.truncate(len(self._head) + len(rows) * self._row.itemsize)
         views = {shard.view: i for i, shard in enumerate(shards)}
-        for row in rows[:-1]:
+        for row in rows:
             view = views.get(int(row["view"]))
             if view is not None and row["row"] < hashes.shape[1]:
                 features[view, row["row"]], hashes[view, row["row"]] = row["features"], row["hash"]
                 kept[view, row["row"]] = True
+        if kept.all():  # as where the killed run wanted more views
+            kept[-1, -1] = False
         return kept
 
     def _whole(self, rows: np.ndarray) -> int:

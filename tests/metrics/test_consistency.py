@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from g2l_core.errors import TaskError
 from g2l_core.metrics.consistency import consistency_sums, median_over_pairs, pair_means, registered_pair
-from g2l_core.metrics.intervals import Figure, estimate
+from g2l_core.metrics.intervals import LINE, estimate, of_neighbors
 from g2l_core.metrics.patients import design_of
 
 KS = (1, 3, 5, 10)
@@ -85,11 +85,11 @@ def test_medians_over_pairs_and_their_interval():
     data, regions = scans(0, 0.6, count=4), np.arange(200) // 10
     got = consistency_sums(data, regions, ks=(1, 5))
     assert len(got.pairs) == 6
-    assert got.sums.shape == (1 + 20, 6, 4)
+    assert got.sums.shape == (1 + 20 + 190, 6, 4)
     by_pair = np.stack([registered_pair(data[a], data[b], ks=(1, 5)).mean(axis=0) for a, b in got.pairs])
     for k, expected in ((None, by_pair[:, 1]), (1, by_pair[:, 2]), (5, by_pair[:, 3])):
         column = got.column(k)
-        figure = Figure(values=median_over_pairs(column)(got.sums), design=design_of(regions, unit="regions"))
+        figure = of_neighbors(median_over_pairs(column)(got.sums), design_of(regions, unit="regions"), LINE)
         found = estimate(figure)
         assert found.value == pytest.approx(np.median(expected), abs=1e-12)
         assert found.low < found.value < found.high
