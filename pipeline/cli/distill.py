@@ -129,6 +129,7 @@ def baseline(
     store: Annotated[
         Path | None, typer.Option(help="The run's store, if it is elsewhere now.", show_default=False)
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """What distillation must beat: the same student, patches, steps and batches as a run, without its teacher.
 
@@ -147,11 +148,13 @@ def baseline(
         from pipeline.pca import run_pca
 
         key, share = run_pca(found)
-        typer.echo(f"{found.store.path}: {key}, which has {share:.1%} of its teacher's variance")
+        text = f"{found.store.path}: {key}, which has {share:.1%} of its teacher's variance"
+        tell(text, {"store": str(found.store.path), "encoder": key, "share_of_variance": share}, as_json=as_json)
         return
     summary = run_baseline(found, out)
     if summary.is_main:
-        typer.echo(_text(summary))
+        then = f"g2l embed SLIDES --store {found.store.path} --encoder {out}"
+        tell(_text(summary), asdict(summary), as_json=as_json, then=then)
 
 
 @from_specs(without=("resume", "restart"))

@@ -71,11 +71,15 @@ def init(
             show_default=False,
         ),
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Write study.toml, a study file with every key explained, for g2l run; or the files of a shipped example."""
     from pipeline.study_template import write_example, write_template
 
     written = write_example(example, folder) if example else [write_template(folder)]
+    if as_json:
+        typer.echo(json.dumps({"written": list(map(str, written))}, indent=2))
+        return
     for path in written:
         typer.echo(f"{path}")
     studies = [path for path in written if path.suffix == ".toml" and path.stem in {"study", example}]
