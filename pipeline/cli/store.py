@@ -139,7 +139,7 @@ def verify(
     lines.append(f"{opened.path}: " + (f"{wrong} problems" if wrong else "every recorded shard is as it was written"))
     if to_cache:
         lines.append(f"{len(to_cache)} slides are not complete: run the caching command again, which fills them")
-    elif wrong and not repair:
+    elif wrong and not repair and isinstance(opened.path, Path):  # nothing is repaired at an address
         lines.append(f"next: g2l store verify {store} --repair, which drops or mends what is damaged")
     facts = {"store": str(opened.path), "problems": [asdict(problem) for problem in problems], "repaired": done}
     tell("\n".join(lines), {**facts, "recomputed": said, "to_cache": sorted(to_cache)}, as_json=as_json)

@@ -246,7 +246,7 @@ def test_audit_of_files(tmp_path, capsys):
     ]  # fmt: skip
     assert list(failed) == ["text"]
     with pytest.raises(
-        MppError, match=r"um/px: 1, the first is c: outside .*--accept-mpp .* or give mpp in the manifest"
+        MppError, match=r"give mpp in the manifest, or --accept-mpp .*um/px: 1, the first is c: outside "
     ):
         require_plausible(findings, accept_mpp=False)
     require_plausible(findings, accept_mpp=True)

@@ -490,7 +490,8 @@ def test_commands_read_addresses(toy, uploaded, web, tmp_path):
     for address in (uploaded, f"{web.url}/toy.zarr"):
         assert told("ls", address) == told("ls", toy.path)
         assert address in told("info", address)[1]
-        assert told("verify", address) == (1, told("verify", toy.path)[1].replace(str(toy.path), address))
+        here = [line for line in told("verify", toy.path)[1].splitlines() if not line.startswith("next:")]
+        assert told("verify", address) == (1, "\n".join([*here, ""]).replace(str(toy.path), address))
         out = tmp_path / address.partition(":")[0]
         told("export", address, "--out", out, "--format", "npy")
         np.testing.assert_array_equal(
