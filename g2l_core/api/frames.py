@@ -62,12 +62,6 @@ def slide_frame(parts: Sequence[Part]) -> pd.DataFrame:
     return frame
 
 
-def column_values(name: str, part: Part) -> Shaped[np.ndarray, " row"]:
-    """A column of a slide's patches: of its stored type, or texts."""
-    columns = part.columns
-    return columns.values(name)[part.rows] if columns.is_typed(name) else columns.column(name, part.rows)
-
-
 def _patch_ids(part: Part) -> Shaped[np.ndarray, " row"]:
     names = part.slide.patch_ids
     return np.full(len(part), None, object) if names is None else np.array(names, object)[part.rows]

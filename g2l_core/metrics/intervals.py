@@ -173,7 +173,7 @@ def _error(figure: Figure) -> tuple[float, float, float]:
     factor, freedom = effective_freedom(figure.design)
     variance = factor * (count - 1) / count * float(((without - without.mean()) ** 2).sum())
     if figure.pairs is not None and variance > 0:
-        of_pairs = count / (count - 1) * slope**2 * float(((figure.pairs - figure.values[0]) ** 2).sum())
+        of_pairs = count / (count - 1) * slope**2 * float(np.nansum((figure.pairs - figure.values[0]) ** 2))
         kept = max(0.5, 1 - 0.5 * factor * of_pairs / variance)
         variance, freedom = kept * variance, max(1.0, kept * freedom)
     parts = [(variance + slope**2 * figure.least_variance, freedom)]

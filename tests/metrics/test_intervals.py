@@ -269,6 +269,13 @@ def test_what_two_patients_give_each_other_is_not_counted_twice():
     assert np.mean(held) >= 0.93
 
 
+def test_a_value_that_two_patients_leave_undefined_narrows_nothing():
+    values, pairs = np.array([0.5, 0.4, 0.5, 0.6, 0.5]), np.full(6, 0.5)
+    figure = Figure(values=values, pairs=pairs, design=design_of(np.arange(4), unit="patients"), scale=SHARE)
+    pairs_undefined = replace(figure, pairs=np.full(6, np.nan))
+    assert estimate(pairs_undefined) == estimate(figure) == estimate(replace(figure, pairs=None))
+
+
 def test_a_class_whose_patients_agree_is_not_certain():
     """Two patients of the positive class, both right: nothing moves without one of them."""
     matrices = np.array([[[8, 2], [0, 0]]] * 8 + [[[0, 0], [0, 5]]] * 2)
