@@ -409,7 +409,7 @@ def ratio(figure: Figure, reference: Figure) -> Figure:
         >>> teacher = Figure(values=np.array([0.8, 0.7, 0.8, 0.9, 0.8]), design=design)
         >>> found = estimate(ratio(student, teacher))
         >>> round(found.value, 3), round(found.low, 3), round(found.high, 3)
-        (0.75, 0.636, 0.884)
+        (0.75, 0.636, 0.885)
     """
     a, b = _value(figure), _value(reference)
     if b <= 0 or a < 0:
