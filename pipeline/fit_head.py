@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +15,9 @@ from g2l_core.benchmark.spec import TaskSpec
 from g2l_core.benchmark.task_file import read_named_task
 from g2l_core.encoders.resolve import STUDENT_FOLDER, find_stored, is_run_folder, spec_from_json
 from g2l_core.errors import G2LError, TaskError, UsageError, writing
+from g2l_core.files import require_output_folder
 from g2l_core.heads.calibration import fit_temperature, log_loss, tempered
-from g2l_core.heads.head import KINDS, Head, HeadFacts, HeadFigure, write_head
+from g2l_core.heads.head import KINDS, RECORD, Head, HeadFacts, HeadFigure, write_head
 from g2l_core.metrics.bags import mean_pool
 from g2l_core.metrics.folds import stratified_group_folds
 from g2l_core.metrics.intervals import estimate
@@ -28,6 +29,7 @@ from g2l_core.store.locks import locked_output
 from g2l_core.store.provenance import digest, software
 from g2l_core.types import Features
 from pipeline.bench import find_tasks
+from pipeline.progress import say
 
 CALIBRATION_FOLDS = 5
 _UNCALIBRATED = ("_brier", "_ece")
@@ -74,13 +76,14 @@ def run_fit_head(
         task: The task; may be empty where the file has one.
         store_paths: The cohorts.
         encoder: As users write it. The student of a run folder is copied into the head.
-        out: The head's folder. An existing head there is replaced.
+        out: The head's folder. An existing head there is replaced; a folder of something else is refused.
         kind: probe, slide_probe, abmil or regression; empty takes the first of these that the task evaluates.
         seed: Random seed of folds and of ABMIL's training.
 
     Raises:
         G2LError: The task, its rows or the encoder cannot be used.
     """
+    require_output_folder(out, (RECORD,), "head")
     tasks_file, folder = find_tasks(tasks_path)
     spec = read_named_task(tasks_file, task)
     kind = _kind(kind, spec)
@@ -89,10 +92,14 @@ def run_fit_head(
     key = find_stored(encoder, known)
     rows = gather(stores, spec, folder)
     features = rows.features(key)
+    patients = f"{len(np.unique(rows.cluster)):,} {rows.cluster_unit}"
+    say(f"{kind}: {len(rows):,} labeled patches of {patients}; computing figures")
     figures = _figures(kind, rows, features, spec, key, seed)
     items = _items(kind, rows, spec)
-    classes, tensors = _fit(kind, features, items, spec, seed)
-    temperature, calibration = _calibration(kind, features, items, spec, seed)
+    say("fitting the head")
+    classes, tensors, chosen = _fit(kind, features, items, spec, seed)
+    say("calibrating it on folds of the training patients")
+    temperature, calibration = _calibration(kind, features, items, chosen, seed)
     facts = HeadFacts(
         kind=kind,
         task=spec.name,
@@ -170,24 +177,24 @@ def _items(kind: str, rows: TaskRows, spec: TaskSpec) -> _Items:
 
 def _fit(
     kind: str, features: Features, items: _Items, spec: TaskSpec, seed: int
-) -> tuple[tuple[str, ...], dict[str, np.ndarray]]:
-    """The classes and the fitted tensors."""
+) -> tuple[tuple[str, ...], dict[str, np.ndarray], TaskSpec]:
+    """The classes, the fitted tensors, and the task with the penalty that was chosen, for the folds of calibration."""
     own = features[items.rows]
     if kind == "regression":
         truth = numbers(items.label, spec.label)[:, None]
         options = spec.regression
         folds = min(options.folds, len(np.unique(items.cluster)))
         ridge = fit_ridge(own, truth, items.cluster, penalties=options.penalties, folds=folds, seed=seed)
-        return (spec.label,), {"mean": ridge.mean_x, "weights": ridge.weights, "offset": ridge.mean_y}
+        return (spec.label,), {"mean": ridge.mean_x, "weights": ridge.weights, "offset": ridge.mean_y}, spec
     if kind == "abmil":
         assert items.bag is not None
         data = own, items.bag, items.label, items.cluster, own[:1], items.bag[:1]
         result = train_abmil(*data, settings=spec.abmil, seed=seed)
-        return tuple(map(str, result.classes)), result.network.to_arrays()
+        return tuple(map(str, result.classes)), result.network.to_arrays(), spec
     pooled = mean_pool(own, items.bag)[1] if items.bag is not None else own
     probe, _ = fit_probe(pooled, items.label, items.cluster, pooled[:1], spec.probe, seed)
     tensors = {"mean": probe.scaling.mean, "deviation": probe.scaling.deviation, "weights": probe.weights}
-    return tuple(map(str, probe.classes)), tensors
+    return tuple(map(str, probe.classes)), tensors, replace(spec, probe=replace(spec.probe, c=(probe.c,)))
 
 
 def _calibration(

@@ -24,6 +24,7 @@ from g2l_core.store.export import (
     write_slides,
 )  # fmt: skip
 from g2l_core.store.features import FeatureStore, StoredSlide, require_whole
+from g2l_core.store.formats.journal import claim_export_folder
 from g2l_core.store.locks import locked_output
 
 SUFFIXES = {"anndata": ".h5ad", "spatialdata": ".zarr"}
@@ -65,6 +66,8 @@ def export_scverse(
     files, patches, unreadable = list[Path](), list[int](), Counter[str]()
     with nullcontext() if dry_run else locked_output(folder):
         slides, left_out = chosen_slides(store, where or {})
+        if not dry_run:
+            claim_export_folder(folder)
         for slide in reporting(slides, report):
             if layout == "spatialdata" and slide.facts.kind != "slide":
                 left_out[slide.slide_id] = "it is a set of patch images: spatialdata needs coordinates on a slide"

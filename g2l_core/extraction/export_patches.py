@@ -33,7 +33,7 @@ from g2l_core.store.export import (
 )  # fmt: skip
 from g2l_core.store.features import FeatureStore, StoredSlide
 from g2l_core.store.formats.item import whole_file
-from g2l_core.store.formats.journal import Journal, Written
+from g2l_core.store.formats.journal import Journal, Written, claim_export_folder
 from g2l_core.store.locks import locked_output
 
 QUALITY = 95
@@ -93,6 +93,7 @@ def export_patches(
     files, counts, unreadable = list[Path](), [0, 0], Counter[str]()
     with locked_output(folder):
         slides, left_out = chosen_slides(store, where or {})
+        claim_export_folder(folder)
         journal = Journal(folder, f"{layout} {store.grid}")
         for slide in reporting(slides, report):
             facts = {key: value for key, value in slide.facts.to_json().items() if key != "features"}

@@ -1,7 +1,9 @@
 """Multinomial logistic regression on many wide rows: L-BFGS on whitened weights.
 
-The features of encoders are strongly correlated, which makes plain L-BFGS take hundreds of steps. Here it works on
-weights whitened by the features' second moments, in which the objective is nearly round. Decision 17
+The features of encoders are strongly correlated, which makes plain L-BFGS take hundreds of steps. Here rows are turned
+to their principal axes once, and each axis has its own scale, in which the objective is nearly round. The penalty has
+no preferred direction, so turning changes nothing else. Fewer rows than columns span few axes, which suffice: the best
+weights are a sum of rows. Decision 17
 (docs/decisions/17-logistic-solver.md) compares it with scikit-learn's solvers; tests hold its probabilities to those of
 `sklearn.linear_model.LogisticRegression`.
 """
@@ -13,14 +15,14 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Float64, Int64
-from scipy.linalg import cholesky, solve_triangular
+from scipy.linalg import eigh, svd
 from scipy.optimize import OptimizeResult, minimize
 
 from g2l_core.metrics.knn.normalized import widened
 from g2l_core.metrics.rows import row_blocks
 
 GRADIENT_TOLERANCE = 1e-7
-"""L-BFGS stops where no element of the mean objective's gradient is larger; scikit-learn stops at 1e-4."""
+"""L-BFGS stops where the mean objective's gradient is no larger along any principal axis; scikit-learn: 1e-4."""
 
 PROBABILITY_TOLERANCE = 1e-5
 """A fit has converged where Newton's step would change no training row's probability by more."""
@@ -66,19 +68,22 @@ def scaling_of(features: Float[np.ndarray, "row dim"]) -> Scaling:
 class Design:
     """Training rows ready for fits with any penalty."""
 
-    rows: Float[np.ndarray, "row dim"]
-    """Scaled features: their columns' means are 0, so that the intercepts do not mix with the weights."""
+    rows: Float[np.ndarray, "row axis"]
+    """Scaled features along their principal axes. Their means are 0, so that the intercepts do not mix with the
+    weights."""
     codes: Int64[np.ndarray, " row"]
     """The class of each row, from 0."""
     classes: int
-    gram: Float64[np.ndarray, "dim dim"]
-    """Mean of x x' over rows."""
+    axes: Float64[np.ndarray, "dim axis"]
+    """Orthonormal columns: the principal axes, which span all rows."""
+    spread: Float64[np.ndarray, " axis"]
+    """Mean square of the rows along each axis."""
 
 
 def design_of(
     features: Float[np.ndarray, "row dim"], codes: Int64[np.ndarray, " row"], classes: int, scaling: Scaling
 ) -> Design:
-    """Scale the training rows and compute their second moments.
+    """Scale the training rows and turn them to their principal axes.
 
     Args:
         features: (row, dim) features of the training rows.
@@ -90,10 +95,18 @@ def design_of(
         The design, which serves fits with any penalty.
     """
     rows = scaling.apply(features, np.float64 if features.size <= _DOUBLE_VALUES else np.float32)
-    gram = np.zeros((features.shape[1], features.shape[1]))
+    if len(rows) < rows.shape[1]:
+        turned, lengths, axes = svd(rows.astype(np.float64, copy=False), full_matrices=False, check_finite=False)
+        spread = np.square(lengths) / len(rows)
+        return Design(rows=turned * lengths, codes=codes, classes=classes, axes=axes.T, spread=spread)
+    gram = np.zeros((rows.shape[1], rows.shape[1]))
     for part in row_blocks(len(rows)):
         gram += rows[part].T @ rows[part]
-    return Design(rows=rows, codes=codes, classes=classes, gram=gram / len(rows))
+    spread, axes = eigh(gram / len(rows), check_finite=False)
+    for part in row_blocks(len(rows), _ROWS):
+        rows[part] = rows[part] @ axes
+    # Rounding leaves an axis without rows a little below 0.
+    return Design(rows=rows, codes=codes, classes=classes, axes=axes, spread=np.maximum(spread, 0.0))
 
 
 def fit(
@@ -107,8 +120,8 @@ def fit(
     """Minimize the sum of the log losses + |W|^2 / (2 C), intercepts not penalized.
 
     With two classes, one weight vector is fitted, as in scikit-learn, and returned as two opposite halves. L-BFGS works
-    on V = R'W with R R' = X'X / (n K) + I / (n C), the Hessian where all K classes are equally likely (with two
-    classes, 4 in place of K). In V, features are no longer correlated.
+    on V = D W, W being the weights along the principal axes and D^2 = S / K + 1 / (n C), S their mean squares: the
+    Hessian where all K classes are equally likely (with two classes, 4 in place of K) is D^2.
 
     Args:
         design: The training rows.
@@ -148,42 +161,42 @@ def fit(
     options = {"maxiter": max_iterations, "maxfun": 2 * max_iterations, "gtol": 0.0, "ftol": 0.0, "maxcor": 20}
     v = minimize(objective, v, jac=True, method="L-BFGS-B", callback=stop, options=options).x
     if rough:
-        return problem.weights(v) @ problem.contrast, problem.value_and_slope(v)[2] <= GRADIENT_TOLERANCE
+        return problem.turned_back(v), problem.value_and_slope(v)[2] <= GRADIENT_TOLERANCE
     v, moved = _newton(problem, v, max_iterations)
-    return problem.weights(v) @ problem.contrast, moved <= PROBABILITY_TOLERANCE
+    return problem.turned_back(v), moved <= PROBABILITY_TOLERANCE
 
 
 class _Problem:
     """The objective as a function of whitened weights, flattened."""
 
     def __init__(self, design: Design, c: float) -> None:
-        dim = design.rows.shape[1]
         self.design, self.ridge = design, 1 / (len(design.rows) * c)
         self.contrast = np.array([[-0.5, 0.5]]) if design.classes == 2 else np.eye(design.classes)
-        self.flatness = 4 if design.classes == 2 else design.classes
-        self.factor = cholesky(design.gram / self.flatness + self.ridge * np.eye(dim), lower=True)
-        self.shape = dim + 1, len(self.contrast)
+        flatness = 4 if design.classes == 2 else design.classes
+        self.scale = np.append(np.sqrt(design.spread / flatness + self.ridge), flatness**-0.5)[:, None]
+        self.shape = len(self.scale), len(self.contrast)
         self.size = self.shape[0] * self.shape[1]
 
     def weights(self, flat: np.ndarray) -> Float64[np.ndarray, "column free"]:
-        """Undo the whitening."""
-        v = flat.reshape(self.shape)
-        weights = solve_triangular(self.factor, v[:-1], lower=True, trans="T", check_finite=False)
-        return np.vstack([weights, v[-1:] * self.flatness**0.5])
+        """Undo the whitening: weights along the principal axes, and intercepts."""
+        return flat.reshape(self.shape) / self.scale
+
+    def turned_back(self, flat: np.ndarray) -> Float64[np.ndarray, "column class"]:
+        """The weights of each class in the columns of the features."""
+        weights = self.weights(flat) @ self.contrast
+        return np.vstack([self.design.axes @ weights[:-1], weights[-1:]])
 
     def whitened(self, start: Float64[np.ndarray, "column class"]) -> np.ndarray:
         """Flat whitened weights of some class weights."""
-        weights = start @ np.linalg.pinv(self.contrast)
-        return np.vstack([self.factor.T @ weights[:-1], weights[-1:] / self.flatness**0.5]).ravel()
+        weights = np.vstack([self.design.axes.T @ start[:-1], start[-1:]]) @ np.linalg.pinv(self.contrast)
+        return (weights * self.scale).ravel()
 
     def _back(self, slope: Float64[np.ndarray, "column free"]) -> np.ndarray:
         """The flat derivative by whitened weights."""
-        slope[:-1] = solve_triangular(self.factor, slope[:-1], lower=True, check_finite=False)
-        slope[-1] *= self.flatness**0.5
-        return slope.ravel()
+        return (slope / self.scale).ravel()
 
     def value_and_slope(self, flat: np.ndarray) -> tuple[float, np.ndarray, float]:
-        """The objective, its flat derivative, and the largest element of the derivative by the weights themselves."""
+        """The objective, its flat derivative, and the largest element of the one by the weights along axes."""
         weights = self.weights(flat)
         value, slope = _mean_loss(self.design, weights, self.contrast)
         value += self.ridge / 2 * float(np.vdot(weights[:-1], weights[:-1]))

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from g2l_core.errors import RunError, writing
-from g2l_core.files import csv_row, parse_json, replacing
+from g2l_core.files import csv_row, parse_json, replacing, require_output_folder
 from g2l_core.report.html import page
 from g2l_core.report.json import FORMAT, json_text, report_of
 from g2l_core.report.markdown import markdown
@@ -38,13 +38,7 @@ def require_report_folder(folder: Path) -> None:
     Raises:
         RunError: It holds files and no report.
     """
-    if not folder.is_dir() or (folder / FILES[0]).is_file():
-        return
-    others = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-    if others and not set(others) <= {*FILES}:
-        raise RunError(
-            f"{folder} holds {others[0]} and no report of g2l bench: name an empty folder, or a new one, with --out"
-        )
+    require_output_folder(folder, FILES, "report of g2l bench")
 
 
 def write_report(report: Report, folder: Path) -> list[Path]:

@@ -28,7 +28,7 @@ from g2l_core.store import schema
 from g2l_core.store.features import FeatureStore, StoredSlide, require_whole
 from g2l_core.store.formats import hdf5, raw2features, tables
 from g2l_core.store.formats.item import POWERS, ExportCohort, ExportItem, magnification, whole_file
-from g2l_core.store.formats.journal import Journal, Written
+from g2l_core.store.formats.journal import Journal, Written, claim_export_folder
 from g2l_core.store.locks import locked_output
 
 __all__ = (
@@ -169,6 +169,7 @@ def export_features(
         if dry_run:
             _plan(reporting(usable, report), cohort, account)
             return account.exported([])
+        claim_export_folder(folder)
         files = _write(reporting(usable, report), cohort, FORMATS[layout], layout, folder, account)
         if files:
             write_slides(folder / SLIDES_FILE, usable)

@@ -13,9 +13,11 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from g2l_core.errors import RunError
 from g2l_core.extraction import export_patches as module
 from g2l_core.extraction.export_patches import export_patches
 from g2l_core.slides.fingerprint import file_state
+from g2l_core.store.export import export_features
 from g2l_core.store.features import FeatureStore
 from pipeline.cli.main import app
 
@@ -42,6 +44,26 @@ def test_png_files_are_the_patches(store, tmp_path):
     for row in rows[:3]:
         image = np.asarray(Image.open(tmp_path / "out" / SLIDE / row["file"]))
         assert np.array_equal(image, region(store, int(row["x"]), int(row["y"])))
+
+
+def test_what_lies_in_the_folder_already_is_never_replaced(store, tmp_path):
+    """A folder with a slide's name may hold its owner's images."""
+    own = tmp_path / "own" / SLIDE / "patch.jpg"
+    own.parent.mkdir(parents=True)
+    own.write_bytes(b"image")
+    for export in (
+        lambda: export_patches(store, tmp_path / "own", "png"),
+        lambda: export_features(store, tmp_path / "own", "trident-h5"),
+    ):
+        with pytest.raises(RunError, match=f"holds {SLIDE} and no export"):
+            export()
+    assert [path for path in (tmp_path / "own").rglob("*") if path.is_file()] == [own]
+    where = {"slide_id": SLIDE}
+    export_patches(store, tmp_path / "out", "png", where=where)
+    (tmp_path / "out/notes.txt").write_text("what its owner has put beside it")
+    assert export_patches(store, tmp_path / "out", "png", where=where).slides == 1
+    assert export_features(store, tmp_path / "out", "clam", where=where).slides == 1
+    assert (tmp_path / "out/notes.txt").is_file()
 
 
 def test_jpeg_files_are_near(store, tmp_path):

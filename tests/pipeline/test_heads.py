@@ -19,7 +19,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from g2l_core.encoders.resolve import resolve_encoder
-from g2l_core.errors import UsageError
+from g2l_core.errors import RunError, UsageError
 from g2l_core.heads.calibration import fit_temperature, log_loss, tempered
 from g2l_core.heads.head import read_head
 from g2l_core.heads.heatmap import colors_of, heatmap_geojson
@@ -293,3 +293,17 @@ def test_the_command_line_says_what_comes_next(study, tmp_path):
     )
     assert missing.returncode == 2
     assert "g2l fit-head makes one" in missing.stderr
+
+
+def test_a_folder_of_something_else_is_neither_emptied_nor_written_to(study, tissue_head, tmp_path):
+    """Least of all the run whose student the head takes along."""
+    run = tmp_path / "run"
+    (run / "student").mkdir(parents=True)
+    (run / "student/model.safetensors").write_bytes(b"weights")
+    with pytest.raises(RunError, match="holds student and no head"):
+        fit(study, run, "tissue")
+    assert (run / "student/model.safetensors").read_bytes() == b"weights"
+    assert [path.name for path in run.iterdir()] == ["student"]
+    (tissue_head / "notes.txt").write_text("what its owner has put beside it")
+    fit(study, tissue_head, "tissue")
+    assert (tissue_head / "notes.txt").is_file()

@@ -133,8 +133,8 @@ def test_trident_files_equal_the_store(cohort_store, tmp_path):
 
 
 def test_trident_export_of_a_view_and_again(cohort_store, tmp_path):
-    export_trident(cohort_store, ENCODER, tmp_path)
-    (first, *_) = export_trident(cohort_store, ENCODER, tmp_path, view=1)
+    export_trident(cohort_store, ENCODER, tmp_path / "job")
+    (first, *_) = export_trident(cohort_store, ENCODER, tmp_path / "job", view=1)
     assert np.array_equal(as_trident_reads(first)[2][0], features_of("a/x", 20, 2)[:, 1])
 
 

@@ -25,9 +25,9 @@ OTHER = "other"
 
 
 @pytest.fixture
-def store(tmp_path, small_shards):
+def store(tmp_path_factory, small_shards):
     """Slides a/x, b/x (20 patches) and e (37, two of them unreadable), the latter two with a second encoder."""
-    store = create(tmp_path / "s.zarr")
+    store = create(tmp_path_factory.mktemp("store") / "s.zarr")
     labels = {"patient_id": "p1", "medical_center": "north", "grade": "low", "split": "train"}
     fill(lay(store, "a/x", labels=labels))
     fill(lay(store, "b/x", labels={**labels, "patient_id": "p2", "medical_center": "south", "grade": "high"}))
@@ -316,7 +316,7 @@ def test_refusals(store, tmp_path):
     with pytest.raises(UnknownNameError, match="unknown encoder 'tyo'"):
         export_features(store, tmp_path, "clam", encoders=["tyo"])
     with pytest.raises(StoreMissingError, match="no slide with patches"):
-        export_features(create(tmp_path / "empty.zarr"), tmp_path, "clam")
+        export_features(create(tmp_path / "empty.zarr"), tmp_path / "out", "clam")
 
 
 def test_slides_file_has_the_labels(store, tmp_path):

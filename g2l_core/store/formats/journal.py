@@ -8,10 +8,23 @@ from pathlib import Path
 from typing import Any
 
 from g2l_core.errors import StoreError, writing
+from g2l_core.files import require_output_folder
 from g2l_core.store.provenance import digest
 
 JOURNAL = ".g2l-export.jsonl"
 """In the output folder: a line for each slide that is written."""
+
+
+def claim_export_folder(folder: Path) -> None:
+    """Refuse a folder that holds other files, which an export could replace; mark any other by an empty journal.
+
+    Raises:
+        RunError: It holds files, and no export has written there.
+        StoreError: It cannot be written to.
+    """
+    require_output_folder(folder, (JOURNAL,), "export of g2l")
+    with writing(folder, StoreError):
+        (folder / JOURNAL).touch()
 
 
 @dataclass(frozen=True, kw_only=True)
