@@ -14,7 +14,7 @@ from g2l_core.extraction.given_coords import patch_coords
 from g2l_core.patches.grid import GridSpec, image_order, patch_side_level0
 from g2l_core.patches.identity import images_fingerprint, require_same_slide
 from g2l_core.patches.render import read_image
-from g2l_core.patches.views import COLUMNS, ViewSpec, sample_views
+from g2l_core.patches.views import ViewSpec, columns_of, sample_views
 from g2l_core.slides.boundary import slide_errors, within
 from g2l_core.slides.fingerprint import file_state, fingerprint
 from g2l_core.slides.manifest import Source
@@ -241,7 +241,7 @@ def store_patched(
     params = sample_views(views, source.slide_id, coords, range(n_views), patch_ids)
     facts = replace(patched.facts, notes=tuple(note.text for note in patched.notes))
     slide = store.add_slide(
-        source.slide_id, facts, coords=coords, view_params=params, columns=COLUMNS, patch_ids=patch_ids
+        source.slide_id, facts, coords=coords, view_params=params, columns=columns_of(views), patch_ids=patch_ids
     )
     if source.patch_labels:
         slide.set_patch_labels(_patch_labels(source, patch_ids or ()))
