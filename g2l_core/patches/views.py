@@ -16,7 +16,7 @@ from itertools import permutations
 import cv2
 import numpy as np
 import xxhash
-from jaxtyping import Float, Float32, Int32, UInt8, UInt64
+from jaxtyping import Float, Float32, Int32, Int64, UInt8, UInt64
 
 from g2l_core.errors import UsageError
 from g2l_core.patches.color import brightness, contrast, hue, saturation
@@ -59,8 +59,8 @@ def columns_of(spec: ViewSpec) -> tuple[str, ...]:
     return COLUMNS + STAIN_COLUMNS if spec.stain_jitter else COLUMNS
 
 
-def stain_twin(view: int) -> int:
-    """The view that differs from an augmented one only in stain: 2 of 1, 1 of 2, 4 of 3."""
+def stain_twin(view: Int64[np.ndarray, " *_"]) -> Int64[np.ndarray, " *_"]:
+    """The views that differ from augmented ones only in stain: 2 of 1, 1 of 2, 4 of 3."""
     return ((view - 1) ^ 1) + 1
 
 
