@@ -351,7 +351,8 @@ def _open(stored: StoredSlide, grid: GridSpec, cache: PixelCache | None) -> Patc
     """A slide's patches, through the cache of decoded ones where there is one."""
     if cache is None:
         return open_patches(stored, grid)
-    key = f"{stored.facts.fingerprint} {stored.slide_id} {grid}"
+    same = str(grid).replace(", icc=False", "")  # so that caches from before there was any stay in use
+    key = f"{stored.facts.fingerprint} {stored.slide_id} {same}"
     return cache.wrap(lambda: open_patches(stored, grid), key, len(stored), grid.patch_px)
 
 

@@ -86,7 +86,7 @@ def patch_source(
 def _patch_slide(
     source: Source, grid: GridSpec, mpp_override: float | None, tissue: TissueMethod, qc: Path | None
 ) -> PatchedSlide:
-    with open_slide(source.path, manifest_mpp=source.mpp, mpp_override=mpp_override) as slide:
+    with open_slide(source.path, manifest_mpp=source.mpp, mpp_override=mpp_override, icc=grid.icc) as slide:
         side = patch_side_level0(grid, slide.mpp)
         found = tissue.find(slide, source.slide_id)
         coords, left_out = patch_coords(slide, side, found, grid, source.slide_id)
@@ -199,7 +199,7 @@ def _require_first_image(source: Source, grid: GridSpec) -> None:
         ReadError: It has, or it cannot be read.
     """
     try:
-        read_image(source.path / source.patch_ids[0], grid.patch_px)
+        read_image(source.path / source.patch_ids[0], grid.patch_px, icc=grid.icc)
     except ReadError as error:
         advice = ". Give their size with --patch-px" if "the store's patches" in str(error) else ""
         raise ReadError(f"{error}{advice}") from error

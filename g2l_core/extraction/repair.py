@@ -162,7 +162,7 @@ def _derived_coords(slide: StoredSlide, grid: GridSpec) -> Coords:
     facts = slide.facts
     if slide.has_patch_ids:
         return np.zeros((len(slide), 2), np.int32)
-    with open_slide(Path(facts.source), manifest_mpp=facts.mpp) as opened:
+    with open_slide(Path(facts.source), manifest_mpp=facts.mpp, icc=grid.icc) as opened:
         found = resolve_tissue(grid.tissue).find(opened, slide.slide_id)
         coords, _ = patch_coords(opened, Level0Px(facts.patch_px_level0), found, grid, slide.slide_id)
         return coords

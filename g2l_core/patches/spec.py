@@ -53,6 +53,10 @@ class GridSpec:
     """Such patches keep their row and get no features. Patch images were chosen by somebody already and are never
     filtered."""
     seed: int = option(0, panel=PATCHES, help="Random seed.")
+    icc: bool = option(
+        False, panel=PATCHES, help="Convert colors to sRGB by the ICC profiles that slides and patch images carry."
+    )
+    """Stores from before there was any have no such key, nor have those without it."""
 
     def __post_init__(self) -> None:
         """Refuse a grid that no slide can have."""
@@ -81,6 +85,8 @@ class GridSpec:
         """The spec as a store keeps it, in plain values."""
         fields = {**asdict(self), STORED_ARTIFACTS: ",".join(self.artifacts) or "none"}
         del fields["artifacts"]
+        if not self.icc:
+            del fields["icc"]
         return fields
 
 
