@@ -168,8 +168,8 @@ def test_a_store_keeps_it_and_tells_what_had_no_profile(tmp_path):
         Image.fromarray(he_patch(len(icc) % 7)).save(tmp_path / "set" / name, icc_profile=icc)
     teacher, how = resolve_encoder(TEACHER, weights="random:0"), ExtractionSettings(views=0, pictures=False)
     grid = GridSpec(tissue="none", artifacts=(), icc=True)
-    store = tmp_path / "s.zarr"
-    summary = run_extraction([inputs, tmp_path / "set"], store, [teacher], grid, ViewSpec(), how)
+    store, given = tmp_path / "s.zarr", [inputs, tmp_path / "set"]
+    summary = run_extraction(given, store, [teacher], grid, ViewSpec(), how)
     assert not summary.failed_slides
     told = "\n".join(summary.notes)
     assert f"1 slide: {NO_PROFILE}: without" in told
@@ -177,7 +177,8 @@ def test_a_store_keeps_it_and_tells_what_had_no_profile(tmp_path):
     opened = FeatureStore.open(store)
     assert opened.grid["icc"] is True
     plain = tmp_path / "plain.zarr"
-    run_extraction([inputs, tmp_path / "set"], plain, [teacher], GridSpec(tissue="none", artifacts=()), ViewSpec(), how)
+    without = GridSpec(tissue="none", artifacts=())
+    run_extraction(given, plain, [teacher], without, ViewSpec(), how)
     other = FeatureStore.open(plain)
     assert "icc" not in other.grid
     for slide_id, differs in (("with", True), ("without", False)):
@@ -190,12 +191,18 @@ def test_a_store_keeps_it_and_tells_what_had_no_profile(tmp_path):
 
 
 @pytest.mark.skipif(not os.environ.get("G2L_TEST_DATA"), reason="real slides: set G2L_TEST_DATA")
-def test_a_real_slide_is_told_or_converted():
-    path = os.path.join(os.environ["G2L_TEST_DATA"], "slides", "CMU-1-Small-Region.svs")
-
-    with openslide.OpenSlide(path) as theirs, open_slide(Path(path), icc=True) as ours, open_slide(Path(path)) as plain:
-        patch = plain.read_patch(512, 512, Level0Px(256), 256)
-        source, found = theirs.color_profile, ours.read_patch(512, 512, Level0Px(256), 256)
+@pytest.mark.parametrize(
+    ("name", "scale", "has_profile"),
+    [("CMU-1-Small-Region.svs", {}, False), ("tcga-cr-7395-01a-01-ts1.svs", {"mpp_override": 0.5}, True)],
+)
+def test_a_real_slide_is_told_or_converted(name, scale, has_profile):
+    path = Path(os.environ["G2L_TEST_DATA"]) / "slides" / name
+    with openslide.OpenSlide(path) as theirs, open_slide(path, icc=True, **scale) as ours:
+        source = theirs.color_profile
+        assert (source is not None) == has_profile
+        with open_slide(path, **scale) as plain:
+            patch = plain.read_patch(512, 512, Level0Px(256), 256)
+        found = ours.read_patch(512, 512, Level0Px(256), 256)
         expected = patch if source is None else by_pillow(patch, source.tobytes())
         np.testing.assert_array_equal(found, expected)
         assert (NO_PROFILE in {note.text for note in ours.notes}) == (source is None)
