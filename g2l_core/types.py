@@ -31,7 +31,7 @@ Coords: TypeAlias = Int32[np.ndarray, "patch 2"]
 """x and y of each patch's top-left corner in level-0 pixels."""
 
 ViewParams: TypeAlias = Float32[np.ndarray, "patch view parameter"]
-"""The parameters of each patch's views; the columns are `views.COLUMNS`."""
+"""The parameters of each patch's views; the columns are those of `views.columns_of`."""
 
 PixelHash: TypeAlias = UInt64[np.ndarray, "patch view"]
 """xxh3-64 of each view's uint8 pixels; 0 where it is not known yet."""

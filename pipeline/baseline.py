@@ -20,15 +20,15 @@ from g2l_core.distillation.distributed import ProcessGroup, init_distributed
 from g2l_core.distillation.held_out import HeldOutSet, read_held_out
 from g2l_core.distillation.loader import Reading, ReplayDataset
 from g2l_core.distillation.logs import TrainingLogs, read_log, row_of_step
-from g2l_core.distillation.replay import ChosenRows, Given, ReplaySpec, count_rows, good_rows
-from g2l_core.distillation.spec import ObjectiveSpec, TeachersSpec
+from g2l_core.distillation.replay import ChosenRows, Given, ReplaySpec, count_rows
+from g2l_core.distillation.spec import ObjectiveSpec, RobustnessSpec, TeachersSpec
 from g2l_core.distillation.training import TrainerHooks, TrainOutcome, train
 from g2l_core.distillation.validation import Curves, held_out_metrics, training_warnings
 from g2l_core.encoders.loading import COMPILED, DTYPES, LoadedEncoder, choose_device, load_encoder
 from g2l_core.encoders.resolve import EncoderSpec, spec_from_json
 from g2l_core.encoders.student_folder import ModelCard, write_student, write_tensors
 from g2l_core.encoders.trust import with_trusted_code
-from g2l_core.errors import RunError, StoreMissingError, UsageError, writing
+from g2l_core.errors import RunError, StoreMissingError, writing
 from g2l_core.files import write_text
 from g2l_core.patches.pixel_cache import PixelCache
 from g2l_core.store.features import FeatureStore
@@ -47,6 +47,7 @@ from pipeline.distill import (
     training_precision,
 )
 from pipeline.progress import ProgressLine, say
+from pipeline.row_labels import as_targets, labels_of_rows, require_classes
 from pipeline.run_page import training_page
 from pipeline.runs import RunRecord, RunResult, open_run, read_run, write_run
 from pipeline.settings import BaselineSettings, DistillHow, DistillSettings
@@ -55,9 +56,6 @@ from pipeline.teachers import sources_of
 
 TEMPERATURE = 0.1
 """NT-Xent's, the paper's for ImageNet (arXiv 2002.05709, section 4 and table 5)."""
-
-MOST_CLASSES = 2048
-"""Whole numbers up to this are exact in float16, which batches have for targets."""
 
 READ_OF_VALIDATIONS = ("cka_debiased",)
 
@@ -121,8 +119,10 @@ def _without_teacher(run: Path, like: RunRecord, asked: BaselineSettings) -> Dis
     except ValidationError as error:
         raise RunError(f"{run}: its settings are of another version and cannot be used again ({error})") from error
     optim = replace(settings.train.optim, early_stop_patience=0, lr=asked.lr or settings.train.optim.lr)
-    objective, teachers = ObjectiveSpec(), TeachersSpec()
-    plain = replace(settings.train, optim=optim, objective=objective, teachers=teachers, nested=(), projector="linear")
+    plain = replace(
+        settings.train, optim=optim, objective=ObjectiveSpec(), teachers=TeachersSpec(), robustness=RobustnessSpec(),
+        nested=(), projector="linear",
+    )  # fmt: skip
     return replace(settings, train=plain, keep="last")
 
 
@@ -190,28 +190,12 @@ def labeled_rows(baseline: Baseline) -> tuple[ChosenRows, Given, list[str]]:
     Raises:
         UsageError: There are fewer than two classes, or too many.
     """
-    column, store, split = baseline.asked.label, baseline.store, baseline.split
-    texts: dict[str, dict[int, str]] = {}
-    for slide_id, chosen in split.train.items():
-        slide = store.slide(slide_id)
-        own, of_slide = slide.patch_labels, slide.labels.get(column, "")
-        trained = good_rows(slide) if chosen is None else np.sort(chosen)
-        found = {row: own[row].get(column) or of_slide for row in trained.tolist()}
-        texts[slide_id] = {row: text for row, text in found.items() if text}
-    classes = sorted({text for of_rows in texts.values() for text in of_rows.values()})
-    if not 2 <= len(classes) <= MOST_CLASSES:
-        known = sorted({name for i in split.train for name in store.slide(i).labels})
-        raise UsageError(
-            f"--label {column}: expected 2 to {MOST_CLASSES} classes among the training patches, got {len(classes)}. "
-            f"Columns of slides are {', '.join(known) or 'none'}; g2l store label adds some"
-        )
-    number = {name: i for i, name in enumerate(classes)}
-    rows = {slide_id: np.array(list(of_rows), np.int64) for slide_id, of_rows in texts.items() if of_rows}
-    given = {}
-    for slide_id, labeled in rows.items():
-        given[slide_id] = np.full((len(store.slide(slide_id)), 1), np.nan, np.float16)
-        given[slide_id][labeled, 0] = [number[text] for text in texts[slide_id].values()]
-    return rows, given, classes
+    column, store = baseline.asked.label, baseline.store
+    found = labels_of_rows(store, baseline.split.train, column)
+    classes = require_classes(store, found, f"--label {column}")
+    texts = {slide_id: of_rows for slide_id, of_rows in found.items() if of_rows}
+    rows = {slide_id: np.array(list(of_rows), np.int64) for slide_id, of_rows in texts.items()}
+    return rows, as_targets(store, texts, classes), classes
 
 
 def _open_batches(baseline: Baseline, rows: ChosenRows, given: Given | None, group: ProcessGroup) -> ReplayDataset:

@@ -26,6 +26,7 @@ from g2l_core.patches.artifacts import count_artifacts
 from g2l_core.patches.grid import GridSpec
 from g2l_core.patches.views import ViewSpec
 from g2l_core.slides.boundary import within
+from g2l_core.slides.icc import NO_PROFILE
 from g2l_core.slides.images import TURNED
 from g2l_core.slides.manifest import Source, read_sources
 from g2l_core.slides.mpp import audit_table, describe_unused_override, differs
@@ -133,11 +134,11 @@ def _told(notes: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
     )
 
 
-def _told_turned(turned: Mapping[str, int]) -> tuple[str, ...]:
-    """A sentence on patch images that were turned, if there are some, with how many of each set."""
-    count = sum(turned.values())
-    named = some([f"{slide_id} ({n:,})" for slide_id, n in turned.items()])
-    return (f"{count:,} image{'s' * (count > 1)} {TURNED}: {named}",) if count else ()
+def _told_images(counts: Mapping[str, int], text: str) -> tuple[str, ...]:
+    """A sentence on patch images that were turned, or lack a profile, if there are some; with how many of each set."""
+    count = sum(counts.values())
+    named = some([f"{slide_id} ({n:,})" for slide_id, n in counts.items()])
+    return (f"{count:,} image{'s' * (count > 1)} {text}: {named}",) if count else ()
 
 
 def some(names: Sequence[str]) -> str:
@@ -192,7 +193,7 @@ def _encode(
         unreadable={slide.slide_id: lost for slide in sound if (lost := list(slide.unreadable.values()))},
         left_out=count_artifacts(np.concatenate([np.zeros(0, np.uint8), *(slide.patch_status for slide in sound)])),
         seconds=progress.seconds,
-        notes=_told_turned(progress.turned),
+        notes=(*_told_images(progress.turned, TURNED), *_told_images(progress.unprofiled, NO_PROFILE)),
         elapsed=progress.elapsed,
     )
 

@@ -220,6 +220,7 @@ def _add(
     total.failed_slides |= outcome.failed_slides
     total.unreadable |= outcome.unreadable
     total.turned |= outcome.turned
+    total.unprofiled |= outcome.unprofiled
     for part, seconds in outcome.seconds.items():
         total.seconds[part] += seconds / workers
 

@@ -18,7 +18,7 @@ from g2l_core.distillation.loader import Reading, ReplayDataset
 from g2l_core.distillation.logs import read_log, row_of_step
 from g2l_core.distillation.objective import TargetStatistics
 from g2l_core.distillation.replay import ReplaySpec, count_rows, encoders_of
-from g2l_core.distillation.spec import ObjectiveSpec, TeachersSpec
+from g2l_core.distillation.spec import ObjectiveSpec, RobustnessSpec, TeachersSpec
 from g2l_core.distillation.target_statistics import FILE as STATISTICS
 from g2l_core.distillation.target_statistics import read_statistics, target_statistics, write_statistics
 from g2l_core.distillation.training import TrainerHooks, TrainOutcome, train
@@ -35,6 +35,7 @@ from g2l_core.store.locks import locked_output
 from g2l_core.store.provenance import software
 from pipeline.interruption import if_interrupted
 from pipeline.progress import ProgressLine, say
+from pipeline.row_labels import centers_of
 from pipeline.run_page import HELD_OUT, training_page
 from pipeline.runs import RunRecord, RunResult, open_run, read_run, write_run
 from pipeline.settings import DistillHow, DistillSettings
@@ -46,6 +47,7 @@ from pipeline.teachers import (
     live_features,
     objective_of_each,
     open_teachers,
+    paired_views,
     replayed_views,
     require_held_out,
     sources_of,
@@ -188,10 +190,16 @@ def _distill(run: Run, epochs: int | None) -> DistillSummary:
 def _open_batches(run: Run) -> ReplayDataset:
     machine, group = run.machine, run.group
     slides = [run.store.slide(slide_id) for slide_id in sorted({*run.split.train, *run.split.held_out})]
+    terms = run.settings.train.robustness
+    views = replayed_views(run.store, slides, run.teachers, run.settings)
+    if terms.stain_weight:
+        views = paired_views(run.store, views, run.settings)
     spec = ReplaySpec(
         encoders=stored_keys(run.teachers),
         may_miss=run.settings.train.teachers.missing == "mask",
-        n_augmented=replayed_views(run.store, slides, run.teachers, run.settings),
+        n_augmented=views,
+        at_once=2 if terms.stain_weight else 1,
+        is_paired=terms.stain_weight > 0,
         batch_size=run.settings.batch_size * group.world,
         pool_blocks=run.settings.pool_blocks,
         seed=run.settings.train.seed,
@@ -203,7 +211,8 @@ def _open_batches(run: Run) -> ReplayDataset:
         targets_gb=machine.targets_gb,
         pixel_cache=PixelCache(machine.pixel_cache, machine.pixel_cache_gb) if machine.pixel_cache else None,
     )
-    return ReplayDataset(run.store, run.split.train, spec, reading)
+    centers = centers_of(run.store, run.split.train, terms.center_label) if terms.center_weight else None
+    return ReplayDataset(run.store, run.split.train, spec, reading, centers)
 
 
 def _with_steps(run: Run, batches: int) -> Run:
@@ -260,6 +269,8 @@ def recorded(settings: DistillSettings) -> dict[str, Any]:
     train = plain["train"]
     if settings.train.teachers == TeachersSpec():
         del train["teachers"]
+    if settings.train.robustness == RobustnessSpec():
+        del train["robustness"]
     if not settings.train.nested:
         del train["nested"]
     if not settings.compile:
@@ -271,6 +282,8 @@ def recorded_replay(replay: ReplaySpec) -> dict[str, Any]:
     """What is replayed as run.json keeps it: `encoder` is the first teacher's key, `encoders` those of several."""
     plain = asdict(replay)
     keys, may_miss, at_once = plain.pop("encoders"), plain.pop("may_miss"), plain.pop("at_once")
+    if not plain["is_paired"]:
+        del plain["is_paired"]
     several = {"encoders": list(keys), "may_miss": may_miss} if len(keys) > 1 else {}
     views = {"at_once": at_once} if at_once > 1 else {}
     return {"encoder": keys[0] if keys else None, **plain, **several, **views}

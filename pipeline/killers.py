@@ -111,12 +111,11 @@ def _read_all(case: dict[str, Any]) -> None:
         slide_id=SlideId(case["slide_id"]), path=Path(case["path"]), patch_ids=tuple(case["patch_ids"]), mpp=case["mpp"]
     )
     if source.patch_ids:
-        images = ImagePatches(source.path, source.patch_ids, grid.patch_px)
+        images = ImagePatches(source.path, source.patch_ids, grid.patch_px, icc=grid.icc)
         _read_rows(images, len(source.patch_ids), timeout)
         return
-    slide = within(
-        timeout, lambda: open_slide(source.path, manifest_mpp=source.mpp, mpp_override=case["mpp_override"]), "opening"
-    )
+    scale = {"manifest_mpp": source.mpp, "mpp_override": case["mpp_override"]}
+    slide = within(timeout, lambda: open_slide(source.path, **scale, icc=grid.icc), "opening")
     within(timeout, lambda: slide.read_thumbnail(THUMBNAIL_MPP), "its thumbnail")
     if grid.tissue not in {*THRESHOLDS, NONE}:
         grid = replace(grid, tissue=NONE)  # a network or annotations: their files are not known here

@@ -242,8 +242,8 @@ def _side(slide: PatchedSlide) -> Level0Px:
 
 def _reader(source: Source, slide: PatchedSlide, grid: GridSpec, mpp_override: float | None) -> PatchReader:
     if slide.patch_ids is not None:
-        return ImagePatches(source.path, slide.patch_ids, grid.patch_px)
-    opened = open_slide(source.path, manifest_mpp=source.mpp, mpp_override=mpp_override)
+        return ImagePatches(source.path, slide.patch_ids, grid.patch_px, icc=grid.icc)
+    opened = open_slide(source.path, manifest_mpp=source.mpp, mpp_override=mpp_override, icc=grid.icc)
     return SlidePatches(opened, slide.coords, _side(slide), grid.patch_px)
 
 

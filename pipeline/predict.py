@@ -170,7 +170,8 @@ def _draw(head: Head, slide: StoredSlide, good: np.ndarray, found: SlidePredicti
     base.parent.mkdir(parents=True, exist_ok=True)
     write_text(Path(f"{base}.geojson"), heatmap_geojson(coords, side, named, facts.task))
     shown, limits, what = _shown(head, found)
-    with open_slide(Path(slide.facts.source), mpp_override=slide.facts.mpp) as opened:
+    icc = bool(facts.grid.get("icc"))
+    with open_slide(Path(slide.facts.source), mpp_override=slide.facts.mpp, icc=icc) as opened:
         thumbnail = opened.read_thumbnail(Mpp(max(opened.level0_size) * opened.mpp / LONGEST_PX))
     caption = f"{what}  {slide.slide_id}"
     image = heatmap_picture(thumbnail.image, thumbnail.downsample, coords, side, shown, limits=limits, caption=caption)

@@ -26,8 +26,8 @@ HELD_OUT = {
 }
 
 
-PARTS = ("loss:", "loss@")
-"""How columns of log.csv begin that are of one teacher or of one width."""
+PARTS = ("loss:", "loss@", "term:")
+"""How columns of log.csv begin that are of one teacher, of one width, or of a term beside the loss."""
 
 CKA_PARTS = ("cka_debiased:", "cka_debiased@")
 """The same of validation.csv."""

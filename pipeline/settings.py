@@ -6,6 +6,7 @@ from pathlib import Path
 from g2l_core.distillation.spec import TrainSettings
 from g2l_core.errors import UnknownNameError, UsageError
 from g2l_core.options import DATA, ENCODER, MACHINE, OUTPUT, PATCHES, SLIDES, TRAINING, option
+from g2l_core.patches.spec import ViewSpec
 
 KEPT = ("last", "best")
 CANONICAL = "canonical"
@@ -82,6 +83,19 @@ class ExtractionSettings:
     def encoder_precision(self) -> str:
         """Precision and compilation in one word, as encoders and their digests have it."""
         return self.precision + "+compile" if self.compile else self.precision
+
+
+def require_stained_views(views: ViewSpec, settings: ExtractionSettings) -> None:
+    """Refuse stain jitter that no view would have.
+
+    Raises:
+        UsageError: There are fewer than two augmented views.
+    """
+    if views.stain_jitter and settings.views < 2:
+        raise UsageError(
+            f"--stain-jitter {views.stain_jitter:g} changes views 2, 4, ..., and there are {settings.views} augmented "
+            "ones: give --views 2 or more, or leave it out"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

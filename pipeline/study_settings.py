@@ -16,7 +16,7 @@ from pipeline.aliases import require_distinct, split_alias
 from pipeline.bench import find_tasks
 from pipeline.config import settings_of, weights_by_encoder
 from pipeline.distill import training_precision
-from pipeline.settings import DistillHow, DistillSettings, ExtractionSettings
+from pipeline.settings import DistillHow, DistillSettings, ExtractionSettings, require_stained_views
 from pipeline.study_file import COHORTS, STUDENT, BenchTable, StudyFile, shipped_studies
 
 DRAWN = "cohort"
@@ -173,7 +173,10 @@ class _Resolver:
         inputs = (drawn,) if drawn else tuple(map(Path, values["inputs"]))
         extraction = {**file.teacher, **values, **({} if is_first else {"views": 0}), "trust_code": self.trusted}
         grid = file.built(table, GridSpec, values)
+        views, settings = file.built(table, ViewSpec, values), file.built(table, ExtractionSettings, extraction)
         try:
+            if is_first:
+                require_stained_views(views, settings)
             coords = values.get("coords")
             tissue = resolve_coords(coords) if coords else resolve_tissue(grid.tissue)
             if not drawn:
@@ -183,8 +186,8 @@ class _Resolver:
         return StudyCohort(
             inputs=inputs,
             grid=replace(grid, tissue=tissue.identity),
-            views=file.built(table, ViewSpec, values),
-            settings=file.built(table, ExtractionSettings, extraction),
+            views=views,
+            settings=settings,
             tissue=tissue,
         )
 

@@ -13,12 +13,14 @@ from g2l_core.distillation.distributed import ProcessGroup
 from g2l_core.distillation.held_out import HeldOutSet
 from g2l_core.distillation.joint import Balance, JointObjective
 from g2l_core.distillation.objective import Objective, TargetStatistics
-from g2l_core.distillation.spec import ObjectiveSpec, TrainSettings
+from g2l_core.distillation.robustness import RobustObjective
+from g2l_core.distillation.spec import ObjectiveSpec, RobustnessSpec, TrainSettings
 from g2l_core.encoders.loading import LoadedEncoder, encode_all, features_of, load_encoder
 from g2l_core.encoders.resolve import EncoderSpec, find_stored
 from g2l_core.encoders.spec import STORED_LICENSE
 from g2l_core.encoders.terms import Source
 from g2l_core.errors import ReadError, StoreMissingError, UnknownNameError, UsageError
+from g2l_core.patches.spec import ViewSpec
 from g2l_core.store.facts import EncoderFacts
 from g2l_core.store.features import FeatureStore, StoredSlide
 from pipeline.settings import CANONICAL, DistillSettings
@@ -158,20 +160,22 @@ def build_objective(
     layout: HeadLayout,
     statistics: Mapping[str, TargetStatistics],
     group: ProcessGroup,
-) -> Objective | JointObjective:
-    """What the run minimizes: one teacher's loss as it is, or a joint one."""
+) -> Objective | JointObjective | RobustObjective:
+    """What the run minimizes: one teacher's loss as it is, or a joint one; with further terms where they are asked."""
     specs = objective_of_each(settings.objective, teachers)
     objectives = [
         Objective(spec, statistics.get(teacher.column), group) for spec, teacher in zip(specs, teachers, strict=True)
     ]
+    terms = settings.robustness
     if layout.is_single:
-        return objectives[0]
+        return objectives[0] if terms == RobustnessSpec() else RobustObjective(objectives[0], terms, group)
     balance = Balance(
         kind=settings.teachers.balance,
         weights=weights_of(settings, teachers),
         masked=settings.teachers.missing == "mask",
     )
-    return JointObjective(layout, objectives, balance, group)
+    joint = JointObjective(layout, objectives, balance, group)
+    return joint if terms == RobustnessSpec() else RobustObjective(joint, terms, group)
 
 
 def replayed_views(
@@ -204,6 +208,40 @@ def replayed_views(
     for key, stored in stored_views.items():
         _require_views(store, key, stored, wanted)
     return wanted
+
+
+def paired_views(store: FeatureStore, views: int | None, settings: DistillSettings) -> int:
+    """Number of augmented views to replay where each is shown with the one that differs from it only in stain.
+
+    Two views of a patch differ only in stain if all their stored parameters are equal but those of the stain jitter:
+    views 1 and 2, 3 and 4, and so on, where the store's views have it.
+
+    Args:
+        store: The store.
+        views: What `replayed_views` has found.
+        settings: What was asked.
+
+    Raises:
+        StoreMissingError: The store's views have no stain jitter, or there is no whole pair.
+        UsageError: A number was asked for that is no number of pairs, or the canonical view alone.
+    """
+    if not ViewSpec.from_json(store.views).stain_jitter:
+        raise StoreMissingError(
+            f"--stain-weight compares views that differ only in stain, and {store.path} has none, nor can --online "
+            "draw any for it: make another store with g2l cache-teacher --stain-jitter 0.05"
+        )
+    if views is None:
+        raise UsageError(f"--stain-weight compares augmented views, and --views {CANONICAL} shows none: leave one out")
+    if settings.views is not None and views % 2:
+        raise UsageError(
+            f"--stain-weight compares views 1 and 2, 3 and 4, ...: expected an even --views, not {settings.views}"
+        )
+    if views == 1:
+        raise StoreMissingError(
+            f"{store.path} has 1 augmented view, and --stain-weight compares it with the next: run g2l cache-teacher "
+            "with --views 2"
+        )
+    return views - views % 2
 
 
 def _with_features(

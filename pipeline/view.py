@@ -199,7 +199,7 @@ def _pictures(one: _Shown, grid: GridSpec) -> list[str]:
         if one.slide.patch_ids is None and fingerprint(path) != one.slide.facts.fingerprint:
             return [f"{slide_id}: {path} is not the file that was cached, so it is not shown."]
         if one.slide.patch_ids is None:
-            one.image = _thumbnail(one, path)
+            one.image = _thumbnail(one, path, icc=grid.icc)
         reader = open_patches(one.slide, grid, path)
         try:
             one.faces = [_face(reader, int(one.rows[place])) for place in one.chosen]
@@ -211,8 +211,8 @@ def _pictures(one: _Shown, grid: GridSpec) -> list[str]:
     return []
 
 
-def _thumbnail(one: _Shown, path: Path) -> str:
-    with open_slide(path, manifest_mpp=one.slide.facts.mpp) as slide:
+def _thumbnail(one: _Shown, path: Path, *, icc: bool) -> str:
+    with open_slide(path, manifest_mpp=one.slide.facts.mpp, icc=icc) as slide:
         image = slide.read_thumbnail(Mpp(max(slide.level0_size) * slide.mpp / SIDE)).image
     width, height = (max(1, round(length * one.scale)) for length in one.size)
     return _jpeg(cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA), THUMBNAIL_QUALITY)

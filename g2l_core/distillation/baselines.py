@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from g2l_core.distillation.joint import JointObjective
 from g2l_core.distillation.objective import Objective
+from g2l_core.distillation.robustness import RobustObjective
 
 CONTRAST_DIM = 128
 """Features behind SimCLR's head, as in the paper."""
@@ -63,5 +64,5 @@ class BaselineObjective(nn.Module):
         return {"loss_per_element": self._last}
 
 
-Minimized: TypeAlias = Objective | JointObjective | BaselineObjective
+Minimized: TypeAlias = Objective | JointObjective | RobustObjective | BaselineObjective
 """What a training loop can minimize."""

@@ -68,7 +68,7 @@ class ReplayDataset(IterableDataset[Batch]):
             rows: Stored rows to train on, by slide id; None for all good rows of a slide.
             spec: What is replayed, and in which order.
             reading: How it is read.
-            given: The targets, where no encoder gives them.
+            given: Targets that no encoder gives.
 
         Raises:
             StoreMissingError: A slide misses views of the teacher.

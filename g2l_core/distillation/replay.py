@@ -18,7 +18,7 @@ from g2l_core.patches.identity import require_same_slide
 from g2l_core.patches.pixel_cache import PixelCache
 from g2l_core.patches.reader_pool import ReaderPool
 from g2l_core.patches.render import PatchReader, open_patches, render_block
-from g2l_core.patches.views import ViewSpec, sample_views
+from g2l_core.patches.views import ViewSpec, sample_views, stain_twin
 from g2l_core.store import schema
 from g2l_core.store.features import FeatureStore, Shard, StoredSlide
 from g2l_core.store.schema import PATCH_ID, REPLAY_ROWS, STATUS, UNKNOWN_HASH
@@ -45,6 +45,8 @@ class ReplaySpec:
     seed: int = 0
     at_once: int = 1
     """Different views of each patch in one batch."""
+    is_paired: bool = False
+    """Whether two views at once are a view and the one that differs from it only in stain."""
 
     def __post_init__(self) -> None:
         """Check that batches can be drawn.
@@ -62,6 +64,11 @@ class ReplaySpec:
             )
         if self.n_augmented and not 1 <= self.at_once <= self.n_augmented:
             raise UsageError(f"{self.at_once} different views of a patch need as many; there are {self.n_augmented}")
+        if self.is_paired and (self.at_once != 2 or self.n_augmented is None or self.n_augmented % 2):
+            raise UsageError(
+                f"views that differ only in stain are pairs: {self.at_once} at once of {self.n_augmented} augmented "
+                "ones cannot be paired"
+            )
 
     @property
     def views(self) -> range:
@@ -73,7 +80,7 @@ ChosenRows = Mapping[str, Rows | None]
 """Stored rows by slide id; None stands for all good rows of a slide, which are counted but not listed."""
 
 Given = Mapping[str, Float16[np.ndarray, "row dim"]]
-"""Targets of all stored rows by slide id, in place of encoders' features: labels as numbers."""
+"""Targets of all stored rows by slide id, behind encoders' features or in place of them: labels as numbers."""
 
 OPEN_TABLES = 128
 """Slides whose tables are held in memory; with five views and 10,000 patches, 3 MB each."""
@@ -144,7 +151,7 @@ class ReplaySource:
             rows: Stored rows to replay.
             spec: The teacher and the views.
             pixel_cache: Decoded patches are kept here between epochs and runs.
-            given: The targets, where no encoder gives them.
+            given: Targets that no encoder gives.
 
         Raises:
             StoreMissingError: A slide misses views of a teacher, and may not; or of all of them.
@@ -219,9 +226,9 @@ class ReplaySource:
             epoch: Number of the epoch.
 
         Returns:
-            Pixels, and the teachers' features of them, one teacher's columns behind the other's; without columns where
-            teachers run live, and NaN where a teacher's features may be missing and are. Of several views at once,
-            pixels are (row, view, height, width, 3), and features those of the first.
+            Pixels, and the teachers' features of them, one teacher's columns behind the other's, and what is given
+            behind them; without features where teachers run live, and NaN where a teacher's features may be missing and
+            are. Of several views at once, pixels are (row, view, height, width, 3), and features those of the first.
 
         Raises:
             ReadError: A patch cannot be read.
@@ -232,6 +239,8 @@ class ReplaySource:
         tables = self._tables(index)
         rows = self._rows_of(index, block - int(self._first_block[index]), tables)[within]
         shown = [self._views_of_epoch(tables, rows, epoch, i) for i in range(self._spec.at_once)]
+        if self._spec.is_paired:
+            shown[1] = stain_twin(shown[0])
         params = np.concatenate([tables.view_params(rows, views) for views in shown], axis=1)
         with self._readers.reading(str(index)) as reader:
             rendered = render_block(reader, rows.tolist(), params, np.zeros(len(rows), np.uint8), self._views)
@@ -263,9 +272,10 @@ class ReplaySource:
         return views.start + turn.astype(np.int64)
 
     def _read_targets(self, index: int, rows: Rows, views: Rows) -> Float16[np.ndarray, "row dim"]:
-        """The teachers' features of one view of each row: from memory, or by one contiguous read for each view."""
-        if self._given is not None:
-            return self._given[self._slides[index].slide_id][rows]
+        """The teachers' features of one view of each row: from memory, or by one contiguous read for each view.
+
+        What is given comes behind them.
+        """
         targets = np.full((len(rows), sum(self._dims.values())), np.nan, np.float16)
         for view in np.unique(views).tolist():
             in_view = np.flatnonzero(views == view)
@@ -273,7 +283,9 @@ class ReplaySource:
                 targets[in_view] = self._held[index, view][rows[in_view]]
             else:
                 self._fill(targets, in_view, index, rows, view)
-        return targets
+        if self._given is None:
+            return targets
+        return np.concatenate([targets, self._given[self._slides[index].slide_id][rows]], axis=1)
 
     def _fill(self, targets: np.ndarray, places: np.ndarray, index: int, rows: Rows, view: int) -> None:
         """Read the targets of one view into their places. Those that are there must be finite."""
@@ -339,7 +351,8 @@ def _open(stored: StoredSlide, grid: GridSpec, cache: PixelCache | None) -> Patc
     """A slide's patches, through the cache of decoded ones where there is one."""
     if cache is None:
         return open_patches(stored, grid)
-    key = f"{stored.facts.fingerprint} {stored.slide_id} {grid}"
+    same = str(grid).replace(", icc=False", "")  # so that caches from before there was any stay in use
+    key = f"{stored.facts.fingerprint} {stored.slide_id} {same}"
     return cache.wrap(lambda: open_patches(stored, grid), key, len(stored), grid.patch_px)
 
 

@@ -249,6 +249,38 @@ def read_widths(text: str) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RobustnessSpec:
+    """Terms beside the loss that make features depend less on stain and center, see `robustness`."""
+
+    stain_weight: float = option(
+        0.0,
+        min=0,
+        panel=LOSS,
+        help="Weight of a term that pulls together views of a patch that differ only in stain; the store must be made "
+        "with --stain-jitter.",
+    )
+    center_weight: float = option(
+        0.0,
+        min=0,
+        panel=LOSS,
+        help="Weight of a term that pulls together the features of different centers (maximum mean discrepancy).",
+    )
+    center_label: str = option(
+        "medical_center", panel=LOSS, help="Column of the store's labels that names a slide's or patch's center."
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse weights that are none, and a column that nothing reads."""
+        if not (0 <= self.stain_weight < inf and 0 <= self.center_weight < inf):
+            raise UsageError(
+                "expected --stain-weight and --center-weight of at least 0, not "
+                f"{self.stain_weight} and {self.center_weight}"
+            )
+        if self.center_label != RobustnessSpec.center_label and not self.center_weight:
+            raise UsageError(f"--center-label {self.center_label} is for --center-weight: give that, or leave it out")
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimSpec:
     """AdamW and its schedule. Defaults are the paper's (arXiv 2510.11176, method 6 and 7); the rest is off."""
 
@@ -297,6 +329,7 @@ class TrainSettings:
     objective: ObjectiveSpec = field(default_factory=ObjectiveSpec)
     optim: OptimSpec = field(default_factory=OptimSpec)
     teachers: TeachersSpec = field(default_factory=TeachersSpec)
+    robustness: RobustnessSpec = field(default_factory=RobustnessSpec)
     nested: tuple[int, ...] = option(
         (),
         panel=LOSS,

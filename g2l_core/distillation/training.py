@@ -18,6 +18,7 @@ from g2l_core.distillation.distributed import ProcessGroup
 from g2l_core.distillation.loader import Batch
 from g2l_core.distillation.logs import TrainingLogs
 from g2l_core.distillation.optim import EarlyStop, anneal, build_optimizer
+from g2l_core.distillation.robustness import RobustObjective
 from g2l_core.distillation.spec import TrainSettings
 from g2l_core.errors import RunError
 from g2l_core.store.facts import Facts
@@ -82,8 +83,16 @@ class DistillationStep(nn.Module):
     def forward(self, pixels: Tensor, targets: Tensor) -> Tensor:
         """The batch's loss. Statistics and loss are in float32 whatever the autocast."""
         with torch.autocast(self._device, self._autocast or torch.bfloat16, enabled=self._autocast is not None):
-            projected = self.distiller(pixels)
-        loss: Tensor = self.objective(projected, targets)
+            if isinstance(self.objective, RobustObjective):
+                features = self.distiller.student(pixels)
+                projected = self.distiller.projector(features[:: len(features) // len(targets)])
+            else:
+                projected = self.distiller(pixels)
+        loss: Tensor = (
+            self.objective(projected, targets, features)
+            if isinstance(self.objective, RobustObjective)
+            else self.objective(projected, targets)
+        )
         return loss
 
 
@@ -185,7 +194,7 @@ def train_step(
         batch = next(stream)
         waited += perf_counter() - asked
         with _without_sync(step_module) if i + 1 < optim.accumulate else nullcontext():
-            pixels, targets = _to_device(batch, hooks)
+            pixels, targets = _to_device(batch, hooks, has_center=settings.robustness.center_weight > 0)
             loss = step_module(pixels, targets) / optim.accumulate
             loss.backward()
         total += float(loss.detach())
@@ -230,15 +239,18 @@ def _prepare(batches: Generator[Batch, None, None], device: torch.device) -> Gen
         batches.close()
 
 
-def _to_device(batch: Prepared, hooks: TrainerHooks) -> tuple[Tensor, Tensor]:
-    """A batch's pixels and targets: the stored ones, or a live teacher's features of these pixels.
+def _to_device(batch: Prepared, hooks: TrainerHooks, *, has_center: bool) -> tuple[Tensor, Tensor]:
+    """A batch's pixels and targets: the stored ones, or a live teacher's features of each patch's first view.
 
+    With `has_center`, the last column of the targets is the center's number, which a live teacher does not replace.
     Several views of a patch become rows behind one another.
     """
     pixels = batch.pixels.flatten(0, -4).to(hooks.group.device, non_blocking=True)
+    targets = batch.targets.to(hooks.group.device, non_blocking=True).float()
     if hooks.teacher is not None:
-        return pixels, hooks.teacher(pixels)
-    return pixels, batch.targets.to(hooks.group.device, non_blocking=True).float()
+        features = hooks.teacher(pixels[:: len(pixels) // len(targets)])
+        targets = torch.cat([features, targets[:, -1:]], dim=1) if has_center else features
+    return pixels, targets
 
 
 def _without_sync(step_module: nn.Module) -> AbstractContextManager[None]:

@@ -330,6 +330,26 @@ def _others() -> tuple[EncoderSpec, ...]:
             **_HALF,
         ),
         EncoderSpec(
+            name="openmidnight",
+            # Card and README of MedARC-AI/OpenMidnight: Meta's DINOv2 ViT-g/14 with 4 registers, trained on 224 px;
+            # class token, ImageNet's mean and std (midnight-12k's are others). Resize(224) (bilinear) in slide2vec,
+            # mussel and lazyslide, which follow the card. No scale stands there; TRIDENT takes it at 20x. No revision
+            # could be looked up: whoever must pin one gives --weights hub:SophontAI/OpenMidnight@REVISION#FILE.
+            architecture="vit_giant_patch14_reg4_dinov2",
+            arguments={"img_size": 224, "init_values": 1e-5},
+            weights="hub:SophontAI/OpenMidnight#teacher_checkpoint_load.pt",
+            layout="dinov2",
+            interpolation="bilinear",
+            pooling="cls",
+            dim=1536,
+            mpp=0.5,
+            parameters=1_134_774_272,
+            license="Apache-2.0",
+            gated=True,
+            trained_on="12,000 TCGA slides (SophontAI/OpenMidnight)",
+            **_IMAGENET,
+        ),
+        EncoderSpec(
             name="gpfm",
             # arXiv 2407.18449: patches of 512 px at level 0 (mostly 0.25 um/px), resized to 224: about 0.57 um/px.
             # The hub's card says MIT, the repository's license file CC-BY-NC-ND-4.0.

@@ -222,8 +222,19 @@ def _made_of(card: ModelCard) -> dict[str, str]:
         "student before": f"{card.student.name} ({card.student.describe_weights()})",
         "data": f"{card.train_patches:,} patches of {card.train_slides} slides; held out: {card.held_out}",
         "training": f"step {card.step:,} of {train['steps']:,}, batch {card.settings['batch_size']}, loss "
-        f"{card.loss or train['objective']['loss']}, lr {optim['lr']:g}, weight decay {optim['weight_decay']:g}",
+        f"{card.loss or train['objective']['loss']}{_terms_beside(train)}, lr {optim['lr']:g}, "
+        f"weight decay {optim['weight_decay']:g}",
     }
+
+
+def _terms_beside(train: Mapping[str, Any]) -> str:
+    """The weights of the terms beside the loss, where there are any."""
+    terms = train.get("robustness", {})
+    return "".join(
+        f" + {terms[name]:g} x {words}"
+        for name, words in (("stain_weight", "distance of stains"), ("center_weight", "distance of centers"))
+        if terms.get(name)
+    )
 
 
 def _on_widths(card: ModelCard) -> list[str]:

@@ -42,6 +42,7 @@ from g2l_core.patches.grid import blocks as row_blocks
 from g2l_core.patches.render import ImagePatches, PatchReader, RenderedBlock, open_patches, render_block
 from g2l_core.patches.views import ViewSpec
 from g2l_core.slides.boundary import within
+from g2l_core.slides.icc import NO_PROFILE
 from g2l_core.slides.images import TURNED
 from g2l_core.slides.staging import Stage
 from g2l_core.slides.under_way import UnderWay
@@ -71,6 +72,8 @@ class ExtractionProgress:
     """Reasons of unreadable patches, by slide."""
     turned: dict[str, int] = field(default_factory=dict)
     """How many images were turned as EXIF says, by set of patch images."""
+    unprofiled: dict[str, int] = field(default_factory=dict)
+    """How many images have no ICC profile where colors are to be converted by it, by set of patch images."""
 
     @property
     def utilization(self) -> float:
@@ -342,17 +345,23 @@ def _missing_rows(buffers: Sequence[ShardBuffer], cells: Sequence[tuple[int, int
 
 
 def _note(block: _Block, rendered: RenderedBlock, progress: ExtractionProgress) -> None:
-    """Count a rendered block, and keep why patches of it could not be read and whether images were turned."""
+    """Count a rendered block, and keep why patches of it could not be read, and what images lack or need."""
     progress.patches_done += len(block.rows)
     progress.seconds["read"] += rendered.seconds_read
     progress.seconds["augment"] += rendered.seconds_augment
     if rendered.reasons:
         progress.unreadable.setdefault(block.slide.slide_id, []).extend(rendered.reasons.values())
         block.slide.note_losses(rendered.reasons)
-    if isinstance(block.reader, ImagePatches) and (turned := block.reader.turned.intersection(block.rows.tolist())):
-        known = progress.turned.setdefault(block.slide.slide_id, 0)
-        progress.turned[block.slide.slide_id] = known + len(turned)
-        block.slide.add_note(TURNED)
+    if not isinstance(block.reader, ImagePatches):
+        return
+    reader, slide_id = block.reader, block.slide.slide_id
+    for rows, told, text in (
+        (reader.turned, progress.turned, TURNED),
+        (reader.unprofiled, progress.unprofiled, NO_PROFILE),
+    ):
+        if found := rows.intersection(block.rows.tolist()):
+            told[slide_id] = told.get(slide_id, 0) + len(found)
+            block.slide.add_note(text)
 
 
 def _fill(buffer: ShardBuffer, batcher: Batcher, block: _Block, rendered: RenderedBlock) -> None:

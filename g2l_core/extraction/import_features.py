@@ -19,7 +19,7 @@ from g2l_core.errors import EncoderError, MppError, ReadError, SlideError, Store
 from g2l_core.extraction.foreign import LAYOUTS, ForeignFile, ForeignSlide, Scale, read_slide
 from g2l_core.extraction.import_sources import Places, manifest_rows
 from g2l_core.patches.grid import GridSpec, cell_order
-from g2l_core.patches.views import COLUMNS, ViewSpec, sample_views
+from g2l_core.patches.views import ViewSpec, columns_of, sample_views
 from g2l_core.slides.fingerprint import file_state, fingerprint
 from g2l_core.slides.slide import open_slide
 from g2l_core.store.consolidated import consolidate
@@ -463,8 +463,9 @@ def _stored_slide(
     """
     stored = {slide.slide_id for slide in store.slides()}
     if slide_id not in stored:
-        params = sample_views(ViewSpec.from_json(store.views), slide_id, corners, range(1))
-        slide = store.add_slide(slide_id, facts, coords=corners, view_params=params, columns=COLUMNS, patch_ids=None)
+        views = ViewSpec.from_json(store.views)
+        params, columns = sample_views(views, slide_id, corners, range(1)), columns_of(views)
+        slide = store.add_slide(slide_id, facts, coords=corners, view_params=params, columns=columns, patch_ids=None)
         return slide, features
     slide = store.slide(slide_id)
     order, wanted = _same_patches(slide, corners)

@@ -14,7 +14,7 @@ from g2l_core.extraction.given_coords import patch_coords
 from g2l_core.patches.grid import GridSpec, image_order, patch_side_level0
 from g2l_core.patches.identity import images_fingerprint, require_same_slide
 from g2l_core.patches.render import read_image
-from g2l_core.patches.views import COLUMNS, ViewSpec, sample_views
+from g2l_core.patches.views import ViewSpec, columns_of, sample_views
 from g2l_core.slides.boundary import slide_errors, within
 from g2l_core.slides.fingerprint import file_state, fingerprint
 from g2l_core.slides.manifest import Source
@@ -86,7 +86,7 @@ def patch_source(
 def _patch_slide(
     source: Source, grid: GridSpec, mpp_override: float | None, tissue: TissueMethod, qc: Path | None
 ) -> PatchedSlide:
-    with open_slide(source.path, manifest_mpp=source.mpp, mpp_override=mpp_override) as slide:
+    with open_slide(source.path, manifest_mpp=source.mpp, mpp_override=mpp_override, icc=grid.icc) as slide:
         side = patch_side_level0(grid, slide.mpp)
         found = tissue.find(slide, source.slide_id)
         coords, left_out = patch_coords(slide, side, found, grid, source.slide_id)
@@ -199,7 +199,7 @@ def _require_first_image(source: Source, grid: GridSpec) -> None:
         ReadError: It has, or it cannot be read.
     """
     try:
-        read_image(source.path / source.patch_ids[0], grid.patch_px)
+        read_image(source.path / source.patch_ids[0], grid.patch_px, icc=grid.icc)
     except ReadError as error:
         advice = ". Give their size with --patch-px" if "the store's patches" in str(error) else ""
         raise ReadError(f"{error}{advice}") from error
@@ -241,7 +241,7 @@ def store_patched(
     params = sample_views(views, source.slide_id, coords, range(n_views), patch_ids)
     facts = replace(patched.facts, notes=tuple(note.text for note in patched.notes))
     slide = store.add_slide(
-        source.slide_id, facts, coords=coords, view_params=params, columns=COLUMNS, patch_ids=patch_ids
+        source.slide_id, facts, coords=coords, view_params=params, columns=columns_of(views), patch_ids=patch_ids
     )
     if source.patch_labels:
         slide.set_patch_labels(_patch_labels(source, patch_ids or ()))

@@ -1,6 +1,6 @@
 """Mend what a slide can prove: a file that was copied again, and tables of the store that are damaged."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from g2l_core.extraction.given_coords import patch_coords
 from g2l_core.patches.artifacts import ArtifactSpec
 from g2l_core.patches.grid import GridSpec, blocks, image_order
 from g2l_core.patches.render import PatchReader, RenderedBlock, open_patches, render_block
-from g2l_core.patches.views import COLUMNS, ViewSpec, sample_views
+from g2l_core.patches.views import ViewSpec, columns_of, sample_views
 from g2l_core.rng import keyed_generator
 from g2l_core.slides.boundary import slide_errors
 from g2l_core.slides.fingerprint import fingerprint
@@ -109,7 +109,7 @@ def _repair_slide(store: FeatureStore, slide_id: str, names: set[str]) -> str:
                 values = next(fitting, None)
             if values is None:
                 return _withdrawn(store, slide_id, f"{name} cannot be derived as it was")
-            _write_table(slide, name, values)
+            _write_table(slide, name, values, columns_of(ViewSpec.from_json(store.views)))
     except UsageError as error:
         return _withdrawn(store, slide_id, f"its patches cannot be found again ({error})")
     except SlideError as error:
@@ -162,7 +162,7 @@ def _derived_coords(slide: StoredSlide, grid: GridSpec) -> Coords:
     facts = slide.facts
     if slide.has_patch_ids:
         return np.zeros((len(slide), 2), np.int32)
-    with open_slide(Path(facts.source), manifest_mpp=facts.mpp) as opened:
+    with open_slide(Path(facts.source), manifest_mpp=facts.mpp, icc=grid.icc) as opened:
         found = resolve_tissue(grid.tissue).find(opened, slide.slide_id)
         coords, _ = patch_coords(opened, Level0Px(facts.patch_px_level0), found, grid, slide.slide_id)
         return coords
@@ -216,9 +216,9 @@ def _is_recorded(slide: StoredSlide, name: str, values: np.ndarray) -> bool:
     return len(values) == len(slide) and not changed_blocks(name, values, slide.facts.tables.get(name, {}))
 
 
-def _write_table(slide: StoredSlide, name: str, values: np.ndarray) -> None:
+def _write_table(slide: StoredSlide, name: str, values: np.ndarray, columns: Sequence[str]) -> None:
     """Make the array anew, for its own description may be what was damaged. Its checksums are recorded already."""
     layout = text_layout(len(values)) if name == PATCH_ID else table_layout(name, values.shape)
-    attributes: dict[str, Any] = {"columns": list(COLUMNS)} if name == "view_params" else {}
+    attributes: dict[str, Any] = {"columns": list(columns)} if name == "view_params" else {}
     with writing(f"{name} of slide {slide.slide_id}"):
         create_array(slide.folder / name, layout, **attributes)[:] = values

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from time import perf_counter
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import cv2
 import numpy as np
@@ -18,6 +18,7 @@ from g2l_core.patches.artifacts import ArtifactSpec, artifact_of
 from g2l_core.patches.grid import GridSpec
 from g2l_core.patches.views import ViewSpec, apply_views, pixel_hash
 from g2l_core.slides.boundary import slide_errors
+from g2l_core.slides.icc import to_srgb
 from g2l_core.slides.images import UPRIGHT, orientation_of, over_white, read_plain_image, require_8_bits
 from g2l_core.slides.limits import opened_image, require_file_or_folder
 from g2l_core.slides.slide import ABSENT_SHARE, Slide, open_slide
@@ -64,35 +65,49 @@ class ImagePatches:
 
     Attributes:
         turned: The rows of those that were turned as EXIF says, among all that were read.
+        unprofiled: The rows of those without an ICC profile, where colors are to be converted by it.
     """
 
-    def __init__(self, folder: Path, names: Sequence[str], patch_px: int) -> None:
-        self._folder, self._names, self._patch_px = folder, names, patch_px
+    def __init__(self, folder: Path, names: Sequence[str], patch_px: int, *, icc: bool = False) -> None:
+        self._folder, self._names, self._patch_px, self._icc = folder, names, patch_px, icc
         self.turned = set[int]()
+        self.unprofiled = set[int]()
 
     def read(self, row: int, max_absent: float = 1.0) -> Rgb:
         """The image of the row. It must have the store's patch size, for nothing is resampled."""
         with slide_errors(ReadError):
-            image, orientation = _read_upright(self._folder / self._names[row], self._patch_px)
-        if orientation != UPRIGHT:
+            decoded = _read_upright(self._folder / self._names[row], self._patch_px, icc=self._icc)
+        if decoded.orientation != UPRIGHT:
             self.turned.add(row)
-        return image
+        if self._icc and not decoded.has_profile:
+            self.unprofiled.add(row)
+        return decoded.image
 
     def close(self) -> None:
         """Do nothing, for no file stays open."""
 
 
-def read_image(path: Path, patch_px: int) -> Rgb:
-    """An image file of patch_px squared as RGB.
+def read_image(path: Path, patch_px: int, *, icc: bool = False) -> Rgb:
+    """An image file of patch_px squared as RGB, with `icc` in sRGB by its ICC profile, if it has one.
 
     Raises:
-        ReadError: It cannot be decoded, or has another size.
+        ReadError: It cannot be decoded, has another size, or a profile that cannot be used.
     """
-    return _read_upright(path, patch_px)[0]
+    return _read_upright(path, patch_px, icc=icc).image
 
 
-def _read_upright(path: Path, patch_px: int) -> tuple[Rgb, int]:
-    """The image as `read_image` gives it, and the orientation that its EXIF says, `UPRIGHT` if none."""
+class _Upright(NamedTuple):
+    """A decoded image."""
+
+    image: Rgb
+    orientation: int
+    """What its EXIF says, `UPRIGHT` if nothing."""
+    has_profile: bool
+    """Whether it carries an ICC profile."""
+
+
+def _read_upright(path: Path, patch_px: int, *, icc: bool) -> _Upright:
+    """The image as `read_image` gives it, with what was found in its header."""
     require_file_or_folder(path)
     try:
         encoded = path.read_bytes()
@@ -101,20 +116,24 @@ def _read_upright(path: Path, patch_px: int) -> tuple[Rgb, int]:
     try:
         with opened_image(BytesIO(encoded)) as header:  # reads no pixels
             require_8_bits(header)
-            size, is_plain = header.size, _is_plain(header)
+            size, is_plain, profile = header.size, _is_plain(header), header.info.get("icc_profile") or b""
         if size != (patch_px, patch_px):
             raise ReadError(f"it is {size[0]} x {size[1]} px, the store's patches {patch_px} x {patch_px}")
         if not is_plain:
             decoded, orientation = read_plain_image(BytesIO(encoded))
-            return np.asarray(over_white(decoded)), orientation
+            image: np.ndarray | None = np.asarray(over_white(decoded))
+        else:
+            orientation = UPRIGHT
+            image = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR_RGB)
+        if image is None or image.shape != (patch_px, patch_px, 3):
+            raise ReadError("it is no image that OpenCV decodes")
+        if icc and profile:
+            image = to_srgb(profile)(image)
     except ReadError as error:
         raise ReadError(f"{path}: {error}") from error
     except (OSError, ValueError, SyntaxError, struct.error) as error:
         raise ReadError(f"{path} is no image that Pillow knows: {error}") from error
-    image = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR_RGB)
-    if image is None or image.shape != (patch_px, patch_px, 3):
-        raise ReadError(f"{path} is no image that OpenCV decodes")
-    return image, UPRIGHT
+    return _Upright(image=image, orientation=orientation, has_profile=bool(profile))
 
 
 def _is_plain(image: Image.Image) -> bool:
@@ -137,8 +156,8 @@ def open_patches(stored: StoredSlide, grid: GridSpec, path: Path | None = None) 
     path = path or Path(stored.facts.source)
     names = stored.patch_ids
     if names is not None:
-        return ImagePatches(path, names, grid.patch_px)
-    slide = open_slide(path, manifest_mpp=stored.facts.mpp)
+        return ImagePatches(path, names, grid.patch_px, icc=grid.icc)
+    slide = open_slide(path, manifest_mpp=stored.facts.mpp, icc=grid.icc)
     return SlidePatches(slide, stored.coords, Level0Px(stored.facts.patch_px_level0), grid.patch_px)
 
 

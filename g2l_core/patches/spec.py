@@ -9,6 +9,9 @@ from g2l_core.options import PATCHES, option
 
 _MAX_HUE = 1 / 6
 
+MAX_STAIN_JITTER = 0.5
+"""The largest spread: the sums of `stain.stain_jitter` fit int32 up to it, twice over."""
+
 STORED_ARTIFACTS = "artefacts"
 """The key of `GridSpec.artifacts` in stores, from before the spelling was settled: names by comma, or `none`."""
 
@@ -50,6 +53,10 @@ class GridSpec:
     """Such patches keep their row and get no features. Patch images were chosen by somebody already and are never
     filtered."""
     seed: int = option(0, panel=PATCHES, help="Random seed.")
+    icc: bool = option(
+        False, panel=PATCHES, help="Convert colors to sRGB by the ICC profiles that slides and patch images carry."
+    )
+    """Stores from before there was any have no such key, nor have those without it."""
 
     def __post_init__(self) -> None:
         """Refuse a grid that no slide can have."""
@@ -78,6 +85,8 @@ class GridSpec:
         """The spec as a store keeps it, in plain values."""
         fields = {**asdict(self), STORED_ARTIFACTS: ",".join(self.artifacts) or "none"}
         del fields["artifacts"]
+        if not self.icc:
+            del fields["icc"]
         return fields
 
 
@@ -112,6 +121,13 @@ class ViewSpec:
     """Bounds of the blur's standard deviation in pixels; kept as a tuple."""
     seed: int = 0
     """An unsigned 64-bit integer."""
+    stain_jitter: float = option(
+        0.0,
+        panel=PATCHES,
+        help="Views 2, 4, ... are views 1, 3, ... in other stains: amounts of hematoxylin and eosin scaled by 1 +- "
+        "this, and shifted by 0 +- this; 0.05 is light, 0.2 strong, 0 none.",
+    )
+    """See `stain.stain_jitter`. Stores from before there was any have no such key, nor have those without it."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "blur_sigma", tuple(self.blur_sigma))  # JSON gives a list
@@ -127,6 +143,7 @@ class ViewSpec:
             "blur_kernel_px // 2 in [0, crop_px)": 0 <= reach < self.crop_px,
             "blur_sigma = (low, high) with 0 < low <= high < inf": _is_range(self.blur_sigma),
             "seed in [0, 2**64)": 0 <= self.seed < 2**64,
+            f"stain_jitter in [0, {MAX_STAIN_JITTER}]": 0 <= self.stain_jitter <= MAX_STAIN_JITTER,
         }
         broken = [rule for rule, holds in rules.items() if not holds]
         if broken:
@@ -138,8 +155,11 @@ class ViewSpec:
         return cls(**{name: value for name, value in stored.items() if name in cls.__dataclass_fields__})
 
     def to_json(self) -> dict[str, Any]:
-        """The spec as a store keeps it, in plain values."""
-        return {**asdict(self), "blur_sigma": list(self.blur_sigma)}
+        """The spec as a store keeps it, in plain values: without the stain jitter where there is none."""
+        plain = {**asdict(self), "blur_sigma": list(self.blur_sigma)}
+        if not self.stain_jitter:
+            del plain["stain_jitter"]
+        return plain
 
 
 def _is_range(bounds: Sequence[float]) -> bool:

@@ -1,8 +1,8 @@
 """Augmented views of a patch: parameters from a counter-based generator, pixels from the parameters.
 
-A view is described by the `COLUMNS` of one float32 row. The row is a function of (seed, slide, x, y, patch id,
-view index) alone. The pixels are a function of the patch, the row and the sizes in the `ViewSpec` alone. So a
-store that keeps the rows can be replayed by any process, in any order, even if a later version draws otherwise.
+A view is described by one float32 row, whose columns `columns_of` names. The row is a function of (seed, slide, x,
+y, patch id, view index) alone. The pixels are a function of the patch, the row and the sizes in the `ViewSpec` alone.
+So a store that keeps the rows can be replayed by any process, in any order, even if a later version draws otherwise.
 
 The pixels rest on integer and table arithmetic only (OpenCV's 8-bit routes are fixed-point), so they do not depend
 on the processor's vector width, on threads, or on OpenCV's version: 4.10, 4.12 and 5.0 give the same bytes.
@@ -16,11 +16,13 @@ from itertools import permutations
 import cv2
 import numpy as np
 import xxhash
-from jaxtyping import Float, Float32, Int32, UInt8, UInt64
+from jaxtyping import Float, Float32, Int32, Int64, UInt8, UInt64
 
 from g2l_core.errors import UsageError
 from g2l_core.patches.color import brightness, contrast, hue, saturation
+from g2l_core.patches.spec import MAX_STAIN_JITTER
 from g2l_core.patches.spec import ViewSpec as ViewSpec
+from g2l_core.patches.stain import stain_jitter
 
 COLUMNS = (
     "crop_x",
@@ -39,9 +41,27 @@ COLUMNS = (
 """Names of a view's parameters. Crop offsets in patch pixels; flags 0 or 1; factors as torchvision's ColorJitter;
 order indexes `itertools.permutations(range(4))` of (brightness, contrast, saturation, hue); sigma in pixels."""
 
+STAIN_COLUMNS = ("scale_h", "scale_e", "scale_r", "shift_h", "shift_e", "shift_r")
+"""Further parameters, where there is stain jitter: scales and shifts of `stain.STAINS`.
+
+Two views of a patch differ only in stain if all their `COLUMNS` are equal. These are views 2i - 1 and 2i: the stains
+of views with odd numbers, and of view 0, are as they are in the slide.
+"""
+
 _ORDERS = tuple(permutations(range(4)))
 _NEUTRAL_FACTORS = (1.0, 1.0, 1.0, 0.0)
+_NEUTRAL_STAINS = (1.0, 1.0, 1.0, 0.0, 0.0, 0.0)
 _DRAWS = 16  # a blake2b digest of 64 bytes as uint32; column i uses draw i, the last four are spare
+
+
+def columns_of(spec: ViewSpec) -> tuple[str, ...]:
+    """The names of a view's parameters: `COLUMNS`, and `STAIN_COLUMNS` where there is stain jitter."""
+    return COLUMNS + STAIN_COLUMNS if spec.stain_jitter else COLUMNS
+
+
+def stain_twin(view: Int64[np.ndarray, " *_"]) -> Int64[np.ndarray, " *_"]:
+    """The views that differ from augmented ones only in stain: 2 of 1, 1 of 2, 4 of 3."""
+    return ((view - 1) ^ 1) + 1
 
 
 def sample_views(
@@ -50,12 +70,13 @@ def sample_views(
     coords: Int32[np.ndarray, "patch 2"],
     view_indices: Sequence[int],
     patch_ids: Sequence[str] | None = None,
-) -> Float32[np.ndarray, "patch view 12"]:
+) -> Float32[np.ndarray, "patch view parameter"]:
     """Draw the parameters of some views of some patches of one slide.
 
     Each (patch, view) has its own 16 draws, the blake2b digest of (seed, slide_id, x, y, patch id, view index) in
     fixed-width or length-prefixed fields, so that no two keys share their bytes. Their upper 24 bits are exact
-    in float32. A row thus depends on nothing but its key and the spec.
+    in float32. A row thus depends on nothing but its key and the spec. With stain jitter, views 2i take theirs from
+    the key of view 2i - 1, and only their stains from a digest of their own key.
 
     Args:
         spec: Probabilities, ranges, seed.
@@ -66,7 +87,7 @@ def sample_views(
             all coords differ.
 
     Returns:
-        The `COLUMNS` in float32. Parameters that are not used (no jitter, no blur) are neutral.
+        The columns of `columns_of` in float32. Parameters that are not used (no jitter, no blur) are neutral.
 
     Raises:
         UsageError: a view index outside [0, 2**32), or not one patch id for each patch.
@@ -81,9 +102,17 @@ def sample_views(
             f"slide {slide_id}: expected view indices in [0, 2**32), got {list(view_indices)}."
             " Use 0 for the canonical view and 1, 2, ... for augmented ones."
         )
-    params = _parameters(_draws(spec, slide_id, coords, view_indices, patch_ids), spec)
-    params[:, np.asarray(view_indices, dtype=np.int64) == 0] = _canonical(spec)
-    return params
+    views = np.asarray(view_indices, dtype=np.int64)
+    is_stained = (views > 0) & (views % 2 == 0) & (spec.stain_jitter > 0)
+    params = _parameters(_draws(spec, slide_id, coords, (views - is_stained).tolist(), patch_ids), spec)
+    params[:, views == 0] = _canonical(spec)
+    if not spec.stain_jitter:
+        return params
+    stains = np.empty((*params.shape[:2], len(STAIN_COLUMNS)), np.float32)
+    stains[:] = _NEUTRAL_STAINS
+    draws = _draws(spec, slide_id, coords, views[is_stained].tolist(), patch_ids, person=b"g2l stains 1")
+    stains[:, is_stained] += spec.stain_jitter * (2 * draws[..., : len(STAIN_COLUMNS)] - 1)
+    return np.concatenate((params, stains), axis=-1)
 
 
 def _draws(
@@ -92,9 +121,10 @@ def _draws(
     coords: Int32[np.ndarray, "patch 2"],
     view_indices: Sequence[int],
     patch_ids: Sequence[str] | None,
+    person: bytes = b"g2l views 1",
 ) -> Float[np.ndarray, "patch view 16"]:
     name = slide_id.encode("utf-8", "surrogatepass")
-    slide = blake2b(struct.pack("<QQ", spec.seed, len(name)) + name, person=b"g2l views 1")
+    slide = blake2b(struct.pack("<QQ", spec.seed, len(name)) + name, person=person)
     digests = []
     for row, (x, y) in enumerate(coords.tolist()):
         patch = slide.copy()
@@ -137,13 +167,13 @@ def _canonical(spec: ViewSpec) -> Float32[np.ndarray, "12"]:
 
 
 def apply_views(
-    patch: UInt8[np.ndarray, "patch patch 3"], params: Float32[np.ndarray, "view 12"], spec: ViewSpec
+    patch: UInt8[np.ndarray, "patch patch 3"], params: Float32[np.ndarray, "view parameter"], spec: ViewSpec
 ) -> UInt8[np.ndarray, "view crop crop 3"]:
     """Replay several views of one patch; see `apply_view`.
 
     Args:
         patch: RGB, `spec.patch_px` square.
-        params: One row of `COLUMNS` for each view.
+        params: One row of `columns_of` the spec for each view.
         spec: The spec that the parameters were drawn with.
 
     Returns:
@@ -159,16 +189,17 @@ def apply_views(
 
 
 def apply_view(
-    patch: UInt8[np.ndarray, "patch patch 3"], params: Float32[np.ndarray, "12"], spec: ViewSpec
+    patch: UInt8[np.ndarray, "patch patch 3"], params: Float32[np.ndarray, " parameter"], spec: ViewSpec
 ) -> UInt8[np.ndarray, "crop crop 3"]:
-    """Replay one view: crop, left-right flip, up-down flip, color jitter in the stored order, blur.
+    """Replay one view: crop, left-right flip, up-down flip, stains, color jitter in the stored order, blur.
 
-    The semantics are those of torchvision's `transforms.v2.functional` on uint8 tensors, to a few gray levels.
+    But for the stains, the semantics are those of torchvision's `transforms.v2.functional` on uint8 tensors, to a few
+    gray levels.
 
     Args:
         patch: RGB, `spec.patch_px` square; not changed.
-        params: The view's `COLUMNS`.
-        spec: The spec that the parameters were drawn with; only its sizes matter here.
+        params: The view's parameters, the columns of `columns_of`.
+        spec: The spec that the parameters were drawn with; only its sizes, and whether there are stains, matter here.
 
     Returns:
         The view, RGB, `spec.crop_px` square, C-contiguous, sharing no memory with the patch.
@@ -177,9 +208,12 @@ def apply_view(
         UsageError: a patch of another size, or parameters that cannot be this spec's.
     """
     _check(patch, params, spec)
-    crop_x, crop_y, hflip, vflip, jitter, *factors, order, blur, sigma = params.tolist()
+    crop_x, crop_y, hflip, vflip, jitter, *factors, order, blur, sigma = params[: len(COLUMNS)].tolist()
+    stains = tuple(params[len(COLUMNS) :].tolist())
     x, y, size = int(crop_x), int(crop_y), spec.crop_px
     view = _flip(patch[y : y + size, x : x + size], hflip > 0, vflip > 0)
+    if stains and stains != _NEUTRAL_STAINS:
+        view = stain_jitter(view, stains[:3], stains[3:])
     if jitter:
         view = _jitter(view, factors, _ORDERS[int(order)])
     if blur:
@@ -188,18 +222,26 @@ def apply_view(
     return view
 
 
-def _check(patch: UInt8[np.ndarray, "h w 3"], params: Float32[np.ndarray, "12"], spec: ViewSpec) -> None:
+def _check(patch: UInt8[np.ndarray, "h w 3"], params: Float32[np.ndarray, " parameter"], spec: ViewSpec) -> None:
     if patch.shape != (spec.patch_px, spec.patch_px, 3):
         raise UsageError(
             f"view: expected a patch of {spec.patch_px} x {spec.patch_px} x 3 pixels, got {patch.shape}."
             " Read it at the view spec's patch_px."
         )
-    x, y, order = params[0], params[1], params[9]
-    margin = spec.patch_px - spec.crop_px
-    if not (0 <= x <= margin and 0 <= y <= margin and 0 <= order < len(_ORDERS) and np.isfinite(params).all()):
+    columns = columns_of(spec)
+    if len(params) != len(columns):
         raise UsageError(
-            f"view: expected finite parameters with a crop offset in [0, {margin}] and an order in [0, 24), got "
-            f"{dict(zip(COLUMNS, params.tolist(), strict=True))}. Use the spec that they were drawn with."
+            f"view: expected the {len(columns)} parameters {', '.join(columns)}, got {len(params)}."
+            " Use the spec that they were drawn with."
+        )
+    x, y, order, stains = params[0], params[1], params[9], params[len(COLUMNS) :]
+    margin = spec.patch_px - spec.crop_px
+    fits = 0 <= x <= margin and 0 <= y <= margin and 0 <= order < len(_ORDERS) and np.isfinite(params).all()
+    if not fits or (np.abs(stains - _NEUTRAL_STAINS[: len(stains)]) > MAX_STAIN_JITTER + 1e-6).any():
+        raise UsageError(
+            f"view: expected finite parameters with a crop offset in [0, {margin}], an order in [0, 24) and stains "
+            f"changed by at most {MAX_STAIN_JITTER}, got {dict(zip(columns, params.tolist(), strict=True))}. Use the "
+            "spec that they were drawn with."
         )
 
 

@@ -16,6 +16,7 @@ from g2l_core.report.tables import (
     TaskPart,
     against_published,
     beside,
+    beside_difference,
     cells,
     decimals,
     encoder_order,
@@ -173,7 +174,8 @@ def _over_bytes(part: TaskPart, report: Report, order: Sequence[str]) -> tuple[M
         neutral=meaning.neutral,
         is_log=True,
     )
-    return meaning, chart
+    aside = beside(part, metric)
+    return (replace(meaning, title=f"{meaning.title} ({aside})") if aside else meaning), chart
 
 
 def _intervals(part: TaskPart, order: Sequence[str]) -> Iterator[Markup]:
@@ -205,10 +207,10 @@ def _interval_group(metric: str, part: TaskPart, order: Sequence[str]) -> Forest
     return ForestGroup(title=meaning_of(metric).title + (f" ({aside})" if aside else ""), rows=rows)
 
 
-def _differences(comparisons: Sequence[Comparison], order: Sequence[str]) -> Iterator[tuple[str, list[Markup]]]:
+def _differences(part: TaskPart, order: Sequence[str]) -> Iterator[tuple[str, list[Markup]]]:
     """For each reference encoder, forest plots of the differences from it, one for each scale."""
     panels: dict[str, dict[str, dict[str, list[Comparison]]]] = {}
-    for row in comparisons:
+    for row in part.comparisons:
         panel = panels.setdefault(row.reference, {}).setdefault(meaning_of(row.metric).scale, {})
         panel.setdefault(row.metric, []).append(row)
     for reference, scales in panels.items():
@@ -216,7 +218,7 @@ def _differences(comparisons: Sequence[Comparison], order: Sequence[str]) -> Ite
             reference,
             [
                 forest(
-                    [_difference_group(metric, rows, order) for metric, rows in panel.items()],
+                    [_difference_group(metric, rows, part, order) for metric, rows in panel.items()],
                     neutral=0.0,
                     label=f"Differences from {reference}",
                 )
@@ -225,7 +227,9 @@ def _differences(comparisons: Sequence[Comparison], order: Sequence[str]) -> Ite
         )
 
 
-def _difference_group(metric: str, comparisons: Sequence[Comparison], order: Sequence[str]) -> ForestGroup:
+def _difference_group(
+    metric: str, comparisons: Sequence[Comparison], part: TaskPart, order: Sequence[str]
+) -> ForestGroup:
     digits = decimals((row.difference for row in comparisons), spare=1)
     rows = tuple(
         Row(
@@ -238,7 +242,10 @@ def _difference_group(metric: str, comparisons: Sequence[Comparison], order: Seq
         )
         for row in comparisons
     )
-    return ForestGroup(title=meaning_of(metric).title, rows=rows)
+    told = {row.encoder: beside_difference(part, row) for row in comparisons}
+    same = len(set(told.values())) == 1
+    aside = told[comparisons[0].encoder] if same else "; ".join(f"{key}: {text}" for key, text in told.items())
+    return ForestGroup(title=meaning_of(metric).title + (f" ({aside})" if aside else ""), rows=rows)
 
 
 def _how_computed(part: TaskPart) -> list[list[str]]:

@@ -6,6 +6,7 @@ from g2l_core.report.tables import (
     TaskPart,
     against_published,
     beside,
+    beside_difference,
     cells,
     decimals,
     encoder_order,
@@ -74,6 +75,10 @@ def _title(metric: str) -> str:
     return _escaped(meaning_of(metric).title)
 
 
+def _with_aside(metric: str, aside: str) -> str:
+    return _title(metric) + (f" ({_escaped(aside)})" if aside else "")
+
+
 def _overview(parts: Sequence[TaskPart], order: Sequence[str]) -> list[str]:
     headlines = [(part, metric, part.results[metric]) for part in parts if (metric := part.headline())]
     if len(headlines) < 2:
@@ -113,7 +118,7 @@ def _published(part: TaskPart, report: Report) -> list[str]:
         return []
     rows = (
         [
-            _title(row.expected.metric),
+            _with_aside(row.expected.metric, beside(part, row.expected.metric)),
             _escaped(row.expected.encoder),
             estimate_text(row.found, decimals([row.found], spare=1)) if row.found else "-",
             published_text(row.expected),
@@ -130,7 +135,7 @@ def _differences(part: TaskPart) -> list[str]:
         return []
     rows = (
         [
-            _title(row.metric),
+            _with_aside(row.metric, beside_difference(part, row)),
             f"{_escaped(row.encoder)} - {_escaped(row.reference)}",
             estimate_text(row.difference, decimals([row.difference], spare=1), "+"),
             p_text(row.p_value),

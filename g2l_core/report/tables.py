@@ -61,21 +61,63 @@ ROBUSTNESS = ("robustness_", "center_", "bias_drop_", "consistency_")
 """What the names of figures of robustness begin with. Features that have forgotten tissue are robust too."""
 
 QUALITY = ("probe_balanced_accuracy", "knn_balanced_accuracy")
-"""The first of these that a task has, or else another figure of a probe or kNN, stands beside every figure of
+"""The first of these that a task has, or else another figure of `QUALITY_GROUPS`, stands beside every figure of
 robustness."""
+
+QUALITY_GROUPS = ("probe_", "knn_", "slide_probe_", "slide_vote_", "abmil_", "survival_", "regression_")
+"""What the names of figures begin with that say how good features are at a task."""
+
+NOT_KNOWN = "the task has no probe or kNN, so what such robustness costs is not known"
+
+
+def is_of_robustness(metric: str) -> bool:
+    """Whether a figure is of robustness, or the share of the teacher's robustness."""
+    return metric.removeprefix(RETAINED).startswith(ROBUSTNESS)
+
+
+def _quality(part: "TaskPart") -> str | None:
+    """The figure that stands beside those of robustness; None where the task has none."""
+    others = (name for group in QUALITY_GROUPS for name in part.results if name.startswith(group))
+    return next((name for name in QUALITY if name in part.results), None) or next(others, None)
 
 
 def beside(part: "TaskPart", metric: str) -> str:
-    """What must be read beside a figure of robustness: how good the same features are at the task. Else nothing."""
-    if not metric.startswith(ROBUSTNESS):
+    """What must be read beside a figure of robustness: how good the same features are at the task. Else nothing.
+
+    In brackets is the difference from the first encoder, the teacher or whatever else a report begins with.
+    """
+    if not is_of_robustness(metric):
         return ""
-    others = (name for name in part.results if name.startswith(tuple(name.split("_")[0] for name in QUALITY)))
-    quality = next((name for name in QUALITY if name in part.results), None) or next(others, None)
+    quality = _quality(part)
     if quality is None:
-        return "the task has no probe or kNN, so what such robustness costs is not known"
+        return NOT_KNOWN
     row = part.results[quality]
-    values = [f"{key} {number(row[key].estimate.value, 3)}" for key in part.encoders if key in row]
+    robust = part.results.get(metric) or part.results.get(metric.removeprefix(RETAINED), row)
+    first = part.encoders[0]
+    values = []
+    for key in part.encoders:
+        if key not in row:
+            values += [f"{key} not known"] if key in robust else []
+            continue
+        value = row[key].estimate.value
+        loss = f" ({number(value - row[first].estimate.value, 3, '+')})" if first in row and key != first else ""
+        values.append(f"{key} {number(value, 3)}{loss}")
     return f"{meaning_of(quality).title} beside it: {', '.join(values)}"
+
+
+def beside_difference(part: "TaskPart", compared: Comparison) -> str:
+    """What must be read beside a difference in robustness: the difference in the task's figure. Else nothing."""
+    if not is_of_robustness(compared.metric):
+        return ""
+    quality = _quality(part)
+    if quality is None:
+        return NOT_KNOWN
+    row = part.results[quality]
+    title = meaning_of(quality).title
+    if not {compared.encoder, compared.reference} <= row.keys():
+        return f"{title} beside it: not known"
+    change = row[compared.encoder].estimate.value - row[compared.reference].estimate.value
+    return f"{title} beside it: {number(change, 3, '+')}"
 
 
 @dataclass(frozen=True, kw_only=True)

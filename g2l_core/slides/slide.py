@@ -15,6 +15,7 @@ from PIL import Image
 from g2l_core.errors import AbsentPixelsError, MppError, NotASlideError, ReadError
 from g2l_core.slides.boundary import slide_errors
 from g2l_core.slides.color_space import require_dicom_space
+from g2l_core.slides.icc import ToSrgb, profile_notes, slide_to_srgb
 from g2l_core.slides.limits import require_pixels
 from g2l_core.slides.mpp import Scale, ScaleFacts, find_scale, objective_power
 from g2l_core.slides.notes import Note
@@ -74,6 +75,7 @@ class Slide:
         mpp: Mpp,
         mpp_source: str,
         tiles: TilePyramid | None = None,
+        to_srgb: ToSrgb | None = None,
     ) -> None:
         self.path = path
         self.level0_size: tuple[int, int] = handle.dimensions
@@ -81,6 +83,7 @@ class Slide:
         self.mpp_source = mpp_source
         self._handle = handle
         self._tiles = tiles
+        self._to_srgb = to_srgb
         self._lock = threading.Lock()
         self._downsamples = tuple(float(d) for d in handle.level_downsamples)
         self._level_sizes = tuple(handle.level_dimensions)
@@ -219,6 +222,10 @@ class Slide:
 
         `origin` is in level-0 pixels, `size` in pixels of the level.
         """
+        pixels, absent = self._as_stored(origin, level, size)
+        return pixels if self._to_srgb is None else self._to_srgb(pixels), absent
+
+    def _as_stored(self, origin: tuple[int, int], level: int, size: tuple[int, int]) -> tuple[Rgb, float]:
         if self._tiles is not None and level in self._tiles.only_here:
             return self._decoded_alone(self._tiles, origin, level, size)
         pixels = self._decoded(origin, level, size)
@@ -284,7 +291,12 @@ def _possible_scales(level0: tuple[int, int], size: tuple[int, int]) -> Iterator
 
 
 def open_slide(
-    path: Path, *, manifest_mpp: float | None = None, mpp_override: float | None = None, own_tiles: bool = True
+    path: Path,
+    *,
+    manifest_mpp: float | None = None,
+    mpp_override: float | None = None,
+    own_tiles: bool = True,
+    icc: bool = False,
 ) -> Slide:
     """Open a slide of any format that a reader knows.
 
@@ -296,9 +308,12 @@ def open_slide(
         mpp_override: The same, used where neither header nor manifest gives one.
         own_tiles: Decode tiles of TIFF and SVS files directly. False reads all through OpenSlide, with the same pixels;
             it has no effect on a slide whose tags contradict the color space of its tiles.
+        icc: Convert all pixels to sRGB by the slide's ICC profile, before they are resampled. A slide without one has a
+            note.
 
     Raises:
-        NotASlideError: No reader opens the file, or its header gives what no reader expects.
+        NotASlideError: No reader opens the file, its header gives what no reader expects, or its ICC profile cannot be
+            used.
         MppError: No source gives plausible micrometers per pixel.
     """
     with slide_errors(NotASlideError):
@@ -311,7 +326,14 @@ def open_slide(
         if tiles is not None and not own_tiles and not tiles.only_here:
             tiles.close()
             tiles = None
-        return Slide(path, handle, scale.mpp, scale.source, tiles)
+        try:
+            conversion = slide_to_srgb(handle) if icc else None
+        except NotASlideError:
+            handle.close()
+            raise
+        slide = Slide(path, handle, scale.mpp, scale.source, tiles, conversion)
+        slide.notes += profile_notes(conversion) if icc else ()
+        return slide
 
 
 def _own_tiles(path: Path, handle: SlideHandle) -> TilePyramid | None:

@@ -5,14 +5,16 @@ Of its images, the largest one that is 8-bit RGB is the slide. All pixels come f
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tifffile
-from PIL import Image
+from PIL import Image, ImageCms
 
 from g2l_core.errors import NotASlideError, ReadError, refuse_open_files
+from g2l_core.slides.icc import TIFF_TAG
 from g2l_core.slides.images import UPRIGHT
 from g2l_core.slides.limits import require_pixels
 from g2l_core.slides.notes import Note
@@ -45,6 +47,7 @@ class TiffSlide:
         level_dimensions: Sequence[tuple[int, int]],
         properties: Mapping[str, str],
         notes: tuple[Note, ...] = (),
+        profile: bytes = b"",
     ) -> None:
         self.tiles = tiles
         self.level_dimensions = tuple(level_dimensions)
@@ -52,6 +55,16 @@ class TiffSlide:
         self.level_downsamples = tuple((width / w + height / h) / 2 for w, h in self.level_dimensions)
         self.properties = dict(properties)
         self.notes = notes
+        self._profile = profile
+
+    @property
+    def color_profile(self) -> ImageCms.ImageCmsProfile | None:
+        """The ICC profile of level 0; None if it has none.
+
+        Raises:
+            PyCMSError: It is damaged.
+        """
+        return ImageCms.getOpenProfile(BytesIO(self._profile)) if self._profile else None
 
     def read_region(self, location: tuple[int, int], level: int, size: tuple[int, int]) -> Image.Image:
         """RGBA pixels of a level, transparent where the file has none; `location` in level-0 pixels.
@@ -156,7 +169,8 @@ def _slide(
     for level in levels:
         _require_decodable(level)
     sizes = [(level.imagewidth, level.imagelength) for level in levels]
-    return TiffSlide(pyramid_of(path, tiff, levels), sizes, properties, notes)
+    profile = page.tags.valueof(TIFF_TAG, b"")
+    return TiffSlide(pyramid_of(path, tiff, levels), sizes, properties, notes, bytes(profile))
 
 
 def _require_decodable(page: Any) -> None:

@@ -15,7 +15,7 @@ from pipeline.cli import EXIT_DONE, EXIT_SOME_FAILED
 from pipeline.cli.options import Coordinates, Inputs, Json, Store, Weights, WeightsOfEach, from_specs, resolve_patches
 from pipeline.cli.plan import EPOCHS, print_plan
 from pipeline.cli.printing import show, tell
-from pipeline.settings import ExtractionSettings
+from pipeline.settings import ExtractionSettings, require_stained_views
 
 if TYPE_CHECKING:
     from g2l_core.encoders.resolve import EncoderSpec
@@ -47,6 +47,7 @@ def cache_teacher(
     """
     from g2l_core.encoders.resolve import resolve_encoder
 
+    require_stained_views(views, settings)
     tissue = resolve_patches(grid.tissue, coords)
     grid = replace(grid, tissue=tissue.identity)
     specs = [resolve_encoder(teacher, weights=weights, trusted=settings.trust_code)]

@@ -13,7 +13,7 @@ from g2l_core.patches.spec import GridSpec, ViewSpec
 from pipeline.cli import EXIT_DONE, EXIT_SOME_FAILED
 from pipeline.cli.options import Coordinates, Json, Weights, from_specs, resolve_patches
 from pipeline.cli.printing import show, tell
-from pipeline.settings import ExtractionSettings
+from pipeline.settings import ExtractionSettings, require_stained_views
 
 if TYPE_CHECKING:
     from g2l_core.encoders.resolve import EncoderSpec
@@ -71,6 +71,7 @@ def plan(
         raise typer.Exit(_print_forecast(teacher, slides, patches_per_slide, gpu, settings, epochs, as_json))
     if not inputs:
         raise UsageError("expected INPUT, your slides; or --slides, --patches-per-slide and --gpu in their place")
+    require_stained_views(views, settings)
     tissue = resolve_patches(grid.tissue, coords)
     specs = [resolve_encoder(name, weights=weights, trusted=settings.trust_code) for name in teacher]
     grid = replace(grid, tissue=tissue.identity)

@@ -12,21 +12,21 @@ from g2l_core.encoders.resolve import TABLE, resolve_encoder
 from g2l_core.encoders.tables import encoder_lines, setting_lines, with_table
 
 ISSUED = """h-optimus-0 h-optimus-1 h0-mini hibou-b hibou-l uni uni2-h virchow virchow2 prov-gigapath phikon phikon-v2
-ctranspath kaiko-s8 kaiko-s16 kaiko-b8 kaiko-b16 kaiko-l14 lunit-s8 lunit-s16 midnight-12k gpfm""".split()
+ctranspath kaiko-s8 kaiko-s16 kaiko-b8 kaiko-b16 kaiko-l14 lunit-s8 lunit-s16 midnight-12k openmidnight gpfm""".split()
 
 CARDS = {
     "h-optimus-0": "1.1e9", "h-optimus-1": "1.1e9", "h0-mini": "86e6", "hibou-b": "86e6", "hibou-l": "0.3e9",
     "uni": "0.3e9", "uni2-h": "681e6", "virchow": "631e6", "virchow2": "631e6", "prov-gigapath": "1.13e9",
     "phikon": "86e6", "phikon-v2": "303e6", "ctranspath": "28e6", "kaiko-s8": "22e6", "kaiko-s16": "22e6",
     "kaiko-b8": "86e6", "kaiko-b16": "86e6", "kaiko-l14": "303e6", "lunit-s8": "21.7e6", "lunit-s16": "21.7e6",
-    "midnight-12k": "1.1e9", "gpfm": "0.3e9",
+    "midnight-12k": "1.1e9", "openmidnight": "1.1e9", "gpfm": "0.3e9",
 }  # fmt: skip
 """Parameters as cards, papers and hubs give them, to the digits that they give."""
 
 PREFIX_TOKENS = {
     "h-optimus-0": 5, "h-optimus-1": 5, "h0-mini": 5, "hibou-b": 5, "hibou-l": 5, "uni": 1, "uni2-h": 9, "virchow": 1,
     "virchow2": 5, "prov-gigapath": 1, "phikon": 1, "phikon-v2": 1, "kaiko-s8": 1, "kaiko-s16": 1, "kaiko-b8": 1,
-    "kaiko-b16": 1, "kaiko-l14": 5, "lunit-s8": 1, "lunit-s16": 1, "midnight-12k": 1, "gpfm": 1,
+    "kaiko-b16": 1, "kaiko-l14": 5, "lunit-s8": 1, "lunit-s16": 1, "midnight-12k": 1, "openmidnight": 5, "gpfm": 1,
 }  # fmt: skip
 """The class token and the registers that the cards name."""
 
@@ -53,7 +53,7 @@ def test_the_table_holds_what_it_should():
     assert set(ISSUED) <= set(TABLE)
     assert all(spec.name == name for name, spec in TABLE.items())
     pinned = [n for n, s in TABLE.items() if s.weights.startswith("hub:") and "@" in s.weights]
-    assert set(ISSUED) - set(pinned) == {"kaiko-s8", "kaiko-s16", "kaiko-b8", "kaiko-b16"}
+    assert set(ISSUED) - set(pinned) == {"kaiko-s8", "kaiko-s16", "kaiko-b8", "kaiko-b16", "openmidnight"}
     assert all(len(TABLE[name].weights.partition("@")[2].partition("#")[0]) == 40 for name in pinned)
 
 

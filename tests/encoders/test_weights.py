@@ -15,13 +15,15 @@ from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save
 
-from g2l_core.encoders.loading import build_network, load_encoder
-from g2l_core.encoders.resolve import EncoderSpec, spec_to_json
+from g2l_core.encoders.loading import build_network, encode_all, load_encoder
+from g2l_core.encoders.resolve import TABLE, EncoderSpec, spec_to_json
 from g2l_core.encoders.weight_files import FILE_NAMES
+from tests.encoders.test_weight_layouts import ARCHITECTURES, SMALL, in_dinov2_names, network_of
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -181,6 +183,32 @@ def test_weights_from_a_hub(hub, tmp_path):
     assert uncached.startswith("hubbed: the hub cannot be reached and lab/never is not in the cache. Connect once")
     assert uncached.endswith("or give --weights FILE")
     assert hub.asked == []
+
+
+def test_openmidnight_s_file_from_a_hub(hub, tmp_path):
+    """The table's address, file, layout and registers, in a network that a test can hold.
+
+    The checkpoint's names are those of the original DINOv2, and the features are the class token's.
+    """
+    network = network_of("swiglu")
+    torch.save(in_dinov2_names(network.state_dict(), "", 0), tmp_path / "small.pt")
+    hub.files["/SophontAI/OpenMidnight/resolve/main/teacher_checkpoint_load.pt"] = (tmp_path / "small.pt").read_bytes()
+    small = replace(TABLE["openmidnight"], architecture=ARCHITECTURES["swiglu"], arguments=SMALL, input_px=56, dim=48)
+    local = replace(small, weights=f"file:{tmp_path / 'small.pt'}")
+    specs = json.dumps([spec_to_json(small)])
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, specs], env=settings_of_a_hub(tmp_path / "home", hub.url),
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    loaded = load_encoder(local)
+    assert json.loads(done.stdout) == loaded.weights_digest
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 56, 56, 3), np.uint8)
+    normalized = (torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255 - torch.tensor(small.mean).view(1, 3, 1, 1)) / (
+        torch.tensor(small.std).view(1, 3, 1, 1)
+    )
+    with torch.inference_mode():
+        expected = network.forward_features(normalized)[:, 0].numpy()
+    np.testing.assert_allclose(encode_all(loaded, pixels, 2), expected, rtol=2e-3, atol=2e-3)
 
 
 def serve_shards(hub, repository, folder=""):

@@ -342,7 +342,7 @@ def test_terminal_table_drawn_by_hand():
     ]
     assert terminal_table(rows).splitlines() == [
         "oral",
-        "robustness: kNN accuracy beside it: teacher 0.710, student 0.600",
+        "robustness: kNN accuracy beside it: teacher 0.710, student 0.600 (-0.110)",
         "                       teacher            student",
         "kNN accuracy           0.71 [0.67, 0.75]  0.60 [0.55, 0.65]",
         "Robustness ratio, k=5  -                  1.30 [1.10, 1.50]",
