@@ -35,10 +35,12 @@ def require_classes(store: FeatureStore, texts: Texts, option: str, what: str = 
     """
     classes = sorted({text for of_rows in texts.values() for text in of_rows.values()})
     if not 2 <= len(classes) <= MOST_CLASSES:
-        known = sorted({name for slide_id in texts for name in store.slide(slide_id).labels})
+        slides = [store.slide(slide_id) for slide_id in texts]
+        of_patches = {name for slide in slides if slide.has_patch_labels for row in slide.patch_labels for name in row}
+        known = sorted(of_patches.union(*(slide.labels for slide in slides)))
         raise UsageError(
             f"{option}: expected 2 to {MOST_CLASSES} {what} among the training patches, got {len(classes)}. "
-            f"Columns of slides are {', '.join(known) or 'none'}; g2l store label adds some"
+            f"Columns of slides and patches are {', '.join(known) or 'none'}; g2l store label adds some"
         )
     return classes
 

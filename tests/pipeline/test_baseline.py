@@ -250,7 +250,7 @@ def test_settings_that_do_not_fit_are_refused(asked, words):
 def test_what_is_no_longer_as_it_was_is_refused(distilled, simclr, store, tmp_path):
     with pytest.raises(RunError, match="is a baseline itself"):
         make(simclr[0], tmp_path / "a", kind="start")
-    with pytest.raises(UsageError, match="got 0. Columns of slides are .*medical_center"):
+    with pytest.raises(UsageError, match="got 0. Columns of slides and patches are .*medical_center"):
         make(distilled, tmp_path / "b", kind="supervised", label="nothing")
     with pytest.raises(UsageError, match="are all of it"):
         run_pca(prepare(distilled, BaselineSettings(kind="pca"), DistillHow(), store))

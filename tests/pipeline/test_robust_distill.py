@@ -155,7 +155,7 @@ def test_a_live_teacher_gives_the_same_terms(stained, whole, tmp_path):
         ({"views": 3}, UsageError, "even --views"),
         ({"views": 1}, UsageError, "even --views"),
         ({"views": "canonical"}, UsageError, "--views canonical"),
-        ({"center_weight": 1.0, "center_label": "hospital"}, UsageError, "got 0. Columns of slides are"),
+        ({"center_weight": 1.0, "center_label": "hospital"}, UsageError, "got 0. Columns of slides and patches are"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_written(stained, tmp_path, changes, error, says):
