@@ -13,7 +13,7 @@ def wrapped(text: str, width: int) -> list[str]:
 
     Examples:
         >>> wrapped("of timm-mobilenetv3_small_100-128-random0", 20)
-        ['of timm-', 'mobilenetv3_small_', '100-128-random0']
+        ['of timm-mobilenetv3_', 'small_100-128-', 'random0']
     """
     lines, line = list[str](), ""
     for word in text.split():
