@@ -26,9 +26,9 @@ def wrapped(text: str, width: int) -> list[str]:
     return [*lines, line]
 
 
-def narrowest(text: str) -> int:
-    """The smallest width in which no line of a text is longer than the width, and no short word broken."""
-    pieces = [piece for word in text.split() for piece in ([word] if len(word) <= WHOLE else _pieces(word))]
+def narrowest(text: str, whole: int = WHOLE) -> int:
+    """The smallest width in which no line of a text is longer than the width, and no word of up to `whole` broken."""
+    pieces = [piece for word in text.split() for piece in ([word] if len(word) <= whole else _pieces(word))]
     return max(map(len, pieces), default=0)
 
 

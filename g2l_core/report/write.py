@@ -196,7 +196,10 @@ def _terminal_part(part: TaskPart, width: int) -> list[str]:
         ]
         for key in part.encoders
     }
-    widths = {key: max(_MIN_COLUMN, narrowest(_printable(key)), *map(len, cells)) for key, cells in columns.items()}
+    widths = {
+        key: max(_MIN_COLUMN, narrowest(_printable(key), _MIN_COLUMN), *map(len, cells))
+        for key, cells in columns.items()
+    }
     title_width = min(max(map(len, titles)), max(_MIN_TITLE, width - sum(widths.values()) - _GAP * len(widths)))
     lines = []
     for keys in _packed(widths, width - title_width):

@@ -1,10 +1,13 @@
 """Tables and names in lines: nothing is lost, and nothing is broken that people would not break."""
 
+from dataclasses import replace
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from g2l_core.report.html import page
 from g2l_core.report.wrapping import WHOLE, narrowest, wrapped
+from g2l_core.report.write import terminal_table
 from pipeline.tables import table_text
 from tests.report.test_report import facts, report, result
 
@@ -45,3 +48,12 @@ def test_a_page_breaks_long_names_where_people_would():
     key = NAME.replace("100", "1<0")
     text = page(report(encoders=(facts(key),), results=(result(encoder=key),)))
     assert "timm-<wbr>mobilenetv3_<wbr>small_<wbr>1&lt;0-<wbr>128-<wbr>random0" in text
+
+
+def test_the_table_of_a_benchmark_breaks_names_at_their_signs():
+    keys = ("efficientnet-lite0-128", NAME, "run-f2b221c7")
+    shown = report(encoders=tuple(map(facts, keys)), results=tuple(result(encoder=key) for key in keys))
+    text = terminal_table(replace(shown, notes=(), failures=()))
+    assert max(map(len, text.splitlines())) <= 80
+    head = text[: text.index("kNN accuracy")]
+    assert head.split()[1:] == ["timm-mobilenetv3_", "efficientnet-", "small_100-128-", "lite0-128", "random0", keys[2]]
