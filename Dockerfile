@@ -2,7 +2,7 @@
 #
 #   docker build -t g2l:0.2 .                                  torch of the package index, which on x86-64 brings CUDA
 #   docker build -t g2l:0.2 --build-arg TORCH_INDEX=URL .      torch of PyTorch's own index at URL: CPU alone, or a CUDA
-#   docker run --rm -v "$PWD:/work" --user "$(id -u):$(id -g)" g2l:0.2 doctor --no-hub
+#   docker run --rm -v "$PWD:/data" --user "$(id -u):$(id -g)" g2l:0.2 doctor --no-hub
 #
 ARG PYTHON=3.12
 FROM python:${PYTHON}-slim-bookworm AS build
@@ -21,12 +21,12 @@ RUN if [ -n "$TORCH_INDEX" ]; then pip install --no-cache-dir --index-url "$TORC
     && pip install --no-cache-dir --find-links /wheels "g2l[${EXTRAS}] @ file://$(ls /wheels/g2l-*.whl)" \
     && rm -r /wheels \
     && useradd --create-home --uid 1000 g2l \
-    && mkdir /work \
-    && chown g2l /work
+    && mkdir /data \
+    && chown g2l /data
 # A user given with --user has no home here: what libraries keep goes where everybody may write.
-ENV HF_HOME=/work/.hub \
+ENV HF_HOME=/data/.hub \
     MPLCONFIGDIR=/tmp/matplotlib
 USER 1000
-WORKDIR /work
+WORKDIR /data
 ENTRYPOINT ["g2l"]
 CMD ["--help"]
