@@ -1,18 +1,14 @@
 """ALIAS=ENCODER: names that users give the encoders of a benchmark, and a report that speaks of encoders by them."""
 
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
 from glob import glob, has_magic
 from pathlib import Path
-from typing import Any
 
 from g2l_core.encoders.resolve import split_width
 from g2l_core.errors import UsageError
-from g2l_core.results import EncoderSummary, Report
-
-_NAMING = frozenset({"encoder", "reference", "encoders"})
-"""Fields of a report's rows and pictures that hold encoders' names."""
+from g2l_core.report.names import renamed
+from g2l_core.results import Report
 
 
 def split_names(text: str) -> list[str]:
@@ -74,49 +70,7 @@ def with_aliases(report: Report, aliases: Mapping[str, str]) -> Report:
         report: All of one benchmark run.
         aliases: By the name that the encoder has in the report.
     """
-    if not aliases:
-        return report
-    nested = {row.name: aliases[row.key] for row in report.encoders if row.key in aliases}
-    return replace(
-        report,
-        summary=tuple(_in_text(text, aliases) for text in report.summary),
-        notes=tuple(_in_text(text, aliases) for text in report.notes),
-        encoders=tuple(_described(row, aliases, nested) for row in report.encoders),
-        results=_renamed(report.results, aliases),
-        comparisons=_renamed(report.comparisons, aliases),
-        failures=_renamed(report.failures, aliases),
-        pictures=_renamed(report.pictures, aliases),
-    )
-
-
-def _described(row: EncoderSummary, aliases: Mapping[str, str], nested: Mapping[str, str]) -> EncoderSummary:
-    row = replace(row, nested_in=nested.get(row.nested_in, row.nested_in))
-    return replace(row, key=aliases[row.key], stored_key=row.stored_key or row.key) if row.key in aliases else row
-
-
-def _in_text(text: str, aliases: Mapping[str, str]) -> str:
-    """A sentence "task NAME: ..." with aliases; the task keeps its name."""
-    task, colon, words = text.partition(": ")
-    names = "|".join(re.escape(name) for name in sorted(aliases, key=len, reverse=True))
-    found = re.compile(rf"(?<![\w.+/-])(?:{names})(?![\w+/-])")
-    return task + colon + found.sub(lambda match: aliases[match[0]], words)
-
-
-def _renamed(value: Any, aliases: Mapping[str, str]) -> Any:
-    """Rows or pictures with aliases in the fields that name encoders, and in settings, which may name one."""
-    if isinstance(value, tuple):
-        return tuple(_renamed(each, aliases) for each in value)
-    if not is_dataclass(value) or isinstance(value, type):
-        return value
-    changed: dict[str, Any] = {}
-    for each in fields(value):
-        found = getattr(value, each.name)
-        if each.name == "settings":
-            changed[each.name] = {name: aliases.get(what, what) for name, what in found.items()}
-        elif each.name not in _NAMING:
-            changed[each.name] = _renamed(found, aliases)
-        elif isinstance(found, str):
-            changed[each.name] = aliases.get(found, found)
-        else:
-            changed[each.name] = tuple(aliases.get(name, name) for name in found)
-    return replace(value, **changed)
+    new = renamed(report, aliases)
+    rows = zip(report.encoders, new.encoders, strict=True)
+    described = [replace(row, stored_key=old.stored_key or old.key) if old.key in aliases else row for old, row in rows]
+    return replace(new, encoders=tuple(described))

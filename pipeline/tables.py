@@ -2,14 +2,15 @@
 
 import sys
 from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 from shutil import get_terminal_size
 from textwrap import wrap
 from typing import TextIO
 
-from rich.console import Console
-from rich.table import Table
+from g2l_core.report.wrapping import narrowest, wrapped
 
 COLUMNS = 80
+GAP = "  "
 _UNLIMITED = 10_000
 
 
@@ -18,7 +19,7 @@ def table_text(
 ) -> str:
     """Rows in aligned columns, two spaces apart; what is too long goes on in the next line of its column.
 
-    No word is broken: where words do not fit beside each other, the table is wider.
+    No word is broken but long names, at their hyphens and the like: where the rest does not fit, the table is wider.
 
     Args:
         rows: The cells of each row.
@@ -26,24 +27,34 @@ def table_text(
         right: Columns, by number, that are aligned on the right.
         width: Columns of the terminal that the table may take.
     """
-    lines = [list(row) for row in rows]
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=bool(header), header_style="")
-    longest_words: list[int] = []
-    for column in range(len(header or next(iter(lines), ()))):
-        justify = "right" if column in right else "left"
-        title = header[column] if header else ""
-        longest = max(
-            (len(word) for text in (title, *(line[column] for line in lines)) for word in text.split()), default=0
-        )
-        longest_words.append(longest)
-        table.add_column(title, justify=justify, overflow="fold", min_width=longest)  # type: ignore[arg-type]
+    lines = [list(row) for row in ([header] if header else []) + list(rows)]
+    columns = list(zip(*lines, strict=True))
+    widths = _fitted(
+        [max(map(len, cells)) for cells in columns],
+        [max(map(narrowest, cells)) for cells in columns],
+        width - len(GAP) * (len(columns) - 1),
+    )
+    text = []
     for line in lines:
-        table.add_row(*line)
-    needed = sum(longest_words) + 2 * (len(longest_words) - 1)
-    console = Console(width=max(width, needed), color_system=None, markup=False, highlight=False, emoji=False)
-    with console.capture() as captured:
-        console.print(table)
-    return "\n".join(line.rstrip() for line in captured.get().splitlines())
+        cells = [[cell] if len(cell) <= room else wrapped(cell, room) for cell, room in zip(line, widths, strict=True)]
+        for parts in zip_longest(*cells, fillvalue=""):
+            aligned = (
+                part.rjust(room) if column in right else part.ljust(room)
+                for column, (part, room) in enumerate(zip(parts, widths, strict=True))
+            )
+            text.append(GAP.join(aligned).rstrip())
+    return "\n".join(text)
+
+
+def _fitted(wanted: list[int], least: list[int], room: int) -> list[int]:
+    """Widths of columns that together fit the room as far as can be: the widest give way, none below its least."""
+    widths = list(wanted)
+    while sum(widths) > room:
+        wide = [i for i in range(len(widths)) if widths[i] > least[i]]
+        if not wide:
+            break
+        widths[max(wide, key=lambda i: widths[i])] -= 1
+    return widths
 
 
 def stdout_width() -> int:

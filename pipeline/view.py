@@ -259,7 +259,7 @@ def _page(store: FeatureStore, key: str, shown: Sequence[_Shown], path: Path, no
     return render(
         "view.html",
         title=path.resolve().name,
-        summary=f"{counted:,} patches, slides: {len(shown):,}. Features: {facts.dim:,} a patch.",
+        summary=f"Slides: {len(shown):,}. Patches: {counted:,}, with {facts.dim:,} features each.",
         notes=notes,
         encoder=key,
         shares=f"{fitted.sum():.0%}",

@@ -3,12 +3,14 @@
 Every text that a template is given is escaped, unless it is `Markup`: HTML made here.
 """
 
+import re
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from g2l_core.report.tables import number, proper
+from g2l_core.report.wrapping import WHOLE
 
 COLORS = 6
 SHAPES = (
@@ -29,6 +31,13 @@ def mark(series: int, x: str = "0", y: str = "0") -> Markup:
     return path.format(series % COLORS, SHAPES[series % len(SHAPES)], x, y)
 
 
+def breakable(name: str) -> Markup:
+    """A name that lines may break in after the signs that names are made with, if it is long."""
+    if len(name) <= WHOLE:
+        return escape(name)
+    return Markup("<wbr>").join(re.findall(r"[^-_/@+.:]*[-_/@+.:]+|[^-_/@+.:]+", name))
+
+
 def render(template: str, **values: object) -> Markup:
     """HTML of one of the templates."""
     return Markup(_TEMPLATES.get_template(template).render(values))
@@ -42,4 +51,4 @@ _TEMPLATES = Environment(
     undefined=StrictUndefined,
 )
 _TEMPLATES.globals["mark"] = mark
-_TEMPLATES.filters |= {"proper": proper, "number": number}
+_TEMPLATES.filters |= {"proper": proper, "number": number, "breakable": breakable}

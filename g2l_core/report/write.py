@@ -21,6 +21,7 @@ from g2l_core.report.html import page
 from g2l_core.report.json import FORMAT, json_text, report_of
 from g2l_core.report.markdown import markdown
 from g2l_core.report.tables import TaskPart, beside, decimals, estimate_text, few_patients, meaning_of, task_parts
+from g2l_core.report.wrapping import narrowest, wrapped
 from g2l_core.results import Comparison, Report, Result
 
 _GAP, _MIN_TITLE, _MIN_COLUMN = 2, 18, 12
@@ -189,14 +190,17 @@ def _terminal_part(part: TaskPart, width: int) -> list[str]:
         ]
         for key in part.encoders
     }
-    widths = {key: max(_MIN_COLUMN, *map(len, cells)) for key, cells in columns.items()}
+    widths = {
+        key: max(_MIN_COLUMN, narrowest(_printable(key), _MIN_COLUMN), *map(len, cells))
+        for key, cells in columns.items()
+    }
     title_width = min(max(map(len, titles)), max(_MIN_TITLE, width - sum(widths.values()) - _GAP * len(widths)))
     lines = []
     for keys in _packed(widths, width - title_width):
         table = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0), header_style="")
         table.add_column("", width=title_width, overflow="fold")
         for key in keys:
-            table.add_column(Text("\n".join(_lines(key, widths[key]))), width=widths[key], overflow="fold")
+            table.add_column(Text("\n".join(wrapped(_printable(key), widths[key]))), width=widths[key], overflow="fold")
         for i, title in enumerate(titles):
             table.add_row(Text("\n".join(_lines(title, title_width))), *(columns[key][i] for key in keys))
         lines += [*_rendered(table), ""]

@@ -139,10 +139,10 @@ def find_scale(
         if header is not None and differs(header.mpp, value):
             source = f"{source}{_BESIDE}{header.mpp:.4g})"
         return Scale(mpp_x=float(value), mpp_y=float(value), source=source, header=header)
-    raise MppError(
-        (implausible or f"its header has no micrometers per pixel (looked for {', '.join(KEYS)})")
-        + ". Give them with --mpp-override UM_PER_PX or in the manifest's column mpp"
-    )
+    remedy = "give them with --mpp-override UM_PER_PX or in the manifest's column mpp"
+    if implausible:
+        raise MppError(f"{implausible}: {remedy}")
+    raise MppError(f"its header has no micrometers per pixel: {remedy} (looked for {', '.join(KEYS)})")
 
 
 def objective_power(properties: Mapping[str, str]) -> float | None:

@@ -115,7 +115,7 @@ def _extract(
     from pipeline.cache_teacher import run_extraction
 
     summary = run_extraction(inputs, store, specs, grid, views, settings, tissue=tissue)
-    then = f"g2l store verify {store}" if not summary.patches else _next(summary, is_teacher=is_teacher)
+    then = _next(summary, is_teacher=is_teacher) if summary.patches else ""
     tell(_summary_text(summary), _summary_json(summary), as_json=as_json, then=then)
     _list_losses(summary.failed_slides, {s: f"{len(r)} patches: {r[0]}" for s, r in summary.unreadable.items()})
     return EXIT_DONE if summary.is_complete else EXIT_SOME_FAILED

@@ -10,6 +10,14 @@ from g2l_core.options import OUTPUT
 from pipeline.cli import EXIT_DONE, EXIT_SOME_FAILED
 from pipeline.cli.options import Json, TrustCode, from_specs
 
+NEXT = {
+    "oscc": "the images as published, and the commands of docs/reproduce.md",
+    "crc": "the images as published, and the commands of docs/reproduce.md",
+    "slurm": "sbatch cache-teacher.sbatch, as its first lines say; see docs/howto/cluster.md",
+    "nextflow": "nextflow run main.nf, as its first lines say; see docs/howto/cluster.md",
+}
+"""What one does with the files of an example that is no study."""
+
 
 @from_specs()
 def run(
@@ -67,7 +75,7 @@ def init(
         str | None,
         typer.Option(
             help="Write a shipped example in place of a blank study: its files, for data that you have; nothing is "
-            "downloaded. demo, breast, prostate, oscc or crc.",
+            "downloaded. demo, breast, prostate, oscc, crc, slurm or nextflow.",
             show_default=False,
         ),
     ] = None,
@@ -82,6 +90,4 @@ def init(
         return
     for path in written:
         typer.echo(f"{path}")
-    studies = [path for path in written if path.suffix == ".toml" and path.stem in {"study", example}]
-    for path in studies:
-        typer.echo(f"next: edit it, then g2l run {path} --dry-run")
+    typer.echo(f"next: {NEXT.get(example or '', f'edit it, then g2l run {written[0]} --dry-run')}")

@@ -7,12 +7,16 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from runpy import run_path
 
 import numpy as np
 import pytest
 import zarr
 
 from pipeline.demo import DemoSettings, run_demo
+from tests.pipeline.test_cli import g2l
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -21,8 +25,10 @@ def demo(tmp_path_factory) -> tuple[Path, str]:
     done = os.environ.get("G2L_DEMO")
     if done:
         return Path(done), Path(done).with_suffix(".txt").read_text()
-    out = tmp_path_factory.mktemp("demo") / "demo"
-    return out, run_demo(out, None, DemoSettings())
+    out = tmp_path_factory.mktemp("demo") / "g2l-demo"
+    done = g2l("demo", "--out", out)
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
 
 
 @pytest.mark.slow
@@ -53,7 +59,7 @@ FIGURE = r"[+-]?\d+(?:\.\d+)?"
 def test_the_table_in_the_documents_is_what_the_demo_prints(demo, document):
     """Word for word but for the figures, of which threads and processors move the students'."""
     _, printed = demo
-    shown = (Path(__file__).parents[2] / document).read_text()
+    shown = (ROOT / document).read_text()
     begin, end = "on held-out slides", "robustness index"
     table, told = (
         text[text.index(begin) : text.index("\n", text.index(end, text.index(begin)))].splitlines()
@@ -64,6 +70,19 @@ def test_the_table_in_the_documents_is_what_the_demo_prints(demo, document):
         if theirs.startswith(("CKA", "kNN", "robustness")):
             values, found = (np.array(re.findall(FIGURE, line), float)[-5:] for line in (ours, theirs))
             np.testing.assert_allclose(values[:3], found[:3], atol=0.15)
+
+
+@pytest.mark.slow
+def test_the_transcript_in_the_quick_start_is_what_a_new_user_sees(demo, tmp_path):
+    """Word for word but for figures, at 80 columns; `python docs/make_quickstart.py g2l-demo` writes it anew."""
+    script = ROOT / "docs" / "make_quickstart.py"
+    made = run_path(str(script))
+    page = (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8")
+    shown = page[page.index(made["BEGIN"]) : page.index(made["END"]) + len(made["END"])]
+    new = made["transcript"](*demo, tmp_path)
+    assert made["masked"](shown) == made["masked"](new), f"python {script.relative_to(ROOT)} g2l-demo"
+    assert max(map(len, shown.splitlines())) <= made["COLUMNS"]
+    assert (tmp_path / "page.html").stat().st_size > 100_000
 
 
 def test_the_demo_takes_own_slides(cohort, tmp_path):

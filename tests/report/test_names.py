@@ -17,13 +17,15 @@ def with_keys(*keys):
     shown = tuple(EncoderSummary(key=key, name=key.partition("-")[0], **facts) for key in keys)
     rows = tuple(result(encoder=key, settings={"C_chosen_by": "given"}) for key in keys)
     summary = (f"task: 1 for {keys[0]}.",)
-    return replace(full, encoders=shown, results=rows, comparisons=(), failures=(), summary=summary)
+    notes = (f"task task: 3 slides were used to distill {keys[0]}: a", f"store: {keys[0]} was imported")
+    return replace(full, encoders=shown, results=rows, comparisons=(), failures=(), summary=summary, notes=notes)
 
 
 def test_a_digest_at_the_end_of_a_key_is_left_out():
     shown = named(with_keys("run1-b990dbed", "uni"))
     assert [row.encoder for row in shown.results if isinstance(row, Result)] == ["run1", "uni"]
     assert shown.summary == ("task: 1 for run1.",)
+    assert shown.notes == ("task task: 3 slides were used to distill run1: a", "store: run1 was imported")
     text = page(with_keys("run1-b990dbed", "uni"))
     assert "run1-b990dbed" not in text
     assert "C_chosen_by" not in text
