@@ -26,9 +26,10 @@ Errors of other libraries are translated once, in the module that calls them.
 import errno
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
+from pathlib import Path
 
 
 class G2LError(Exception):
@@ -218,3 +219,23 @@ def refuse_address(path: object, refusal: type[G2LError] = StoreError) -> None:
             f"{found[1]}//{str(path)[found.end() :]} is an address, and only folders are written to: write into a "
             "folder and copy it there; g2l store upload copies a store"
         )
+
+
+def require_output_folder(folder: Path, own: Sequence[str], what: str) -> None:
+    """Refuse a folder that holds something else, before anything is computed for it or replaced in it.
+
+    What its owner has put beside our files is left alone, and so are hidden files: locks, and what a kill has left.
+
+    Args:
+        folder: Where a command is to write; it may be missing.
+        own: The names that the command gives there; where the first one is, the folder is the command's own.
+        what: What the command makes, in words.
+
+    Raises:
+        RunError: It holds something, and nothing of the command's.
+    """
+    if not folder.is_dir() or (folder / own[0]).exists():
+        return
+    others = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    if not set(others) <= {*own}:
+        raise RunError(f"{folder} holds {others[0]} and no {what}: name an empty folder, or a new one, with --out")

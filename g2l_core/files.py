@@ -5,12 +5,10 @@ import json
 import os
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
-
-from g2l_core.errors import RunError
 
 
 @contextmanager
@@ -108,26 +106,6 @@ def write_with(path: Path, write: Callable[[Path], object]) -> None:
         sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def require_output_folder(folder: Path, own: Sequence[str], what: str) -> None:
-    """Refuse a folder that holds something else, before anything is computed for it or replaced in it.
-
-    What its owner has put beside our files is left alone, and so are hidden files: locks, and what a kill has left.
-
-    Args:
-        folder: Where a command is to write; it may be missing.
-        own: The names that the command gives there; where the first one is, the folder is the command's own.
-        what: What the command makes, in words.
-
-    Raises:
-        RunError: It holds something, and nothing of the command's.
-    """
-    if not folder.is_dir() or (folder / own[0]).exists():
-        return
-    others = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-    if not set(others) <= {*own}:
-        raise RunError(f"{folder} holds {others[0]} and no {what}: name an empty folder, or a new one, with --out")
 
 
 def parse_json(text: str | bytes) -> Any:

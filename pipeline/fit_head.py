@@ -14,8 +14,7 @@ from g2l_core.benchmark.rows import TaskRows, bags, gather, stored_encoders
 from g2l_core.benchmark.spec import TaskSpec
 from g2l_core.benchmark.task_file import read_named_task
 from g2l_core.encoders.resolve import STUDENT_FOLDER, find_stored, is_run_folder, spec_from_json
-from g2l_core.errors import G2LError, TaskError, UsageError, writing
-from g2l_core.files import require_output_folder
+from g2l_core.errors import G2LError, TaskError, UsageError, require_output_folder, writing
 from g2l_core.heads.calibration import fit_temperature, log_loss, tempered
 from g2l_core.heads.head import KINDS, RECORD, Head, HeadFacts, HeadFigure, write_head
 from g2l_core.metrics.bags import mean_pool

@@ -12,8 +12,8 @@ from urllib.parse import quote
 
 from g2l_core.distillation.spec import ALPHA_LOSSES
 from g2l_core.encoders.resolve import RUN_RECORD, resolve_encoder
-from g2l_core.errors import G2LError, RunError, UsageError, with_remedy, writing
-from g2l_core.files import csv_row, parse_toml, replacing, require_output_folder, write_text
+from g2l_core.errors import G2LError, RunError, UsageError, require_output_folder, with_remedy, writing
+from g2l_core.files import csv_row, parse_toml, replacing, write_text
 from g2l_core.report.page import render
 from g2l_core.report.plots import ForestGroup, Row, curves, forest
 from g2l_core.report.tables import estimate_text

@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from g2l_core.errors import RunError, writing
-from g2l_core.files import csv_row, parse_json, replacing, require_output_folder
+from g2l_core.errors import RunError, require_output_folder, writing
+from g2l_core.files import csv_row, parse_json, replacing
 from g2l_core.report.html import page
 from g2l_core.report.json import FORMAT, json_text, report_of
 from g2l_core.report.markdown import markdown

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from g2l_core.errors import StoreError, writing
-from g2l_core.files import require_output_folder
+from g2l_core.errors import StoreError, require_output_folder, writing
 from g2l_core.store.provenance import digest
 
 JOURNAL = ".g2l-export.jsonl"
