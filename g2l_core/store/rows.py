@@ -36,6 +36,8 @@ def read_selected(slide: StoredSlide, encoder: str, rows: Int64[np.ndarray, "_"]
     Raises:
         StoreCorruptError: They are not what was written.
     """
+    if rows is None:
+        return slide.read_rows(encoder, 0, len(slide), view=view)
     parts = [
         features if inside is None else features[inside - start]
         for start, stop, inside in pieces(slide, rows)
