@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -14,6 +15,7 @@ from g2l_core.store.catalogue import CATALOGUE
 from g2l_core.store.columns import column_tables
 from g2l_core.store.facts import ShardRecord
 from g2l_core.store.features import FeatureStore, Shard, StoredSlide, leftovers
+from g2l_core.store.hollow import MARK, is_hollow
 from g2l_core.store.location import below, can_list
 
 ADVICE = "g2l store verify --repair drops it, and the caching command computes this shard alone"
@@ -128,10 +130,15 @@ def _encoder_problems(store: FeatureStore, slide: StoredSlide, encoder: str) -> 
     if shape[0] != len(slide):
         yield problem("damaged", f"{shape[0]} rows of features, but the slide has {len(slide)} patches")
         return
+    is_spool = isinstance(store.path, Path) and (store.path / MARK).exists()
     good, hashes = slide.patch_status == schema.STATUS["ok"], slide.pixel_hash
     for view in range(facts.n_views):
         shards = slide.shards([view])
         recorded = [s for s in shards if s.name in facts.shards]
+        if is_spool and (hollow := [s for s in recorded if is_hollow(slide.shard_path(encoder, s))]):
+            text = f"view {view}: {len(hollow)} of {len(shards)} shards are only at the address that they were sent to"
+            yield problem("missing", text)
+            recorded = [s for s in recorded if s not in hollow]
         if len(recorded) < len(shards):
             text = f"view {view}: {len(shards) - len(recorded)} of {len(shards)} shards are not written yet"
             yield problem("missing", text)
