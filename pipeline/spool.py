@@ -81,10 +81,10 @@ def spool_of(place: Location, settings: SpoolSettings) -> Path:
 
 
 def told_place(store: Path, settings: SpoolSettings) -> str:
-    """Where the features of a store would go, for a plan."""
+    """Where the features of a store at an address would go, for a plan; empty for a folder."""
     place = locate(store)
     if isinstance(place, Path):
-        return f"store: {store}"
+        return ""
     return f"store: {target_of(place)}, through the spool {spool_of(place, settings)}"
 
 
@@ -145,7 +145,7 @@ class _Courier:
         """What is at the address, and what is not, in words. It may be called from a signal handler."""
         whole = sum(f"slides/{slide_id}/{GROUP_FILE}" in self._objects for slide_id in self._ids)
         return (
-            f"{whole:,} slides are whole at {self._target}; what else is done is in the spool {self._folder}, and the "
+            f"whole slides at {self._target}: {whole:,}; what else is done is in the spool {self._folder}, and the "
             "same command goes on with it"
         )
 

@@ -53,7 +53,8 @@ def cache_teacher(
     grid = replace(grid, tissue=tissue.identity)
     specs = [resolve_encoder(teacher, weights=weights, trusted=settings.trust_code)]
     if dry_run:
-        show(told_place(store, through), err=True)
+        if where := told_place(store, through):
+            show(where, err=True)
         raise typer.Exit(print_plan(inputs, specs, grid, tissue, views, settings, EPOCHS, as_json))
     raise typer.Exit(_extract(inputs, store, specs, grid, tissue, views, settings, through, as_json, is_teacher=True))
 

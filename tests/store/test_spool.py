@@ -93,7 +93,7 @@ def test_slides_are_sent_once_they_are_whole_and_in_the_end_all_is_there(address
         there = FeatureStore.open(address)
         assert there.slide_ids() == ["a", "b"]
         assert [problem.kind for problem in verify(there)] == ["failed"]
-        assert "2 slides are whole at s3://bucket/x/toy.zarr; what else is done is in the spool" in what_is_left()
+        assert "whole slides at s3://bucket/x/toy.zarr: 2; what else is done is in the spool" in what_is_left()
         fill(half)
     require_equal(FeatureStore.open(address), FeatureStore.open(folder))
     with at_place(Path(address), settings) as folder:
@@ -196,7 +196,8 @@ def test_a_network_that_is_lost_costs_nothing_that_is_done(address, here, n, mon
     with pytest.raises(StoreError, match="no route to host"):
         with_work(address, here)
     told = capsys.readouterr().err
-    assert f"slides are whole at {address}; what else is done is in the spool {here.spool}" in told
+    whole = sum(f"slides/{slide_id}/zarr.json" in sent for slide_id in ("a", HARD_ID))
+    assert f"whole slides at {address}: {whole}; what else is done is in the spool {here.spool}" in told
     require_sound(address)
     monkeypatch.setattr(remote.Connection, "put", put)
     assert with_work(address, here) == []
@@ -272,7 +273,7 @@ def test_a_disk_that_is_full_is_told_and_what_is_whole_is_sent(address, tmp_path
         with pytest.raises(StoreError, match="free space and run the same command again"):
             with_work(address, settings, names)
         there = FeatureStore.open(address).slide_ids()
-        assert f"{len(there)} slides are whole at {address}" in capsys.readouterr().err
+        assert f"whole slides at {address}: {len(there)};" in capsys.readouterr().err
         assert 0 < len(there) < 6
         require_sound(address)
         remount(disk, "size=4m")
@@ -306,7 +307,7 @@ def test_a_command_that_fails_leaves_what_is_whole_at_the_address(address, here,
 
     with pytest.raises(UsageError, match="not so"):
         failing()
-    assert f"1 slides are whole at {address}" in capsys.readouterr().err
+    assert f"whole slides at {address}: 1;" in capsys.readouterr().err
     assert FeatureStore.open(address).slide_ids() == ["a"]
     assert LOCK not in objects(address)
 
@@ -377,5 +378,5 @@ def test_the_spool_lies_in_the_user_s_cache(monkeypatch, tmp_path):
     assert told_place(Path("s3:/bucket/x.zarr"), SpoolSettings(spool=Path("/d"))) == (
         "store: s3://bucket/x.zarr, through the spool /d/x.zarr"
     )
-    assert told_place(Path("x.zarr"), SpoolSettings()) == "store: x.zarr"
+    assert told_place(Path("x.zarr"), SpoolSettings()) == ""
     assert not list(tmp_path.iterdir())
