@@ -14,7 +14,8 @@
     ├── StoreError            a store, or something in it, cannot be used
     │   ├── StoreMismatchError   it was made with other settings; the message names the field
     │   ├── StoreMissingError    what was asked for is not in it
-    │   └── StoreCorruptError    what is in it is not what was written
+    │   ├── StoreCorruptError    what is in it is not what was written
+    │   └── StoreUnreadError     this machine may not, or cannot, read a file, so nobody knows what is in it
     ├── RunError              an output folder or a checkpoint cannot be used
     └── TaskError             a benchmark task cannot be evaluated
         └── LeakError         its training and test parts share a patient
@@ -101,6 +102,10 @@ class StoreCorruptError(StoreError):
     """What is in the store is not what was written."""
 
 
+class StoreUnreadError(StoreError):
+    """A file of the store is there and cannot be read here: nobody knows whether it is what was written."""
+
+
 class RunError(G2LError):
     """An output folder or a checkpoint cannot be used."""
 
@@ -130,6 +135,7 @@ MACHINE_FAULTS: Mapping[int, str] = {
 
 _WRITING = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
 _OPEN_FILES = frozenset({errno.EMFILE, errno.ENFILE})
+_UNREAD = frozenset({errno.EACCES, errno.EPERM, errno.EIO})
 _CODES = {os.strerror(code): code for code in sorted(MACHINE_FAULTS, key=lambda code: -len(os.strerror(code)))}
 _IN_TEXT = re.compile("|".join(map(re.escape, _CODES)))
 
@@ -180,6 +186,19 @@ def refuse_open_files(error: BaseException, where: object, refusal: type[G2LErro
     fault = machine_fault(error)
     if fault and fault.errno in _OPEN_FILES:
         raise refusal(machine_fault_text(fault, where)) from error
+
+
+def refuse_unread(error: BaseException, where: object) -> None:
+    """Raise a fault of the machine at reading a store as what it is, see `refuse_open_files`: no damage is known.
+
+    Raises:
+        StoreError: Too many files are open.
+        StoreUnreadError: The file may not be read, or the disk fails.
+    """
+    refuse_open_files(error, where, StoreError)
+    fault = machine_fault(error)
+    if fault and fault.errno in _UNREAD:
+        raise StoreUnreadError(machine_fault_text(fault, where)) from error
 
 
 @contextmanager

@@ -34,7 +34,7 @@ from g2l_core.slides.under_way import UnderWay
 from g2l_core.store.consolidated import consolidate
 from g2l_core.store.facts import ExtractionRunFacts
 from g2l_core.store.features import FeatureStore, StoredSlide
-from g2l_core.store.location import folder_of
+from g2l_core.store.location import Location, folder_of
 from g2l_core.store.locks import LOCKS, locked
 from g2l_core.store.provenance import utc_now
 from g2l_core.tissue.methods import TissueMethod
@@ -56,7 +56,7 @@ SHOWN_SLIDES = 5
 class ExtractionSummary:
     """What stage one did."""
 
-    store: Path
+    store: Location
     encoders: tuple[str, ...]
     slides: int
     patches: int

@@ -23,5 +23,5 @@ def if_interrupted(tell: Callable[[], str]) -> Iterator[None]:
 
 
 def what_is_left() -> str:
-    """What the work under way says of itself; empty where it says nothing."""
-    return _tellers[-1]() if _tellers else ""
+    """What the work under way says of itself, the innermost first; empty where it says nothing."""
+    return "; ".join(tell() for tell in reversed(_tellers))

@@ -99,6 +99,24 @@ def require_stained_views(views: ViewSpec, settings: ExtractionSettings) -> None
 
 
 @dataclass(frozen=True, kw_only=True)
+class SpoolSettings:
+    """How a store at an address is written."""
+
+    spool: Path | None = option(
+        None,
+        panel=MACHINE,
+        help="For a --store at an address: the folder here that slides are finished in, before each is sent; in "
+        "~/.cache/g2l/spool if not given.",
+    )
+    keep_spool: bool = option(
+        False, panel=MACHINE, help="Keep the features in the spool that are at the address already."
+    )
+    take_lock: bool = option(
+        False, panel=MACHINE, help="Take over the lock at the address of a command elsewhere that was killed."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class DistillSettings:
     """Everything that decides the student, except store, teacher and student."""
 

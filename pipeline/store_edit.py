@@ -11,10 +11,11 @@ from g2l_core.api.selection import Selection
 from g2l_core.api.user_columns import add_column
 from g2l_core.errors import StoreError, UnknownNameError
 from g2l_core.store import schema
+from g2l_core.store.address_lock import locked_address
 from g2l_core.store.features import FeatureStore
 from g2l_core.store.location import Location, can_list, sizes_below
 from g2l_core.store.locks import LOCKS, locked
-from g2l_core.store.upload import upload
+from g2l_core.store.upload import target_of, upload
 
 _HELD = "another g2l command writes into it"
 
@@ -117,13 +118,16 @@ def remove_slides(path: Path, slide_ids: Sequence[str], *, dry_run: bool, report
     return freed
 
 
-def upload_store(path: Path, address: str, show: Callable[[int, int], None]) -> tuple[int, int]:
+def upload_store(
+    path: Path, address: str, show: Callable[[int, int], None], *, take_lock: bool = False
+) -> tuple[int, int]:
     """Copy a store to an address, see `store.upload`.
 
     Args:
         path: The store.
         address: Where to.
         show: Called with the files that are there, and those that will be.
+        take_lock: Whether to take over the lock of a command elsewhere.
 
     Returns:
         The bytes that were sent, and those that were there already.
@@ -132,8 +136,11 @@ def upload_store(path: Path, address: str, show: Callable[[int, int], None]) -> 
         StoreError: The store cannot be read, or the address cannot be written to.
     """
     FeatureStore.open(path)  # before a lock file is made in what is no store
-    sent = kept = 0
-    with locked(path / LOCKS / "writer", wait_s=0, holder=_HELD):
+    sent, kept, target = 0, 0, target_of(address)
+    with (
+        locked(path / LOCKS / "writer", wait_s=0, holder=_HELD),
+        locked_address(target, path, take=take_lock),
+    ):
         for done, file in enumerate(upload(FeatureStore.open(path), address), start=1):
             sent, kept = (sent + file.size, kept) if file.is_new else (sent, kept + file.size)
             show(done, file.total)

@@ -1,6 +1,9 @@
 """Where the real data lies, the hypothesis profiles, and run-time checks of array shapes."""
 
 import os
+import urllib.request
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 from threadpoolctl import threadpool_limits
@@ -88,3 +91,27 @@ def cached_store(cohort, tmp_path_factory) -> Path:
     teacher = resolve_encoder(TEACHER, weights="random:0")
     run_extraction([cohort], path, [teacher], GridSpec(), ViewSpec(), ExtractionSettings(batch_size=16))
     return path
+
+
+@pytest.fixture(scope="session")
+def bucket_server() -> Iterator[int]:
+    """The port of an S3 server."""
+    moto = pytest.importorskip("moto.server", reason="needs moto (extra test)")
+    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        server.start()
+    yield server.get_host_and_port()[1]
+    server.stop()
+
+
+@pytest.fixture
+def bucket(bucket_server, monkeypatch) -> str:
+    """The address of a new bucket, for which the environment is set."""
+    url = f"http://127.0.0.1:{bucket_server}"
+    for name, value in {"ACCESS_KEY_ID": "key", "SECRET_ACCESS_KEY": "secret", "ENDPOINT_URL": url}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    for path, method in (("moto-api/reset", "POST"), ("bucket", "PUT")):
+        urllib.request.urlopen(urllib.request.Request(f"{url}/{path}", method=method)).close()
+    return "s3://bucket"

@@ -103,12 +103,12 @@ class RowBlocks:
         held, rows = list[_Read](), self.options.rows
         for piece in read:
             held.append(piece)
-            while sum(map(len, held)) >= rows:
-                joined = _joined(held)
-                held = [joined.taken(slice(rows, None))]
-                yield joined.taken(slice(0, rows)).block()
+            while (more := sum(map(len, held)) - rows) >= 0:
+                last = held.pop()
+                yield _joined([*held, last.taken(slice(0, len(last) - more))])
+                held = [last.taken(slice(len(last) - more, None))]
         if any(map(len, held)):
-            yield _joined(held).block()
+            yield _joined(held)
 
     def _mixed(self, read: Iterator["_Read"], worker: int) -> Iterator[Block]:
         """Blocks drawn at random from a pool that is filled in the order of reading."""
@@ -203,11 +203,10 @@ class _Pool:
         return [(mine.features, other.features), (mine.index, other.index), (mine.labels, other.labels)]
 
 
-def _joined(reads: Sequence[_Read]) -> _Read:
-    if len(reads) == 1:
-        return reads[0]
-    return _Read(
-        features=np.concatenate([read.features for read in reads]),
+def _joined(reads: Sequence[_Read]) -> Block:
+    """What was read as one block, each value copied once."""
+    return Block(
+        features=np.concatenate([read.features for read in reads], dtype=np.float32),
         index=np.concatenate([read.index for read in reads]),
         labels=np.concatenate([read.labels for read in reads]),
     )

@@ -25,6 +25,7 @@ from g2l_core.slides.slide import open_slide
 from g2l_core.store.consolidated import consolidate
 from g2l_core.store.facts import EncoderFacts, SlideFacts
 from g2l_core.store.features import FeatureStore, StoredSlide
+from g2l_core.store.location import locate
 from g2l_core.store.locks import LOCKS, locked
 from g2l_core.store.provenance import digest
 from g2l_core.store.writer import FeatureWriter, is_lost
@@ -136,7 +137,8 @@ class _Import:
     ) -> None:
         self._layout, self._path, self._name, self._spec, self._settings = layout, path, name, spec, settings
         self._dry_run, self._first = dry_run, Scale()
-        self._store = FeatureStore.open(path, writable=not dry_run) if (path / "zarr.json").exists() else None
+        place = locate(path)  # a dry run may be of a store at an address
+        self._store = FeatureStore.open(place, writable=not dry_run) if (place / "zarr.json").exists() else None
         self._places = Places(settings.slides)
         self._rows = manifest_rows(settings.manifest)
         self._encoder: EncoderFacts | None = None

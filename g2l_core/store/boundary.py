@@ -9,7 +9,7 @@ from g2l_core.errors import (
     StoreCorruptError,
     StoreError,
     machine_fault,
-    refuse_open_files,
+    refuse_unread,
 )
 
 
@@ -22,13 +22,14 @@ def reading(what: str) -> Iterator[None]:
     Raises:
         StoreCorruptError: The block raised one of them.
         StoreError: Too many files are open, so that nobody knows whether it is damaged.
+        StoreUnreadError: It may not be read, or the disk fails.
     """
     try:
         yield
     except G2LError:
         raise
     except Exception as error:
-        refuse_open_files(error, what, StoreError)
+        refuse_unread(error, what)
         said = str(error) or type(error).__name__
         raise StoreCorruptError(f"{what} cannot be read: {said}. g2l store verify names the damaged files") from error
 

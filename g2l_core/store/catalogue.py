@@ -74,7 +74,7 @@ def _scan(folder: Location, prefix: str, store_format: int, known: Mapping[str, 
         slide_id, here = prefix + name, folder / name
         if entry is not None:
             yield slide_id, entry
-        if entry is None or not _is_slide_folder(here, entry):
+        if not _is_slide_folder(here, entry):
             yield from _scan(here, f"{slide_id}/", store_format, known)
 
 
@@ -86,7 +86,10 @@ def _entry(folder: Location, slide_id: str, store_format: int, known: Entry | No
     """The slide in a folder; None where the folder holds slides, or nothing that was ever finished."""
     state = state_of(folder / GROUP_FILE)
     if state is None:
-        return Entry(state=(0, 0, 0), damage=_absent(folder)) if _has_tables(folder) and store_format > 1 else None
+        # At an address a slide's document is the last that is sent of it; in a folder all of it appears in one step.
+        is_sent = isinstance(folder, Path) or known is not None
+        is_damaged = is_sent and _has_tables(folder) and store_format > 1
+        return Entry(state=(0, 0, 0), damage=_absent(folder)) if is_damaged else None
     if known is not None and known.state == state and store_format != format1.FORMAT:
         return known
     try:
@@ -115,9 +118,9 @@ def _holds_slides(folder: Location) -> bool:
     return not _has_tables(folder) and any(_has_document(folder / name) for name in subfolders(folder))
 
 
-def _is_slide_folder(folder: Location, entry: Entry) -> bool:
+def _is_slide_folder(folder: Location, entry: Entry | None) -> bool:
     """Whether nothing below a folder can be another slide: it has arrays. A failed slide's folder has none."""
-    return (entry.facts is not None and entry.facts.status == "ok") or _has_tables(folder)
+    return (entry is not None and entry.facts is not None and entry.facts.status == "ok") or _has_tables(folder)
 
 
 def count_good(status: UInt8[np.ndarray, " patch"]) -> UInt8[np.ndarray, " block"]:

@@ -16,6 +16,7 @@ from g2l_core.errors import (
     StoreError,
     StoreMismatchError,
     StoreMissingError,
+    StoreUnreadError,
     UnknownNameError,
     refuse_address,
 )
@@ -287,7 +288,7 @@ class FeatureStore:
         for slide in self.slides():
             try:
                 self.good_by_block(slide)
-            except StoreCorruptError:
+            except (StoreCorruptError, StoreUnreadError):
                 continue  # verify names it
         try:
             catalogue.save(folder_of(self.path), self._entries)

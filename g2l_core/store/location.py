@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeAlias, TypeVar
 
 from g2l_core.concurrency import run_ahead
-from g2l_core.errors import refuse_address
+from g2l_core.errors import refuse_address, refuse_unread
 from g2l_core.store.remote import RemotePath, remote_path
 
 Location: TypeAlias = Path | RemotePath
@@ -57,13 +57,18 @@ def can_list(place: Location) -> bool:
 
 
 def state_of(path: Location) -> FileState | None:
-    """Whether a file has changed is seen by this; None where there is no file. For places that can be listed."""
+    """Whether a file has changed is seen by this; None where there is no file. For places that can be listed.
+
+    Raises:
+        StoreUnreadError: Nobody can tell: a folder may not be looked into, or the disk fails.
+    """
     if isinstance(path, RemotePath):
         known = path.connection.listing.objects.get(path.key)
         return known.state if known else None
     try:
         found = path.stat()
-    except OSError:
+    except OSError as error:
+        refuse_unread(error, path)
         return None
     return found.st_size, found.st_mtime_ns, found.st_ino
 

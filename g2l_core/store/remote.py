@@ -44,6 +44,8 @@ _reader = 0
 
 _PASSES = re.compile(r"status code: (?:408|429|5\d\d)")
 _STATUS = re.compile(r"status code: \d")
+_UNKNOWN = re.compile(r"status code: 501|NotImplemented")
+"""What a server says to requests that it does not know."""
 _NO_CREDENTIALS = ("/latest/api/token", "/latest/meta-data", "/computeMetadata/v1")
 """Where credentials are looked for when nobody has given any: what the servers of cloud machines answer to."""
 _ACCESS: Mapping[str, str] = {
@@ -163,14 +165,42 @@ class Connection:
         except FileNotFoundError:
             return None
 
-    def put(self, key: str, content: bytes) -> None:
+    def put(self, key: str, content: bytes) -> str:
         """Write an object in one step: readers see the old one or the whole new one.
+
+        Returns:
+            What the server calls this content, see `RemoteObject.tag`.
 
         Raises:
             StoreError: It cannot be written.
         """
         put = _obstore(self.address).put
-        self._tried(key, lambda: put(self.store, key, content, use_multipart=False), "write")
+        made = self._tried(key, lambda: put(self.store, key, content, use_multipart=False), "write")
+        return str(made["e_tag"] or "").strip('"')
+
+    def create(self, key: str, content: bytes) -> bool | None:
+        """Write an object only where there is none, of several writers for one alone.
+
+        Returns:
+            Whether it was written; None where the server does not know how to do that, and nothing was written.
+
+        Raises:
+            StoreError: It cannot be written.
+        """
+        obstore = _obstore(self.address)
+
+        def attempt() -> bool | None:
+            try:
+                obstore.put(self.store, key, content, mode="create", use_multipart=False)
+            except obstore.exceptions.AlreadyExistsError:
+                return False
+            except (obstore.exceptions.BaseError, NotImplementedError) as error:
+                if isinstance(error, NotImplementedError) or _UNKNOWN.search(str(error)):
+                    return None
+                raise
+            return True
+
+        return self._tried(key, attempt, "write")
 
     def delete(self, key: str) -> None:
         """Delete an object, if it is there.

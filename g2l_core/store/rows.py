@@ -36,9 +36,13 @@ def read_selected(slide: StoredSlide, encoder: str, rows: Int64[np.ndarray, "_"]
     Raises:
         StoreCorruptError: They are not what was written.
     """
+    if rows is None:
+        return slide.read_rows(encoder, 0, len(slide), view=view)
     parts = [
-        features if inside is None else features[inside - start]
+        features if inside is None or len(inside) == stop - start else features[inside - start]
         for start, stop, inside in pieces(slide, rows)
         for features in [slide.read_rows(encoder, start, stop, view=view)]
     ]
+    if len(parts) == 1:
+        return parts[0]
     return np.concatenate(parts) if parts else np.empty((0, slide.feature_facts(encoder).dim), np.float16)

@@ -21,6 +21,7 @@ from g2l_core.store.changes import dropped, merged, with_features, without
 from g2l_core.store.documents import read_slide_again, write_group
 from g2l_core.store.facts import OK, FeatureFacts, ShardRecord, SlideFacts
 from g2l_core.store.location import Location, folder_of, size_of
+from g2l_core.store.plain_shards import read_features
 from g2l_core.store.provenance import canonical_json
 from g2l_core.store.tables import Shard, block_checksums, block_name, changed_blocks, checksum, require_unchanged
 from g2l_core.store.zarr_files import create_array, open_array
@@ -177,8 +178,7 @@ class StoredSlide:
         return values[:, 0] if has_views and view is not None else values
 
     def _changed(self, name: str, values: np.ndarray, start: int, first_view: int) -> list[str]:
-        recorded = self.facts.tables.get(name, {})
-        return changed_blocks(name, values, recorded, first_row=start, first_view=first_view)
+        return changed_blocks(name, values, self.facts.tables.get(name, {}), first_row=start, first_view=first_view)
 
     def _require_shape(self, name: str, shape: tuple[int, ...]) -> None:
         has_views = name in schema.TABLES and schema.TABLES[name].has_views
@@ -435,9 +435,9 @@ class StoredSlide:
             UnknownNameError: The encoder has no features of this slide.
             StoreCorruptError: A chunk cannot be read.
         """
-        array = self.features_array(encoder)
-        with reading(f"slide {self.slide_id}: rows {start} to {stop} of {encoder}, view {view},"):
-            return np.asarray(array[start:stop, view])
+        array, what = self.features_array(encoder), f"rows {start} to {stop} of {encoder}, view {view},"
+        with reading(f"slide {self.slide_id}: {what}"):
+            return read_features(array, self.folder / schema.FEATURES / encoder, start, stop, view)
 
     def shard_damage(self, encoder: str, shard: Shard, features: Features) -> str:
         """How the features of a shard differ from its completion record; empty where they do not, or have none."""

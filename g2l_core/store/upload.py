@@ -17,18 +17,23 @@ from g2l_core.concurrency import run_ahead
 from g2l_core.errors import StoreCorruptError, StoreError, StoreMismatchError
 from g2l_core.files import parse_json
 from g2l_core.store import catalogue, format1, schema
+from g2l_core.store.address_lock import LOCK
 from g2l_core.store.catalogue import CATALOGUE
 from g2l_core.store.documents import GROUP_FILE, parse_group
 from g2l_core.store.features import FeatureStore
-from g2l_core.store.location import locate, sizes_below
+from g2l_core.store.hollow import is_hollow
+from g2l_core.store.location import Location, locate, sizes_below
 from g2l_core.store.provenance import differences
-from g2l_core.store.remote import Connection, Listing, RemotePath
+from g2l_core.store.remote import Connection, Listing, RemoteObject, RemotePath
 
 UPLOADS = 8
 """Objects that are sent at a time; each is held in memory whole."""
 
 MARK = ".catalogue/upload.json"
 """What is at an address before the store's own document is: the identity of the store that is being uploaded."""
+
+FIRST = f"coords/{GROUP_FILE}"
+"""What is sent of a slide before all else: readers know by it that what is in the folder is no slide of its own."""
 
 
 @dataclass(frozen=True)
@@ -63,25 +68,22 @@ def upload(store: FeatureStore, address: str) -> Iterator[Sent]:
         StoreError: The address cannot be written to or listed, a file cannot be read, or the objects are not what was
             sent.
     """
-    folder, target = _folder_of(store), _target(address)
+    folder, target = _folder_of(store), target_of(address)
     store.require_undamaged()
     connection = target.connection
     there = connection.listed()
-    _require_same_store(store, target, there)
+    require_same_store(store, target, there)
     if GROUP_FILE not in there.objects:
         connection.put(MARK, json.dumps(_identity(store)).encode())
     stages = _in_order(store)
     total = sum(map(len, stages))
 
-    def send(key: str) -> Sent:
-        content = _content(folder / key)
-        is_new = not _is_there(content, key, connection, there)
-        if is_new:
-            connection.put(key, content)
-        return Sent(key, len(content), is_new, total)
+    def sent(key: str) -> Sent:
+        known, is_new = send(folder, key, connection, there)
+        return Sent(key, known.size, is_new, total)
 
     for keys in stages:  # one after another, and the next only once all of it is there
-        yield from run_ahead(send, keys, workers=UPLOADS, lookahead=UPLOADS)
+        yield from run_ahead(sent, keys, workers=UPLOADS, lookahead=UPLOADS)
     now = connection.listed()
     _require_all(folder, stages, target, now)
     connection.put(CATALOGUE, catalogue.content_of(_entries_there(store, now)))
@@ -101,17 +103,58 @@ def _folder_of(store: FeatureStore) -> Path:
     return store.path
 
 
-def _target(address: str) -> RemotePath:
-    """The place that a user names, if it is one that can be written to."""
+def target_of(address: Location | str) -> RemotePath:
+    """The place that a user names.
+
+    Raises:
+        StoreError: It is none that can be written to.
+    """
     place = locate(address)
     if not isinstance(place, RemotePath):
         raise StoreError(f"{address} is a folder, and stores are uploaded to addresses of s3:// or gs://")
     if not place.connection.can_list:
-        raise StoreError(f"{place}: a web server is only read from; upload to an address of s3:// or gs://")
+        raise StoreError(f"{place}: a web server is only read from; write to an address of s3:// or gs://")
     return place
 
 
-def _require_same_store(store: FeatureStore, target: RemotePath, there: Listing) -> None:
+def send(folder: Path, key: str, connection: Connection, there: Listing) -> tuple[RemoteObject, bool]:
+    """Have a file of a store at an address.
+
+    Returns:
+        What is there, and whether it was sent now; else the same was there.
+
+    Raises:
+        StoreError: The file cannot be read, the object cannot be written, or has another content afterwards.
+    """
+    if is_hollow(folder / key):
+        return _require_there(folder / key, key, connection, there), False
+    content = _content(folder / key)
+    tag = md5(content, usedforsecurity=False).hexdigest()
+    known = there.objects.get(key)
+    if known and known.size == len(content) and (known.tag == tag or connection.read(key) == content):
+        return known, False
+    # The tag mostly is the MD5 of what the server has; where it is another, the object is read.
+    now = connection.put(key, content)
+    if now != tag and connection.read(key) != content:
+        raise StoreError(
+            f"{connection.address}/{key} is not what was sent: does another command write there? Run the same command "
+            "again"
+        )
+    return RemoteObject(len(content), (len(content), 0, 0), now), True
+
+
+def _require_there(path: Path, key: str, connection: Connection, there: Listing) -> RemoteObject:
+    """The content of a hollow file, which is at the address."""
+    size, known = path.stat().st_size, there.objects.get(key)
+    if known is None or known.size != size:
+        raise StoreError(
+            f"{path} holds nothing but zeros: what was in it is at another address, was deleted at "
+            f"{connection.address}, or is damaged. Run g2l store verify --repair, then the caching command"
+        )
+    return known
+
+
+def require_same_store(store: FeatureStore, target: RemotePath, there: Listing) -> None:
     """Refuse an address at which there is something else.
 
     Raises:
@@ -119,8 +162,7 @@ def _require_same_store(store: FeatureStore, target: RemotePath, there: Listing)
     """
     key = GROUP_FILE if GROUP_FILE in there.objects else MARK
     if key not in there.objects:
-        if there.objects:
-            strange = min(there.objects)
+        if strange := min((other for other in there.objects if other != LOCK), default=""):
             raise StoreMismatchError(f"{target} holds something else, such as {strange}; give another address")
         return
     try:
@@ -136,10 +178,11 @@ def _require_same_store(store: FeatureStore, target: RemotePath, there: Listing)
 
 def _in_order(store: FeatureStore) -> Sequence[Sequence[str]]:
     """The keys of a store's files, in stages: what is in slides, then their documents, then the store's own."""
-    slides = {f"slides/{slide_id}/" for slide_id in store.slide_ids()}
-    documents = [f"{slide}{GROUP_FILE}" for slide in sorted(slides)]
-    names = ("/".join(("slides", *parts)) for parts, _ in sizes_below(store.path / "slides") if _is_kept(parts))
-    return sorted(set(names) - set(documents)), documents, [GROUP_FILE]
+    slides = sorted(f"slides/{slide_id}/" for slide_id in store.slide_ids())
+    documents = [f"{slide}{GROUP_FILE}" for slide in slides]
+    names = {"/".join(("slides", *parts)) for parts, _ in sizes_below(store.path / "slides") if _is_kept(parts)}
+    first = [key for slide in slides if (key := f"{slide}{FIRST}") in names]
+    return first, sorted(names - {*first, *documents}), documents, [GROUP_FILE]
 
 
 def _is_kept(parts: Sequence[str]) -> bool:
@@ -153,14 +196,6 @@ def _content(path: Path) -> bytes:
         raise StoreError(
             f"cannot read {path}: {error.strerror}. Run g2l store verify, then the upload again"
         ) from error
-
-
-def _is_there(content: bytes, key: str, connection: Connection, there: Listing) -> bool:
-    """Whether an object has this content. Its tag mostly is the MD5 of what it holds; else it is read."""
-    known = there.objects.get(key)
-    if known is None or known.size != len(content):
-        return False
-    return known.tag == md5(content, usedforsecurity=False).hexdigest() or connection.read(key) == content
 
 
 def _require_all(folder: Path, stages: Sequence[Sequence[str]], target: RemotePath, now: Listing) -> None:

@@ -2,18 +2,21 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, UInt64
 
 from g2l_core.concurrency import run_ahead
-from g2l_core.errors import StoreCorruptError, StoreError
+from g2l_core.errors import StoreCorruptError, StoreError, StoreUnreadError
 from g2l_core.store import schema
 from g2l_core.store.catalogue import CATALOGUE
 from g2l_core.store.columns import column_tables
 from g2l_core.store.facts import ShardRecord
 from g2l_core.store.features import FeatureStore, Shard, StoredSlide, leftovers
+from g2l_core.store.hollow import MARK, is_hollow
 from g2l_core.store.location import below, can_list
 
 ADVICE = "g2l store verify --repair drops it, and the caching command computes this shard alone"
@@ -25,10 +28,10 @@ THREADS = 4
 class Problem:
     """One thing that is wrong, or not there yet."""
 
-    kind: Literal["damaged", "missing", "failed", "leftover", "unproved"]
+    kind: Literal["damaged", "missing", "failed", "leftover", "unproved", "unread"]
     """damaged: not what was written. missing: not written yet. failed: a slide that stage one could not use.
     leftover: a temporary file of a killed writer, without meaning. unproved: imported features that are as they were
-    written, but not what their encoder gives."""
+    written, but not what their encoder gives. unread: a file that this machine may not, or cannot, read."""
     slide_id: str = ""
     encoder: str = ""
     shard: Shard | None = None
@@ -95,8 +98,8 @@ def _verify_tables(slide: StoredSlide) -> Iterator[Problem]:
     for name in [*schema.TABLES, *texts, *column_tables(slide.facts).values()]:
         try:
             slide.read_table(name)
-        except StoreCorruptError as error:
-            yield Problem(kind="damaged", slide_id=slide.slide_id, table=name, what=str(error))
+        except (StoreCorruptError, StoreUnreadError) as error:
+            yield Problem(kind=_kind_of(error), slide_id=slide.slide_id, table=name, what=str(error))
 
 
 def _verify_features(store: FeatureStore, slide: StoredSlide) -> Iterator[Problem]:
@@ -113,36 +116,58 @@ def _encoder_problems(store: FeatureStore, slide: StoredSlide, encoder: str) -> 
     known = store.encoders.get(encoder)
     digest, has_hashes = (known.digest, not known.imported) if known else (None, True)
 
-    def problem(kind: Literal["damaged", "missing"], what: str, shard: Shard | None = None) -> Problem:
-        return Problem(kind=kind, slide_id=slide.slide_id, encoder=encoder, shard=shard, what=what)
-
+    problem = partial(Problem, slide_id=slide.slide_id, encoder=encoder)
     if facts.digest and facts.digest != digest:
-        yield problem(
-            "damaged", f"written by an encoder of digest {facts.digest[:12]}, the store lists {str(digest)[:12]}"
-        )
+        what = f"written by an encoder of digest {facts.digest[:12]}, the store lists {str(digest)[:12]}"
+        yield problem(kind="damaged", what=what)
     try:
         shape = slide.features_array(encoder).shape
-    except StoreCorruptError as error:
-        yield problem("damaged", str(error))
+    except (StoreCorruptError, StoreUnreadError) as error:
+        yield problem(kind=_kind_of(error), what=str(error))
         return
     if shape[0] != len(slide):
-        yield problem("damaged", f"{shape[0]} rows of features, but the slide has {len(slide)} patches")
+        what = f"{shape[0]} rows of features, but the slide has {len(slide)} patches"
+        yield problem(kind="damaged", what=what)
         return
-    good, hashes = slide.patch_status == schema.STATUS["ok"], slide.pixel_hash
     for view in range(facts.n_views):
-        shards = slide.shards([view])
-        recorded = [s for s in shards if s.name in facts.shards]
-        if len(recorded) < len(shards):
-            text = f"view {view}: {len(shards) - len(recorded)} of {len(shards)} shards are not written yet"
-            yield problem("missing", text)
-        for shard in recorded:
-            rows = slice(shard.start, shard.stop)
-            seen = hashes[rows, view] if has_hashes else np.ones(rows.stop - rows.start, np.uint64)
-            what = _shard_damage(slide, encoder, shard, facts.shards[shard.name], good[rows], seen)
-            if what:
-                path = below(slide.shard_path(encoder, shard), store.path)
-                place = f"view {view}, rows {rows.start} to {rows.stop}"
-                yield problem("damaged", f"{place}: {what}. The file is {path}; {ADVICE}", shard)
+        yield from _view_problems(store, slide, encoder, view, has_hashes=has_hashes)
+
+
+def _view_problems(
+    store: FeatureStore, slide: StoredSlide, encoder: str, view: int, *, has_hashes: bool
+) -> Iterator[Problem]:
+    """What is wrong with one view of one encoder's features of one slide."""
+    problem = partial(Problem, slide_id=slide.slide_id, encoder=encoder)
+    records, shards = slide.feature_facts(encoder).shards, slide.shards([view])
+    recorded = [s for s in shards if s.name in records]
+    hollow = [s for s in recorded if _is_spool(store) and is_hollow(slide.shard_path(encoder, s))]
+    for count, what in (
+        (len(shards) - len(recorded), "not written yet"),
+        (len(hollow), "only at the address that they were sent to"),
+    ):
+        if count:
+            yield problem(kind="missing", what=f"view {view}: {count} of {len(shards)} shards are {what}")
+    good, hashes = slide.patch_status == schema.STATUS["ok"], slide.pixel_hash
+    for shard in (s for s in recorded if s not in hollow):
+        rows = slice(shard.start, shard.stop)
+        seen = hashes[rows, view] if has_hashes else np.ones(rows.stop - rows.start, np.uint64)
+        try:
+            what = _shard_damage(slide, encoder, shard, records[shard.name], good[rows], seen)
+        except StoreUnreadError as error:
+            yield problem(kind="unread", what=str(error))
+            continue
+        if what:
+            path = below(slide.shard_path(encoder, shard), store.path)
+            place = f"view {view}, rows {rows.start} to {rows.stop}"
+            yield problem(kind="damaged", shard=shard, what=f"{place}: {what}. The file is {path}; {ADVICE}")
+
+
+def _is_spool(store: FeatureStore) -> bool:
+    return isinstance(store.path, Path) and (store.path / MARK).exists()
+
+
+def _kind_of(error: StoreError) -> Literal["damaged", "unread"]:
+    return "unread" if isinstance(error, StoreUnreadError) else "damaged"
 
 
 def _shard_damage(

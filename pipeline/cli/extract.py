@@ -15,7 +15,7 @@ from pipeline.cli import EXIT_DONE, EXIT_SOME_FAILED
 from pipeline.cli.options import Coordinates, Inputs, Json, Store, Weights, WeightsOfEach, from_specs, resolve_patches
 from pipeline.cli.plan import EPOCHS, print_plan
 from pipeline.cli.printing import show, tell
-from pipeline.settings import ExtractionSettings, require_stained_views
+from pipeline.settings import ExtractionSettings, SpoolSettings, require_stained_views
 
 if TYPE_CHECKING:
     from g2l_core.encoders.resolve import EncoderSpec
@@ -33,6 +33,7 @@ def cache_teacher(
     grid: GridSpec,
     views: ViewSpec,
     settings: ExtractionSettings,
+    through: SpoolSettings,
     weights: Weights = None,
     coords: Coordinates = None,
     dry_run: Annotated[
@@ -46,14 +47,17 @@ def cache_teacher(
     Interrupt it at any time: the same command again goes on where it stopped.
     """
     from g2l_core.encoders.resolve import resolve_encoder
+    from pipeline.spool import told_place
 
     require_stained_views(views, settings)
     tissue = resolve_patches(grid.tissue, coords)
     grid = replace(grid, tissue=tissue.identity)
     specs = [resolve_encoder(teacher, weights=weights, trusted=settings.trust_code)]
     if dry_run:
+        if where := told_place(store, through):
+            show(where, err=True)
         raise typer.Exit(print_plan(inputs, specs, grid, tissue, views, settings, EPOCHS, as_json))
-    raise typer.Exit(_extract(inputs, store, specs, grid, tissue, views, settings, as_json, is_teacher=True))
+    raise typer.Exit(_extract(inputs, store, specs, grid, tissue, views, settings, through, as_json, is_teacher=True))
 
 
 @from_specs(without=("pictures",), views=0)
@@ -62,6 +66,7 @@ def embed(
     store: Store,
     encoder: Annotated[list[str], typer.Option(help="An encoder or run folder; repeatable.", show_default=False)],
     settings: ExtractionSettings,
+    through: SpoolSettings,
     weights: WeightsOfEach = None,
     tissue: Annotated[
         str | None,
@@ -96,7 +101,7 @@ def embed(
     given = weights_by_encoder(encoder, weights or ())
     specs = [resolve_encoder(name, weights=given.get(name), trusted=settings.trust_code) for name in names]
     views = ViewSpec.from_json(existing.views)
-    raise typer.Exit(_extract(inputs, store, specs, grid, method, views, settings, as_json, is_teacher=False))
+    raise typer.Exit(_extract(inputs, store, specs, grid, method, views, settings, through, as_json, is_teacher=False))
 
 
 def _extract(
@@ -107,14 +112,20 @@ def _extract(
     tissue: "TissueMethod | None",
     views: ViewSpec,
     settings: ExtractionSettings,
+    through: SpoolSettings,
     as_json: bool,
     *,
     is_teacher: bool,
 ) -> int:
     """Run stage one, print what it did, and return the exit code."""
+    from g2l_core.store.location import locate
     from pipeline.cache_teacher import run_extraction
+    from pipeline.spool import at_place
 
-    summary = run_extraction(inputs, store, specs, grid, views, settings, tissue=tissue)
+    again = settings.retry_failed
+    with at_place(store, through, meanwhile=not again, reads_lost=again) as folder:
+        summary = run_extraction(inputs, folder, specs, grid, views, settings, tissue=tissue)
+    summary = replace(summary, store=locate(store))
     then = _next(summary, is_teacher=is_teacher) if summary.patches else ""
     tell(_summary_text(summary), _summary_json(summary), as_json=as_json, then=then)
     _list_losses(summary.failed_slides, {s: f"{len(r)} patches: {r[0]}" for s, r in summary.unreadable.items()})

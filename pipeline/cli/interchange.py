@@ -1,5 +1,6 @@
 """`g2l store export` and `g2l store import`: features to and from the files of other tools."""
 
+from contextlib import nullcontext
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +12,7 @@ from pipeline.cli.options import Json, Store, Weights, from_specs
 from pipeline.cli.printing import list_left_out, show, tell
 from pipeline.cli.store import StorePath
 from pipeline.cli.store_copies import DryRun
+from pipeline.settings import SpoolSettings
 
 if TYPE_CHECKING:
     from g2l_core.store.export import Exported
@@ -131,6 +133,7 @@ def import_features(
     encoder: Annotated[
         str, typer.Option(help="The encoder that made them; g2l models lists those that G2L knows.", show_default=False)
     ],
+    through: SpoolSettings,
     weights: Weights = None,
     slides: Annotated[
         Path | None, typer.Option(help="Folder of the slides, at any depth, so that features can be proved.")
@@ -158,7 +161,9 @@ def import_features(
     from g2l_core.errors import UnknownNameError
     from g2l_core.extraction.import_features import ImportSettings
     from g2l_core.extraction.import_features import import_features as run_import
+    from g2l_core.store.location import locate
     from pipeline.progress import ProgressLine
+    from pipeline.spool import at_place
 
     spec, unknown = None, ""
     try:
@@ -168,17 +173,19 @@ def import_features(
     settings = ImportSettings(
         mpp=mpp, patch_px=patch_px, mpp_override=mpp_override, slides=slides, coords=coords, manifest=manifest
     )
-    with ProgressLine("import", "files") as line:
-        done = run_import(layout.value, source, store, encoder, spec, settings, dry_run=dry_run, report=line.update)
+    place = locate(store)
+    opened = nullcontext(store) if dry_run else at_place(store, through)
+    with opened as folder, ProgressLine("import", "files") as line:
+        done = run_import(layout.value, source, folder, encoder, spec, settings, dry_run=dry_run, report=line.update)
     if unknown:
         show(f"note  {unknown}", err=True)
     text = (
-        f"{store}: {done.patches:,} patches of {done.slides:,} slides imported as {done.encoder or encoder}; "
+        f"{place}: {done.patches:,} patches of {done.slides:,} slides imported as {done.encoder or encoder}; "
         f"{done.with_slides:,} slides are at hand"
     )
     facts = {"encoder": done.encoder, "slides": done.slides, "patches": done.patches, "with_slides": done.with_slides}
     facts |= {"known": done.known, "failed": dict(done.failed)}
-    then = f"g2l store verify {store} --recompute 50" if done.with_slides else f"g2l store info {store}"
-    tell(text, {"store": str(store), **facts}, dry_run=dry_run, as_json=as_json, then=then)
+    then = f"g2l store verify {place} --recompute 50" if done.with_slides else f"g2l store info {place}"
+    tell(text, {"store": str(place), **facts}, dry_run=dry_run, as_json=as_json, then=then)
     list_left_out(done.failed)
     raise typer.Exit(EXIT_SOME_FAILED if done.failed else EXIT_DONE)

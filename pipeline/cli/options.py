@@ -27,7 +27,9 @@ Inputs = Annotated[
         show_default=False,
     ),
 ]
-Store = Annotated[Path, typer.Option(help="The feature store (a Zarr folder); made or completed.", show_default=False)]
+Store = Annotated[
+    Path, typer.Option(help="The feature store, a Zarr folder or an address; made or completed.", show_default=False)
+]
 Weights = Annotated[
     str | None,
     typer.Option(

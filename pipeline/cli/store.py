@@ -132,7 +132,7 @@ def verify(
         problems += _recompute(opened, recompute, seed, device, trust_code or (), said)
     if repair:
         left = _repaired(store, problems, done)
-        problems = [problem for problem in left if problem.kind == "damaged"]
+        problems = [problem for problem in left if problem.kind in {"damaged", "unread"}]
         to_cache = {problem.slide_id for problem in left if problem.kind in {"missing", "failed"}}
     wrong = sum(problem.kind != "leftover" for problem in problems)
     lines = [*said, *(done if repair else map(str, problems))]

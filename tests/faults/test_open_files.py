@@ -23,6 +23,7 @@ from g2l_core.errors import (
     RunError,
     StoreCorruptError,
     StoreError,
+    StoreUnreadError,
     machine_fault,
     with_remedy,
 )
@@ -30,7 +31,8 @@ from g2l_core.patches.render import render_block
 from g2l_core.patches.views import COLUMNS, ViewSpec
 from g2l_core.slides.slide import open_slide
 from g2l_core.store.boundary import reading, writing
-from g2l_core.store.features import FeatureStore
+from g2l_core.store.features import FeatureStore, StoredSlide
+from g2l_core.store.verify import verify
 from tests.conftest import TEACHER
 
 CODES = [errno.EMFILE, errno.ENFILE]
@@ -87,7 +89,36 @@ def test_what_cannot_be_opened_is_not_damaged(code):
         raise error_of(code)
     assert not isinstance(caught.value, StoreCorruptError)
     with pytest.raises(StoreCorruptError), reading("a table"):
-        raise error_of(errno.EIO)
+        raise error_of(errno.ENODEV)
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EPERM, errno.EIO])
+def test_what_this_machine_cannot_read_is_no_damage(cached_store, code, monkeypatch):
+    """A shard and a table: those who read say why, verify goes on, and nothing is there to be repaired."""
+    store = FeatureStore.open(cached_store)
+    (key,), slide = store.encoders, store.slide("p01-1")
+    opened = os.open
+
+    def refusing(path, *how, **options):
+        if "p01-1" in str(path) and Path(path).name == "c.0.1.0":
+            raise error_of(code, path)
+        return opened(path, *how, **options)
+
+    monkeypatch.setattr(os, "open", refusing)
+    with pytest.raises(StoreUnreadError, match=rf"cannot use .*c\.0\.1\.0: {os.strerror(code)}; {REMEDIES[code]}"):
+        slide.features(key, view=1)
+    (found,) = verify(store)
+    assert (found.kind, found.slide_id, found.encoder) == ("unread", "p01-1", key)
+    monkeypatch.undo()
+    state = Path.stat
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "stat", lambda path, **_: raising(code)() if path.name == "c.0.1.0" else state(path))
+        with pytest.raises(StoreUnreadError, match=REMEDIES[code]):
+            slide.records(key)
+    with monkeypatch.context() as patch:
+        patch.setattr(StoredSlide, "array", lambda slide, name: raising(code)() if name == "coords" else None)
+        with pytest.raises(StoreUnreadError, match=os.strerror(code)):
+            _ = slide.coords
 
 
 def test_the_two_codes_are_told_apart():

@@ -74,3 +74,17 @@ def put_features(slide, encoder, values, view=0):
     for shard in slide.shards([view]):
         shards[shard.name] = replace(shards[shard.name], crc32c=checksum(values[shard.start : shard.stop]))
     change_features(slide, encoder, shards=shards)
+
+
+def work(folder, slide_ids, encoder=ENCODER):
+    """Write what a store misses of some slides, and return the shards that were written."""
+    store, written = create(folder), list[str]()
+    store.add_encoder(encoder, EncoderFacts(digest="0" * 64, dim=DIM))
+    known = {slide.slide_id for slide in store.slides()}
+    for slide_id in slide_ids:
+        slide = store.slide(slide_id) if slide_id in known else lay(store, slide_id, n=40)
+        writer = FeatureWriter.open(slide, encoder, digest="0" * 64, dim=DIM, n_views=2)
+        written += [f"{slide_id} {shard.name}" for shard in writer.missing([0, 1])]
+        fill(slide, encoder=encoder)
+    store.save_catalogue()
+    return written
