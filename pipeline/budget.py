@@ -126,7 +126,7 @@ def answer(
     """
     watch, timeout = UnderWay(folder_of(store.path)), settings.slide_timeout
     with watch.reading(slide.slide_id):
-        looks = within(timeout, lambda: _looks(slide), "reading its thumbnail")
+        looks = within(timeout, lambda: looks_of(slide), "reading its thumbnail")
         reader = within(timeout, lambda: open_patches(slide, GridSpec.from_json(store.grid)), "opening it")
     source = SomeRows(
         store=store, slide=slide, key=key, encoder=encoder, reader=reader, batch_size=settings.batch_size,
@@ -150,7 +150,7 @@ def answer(
     return found, encoded
 
 
-def _looks(slide: StoredSlide) -> Float64[np.ndarray, "patch look"]:
+def looks_of(slide: StoredSlide) -> Float64[np.ndarray, "patch look"]:
     """How the patches look on the thumbnail; nothing is known of patch images before they are read."""
     if slide.facts.kind != "slide":
         return np.zeros((len(slide), 0))
