@@ -40,7 +40,7 @@ STEP = 1e-4
 class SamplePlan:
     """In which order the patches of a slide would be encoded, by cell: a half of a stratum."""
 
-    rows: tuple[Int64[np.ndarray, " member"], ...]
+    rows: tuple[Int64[np.ndarray, "_"], ...]
     """The rows of each cell in random order."""
     half: Int64[np.ndarray, " cell"]
     twin: Int64[np.ndarray, " cell"]
