@@ -10,6 +10,7 @@ torch of both.
 
 import argparse
 import os
+import sys
 from itertools import cycle, islice
 from pathlib import Path
 from time import perf_counter, process_time
@@ -66,6 +67,8 @@ def main() -> None:
                 last[name] = encode(encoder, patches)
             wall[name] += perf_counter() - begin
             spent[name] += process_time() - cpu
+        done = (piece + 1) * batches // PIECES * asked.batch_size
+        print(f"{done:,} patches: processor {', '.join(f'{n} {s:.0f} s' for n, s in spent.items())}", file=sys.stderr)
         largest = max(largest, *(float(np.abs(last[name] - last["torch"]).max()) for name in encoders))
     count = batches * asked.batch_size
     cells = [

@@ -284,14 +284,12 @@ def test_a_budget_encodes_no_more_and_says_what_it_rests_on(study, tissue_head, 
 
     monkeypatch.setattr(batching, "encode", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        predict(study, tissue_head, tmp_path / "again", budget=given)
-    predict(study, tissue_head, tmp_path / "again", budget=given)
-    assert everything(tmp_path / "again") == everything(tmp_path / "whole")
+        predict(study, tissue_head, tmp_path / "again", budget=given, pictures=False)
+    predict(study, tissue_head, tmp_path / "again", budget=given, pictures=False)
+    assert table(tmp_path / "again") == table(tmp_path / "whole")
     batches[0] = 100
-    predict(study, tissue_head, tmp_path / "again", budget=given)
+    predict(study, tissue_head, tmp_path / "again", budget=given, pictures=False)
     assert batches[0] == 100  # all is kept
-    other = predict(study, tissue_head, tmp_path / "other", budget=Budget(share=0.4, tolerance=0.01, seed=4))
-    assert [dict(row) for row in other.rows] != table(tmp_path / "whole")
 
 
 def test_a_budget_of_everything_is_the_whole_answer_and_leaves_it_to_the_next_run(study, tissue_head, tmp_path):
