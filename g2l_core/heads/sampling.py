@@ -152,7 +152,7 @@ class Estimate:
     margin: Float64[np.ndarray, " class"]
     """Half the width of the interval of each value; infinite where it is not known."""
     lead: float
-    """By how many half widths of its interval the most probable class is ahead of the next."""
+    """By how many of both margins the most probable class is ahead of the next."""
     deviation: Float64[np.ndarray, " cell"]
 
     def is_settled(self, tolerance: float) -> bool:
@@ -227,7 +227,9 @@ def estimate(
 
     A probe's and a regression's answer is a mean over patches, which has no bias. That of a slide probe is a function
     of the mean feature, and ABMIL's one of the quotient of two means: their bias falls with the number of patches. The
-    interval is that of stratified sampling without replacement, for the derivative of the answer.
+    interval is that of stratified sampling without replacement, for the derivative of the answer; of its log-odds
+    where those are what the head is linear in. To that of a probability it adds what a kind of patch may have that was
+    not seen: if its share were more than -log(error) / n, n patches would have met it.
 
     Args:
         head: The head.
@@ -245,15 +247,16 @@ def estimate(
     terms = patch_terms(head, features[good])
     mean = (weights @ terms / weights.sum())[None]
     values = answers(head, mean)[0]
-    influence = (answers(head, mean + STEP * (terms - mean)) - values) / STEP
+    scale = _Scale(is_odds=head.facts.kind in {"slide_probe", "abmil"}, is_number=head.facts.kind == "regression")
+    near = scale.of(answers(head, mean + STEP * (terms - mean)))
     spread = np.zeros((len(cell), len(values)))
-    spread[good] = influence * (plan.sizes.sum() / weights.sum())
+    spread[good] = (near - scale.of(values)) / STEP * (plan.sizes.sum() / weights.sum())
     deviation = deviations(spread, cell, len(sizes))
+    unseen = 0.0 if scale.is_number or (sizes == plan.sizes).all() else -np.log(_error()) / len(cell)
+    margin = scale.margin(values, _margins(plan.sizes, sizes, deviation)) + unseen
     top, second = np.argsort(-values, kind="stable")[:2] if len(values) > 1 else (0, 0)
-    ahead = spread[:, [top]] - spread[:, [second]]
-    margin = _margins(plan.sizes, sizes, deviation)
-    of_lead = float(_margins(plan.sizes, sizes, deviations(ahead, cell, len(sizes)))[0])
-    lead = (values[top] - values[second]) / of_lead if of_lead > 0 else np.inf
+    apart = margin[top] + margin[second]
+    lead = (values[top] - values[second]) / apart if apart > 0 else np.inf
     found = head.apply(features[good])
     if found.attention is not None:
         attention = terms[:, -1] / (terms[:, -1] @ weights)
@@ -289,5 +292,34 @@ def _margins(
 ) -> Float64[np.ndarray, " class"]:
     rest = np.where(taken < sizes, (sizes / sizes.sum()) ** 2 * (1 - taken / sizes) / np.maximum(taken, 1), 0.0)
     known = rest > 0
-    z = NormalDist().inv_cdf(1 - (1 - CONFIDENCE) / len(LOOKS) / 2)
-    return z * np.sqrt((rest[known, None] * np.square(deviation[known])).sum(axis=0))
+    return NormalDist().inv_cdf(1 - _error() / 2) * np.sqrt(
+        (rest[known, None] * np.square(deviation[known])).sum(axis=0)
+    )
+
+
+def _error() -> float:
+    """The error of one look's intervals."""
+    return (1 - CONFIDENCE) / len(LOOKS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Scale:
+    """The scale on which an answer is nearly a mean over patches: log-odds where the head is linear in log-odds."""
+
+    is_odds: bool
+    is_number: bool
+
+    def of(self, values: Float64[np.ndarray, "*slide class"]) -> Float64[np.ndarray, "*slide class"]:
+        """Values on this scale."""
+        if not self.is_odds:
+            return values
+        inside = np.clip(values, 1e-12, 1 - 1e-12)
+        return np.log(inside) - np.log1p(-inside)
+
+    def margin(self, values: Float64[np.ndarray, " class"], margins: Float64[np.ndarray, " class"]) -> np.ndarray:
+        """Margins on this scale as the larger ones of the values themselves."""
+        if not self.is_odds:
+            return margins
+        at = self.of(values)
+        ends = [1 / (1 + np.exp(-np.clip(at + sign * margins, -700, 700))) for sign in (-1, 1)]
+        return np.where(np.isfinite(margins), np.maximum(values - ends[0], ends[1] - values), np.inf)

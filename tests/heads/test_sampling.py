@@ -139,9 +139,11 @@ def test_bad_patches_count_for_nothing(heads):
 def test_a_slide_that_is_all_alike_is_settled_early_and_a_number_never_is(heads):
     features = np.tile(np.full(DIM, 1.0, np.float16), (500, 1)) + np.arange(500)[:, None].astype(np.float16) * 1e-4
     looks = np.zeros((500, 3))
-    found = settle(heads["probe"], plan_sample(looks, 100, 0), taking(features), 0.05)
+    found = settle(heads["probe"], plan_sample(looks, 400, 0), taking(features), 0.05)
     assert found.settled
-    assert found.encoded == int(LOOKS[0] * 100)
+    assert found.encoded == int(LOOKS[0] * 400)
+    few = settle(heads["probe"], plan_sample(looks, 50, 0), taking(features), 0.05)  # another kind may be unseen
+    assert (few.encoded, few.settled) == (50, False)
     number = settle(heads["regression"], plan_sample(looks, 100, 0), taking(features), 0.9)
     assert (number.encoded, number.settled) == (100, False)
 
