@@ -5,10 +5,11 @@ python tests/benchmarks/bench_budget.py WORK [--pixels drawn real] [--slides 24]
 
 Tiles are cut from drawn slides, or are real ones (G2L_TEST_DATA: 7 classes of colorectal tissue). SLIDES mosaics of
 SIDE x SIDE tiles with planted shares of tumor are written, and encoded by EfficientNet-Lite0 with the ImageNet weights
-of its package at 64 px. A probe of tiles, a probe of slides and ABMIL are fitted on them as `g2l fit-head` does. Then 60 slides of as many patches as slides have (COMPOSE) are composed of these encoded patches,
-each with its look on its mosaic's thumbnail. In "burden" a slide has 5 to 35 % of tumor and counts as positive above
-20 %; in "focal" half of the slides have 3 % of tumor and the others none. The figures are those of sampling alone: how
-well a head does on other patients is not asked here.
+of its package at 64 px. A probe of tiles, a probe of slides and ABMIL are fitted on them as `g2l fit-head` does. Then
+60 slides of as many patches as slides have (COMPOSE) are composed of these encoded patches, each with its look on its
+mosaic's thumbnail. In "burden" a slide has 5 to 35 % of tumor and counts as positive above 20 %; in "focal" half of the
+slides have 3 % of tumor and the others none. The figures are those of sampling alone: how well a head does on other
+patients is not asked here.
 
 Each slide is answered from all patches and, for every seed, from a budget: as `g2l predict` does ("strata"), and
 from patches drawn at random alike ("random"), with the same rule of when to stop. "loss" is the AUC from all patches
