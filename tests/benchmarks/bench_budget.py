@@ -32,7 +32,7 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from g2l_core.encoders.resolve import resolve_encoder
-from g2l_core.heads.head import Head
+from g2l_core.heads.head import RECORD, Head, read_head
 from g2l_core.heads.sampling import plan_sample, settle
 from g2l_core.patches.grid import GridSpec
 from g2l_core.patches.views import ViewSpec
@@ -227,13 +227,15 @@ def lines(
                 errors += (scores - whole).tolist()
                 held += (np.abs(scores - whole) <= [one.estimate.margin[1] for one in found]).tolist()
                 encoded += sum(one.encoded for one in found)
-            yield Line(
+            line = Line(
                 pixels=names[0], task=names[1], head=names[2], way=way, budget=share,
                 auc=f"{auc:.3f}" if positive else "",
                 loss=f"{auc - np.mean(aucs):.4f}" if positive else "",
                 factor=f"{patches * asked.seeds / encoded:.1f}",
                 error=f"{np.sqrt(np.mean(np.square(errors))):.4f}", held=f"{np.mean(held):.3f}",
             )  # fmt: skip
+            print(line, file=sys.stderr)
+            yield line
 
 
 def _answer(head: Head, slide: Cached, budget: Budget, way: str, seed: int):
@@ -280,13 +282,13 @@ def main() -> None:
             small = [cached(slide, key) for slide in test.slides()]
             slides, positive = composed(small, classes, task, asked.compose)
             for kind, of in KINDS.items():
-                head = run_fit_head(
-                    folder / "tasks.toml", of, [folder / "slides.zarr"], ENCODER, folder / kind, kind=kind
-                )
+                if not (folder / kind / RECORD).is_file():
+                    stores = [folder / "slides.zarr"]
+                    run_fit_head(folder / "tasks.toml", of, stores, ENCODER, folder / kind, kind=kind)
+                head = read_head(folder / kind)
                 found += lines((pixels, task, kind), head, slides, positive, asked)
                 if pixels == "real":
                     found += real_lines(asked, task, kind, head)
-                print(f"{pixels} {task} {kind}", file=sys.stderr)
     header = tuple(field.name for field in fields(Line))
     cells = [tuple(str(getattr(line, name)) for name in header) for line in found]
     print(table_text(cells, header=header, right=range(4, len(header)), width=120))
