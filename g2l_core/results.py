@@ -98,6 +98,8 @@ class EncoderSummary:
     """Of nested features, which encoder's: the name of the one that has all of them, also for that one itself."""
     stored_key: str = ""
     """Its key in the store where `key` is an alias; of several seeds, the first one's."""
+    speed: str = ""
+    """What `g2l measure` found on some machine, in words."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ checks it; `run_baseline` trains, or leaves the start as it is, and writes a run
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from g2l_core.distillation.loader import Reading, ReplayDataset
 from g2l_core.distillation.logs import TrainingLogs, read_log, row_of_step
 from g2l_core.distillation.replay import ChosenRows, Given, ReplaySpec, count_rows
 from g2l_core.distillation.spec import ObjectiveSpec, RobustnessSpec, TeachersSpec
+from g2l_core.distillation.trackers import Tracking, require_trackers
 from g2l_core.distillation.training import TrainerHooks, TrainOutcome, train
 from g2l_core.distillation.validation import Curves, held_out_metrics, training_warnings
 from g2l_core.encoders.loading import COMPILED, DTYPES, LoadedEncoder, choose_device, load_encoder
@@ -91,6 +92,7 @@ def prepare(run: Path, asked: BaselineSettings, machine: DistillHow, store_path:
         StoreMissingError: The store lacks the teacher's features.
         G2LError: The store cannot be opened.
     """
+    require_trackers(machine.log_to)
     like = read_run(run)
     if like.baseline:
         raise RunError(f"{run} is a baseline itself: give the run folder of g2l distill that it belongs to")
@@ -273,9 +275,10 @@ def _train(
         size = baseline.settings.batch_size
         return held_out_metrics(model, held_out, student.device, size, layout=layout, is_projected=False)
 
+    tracking = Tracking(names=baseline.machine.log_to, config={"baseline": asdict(asked), **asdict(baseline.settings)})
     if batches is None:
         if group.is_main:
-            logs = TrainingLogs(out, 0)
+            logs = TrainingLogs(out, 0, tracking)
             logs.validation({"step": 0, **validate(distiller)})
             logs.close()
         return TrainOutcome(steps=0, stopped_early=False, last_loss=0.0, best_step=0), distiller, 0
@@ -289,6 +292,7 @@ def _train(
             warn=lambda state, folder: _warn(state, folder, settings.steps),
             report=lambda step, loss: line.update(step, settings.steps, f"loss {loss:.3f}") if group.is_main else None,
             note=lambda text: say(f"note  {text}") if group.is_main else None,
+            tracking=tracking,
         )
         objective = BaselineObjective(asked.kind, asked.temperature or TEMPERATURE)
         outcome, state = train(distiller, objective, settings, out, hooks)

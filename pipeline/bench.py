@@ -1,4 +1,4 @@
-"""Stage three: a task file and stores in, a report out. It runs behind `g2l bench` and opens nothing but stores."""
+"""Stage three: a task file and stores in, a report out. Behind `g2l bench`; opens stores and measure.json only."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ import numpy as np
 from g2l_core.benchmark.evaluate import BenchSpec, TaskOutcome, adjusted, evaluate_task
 from g2l_core.benchmark.rows import stored_encoders
 from g2l_core.benchmark.task_file import read_task, task_tables
-from g2l_core.encoders.resolve import spec_from_json
+from g2l_core.encoders.resolve import EncoderSpec, spec_from_json
 from g2l_core.errors import EncoderError, TaskError, UsageError, writing
 from g2l_core.report.tables import ROBUSTNESS, headline, listed, meaning_of
 from g2l_core.report.write import require_report_folder, write_report
@@ -23,6 +23,7 @@ from g2l_core.store.provenance import digest, software
 from g2l_core.store.schema import PATCH_LABELS
 from pipeline.aliases import require_distinct, split_alias, with_aliases
 from pipeline.seeds import grouped_by_seed
+from pipeline.speed import recorded_speed
 from pipeline.widths import facts_of_widths, find_key, nested_in, with_all_widths
 
 SHIPPED = Path(__file__).parent / "tasks"
@@ -269,7 +270,13 @@ def encoder_summary(key: str, facts: EncoderFacts) -> EncoderSummary:
         precision=facts.precision or "unknown",
         digest=facts.digest,
         note=", ".join(["untrained"] * spec.is_untrained + ["imported"] * bool(facts.imported)),
+        speed=_speed(spec, facts),
     )
+
+
+def _speed(spec: EncoderSpec, facts: EncoderFacts) -> str:
+    """What was measured of a student, if its run folder is still where it was encoded from."""
+    return recorded_speed(Path(spec.source.where), facts.weights_digest) if spec.source.kind == "run" else ""
 
 
 def summary_sentence(task: str, bench: BenchSpec, results: Sequence[Result]) -> str:

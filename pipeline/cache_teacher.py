@@ -1,6 +1,6 @@
 """Stage one: from slides to stored features. Behind `g2l cache-teacher` and `g2l embed`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -48,6 +48,12 @@ from pipeline.recognize import recognize, same_slide
 from pipeline.settings import ExtractionSettings
 from pipeline.slide_locks import await_lost_workers
 
+Encode = Callable[
+    [FeatureStore, Sequence[str], Sequence[LoadedEncoder], ExtractionSettings],
+    ExtractionProgress,
+]
+"""Encodes what slides miss, with encoders that are loaded; there are none where nothing is missing."""
+
 SHOWN_SLIDES = 5
 """Slides that a sentence names."""
 
@@ -87,10 +93,12 @@ def run_extraction(
     settings: ExtractionSettings,
     *,
     tissue: TissueMethod | None = None,
+    encode: Encode | None = None,
 ) -> ExtractionSummary:
     """Find the patches of all inputs and store their features of all encoders.
 
-    `tissue` is the method that `grid.tissue` names; a threshold is found by that name alone.
+    `tissue` is the method that `grid.tissue` names; a threshold is found by that name alone. `encode` is called in the
+    place of `encode_cohort`, while the store is locked.
 
     Raises:
         G2LError: Nothing could be started: bad inputs, settings or encoders.
@@ -123,7 +131,9 @@ def run_extraction(
         if not encoders and count_missing(store, ready, keys, settings):
             encoders = load_encoders(encoder_specs, settings)
             add_encoders(store, encoders)
-        summary = _encode(store, ready, failed, [encoder.key for encoder in encoders] or keys, encoders, settings)
+        keys = [encoder.key for encoder in encoders] or keys
+        progress = (encode or encode_cohort)(store, ready, encoders, settings)
+        summary = _finish(store, ready, failed, keys, encoders, progress, settings)
         return replace(summary, notes=(*_told(notes), *summary.notes))
 
 
@@ -166,15 +176,15 @@ def _has_features(slide: StoredSlide, key: str) -> bool:
     return slide.records(key, [0]).keys() >= {shard.name for shard in slide.shards([0])}
 
 
-def _encode(
+def _finish(
     store: FeatureStore,
     ready: Sequence[str],
     failed: dict[str, str],
     keys: Sequence[str],
     encoders: Sequence[LoadedEncoder],
+    progress: ExtractionProgress,
     settings: ExtractionSettings,
 ) -> ExtractionSummary:
-    progress = encode_cohort(store, ready, encoders, settings) if encoders else ExtractionProgress()
     note_run(store, encoders, progress, settings)
     consolidate(store.slides())
     store.save_catalogue()
@@ -406,6 +416,8 @@ def encode_cohort(
     store: FeatureStore, slide_ids: Sequence[str], encoders: Sequence[LoadedEncoder], settings: ExtractionSettings
 ) -> ExtractionProgress:
     """Encode what the slides still miss, with a progress line."""
+    if not encoders:
+        return ExtractionProgress()
     line = ProgressLine(" + ".join(encoder.key for encoder in encoders), "patches")
     latest = ExtractionProgress()
 

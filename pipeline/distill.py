@@ -21,6 +21,7 @@ from g2l_core.distillation.replay import ReplaySpec, count_rows, encoders_of
 from g2l_core.distillation.spec import ObjectiveSpec, RobustnessSpec, TeachersSpec
 from g2l_core.distillation.target_statistics import FILE as STATISTICS
 from g2l_core.distillation.target_statistics import read_statistics, target_statistics, write_statistics
+from g2l_core.distillation.trackers import Tracking, require_trackers
 from g2l_core.distillation.training import TrainerHooks, TrainOutcome, train
 from g2l_core.distillation.validation import Curves, Restored, held_out_metrics, training_warnings
 from g2l_core.encoders.loading import COMPILED, DTYPES, LoadedEncoder, choose_device, load_encoder
@@ -121,6 +122,7 @@ def run_distill(
         G2LError: Something does not fit, and nothing has been trained; or training failed.
     """
     machine = how or DistillHow()
+    require_trackers(machine.log_to)
     asked = [teacher] if isinstance(teacher, str | EncoderSpec) else list(teacher)
     with (
         init_distributed(choose_device(machine.device)) as group,
@@ -319,9 +321,16 @@ def _train(
         report=report,
         note=lambda text: say(f"note  {text}") if group.is_main else None,
         teacher=live_features(run.teachers),
+        tracking=Tracking(names=run.machine.log_to, config=_shown_by_trackers(run)),
     )
     with ProgressLine("distill", "steps") as line, if_interrupted(lambda: _left(run.out, settings.steps)):
         return train(distiller, objective, settings, run.out, hooks)
+
+
+def _shown_by_trackers(run: Run) -> dict[str, Any]:
+    """What trackers filter runs by: teachers, student and settings."""
+    names = {"teachers": [teacher.facts.name for teacher in run.teachers], "student": run.student.name}
+    return {**names, **asdict(run.settings)}
 
 
 def _left(out: Path, steps: int) -> str:

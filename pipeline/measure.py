@@ -22,6 +22,7 @@ from g2l_core.distillation.held_out import read_held_out
 from g2l_core.distillation.replay import good_rows
 from g2l_core.encoders.exported import RUNTIMES, export_encoder, is_export_folder, network_files, read_export_record
 from g2l_core.encoders.resolve import EncoderSpec, read_student_record, run_encoder, spec_from_json
+from g2l_core.encoders.student_folder import write_json
 from g2l_core.encoders.trust import with_trusted_code
 from g2l_core.encoders.weight_files import shards_of
 from g2l_core.errors import G2LError, UsageError
@@ -32,6 +33,7 @@ from g2l_core.types import Rgb
 from pipeline.energy import EnergyMeter
 from pipeline.progress import say
 from pipeline.runs import read_run
+from pipeline.speed import MEASURED
 from pipeline.tables import bytes_text, table_text
 
 VIEW_PX = 224
@@ -115,13 +117,13 @@ def run_measure(run: Path, settings: MeasureSettings, *, card: bool = False) -> 
     Args:
         run: The run folder.
         settings: What is measured.
-        card: Whether the table goes into the student's README.md.
+        card: Whether the table goes into the student's README.md, and into the run folder for reports.
 
     Raises:
         G2LError: The run or the store cannot be used.
     """
     student = with_trusted_code(run_encoder(run), settings.trust_code)
-    read_student_record(run / "student" / "encoder.json")
+    record = read_student_record(run / "student" / "encoder.json")
     pixels = _pixels(settings)
     with ExitStack() as stack:
         aside = Path(stack.enter_context(TemporaryDirectory(prefix="g2l-measure-")))
@@ -140,6 +142,7 @@ def run_measure(run: Path, settings: MeasureSettings, *, card: bool = False) -> 
     )
     if card:
         _write_card(run / "student" / "README.md", found)
+        write_json(run / MEASURED, {"weights_digest": record["weights_digest"], **measure_json(found)})
     return found
 
 
@@ -169,7 +172,7 @@ def _pixels(settings: MeasureSettings) -> _Pixels:
     pixels: Rgb = read_held_out(store, chosen, (), limit=settings.patches, seed=0).pixels
     return _Pixels(
         pixels=pixels,
-        words=f"patches of {len(good):,} slides of {settings.store}",
+        words=f"patches of {len(good):,} slides of {settings.store.name}",
         read_s=(perf_counter() - begin) / len(pixels),
         counts=tuple(map(len, good.values())),
     )

@@ -4,27 +4,33 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from g2l_core.encoders.loading import RUNTIME_FACTS
+from g2l_core.encoders.exported import with_runtime
+from g2l_core.encoders.loading import RUNTIME_FACTS, LoadedEncoder
 from g2l_core.encoders.resolve import STUDENT_FOLDER, EncoderSpec, run_encoder, spec_from_json
 from g2l_core.errors import SlideError, StoreError, UsageError, writing
+from g2l_core.extraction.extract import ExtractionProgress
 from g2l_core.files import csv_row, write_text, write_with
 from g2l_core.heads.head import RECORD, Head, SlidePrediction, read_head
 from g2l_core.heads.heatmap import LONGEST_PX, heatmap_geojson, heatmap_picture, measurements
+from g2l_core.heads.sampling import Sampled
 from g2l_core.patches.grid import GridSpec
 from g2l_core.patches.views import ViewSpec
 from g2l_core.slides.slide import open_slide
 from g2l_core.store.features import FeatureStore, StoredSlide
+from g2l_core.store.location import folder_of
 from g2l_core.store.locks import locked_output
 from g2l_core.store.provenance import digest
 from g2l_core.store.schema import STATUS
 from g2l_core.tissue.methods import TissueMethod
 from g2l_core.types import Mpp
-from pipeline.cache_teacher import recognized_sources, run_extraction
+from pipeline.budget import Budget, BudgetRun
+from pipeline.cache_teacher import recognized_sources, run_extraction, stored_keys
 from pipeline.settings import ExtractionSettings
 
 FEATURES = "features.zarr"
@@ -71,6 +77,7 @@ def run_predict(
     store: Path | None = None,
     tissue: TissueMethod | None = None,
     pictures: bool = True,
+    budget: Budget | None = None,
 ) -> PredictionSummary:
     """Find tissue and patches, encode them, and apply the head: a row, a GeoJSON and a picture for every slide.
 
@@ -85,6 +92,7 @@ def run_predict(
         store: Keep the features there.
         tissue: The method that the head's grid names, where that is a network or a folder.
         pictures: Whether heatmaps are drawn.
+        budget: Encode some patches of each slide only, and estimate the answer.
 
     Raises:
         G2LError: Nothing could be started, or no slide has an answer.
@@ -94,17 +102,20 @@ def run_predict(
     precision = str(head.facts.encoder.get("precision") or "fp32")
     settings = replace(settings, views=0, precision=precision.removesuffix("+compile"), pictures=False)
     path = store or out / FEATURES
+    sampling = BudgetRun(head, budget, settings) if budget else None
+    encode = partial(_sample, sampling, head, with_runtime(spec, settings.runtime)) if sampling else None
     with writing(out), locked_output(out):
         grid, views = GridSpec.from_json(head.facts.grid), ViewSpec.from_json(head.facts.views)
         sources, _ = recognized_sources(inputs, path, settings)
-        summary = run_extraction(inputs, path, [spec], grid, views, settings, tissue=tissue)
+        summary = run_extraction(inputs, path, [spec], grid, views, settings, tissue=tissue, encode=encode)
         opened = FeatureStore.open(path)
         key = summary.encoders[0]
         _require_same(head, opened, key)
         failed, rows = dict(summary.failed_slides), list[dict[str, str]]()
         for slide_id in (source.slide_id for source in sources if source.slide_id not in failed):
             try:
-                rows.append(_answer(head, opened.slide(slide_id), key, out, pictures=pictures))
+                slide, some = opened.slide(slide_id), sampling.answers[slide_id] if sampling else None
+                rows.append(_answer(head, slide, key, some, out, pictures=pictures))
             except (SlideError, StoreError, UsageError) as error:
                 failed[slide_id] = str(error)
         if rows:
@@ -114,6 +125,22 @@ def run_predict(
         return PredictionSummary(
             out=out, store=path, rows=tuple(rows), failed=failed, notes=(*summary.notes, *_notes(rows))
         )
+
+
+def _sample(
+    sampling: BudgetRun,
+    head: Head,
+    spec: EncoderSpec,
+    store: FeatureStore,
+    slide_ids: Sequence[str],
+    encoders: Sequence[LoadedEncoder],
+    settings: ExtractionSettings,
+) -> ExtractionProgress:
+    """Answer from some patches of each slide, in the place of encoding them all."""
+    encoder = encoders[0] if encoders else None
+    key = encoder.key if encoder else stored_keys(folder_of(store.path), [spec], settings)[0]
+    _require_same(head, store, key)
+    return sampling.encode(store, slide_ids, key, encoder, settings)
 
 
 def _require_same(head: Head, store: FeatureStore, key: str) -> None:
@@ -130,22 +157,28 @@ def _require_same(head: Head, store: FeatureStore, key: str) -> None:
         )
 
 
-def _answer(head: Head, slide: StoredSlide, key: str, out: Path, *, pictures: bool) -> dict[str, str]:
-    """Apply the head to a slide, and draw it.
+def _answer(
+    head: Head, slide: StoredSlide, key: str, some: Sampled | None, out: Path, *, pictures: bool
+) -> dict[str, str]:
+    """Apply the head to a slide, or take the answer from some of its patches, and draw it.
 
     Raises:
         G2LError: The slide has no good patch, or its features or pixels cannot be read.
     """
-    good = np.flatnonzero(slide.patch_status == STATUS["ok"])
-    if not len(good):
-        raise SlideError(f"{slide.slide_id}: no patch of it is good")
-    found = head.apply(slide.features(key)[good])
+    if some is not None:
+        shown, found = some.rows, some.estimate.found
+    else:
+        shown = np.flatnonzero(slide.patch_status == STATUS["ok"])
+        if not len(shown):
+            raise SlideError(f"{slide.slide_id}: no patch of it is good")
+        found = head.apply(slide.features(key)[shown])
     if pictures and slide.facts.kind == "slide":
-        _draw(head, slide, good, found, out)
-    return _row(head, slide, len(good), found)
+        part = f"{some.encoded:,} of {len(slide):,} patches encoded" if some else ""
+        _draw(head, slide, shown, found, part, out)
+    return _row(head, slide, found, some)
 
 
-def _row(head: Head, slide: StoredSlide, patches: int, found: SlidePrediction) -> dict[str, str]:
+def _row(head: Head, slide: StoredSlide, found: SlidePrediction, some: Sampled | None) -> dict[str, str]:
     facts = head.facts
     row = {"slide_id": slide.slide_id}
     if facts.kind == "regression":
@@ -153,18 +186,26 @@ def _row(head: Head, slide: StoredSlide, patches: int, found: SlidePrediction) -
     else:
         row["predicted"] = facts.classes[int(found.values.argmax())]
         row |= {f"p({name})": f"{value:.6f}" for name, value in zip(facts.classes, found.values, strict=True)}
+    if some is not None:
+        margins = zip(facts.classes, some.estimate.margin.tolist(), strict=True)
+        row |= {f"margin({name})": f"{margin:.6g}" if np.isfinite(margin) else "" for name, margin in margins}
     if facts.kind == "probe":
-        share = np.bincount(found.patches.argmax(axis=1), minlength=len(facts.classes)) / patches
+        weights = some.estimate.weights if some else np.ones(len(found.patches))
+        share = np.bincount(found.patches.argmax(axis=1), weights, len(facts.classes)) / weights.sum()
         row |= {f"share({name})": f"{value:.6f}" for name, value in zip(facts.classes, share, strict=True)}
     known = digest(slide.facts.fingerprint)[:16] in facts.trained_on["slides"]
-    return row | {"patches": str(patches), "trained_on": "yes" if known else "no", "source": slide.facts.source}
+    row["patches"] = str(len(slide) if some else len(found.patches))
+    if some is not None:
+        row |= {"encoded": str(some.encoded), "settled": "yes" if some.settled else "no"}
+    return row | {"trained_on": "yes" if known else "no", "source": slide.facts.source}
 
 
-def _draw(head: Head, slide: StoredSlide, good: np.ndarray, found: SlidePrediction, out: Path) -> None:
+def _draw(head: Head, slide: StoredSlide, rows: np.ndarray, found: SlidePrediction, part: str, out: Path) -> None:
+    """Draw these rows; `part` says how many they are of how many, where they are not all."""
     from PIL import Image
 
     facts, side = head.facts, slide.facts.patch_px_level0
-    coords = slide.coords[good]
+    coords = slide.coords[rows]
     named = measurements(found.patches, facts.classes, found.attention)
     base = out / MAPS / slide.slide_id
     base.parent.mkdir(parents=True, exist_ok=True)
@@ -173,7 +214,7 @@ def _draw(head: Head, slide: StoredSlide, good: np.ndarray, found: SlidePredicti
     icc = bool(facts.grid.get("icc"))
     with open_slide(Path(slide.facts.source), mpp_override=slide.facts.mpp, icc=icc) as opened:
         thumbnail = opened.read_thumbnail(Mpp(max(opened.level0_size) * opened.mpp / LONGEST_PX))
-    caption = f"{what}  {slide.slide_id}"
+    caption = "  ".join(text for text in (what, part, slide.slide_id) if text)
     image = heatmap_picture(thumbnail.image, thumbnail.downsample, coords, side, shown, limits=limits, caption=caption)
     write_with(Path(f"{base}.png"), lambda path: Image.fromarray(image).save(path, "PNG"))
 
@@ -225,7 +266,7 @@ def summary_text(summary: PredictionSummary) -> str:
     if not summary.rows:
         return "no slide has an answer"
     hidden = {"source", "trained_on"}
-    columns = [name for name in summary.rows[0] if name not in hidden and not name.startswith("share(")]
+    columns = [name for name in summary.rows[0] if name not in hidden and not name.startswith(("share(", "margin("))]
     cells = [tuple(_short(row[name]) for name in columns) for row in summary.rows[:20]]
     table = table_text(cells, header=tuple(columns), right=range(1, len(columns)))
     more = f"\nand {len(summary.rows) - 20:,} more" if len(summary.rows) > 20 else ""

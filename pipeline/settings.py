@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from g2l_core.distillation.spec import TrainSettings
+from g2l_core.distillation.trackers import AUTO, parse_trackers
 from g2l_core.errors import UnknownNameError, UsageError
 from g2l_core.options import DATA, ENCODER, MACHINE, OUTPUT, PATCHES, SLIDES, TRAINING, option
 from g2l_core.patches.spec import ViewSpec
@@ -175,6 +176,13 @@ class DistillHow:
         False, help="Refuse teachers, a start or slides whose terms would keep the student from being free for any use."
     )
     trust_code: tuple[str, ...] = option((), panel=ENCODER, help=TRUST_CODE)
+    log_to: tuple[str, ...] = option(
+        (AUTO,),
+        panel=OUTPUT,
+        parse=parse_trackers,
+        help="Who gets the metric values beside the run folder: some of tensorboard, wandb, mlflow, with commas; or "
+        "none. auto is tensorboard where it is installed.",
+    )
     device: str = option("auto", panel=MACHINE, help="auto, cpu or cuda.")
     workers: int = option(2, min=1, panel=MACHINE, help="Threads that read and augment.")
     targets_gb: float = option(4.0, panel=MACHINE, help="Targets of up to so many GB are held in memory.")

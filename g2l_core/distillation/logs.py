@@ -1,12 +1,12 @@
-"""The logs of a run: `log.csv`, `validation.csv`, and TensorBoard where it is installed."""
+"""The logs of a run: `log.csv`, `validation.csv`, and the trackers that get the same."""
 
 import csv
 import io
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
-from g2l_core.distillation.tensorboard import TensorBoardLog
+from g2l_core.distillation.trackers import Tracking, open_trackers
 from g2l_core.errors import RunError, refuse_open_files
 from g2l_core.files import replacing
 
@@ -17,31 +17,40 @@ class TrainingLogs:
     """All logs of a run. Opening them drops what a run resumed at `step` will write again.
 
     Raises:
-        RunError: A log is damaged, or lacks the held-out metric values from before training.
+        RunError: A log is damaged, or lacks the held-out metric values from before training, or a tracker cannot begin.
     """
 
-    def __init__(self, folder: Path, step: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        step: int,
+        tracking: Tracking | None = None,
+        note: Callable[[str], None] = lambda _text: None,
+    ) -> None:
         self._steps = CsvLog(folder / "log.csv", keep_below=step)
         self.lost = step - self._steps.kept
         """How many steps before `step` have no row."""
         self._validation = CsvLog(folder / "validation.csv", keep_below=step + 1 if step else 0)
         if step:
             row_of_step(folder / "validation.csv", read_log(folder / "validation.csv"), 0)
-        self._tensorboard = TensorBoardLog(folder, step)
+        self._trackers = open_trackers(tracking or Tracking(), folder, step, note)
 
     def step(self, row: Mapping[str, float]) -> None:
         """Add a step's row."""
         self._steps.write(row)
-        self._tensorboard.add("train", row)
+        for tracker in self._trackers:
+            tracker.add("train", row)
 
     def validation(self, row: Mapping[str, float]) -> None:
         """Add a validation's row."""
         self._validation.write(row, durable=True)  # a run cannot be continued without its first row
-        self._tensorboard.add("held out", row)
+        for tracker in self._trackers:
+            tracker.add("held out", row)
 
     def close(self) -> None:
         """Close the logs."""
-        self._tensorboard.close()
+        for tracker in self._trackers:
+            tracker.close()
 
 
 class CsvLog:

@@ -20,6 +20,7 @@ from g2l_core.distillation.logs import TrainingLogs
 from g2l_core.distillation.optim import EarlyStop, anneal, build_optimizer
 from g2l_core.distillation.robustness import RobustObjective
 from g2l_core.distillation.spec import TrainSettings
+from g2l_core.distillation.trackers import Tracking
 from g2l_core.errors import RunError
 from g2l_core.store.facts import Facts
 
@@ -50,6 +51,8 @@ class TrainerHooks:
     """Called with what the user must know of the checkpoints."""
     teacher: Callable[[Tensor], Tensor] | None = None
     """A teacher that runs live, from pixels on the device to features. None takes the batch's stored features."""
+    tracking: Tracking = field(default_factory=Tracking)
+    """Where metric values go beside the run folder's tables."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +127,7 @@ def train(
     objective.to(group.device)
     state = _begin(distiller, objective, settings, folder, hooks)
     step_module = group.wrap(DistillationStep(distiller, objective, hooks).to(group.device))
-    logs = TrainingLogs(folder, state.step) if group.is_main else None
+    logs = TrainingLogs(folder, state.step, hooks.tracking, hooks.note) if group.is_main else None
     if logs and logs.lost:
         hooks.note(f"{folder / 'log.csv'} has lost {logs.lost:,} of {state.step:,} steps: its curve has a gap")
     if state.step == 0 and logs:

@@ -118,7 +118,7 @@ def _hub_name_and_etag(spec: EncoderSpec) -> tuple[str, str]:
             if error.response.status_code < HTTPStatus.INTERNAL_SERVER_ERROR:
                 raise
             raise errors.LocalEntryNotFoundError(str(error)) from error
-        except _hub_errors() as error:
+        except hub_errors() as error:
             raise errors.LocalEntryNotFoundError(str(error)) from error
 
     return _of_hub(spec, _file_names(spec), ask)
@@ -190,13 +190,13 @@ def _of_hub(spec: EncoderSpec, names: Sequence[str], get: Callable[[str], Answer
             raise EncoderError(f"{spec.name}: {_unreachable(spec)}") from error
         except errors.EntryNotFoundError:
             continue
-        except _hub_errors() as error:
+        except hub_errors() as error:
             raise EncoderError(f"{spec.name}: {_refusal(error, spec)}") from error
     lacking = f"no {names[0]}" if len(names) == 1 else f"neither {' nor '.join(names)}"
     raise EncoderError(f"{spec.name}: {spec.source.where} has {lacking}")
 
 
-def _hub_errors() -> tuple[type[Exception], ...]:
+def hub_errors() -> tuple[type[Exception], ...]:
     """Errors of the client, and those of its transport, such as a broken connection: it lets them through."""
     from huggingface_hub import errors
 

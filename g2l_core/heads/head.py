@@ -120,6 +120,43 @@ class Head:
         return apply[self.facts.kind](self, features)
 
 
+def patch_terms(head: Head, features: Float[np.ndarray, "patch dim"]) -> Float64[np.ndarray, "patch term"]:
+    """What a slide's answer is a function of, once it is averaged over all of its patches.
+
+    Probabilities of a probe, features of a slide probe, numbers of a regression; of ABMIL exp(s) h and exp(s), with s
+    the attention score and h the embedding: z is the quotient of their means. Scores are taken relative to the largest
+    one here, which cancels.
+
+    Args:
+        head: The head.
+        features: (patch, dim), finite, at least one patch.
+
+    Returns:
+        (patch, term).
+    """
+    match head.facts.kind:
+        case "slide_probe":
+            return features.astype(np.float64)
+        case "abmil":
+            scores, embeddings = AbmilNetwork.from_arrays(head.tensors).scores(features)
+            weights = np.exp(scores - scores.max())[:, None]
+            return np.concatenate([weights * embeddings, weights], axis=1)
+        case _:
+            return head.apply(features).patches
+
+
+def answers(head: Head, means: Float64[np.ndarray, "slide term"]) -> Float64[np.ndarray, "slide class"]:
+    """What the head says of slides whose patches have these means of `patch_terms`; as `SlidePrediction.values`."""
+    match head.facts.kind:
+        case "slide_probe":
+            return tempered(_logs(head, means), head.facts.temperature)
+        case "abmil":
+            logs = AbmilNetwork.from_arrays(head.tensors).bag_log_probabilities(means[:, :-1] / means[:, -1:])
+            return tempered(logs, head.facts.temperature)
+        case _:
+            return means
+
+
 def _logs(head: Head, features: np.ndarray) -> np.ndarray:
     scaling = Scaling(mean=head.tensors["mean"], deviation=head.tensors["deviation"])
     return log_probabilities(features, scaling, head.tensors["weights"])

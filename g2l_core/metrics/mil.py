@@ -221,6 +221,30 @@ class AbmilNetwork:
                 logs.append(logits.double().log_softmax(dim=1).numpy())
         return np.concatenate(logs)
 
+    def scores(
+        self, features: Float[np.ndarray, "row dim"]
+    ) -> tuple[Float64[np.ndarray, " row"], Float64[np.ndarray, "row width"]]:
+        """Return the attention score of each patch before the softmax over its bag, and its embedding h."""
+        import torch
+        from torch.nn.functional import linear
+
+        network, found = self.weights, []
+        with torch.no_grad():
+            for rows in row_blocks(len(features)):
+                h = linear(self.scale.tensor(features[rows]), network["embed"], network["embed_bias"]).relu()
+                found.append((_scores(network, h).double().numpy(), h.double().numpy()))
+        return np.concatenate([s for s, _ in found]), np.concatenate([h for _, h in found])
+
+    def bag_log_probabilities(self, z: Float64[np.ndarray, "bag width"]) -> Float64[np.ndarray, "bag class"]:
+        """Predict bags from their z, the mean embedding by attention; (bag, class) log-probabilities."""
+        import torch
+        from torch.nn.functional import linear
+
+        network = self.weights
+        with torch.no_grad():
+            logits = linear(torch.from_numpy(z), network["classify"].double(), network["classify_bias"].double())
+        return logits.log_softmax(dim=1).numpy()
+
     def to_arrays(self) -> dict[str, np.ndarray]:
         """Return the weights and the scale by name, for a file."""
         arrays = {name: tensor.detach().numpy() for name, tensor in self.weights.items()}
@@ -274,12 +298,18 @@ def _forward(network: _Network, patches: "torch.Tensor", sizes: Sequence[int]) -
     from torch.nn.functional import linear
 
     h = linear(patches, network["embed"], network["embed_bias"]).relu()
-    tangent = linear(h, network["V"], network["V_bias"]).tanh()
-    gate = linear(h, network["U"], network["U_bias"]).sigmoid()
-    scores = linear(tangent * gate, network["w"])[:, 0].split(sizes)
-    attention = [part.softmax(dim=0) for part in scores]
+    attention = [part.softmax(dim=0) for part in _scores(network, h).split(sizes)]
     z = torch.stack([a @ part for a, part in zip(attention, h.split(sizes), strict=True)])
     return linear(z, network["classify"], network["classify_bias"]), torch.cat(attention)
+
+
+def _scores(network: _Network, h: "torch.Tensor") -> "torch.Tensor":
+    """Return w' (tanh(V h) * sigmoid(U h)) of each patch (patch,)."""
+    from torch.nn.functional import linear
+
+    tangent = linear(h, network["V"], network["V_bias"]).tanh()
+    gate = linear(h, network["U"], network["U_bias"]).sigmoid()
+    return linear(tangent * gate, network["w"])[:, 0]
 
 
 def _losses(network: _Network, task: _Task, numbers: Int64[np.ndarray, " bag"]) -> "torch.Tensor":

@@ -25,6 +25,7 @@ from g2l_core.results import Plots, Report, Result
 _ENCODER_COLUMNS = {
     "key": "encoder", "name": "name", "stored_key": "key in the store", "weights": "weights", "dim": "dim",
     "pooling": "pooling", "precision": "precision", "digest": "digest", "nested_in": "nested in", "note": "note",
+    "speed": "speed",
 }  # fmt: skip
 """What the table of encoders tells of each, with the heads of its columns."""
 

@@ -99,7 +99,12 @@ def measure(
         bool, typer.Option("--teacher/--no-teacher", help="Measure the teacher too, where its weights are at hand.")
     ] = True,
     card: Annotated[
-        bool, typer.Option("--card", help="Put the table into the student's model card.", rich_help_panel=OUTPUT)
+        bool,
+        typer.Option(
+            "--card",
+            help="Put the table into the student's model card, and its speed into reports of g2l bench.",
+            rich_help_panel=OUTPUT,
+        ),
     ] = False,
     trust_code: TrustCode = None,
     as_json: Json = False,

@@ -59,6 +59,32 @@ def predict(
         str | None,
         typer.Option(help="The head's network or folder of tissue again.", show_default=False, rich_help_panel=PATCHES),
     ] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(
+            help="Encode at most this share of each slide's patches, such as 0.1, and estimate its answer; all if not "
+            "given.",
+            show_default=False,
+            rich_help_panel=PATCHES,
+        ),
+    ] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            help="With --budget: stop a slide once its probabilities are known to this difference, and its class; "
+            "0.05 if not given.",
+            show_default=False,
+            rich_help_panel=PATCHES,
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            help="With --budget: random seed of the patches that are encoded; 0 if not given.",
+            show_default=False,
+            rich_help_panel=PATCHES,
+        ),
+    ] = None,
     pictures: Annotated[
         bool, typer.Option("--pictures/--no-pictures", help="Draw heatmaps.", rich_help_panel=OUTPUT)
     ] = True,
@@ -68,11 +94,13 @@ def predict(
 
     Interrupt it at any time: the same command again goes on where it stopped.
     """
+    from pipeline.budget import budget_of
     from pipeline.cli.options import resolve_patches
     from pipeline.predict import run_predict, summary_json, summary_text
 
+    some = budget_of(budget, tolerance, seed)
     method = resolve_patches(tissue, None) if tissue else None
-    summary = run_predict(inputs, head, out, settings, store=store, tissue=method, pictures=pictures)
+    summary = run_predict(inputs, head, out, settings, store=store, tissue=method, pictures=pictures, budget=some)
     tell(summary_text(summary), summary_json(summary), as_json=as_json)
     for slide_id, reason in summary.failed.items():
         show(f"failed  {slide_id}: {reason}", err=True)

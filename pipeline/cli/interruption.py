@@ -29,6 +29,7 @@ LEFT: Mapping[str, str] = {
     "models": NOTHING,
     "datasets": "no manifest was written; the same command begins again",
     "export-student": WHOLE_OR_NOT,
+    "publish": "a folder that was made is whole, and the hub has all of it or nothing; the folder can be sent again",
     "fit-head": "no head was written; the same command begins again",
     "predict": "features that are recorded are kept; the same command goes on from there",
     "view": WHOLE_OR_NOT,

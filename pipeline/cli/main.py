@@ -31,6 +31,7 @@ from pipeline.cli import (
     interchange,
     models,
     plan,
+    publish,
     store,
     store_copies,
     store_edit,
@@ -50,8 +51,8 @@ app = typer.Typer(
 )
 for command in (
     extract.cache_teacher, extract.embed, distill.distill, distill.baseline, bench.bench, distill.sweep,
-    deploy.export_student, deploy.measure, deploy.doctor, heads.fit_head, heads.predict, plan.plan, models.models,
-    datasets.datasets, view.view, demo.demo, study.run, study.init,
+    deploy.export_student, deploy.measure, deploy.doctor, publish.publish, heads.fit_head, heads.predict, plan.plan,
+    models.models, datasets.datasets, view.view, demo.demo, study.run, study.init,
 ):  # fmt: skip
     app.command()(command)
 store.app.command()(interchange.export)

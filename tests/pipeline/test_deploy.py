@@ -20,6 +20,7 @@ from g2l_core.errors import EncoderError, UsageError
 from g2l_core.store.features import FeatureStore
 from g2l_core.synthetic.cohort import label_patches
 from pipeline import doctor
+from pipeline.bench import encoder_summary
 from pipeline.doctor import ADVICE, BROKEN, OK, UNCHECKED, examine, findings_text, is_broken
 from pipeline.energy import EnergyMeter
 from pipeline.export_student import GateSettings, linear_classifier, read_patches, run_export
@@ -258,6 +259,11 @@ def test_measuring_a_student(exported, study):
     assert "energy: " in text
     assert card.read_text().startswith(before.rstrip("\n"))
     assert card.read_text().count("## Speed") == 1
+    facts = load_encoder(resolve_encoder(str(study / "run"))).facts
+    said = encoder_summary("run", facts).speed
+    assert f"{rows['run'].patches_per_s:,.3g} patches/s in fp32, torch" in said
+    assert "fp32+onnx" in said
+    assert encoder_summary("run", replace(facts, weights_digest="other")).speed == ""
     assert load_encoder(resolve_encoder(str(study / "run"))).dim == 48
 
 

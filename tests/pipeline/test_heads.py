@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from uuid import UUID
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from sklearn.preprocessing import StandardScaler
 
 from g2l_core.encoders.resolve import resolve_encoder
 from g2l_core.errors import RunError, UsageError
+from g2l_core.extraction import batching
 from g2l_core.heads.calibration import fit_temperature, log_loss, tempered
 from g2l_core.heads.head import read_head
 from g2l_core.heads.heatmap import colors_of, heatmap_geojson
@@ -27,6 +30,7 @@ from g2l_core.patches.grid import GridSpec
 from g2l_core.patches.views import ViewSpec
 from g2l_core.store.features import FeatureStore
 from g2l_core.synthetic.cohort import CohortSpec, draw_cohort, label_patches
+from pipeline.budget import Budget, budget_of
 from pipeline.cache_teacher import run_extraction
 from pipeline.fit_head import run_fit_head
 from pipeline.predict import run_predict
@@ -212,6 +216,7 @@ def test_every_slide_has_a_row_a_picture_and_tiles_for_qupath(study, tissue_head
         assert [float(row[f"p({name})"]) for name in names] == pytest.approx(chances.tolist(), abs=1e-5)
         assert row["trained_on"] == "yes"
         document = json.loads((tmp_path / f"heatmaps/{row['slide_id']}.geojson").read_text())
+        assert document["type"] == "FeatureCollection"  # PathObjectCollectionTypeAdapter.read looks for `features`
         assert len(document["features"]) == int(row["patches"])
         for feature in document["features"]:
             require_tile(feature, names)
@@ -221,15 +226,95 @@ def test_every_slide_has_a_row_a_picture_and_tiles_for_qupath(study, tissue_head
 
 
 def require_tile(feature, names):
-    """As QuPath's own reader of objects takes it: a closed ring, a type, and numbers by name."""
+    """What QuPath's reader of objects takes, and makes a tile of.
+
+    qupath.lib.io.QuPathTypeAdapters, PathObjectTypeAdapter.parseObject: `id`, if there is one, is a UUID, or the name
+    of a class of version 0.2; `geometry` is needed; of `properties`, `name` and `objectType` are texts, and the type
+    one that it knows, else it makes an annotation; `measurements` is an array or an object.
+    MeasurementListTypeAdapter.read: of an object (since version 0.4) every value is cast to Double, so that anything
+    but a number ends the import; NaN and infinity are no JSON. ROITypeAdapters: a polygon's rings are closed.
+    """
+    assert feature["type"] == "Feature"
+    if "id" in feature:
+        UUID(feature["id"])
     (ring,) = feature["geometry"]["coordinates"]
     assert feature["geometry"]["type"] == "Polygon"
     assert ring[0] == ring[-1]
     assert len(ring) == 5
+    assert all(len(point) == 2 and all(isinstance(at, int) for at in point) for point in ring)
     properties = feature["properties"]
-    assert properties["objectType"] in {"annotation", "detection", "tile", "cell"}
+    assert isinstance(properties["name"], str)
+    assert properties["objectType"] == "tile"
+    assert set(properties) <= {"objectType", "name", "color", "classification", "isLocked", "measurements", "metadata"}
+    assert isinstance(properties["measurements"], dict)
     assert set(properties["measurements"]) == set(names)
-    assert all(isinstance(value, float) for value in properties["measurements"].values())
+    assert all(type(value) is float and np.isfinite(value) for value in properties["measurements"].values())
+
+
+def table(out):
+    with (out / "predictions.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_budget_encodes_no_more_and_says_what_it_rests_on(study, tissue_head, tmp_path, monkeypatch):
+    given = Budget(share=0.4, tolerance=0.01, seed=3)
+    predict(study, tissue_head, tmp_path / "whole", budget=given)
+    store, head = FeatureStore.open(study / "s.zarr"), read_head(tissue_head)
+    (key,) = store.encoders
+    for row in table(tmp_path / "whole"):
+        slide = store.slide(row["slide_id"])
+        assert int(row["patches"]) == len(slide)
+        assert 1 <= int(row["encoded"]) <= 0.4 * len(slide)
+        document = json.loads((tmp_path / f"whole/heatmaps/{row['slide_id']}.geojson").read_text())
+        places = [tuple(tile["geometry"]["coordinates"][0][0]) for tile in document["features"]]
+        rows = [slide.coords.tolist().index(list(place)) for place in places]
+        assert len(set(rows)) == len(rows) <= int(row["encoded"])
+        alone = head.apply(slide.features(key)[rows]).patches
+        shown = [[tile["properties"]["measurements"][n] for n in head.facts.classes] for tile in document["features"]]
+        np.testing.assert_allclose(shown, alone, atol=1e-3)
+        assert sum(float(row[f"p({name})"]) for name in head.facts.classes) == pytest.approx(1, abs=1e-5)
+        assert all(float(row[f"margin({name})"]) >= 0 for name in head.facts.classes)
+    batches, encode = [0], batching.encode
+
+    def interrupted(*arguments):
+        batches[0] += 1
+        if batches[0] == 4:
+            raise KeyboardInterrupt
+        return encode(*arguments)
+
+    monkeypatch.setattr(batching, "encode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        predict(study, tissue_head, tmp_path / "again", budget=given, pictures=False)
+    predict(study, tissue_head, tmp_path / "again", budget=given, pictures=False)
+    assert table(tmp_path / "again") == table(tmp_path / "whole")
+    batches[0] = 100
+    predict(study, tissue_head, tmp_path / "again", budget=given, pictures=False)
+    assert batches[0] == 100  # all is kept
+
+
+def test_a_budget_of_everything_is_the_whole_answer_and_leaves_it_to_the_next_run(study, tissue_head, tmp_path):
+    some = predict(study, tissue_head, tmp_path / "out", pictures=False, budget=Budget(share=1.0))
+    again = predict(study, tissue_head, tmp_path / "out", pictures=False)
+    for mine, theirs in zip(some.rows, again.rows, strict=True):
+        if mine["settled"] == "yes" and mine["encoded"] == mine["patches"]:
+            assert float(mine["p(tumor)"]) == pytest.approx(float(theirs["p(tumor)"]), abs=1e-5)
+        else:
+            assert abs(float(mine["p(tumor)"]) - float(theirs["p(tumor)"])) <= float(mine["margin(tumor)"])
+    stored = predict(study, tissue_head, tmp_path / "out", pictures=False, budget=Budget(share=0.4))
+    assert not stored.failed
+
+
+def test_budgets_that_mean_nothing_are_refused(study, tissue_head, tmp_path):
+    for share in (0.0, -1.0, 1.5):
+        with pytest.raises(UsageError, match="above 0 and at most 1"):
+            Budget(share=share)
+    with pytest.raises(UsageError, match="--tolerance"):
+        Budget(share=0.1, tolerance=0.0)
+    with pytest.raises(UsageError, match="--seed is for --budget"):
+        budget_of(None, None, 3)
+    assert budget_of(None, None, None) is None
+    with pytest.raises(UsageError, match="leave --local-workers out"):
+        run_predict([study], tissue_head, tmp_path, replace(SETTINGS, local_workers=2), budget=Budget(share=0.1))
 
 
 def test_a_damaged_slide_is_named_and_the_others_are_answered(study, tissue_head, tmp_path):
@@ -247,8 +332,6 @@ def test_another_encoder_is_refused(study, tissue_head, tmp_path):
     from g2l_core.heads.head import Head, write_head
 
     head = read_head(tissue_head)
-    from dataclasses import replace
-
     facts = replace(head.facts, encoder={**head.facts.encoder, "weights": "random:1"})
     write_head(Head(facts=facts, tensors=head.tensors), tmp_path / "head")
     with pytest.raises(UsageError, match="digest"):
