@@ -13,7 +13,7 @@ import numpy as np
 from g2l_core.encoders.exported import with_runtime
 from g2l_core.encoders.loading import RUNTIME_FACTS, LoadedEncoder
 from g2l_core.encoders.resolve import STUDENT_FOLDER, EncoderSpec, run_encoder, spec_from_json
-from g2l_core.errors import SlideError, StoreError, UsageError, writing
+from g2l_core.errors import SlideError, StoreError, UsageError, require_output_folder, writing
 from g2l_core.extraction.extract import ExtractionProgress
 from g2l_core.files import csv_row, write_text, write_with
 from g2l_core.heads.head import RECORD, Head, SlidePrediction, read_head
@@ -98,6 +98,7 @@ def run_predict(
         G2LError: Nothing could be started, or no slide has an answer.
     """
     head = read_head(head_folder)
+    require_output_folder(out, (TABLE, FEATURES, MAPS), "predictions")
     spec = head_encoder(head, head_folder)
     precision = str(head.facts.encoder.get("precision") or "fp32")
     settings = replace(settings, views=0, precision=precision.removesuffix("+compile"), pictures=False)
