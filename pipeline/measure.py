@@ -363,7 +363,7 @@ def measure_text(found: Measured) -> str:
 
 def _words(found: Measured) -> Sequence[str]:
     reading = "" if found.read_ms is None else f", read in {found.read_ms:.1f} ms a patch in one thread"
-    lines = [f"on {found.patches:,} {found.pixels}{reading}; {found.threads} threads, CPU"]
+    lines = [f"on {found.patches:,} {found.pixels}{reading}; {found.threads} thread{'s' * (found.threads > 1)}, CPU"]
     if found.patches_a_slide is not None:
         lines.append(f"slides: {found.slides:,} of {found.patches_a_slide:,.0f} patches on average, reading included")
     return [*lines, f"energy: {found.energy}"]

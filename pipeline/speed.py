@@ -16,6 +16,6 @@ def recorded_speed(run: Path, weights_digest: str) -> str:
             return ""
         own = [row for row in found["rows"] if row["patches_per_s"] and not row["name"].startswith("teacher ")]
         paces = [f"{row['patches_per_s']:,.3g} patches/s in {row['runtime']}" for row in own]
-        return f"{'; '.join(paces)} ({found['threads']} threads, CPU)" if paces else ""
+        return f"{'; '.join(paces)} ({found['threads']} thread{'s' * (found['threads'] > 1)}, CPU)" if paces else ""
     except (OSError, ValueError, KeyError, TypeError):
         return ""

@@ -74,12 +74,16 @@ def info(store: StorePath, as_json: Json = False) -> None:
     from g2l_core.store.features import FeatureStore
     from pipeline.tables import table_text
 
+    def as_option(key: str) -> str:
+        """A setting under the name that it has on the command line."""
+        return key.replace("_", "-").replace("artefacts", "artifacts")
+
     opened = FeatureStore.open(store)
     slides = list(opened.slides())
     facts = opened.facts
     rows = [("created", str(facts.created))]
     rows += [
-        (title, ", ".join(f"{key} {value}" for key, value in values.items()))
+        (title, ", ".join(f"{as_option(key)} {'none' if value is None else value}" for key, value in values.items()))
         for title, values in (("grid", facts.grid), ("views", facts.views), ("software", facts.software))
     ]
     for key, spec in opened.encoders.items():

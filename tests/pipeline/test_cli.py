@@ -453,6 +453,8 @@ def test_looking_at_a_store(cached_store):
     info = g2l("store", "info", cached_store)
     assert "6 slides" in info.stdout
     assert "random:0" in info.stdout
+    assert "max-patches none" in info.stdout
+    assert "artifacts " in info.stdout
     assert all(len(line) <= 100 for line in info.stdout.splitlines())
     verified = g2l("store", "verify", cached_store)
     assert verified.returncode == 0, verified.stdout
