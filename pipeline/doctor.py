@@ -139,7 +139,8 @@ def torch_build() -> Iterator[Finding]:
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
     import_timm()
     threads, cores = torch.get_num_threads(), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
-    what = f"torch {torch.__version__} ({build}), {threads} thread{'s' * (threads > 1)} on {cores or os.cpu_count()} cores"
+    beside = f"{threads} thread{'s' * (threads > 1)} on {cores or os.cpu_count()} cores"
+    what = f"torch {torch.__version__} ({build}), {beside}"
     few = threads < cores
     remedy = f"unset OMP_NUM_THREADS, or set it to {cores}" if few and "OMP_NUM_THREADS" in os.environ else ""
     remedy = remedy or (f"set OMP_NUM_THREADS={cores}" if few else "")
