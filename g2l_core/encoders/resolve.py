@@ -213,6 +213,9 @@ def run_encoder(folder: Path) -> EncoderSpec:
 def _student_record(folder: Path) -> dict[str, Any]:
     record = folder / STUDENT_FOLDER / STUDENT_RECORD
     if not record.is_file():
+        if not is_run_folder(str(folder)):
+            lacking = f"it has neither {RUN_RECORD} nor {STUDENT_FOLDER}/{STUDENT_RECORD}"
+            raise EncoderError(f"{folder} is no run folder: {lacking}. Name one that g2l distill has made")
         raise EncoderError(
             f"{folder} has no finished student; run the same g2l distill --out {folder} again, which goes on"
         )

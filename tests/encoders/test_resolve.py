@@ -113,6 +113,8 @@ def test_a_run_folder_is_an_encoder(tmp_path):
     run = tmp_path / "my run"
     (run / "student").mkdir(parents=True)
     assert run_folder_unknown(run)
+    with pytest.raises(EncoderError, match=r"is no run folder: it has neither run\.json nor student/"):
+        run_encoder(run)
     (run / "run.json").write_text("{}")
     with pytest.raises(EncoderError, match="has no finished student; run the same g2l distill"):
         run_encoder(run)
