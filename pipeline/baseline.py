@@ -5,7 +5,7 @@ checks it; `run_baseline` trains, or leaves the start as it is, and writes a run
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -278,9 +278,8 @@ def _train(
     tracking = Tracking(names=baseline.machine.log_to, config={"baseline": asdict(asked), **asdict(baseline.settings)})
     if batches is None:
         if group.is_main:
-            logs = TrainingLogs(out, 0, tracking)
-            logs.validation({"step": 0, **validate(distiller)})
-            logs.close()
+            with closing(TrainingLogs(out, 0, tracking)) as logs:
+                logs.validation({"step": 0, **validate(distiller)})
         return TrainOutcome(steps=0, stopped_early=False, last_loss=0.0, best_step=0), distiller, 0
     precision = student.precision.removesuffix(COMPILED)
     with ProgressLine("baseline", "steps") as line:

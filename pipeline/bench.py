@@ -276,7 +276,7 @@ def encoder_summary(key: str, facts: EncoderFacts) -> EncoderSummary:
 
 def _speed(spec: EncoderSpec, facts: EncoderFacts) -> str:
     """What was measured of a student, if its run folder is still where it was encoded from."""
-    return recorded_speed(Path(spec.source.where), facts.weights_digest) if spec.source.kind == "run" else ""
+    return recorded_speed(Path(spec.source.where).parent, facts.weights_digest) if spec.source.kind == "run" else ""
 
 
 def summary_sentence(task: str, bench: BenchSpec, results: Sequence[Result]) -> str:

@@ -172,8 +172,8 @@ def run_sweep(
     named = [teacher] if isinstance(teacher, str) else list(teacher)
     if VIEWS in sweep.grid:
         require_views(opened, runs, named)
-    require_output_folder(out, (PAGE, RESULTS, *map(name_of, runs)), "sweep")
     with writing(out), locked_output(out):
+        require_output_folder(out, (PAGE, RESULTS, *map(name_of, runs)), "sweep")
         finished: list[RunResult] = []
         failed: dict[str, str] = {}
         for i, run in enumerate(runs, start=1):

@@ -1,7 +1,7 @@
 """The training loop: student and projector learn a teacher's features of the very pixels that they see."""
 
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
@@ -128,27 +128,26 @@ def train(
     state = _begin(distiller, objective, settings, folder, hooks)
     step_module = group.wrap(DistillationStep(distiller, objective, hooks).to(group.device))
     logs = TrainingLogs(folder, state.step, hooks.tracking, hooks.note) if group.is_main else None
-    if logs and logs.lost:
-        hooks.note(f"{folder / 'log.csv'} has lost {logs.lost:,} of {state.step:,} steps: its curve has a gap")
-    if state.step == 0 and logs:
-        _validate(state, logs, settings, folder, hooks)
-    prepared = _prepare(hooks.batches(state.step * settings.optim.accumulate), group.device)
-    stream = in_background(prepared, depth=BATCHES_AHEAD)
-    while state.step < settings.steps and not state.stopped:
-        row = train_step(state, step_module, stream, settings, hooks)
-        state.stopped = state.early_stop.update(state.loss)
-        state.step += 1
-        if logs:
-            logs.step(row)
-        done = state.stopped or state.step == settings.steps
-        if logs and (done or state.step % settings.validate_every == 0):
+    with closing(logs) if logs else nullcontext():
+        if logs and logs.lost:
+            hooks.note(f"{folder / 'log.csv'} has lost {logs.lost:,} of {state.step:,} steps: its curve has a gap")
+        if state.step == 0 and logs:
             _validate(state, logs, settings, folder, hooks)
-        if logs and (done or state.step % settings.checkpoint_every == 0):
-            save(folder, state)
-        hooks.report(state.step, state.loss)
-    stream.close()
-    if logs:
-        logs.close()
+        prepared = _prepare(hooks.batches(state.step * settings.optim.accumulate), group.device)
+        stream = in_background(prepared, depth=BATCHES_AHEAD)
+        while state.step < settings.steps and not state.stopped:
+            row = train_step(state, step_module, stream, settings, hooks)
+            state.stopped = state.early_stop.update(state.loss)
+            state.step += 1
+            if logs:
+                logs.step(row)
+            done = state.stopped or state.step == settings.steps
+            if logs and (done or state.step % settings.validate_every == 0):
+                _validate(state, logs, settings, folder, hooks)
+            if logs and (done or state.step % settings.checkpoint_every == 0):
+                save(folder, state)
+            hooks.report(state.step, state.loss)
+        stream.close()
     outcome = TrainOutcome(
         steps=state.step, stopped_early=state.stopped, last_loss=state.loss, best_step=state.best_step,
         warnings=tuple(state.warnings),

@@ -325,6 +325,7 @@ def test_one_command_at_a_time_writes_to_an_address(address, here, tmp_path, mon
                 with_work(address, here)
             with pytest.raises(StoreError, match="another g2l command writes to s3://bucket/x/toy.zarr"):
                 with_work(address, elsewhere)
+            time.sleep(1.1)  # stores are told apart by the second in which they were made
             with_work(address, SpoolSettings(spool=elsewhere.spool, take_lock=True), ["b"])
             locate(address).connection.put(LOCK, b'{"id": "x"}')
 
