@@ -1,6 +1,7 @@
 """A store under damage: every changed file is named or does no harm, and what is dropped is computed again."""
 
 import json
+import os
 import random
 import shutil
 from pathlib import Path
@@ -18,7 +19,8 @@ from g2l_core.store.ids import refusals
 from g2l_core.store.verify import repair_all, verify
 from tests.store.toy import ENCODER, create, facts, fill, lay
 
-N_MUTATIONS = 440
+N_MUTATIONS = int(os.environ.get("G2L_CHANGES", "200"))
+"""Changes that are tried. docs/reliability.md has those of 440: `G2L_CHANGES=440 pytest tests/faults/test_store.py`."""
 SEED = 3
 TABLES = ("coords", "patch_status", "view_params", "pixel_hash")
 
@@ -119,8 +121,8 @@ def test_every_changed_file_is_named_or_does_no_harm(whole, tmp_path):
             shutil.rmtree(copy)
         put(path / file, original)
     assert counts["named"] + counts["harmless"] == N_MUTATIONS
-    assert counts["named"] > 200
-    assert counts["healed"] > 15
+    assert counts["named"] > 0.45 * N_MUTATIONS
+    assert counts["healed"] > 0.03 * N_MUTATIONS
     print(counts)
 
 
