@@ -61,5 +61,6 @@ def bench(
     typer.echo((out / "results.json").read_text(encoding="utf-8") if as_json else terminal_table(report))
     if not as_json:
         show(f"report: {out / 'report.html'}")
-        show_next(f"g2l fit-head {tasks} --store {store[0]} --encoder {names[-1]} --out HEAD")
+        one = next((name for name in reversed(names) if not set("*?[=") & set(name)), "ENCODER")
+        show_next(f"g2l fit-head {tasks} --store {store[0]} --encoder {one} --out HEAD")
     raise typer.Exit(EXIT_SOME_FAILED if report.failures else EXIT_DONE)
