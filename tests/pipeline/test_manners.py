@@ -297,9 +297,9 @@ def test_torchrun_distills_beside_a_pipeline_of_the_user(with_pipeline, cached_s
 
 def test_completion_is_typers_own(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HOME": str(tmp_path), "SHELL": "/bin/bash"}
-    shown = subprocess.run(
-        [*MODULE, "--show-completion", "bash"], env=environment, capture_output=True, text=True, check=True
-    ).stdout
+    # Typer looks for a shell among the processes above, and a test runner may have none.
+    in_shell = ["bash", "-c", '"$@"; exit $?', "bash", *MODULE, "--show-completion", "bash"]
+    shown = subprocess.run(in_shell, env=environment, capture_output=True, text=True, check=True).stdout
     assert "_G2L_COMPLETE=complete_bash" in shown
     environment |= {"_G2L_COMPLETE": "complete_bash", "COMP_WORDS": "g2l store ver", "COMP_CWORD": "2"}
     found = subprocess.run(MODULE, env=environment, capture_output=True, text=True, check=False).stdout
