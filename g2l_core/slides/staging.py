@@ -77,6 +77,7 @@ class Stage:
             shutil.rmtree(self._folder_of(path), ignore_errors=True)
         with self._changed:
             self._sizes.pop(path, None)
+            self._stalled = False  # until the copying thread has looked again: callers wait for that
             self._changed.notify_all()
 
     def _folder_of(self, path: Path) -> Path:
