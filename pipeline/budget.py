@@ -126,8 +126,9 @@ def answer(
     """
     watch, timeout = UnderWay(folder_of(store.path)), settings.slide_timeout
     with watch.reading(slide.slide_id):
-        looks = within(timeout, lambda: looks_of(slide), "reading its thumbnail")
-        reader = within(timeout, lambda: open_patches(slide, GridSpec.from_json(store.grid)), "opening it")
+        grid = GridSpec.from_json(store.grid)
+        looks = within(timeout, lambda: looks_of(slide, icc=grid.icc), "reading its thumbnail")
+        reader = within(timeout, lambda: open_patches(slide, grid), "opening it")
     source = SomeRows(
         store=store, slide=slide, key=key, encoder=encoder, reader=reader, batch_size=settings.batch_size,
         workers=settings.workers, timeout=timeout,
@@ -150,10 +151,10 @@ def answer(
     return found, encoded
 
 
-def looks_of(slide: StoredSlide) -> Float64[np.ndarray, "patch look"]:
+def looks_of(slide: StoredSlide, *, icc: bool) -> Float64[np.ndarray, "patch look"]:
     """How the patches look on the thumbnail; nothing is known of patch images before they are read."""
     if slide.facts.kind != "slide":
         return np.zeros((len(slide), 0))
-    with open_slide(Path(slide.facts.source), mpp_override=slide.facts.mpp) as opened:
+    with open_slide(Path(slide.facts.source), mpp_override=slide.facts.mpp, icc=icc) as opened:
         thumbnail = opened.read_thumbnail(THUMBNAIL_MPP)
     return appearance(thumbnail.image, thumbnail.downsample, slide.coords, slide.facts.patch_px_level0)

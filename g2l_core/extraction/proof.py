@@ -17,6 +17,7 @@ from g2l_core.encoders.loading import LoadedEncoder, encode, load_encoder, padde
 from g2l_core.encoders.patch_encoder import PatchEncoder
 from g2l_core.encoders.spec import EncoderSpec
 from g2l_core.errors import EncoderError, SlideError
+from g2l_core.patches.grid import GridSpec
 from g2l_core.patches.identity import require_same_slide
 from g2l_core.slides.slide import open_slide
 from g2l_core.store.features import FeatureStore, StoredSlide
@@ -196,6 +197,8 @@ class _OpenedSlide:
     rows: Rows
     features: Float32[np.ndarray, "stored dim"]
     """All that are stored."""
+    icc: bool
+    """Whether the store's pixels are in sRGB by the slide's profile."""
 
     def read(self, scale: float, shift: float, patch_px: int) -> UInt8[np.ndarray, "row side side 3"]:
         """The patches of the rows.
@@ -205,7 +208,7 @@ class _OpenedSlide:
         """
         side = self.stored.facts.patch_px_level0
         corners = self.stored.coords[self.rows] + round(shift * side)
-        with open_slide(Path(self.stored.facts.source), manifest_mpp=self.stored.facts.mpp) as slide:
+        with open_slide(Path(self.stored.facts.source), manifest_mpp=self.stored.facts.mpp, icc=self.icc) as slide:
             return np.stack(
                 [slide.read_patch(x, y, Level0Px(round(side * scale)), patch_px) for x, y in corners.tolist()]
             )
@@ -220,7 +223,9 @@ def _open(store: FeatureStore, key: str, rows: Mapping[str, Rows]) -> tuple[list
             continue
         try:
             require_same_slide(stored, Path(stored.facts.source))
-            found = _OpenedSlide(stored=stored, rows=chosen, features=stored.features(key).astype(np.float32))
+            features = stored.features(key).astype(np.float32)
+            icc = GridSpec.from_json(store.grid).icc
+            found = _OpenedSlide(stored=stored, rows=chosen, features=features, icc=icc)
             found.read(1.0, 0.0, store.grid["patch_px"])
         except SlideError as error:
             failed[slide_id] = str(error)

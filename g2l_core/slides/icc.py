@@ -51,7 +51,7 @@ class ToSrgb:
 
     def __call__(self, pixels: Rgb) -> Rgb:
         """The pixels in sRGB; those given stay as they are."""
-        image = Image.fromarray(np.ascontiguousarray(pixels), _SPACE)
+        image = Image.fromarray(np.ascontiguousarray(pixels))
         converted = ImageCms.applyTransform(image, self._transform)
         assert converted is not None  # it is None only if the image was changed in place
         return np.array(converted)

@@ -15,6 +15,7 @@ from PIL import Image, ImageCms
 
 from g2l_core.encoders.resolve import resolve_encoder
 from g2l_core.errors import NotASlideError, ReadError, StoreMismatchError
+from g2l_core.extraction import proof
 from g2l_core.patches.grid import GridSpec
 from g2l_core.patches.render import ImagePatches, read_image
 from g2l_core.patches.views import ViewSpec
@@ -184,6 +185,12 @@ def test_a_store_keeps_it_and_tells_what_had_no_profile(tmp_path):
     for slide_id, differs in (("with", True), ("without", False)):
         ours, theirs = (one.slide(slide_id).pixel_hash[:, 0] for one in (opened, other))
         assert (ours != theirs).all() == differs
+    rows = np.arange(2)
+    (compared,), failed = proof._open(opened, summary.encoders[0], {"with": rows})  # what --recompute reads again
+    corners = opened.slide("with").coords[rows].tolist()
+    expected = [by_pillow(IMAGE[y : y + 256, x : x + 256]) for x, y in corners]
+    assert not failed
+    np.testing.assert_array_equal(compared.read(1.0, 0.0, 256), expected)
     with pytest.raises(StoreMismatchError, match="icc"):
         run_extraction(
             [inputs, tmp_path / "set"], store, [teacher], GridSpec(tissue="none", artifacts=()), ViewSpec(), how
