@@ -14,9 +14,6 @@ from pathlib import Path
 import numpy as np
 import zarr
 from numcodecs.checksum32 import CRC32C
-from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec, ShardingCodecIndexLocation
-from zarr.core.chunk_grids import RegularChunkGrid
-from zarr.core.metadata.v3 import ArrayV3Metadata
 
 from g2l_core.store.location import Location
 from g2l_core.types import Features
@@ -24,6 +21,7 @@ from g2l_core.types import Features
 CRC_BYTES = 4
 ABSENT = 2**64 - 1
 """The offset and the length of a chunk that was not written, all of whose values are the fill value."""
+_BYTES_AND_CHECKSUM = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
 BUFFERS = min(1024, os.sysconf("SC_IOV_MAX"))
 """How many pieces of memory one call reads into."""
 
@@ -76,31 +74,23 @@ def read_features(array: zarr.Array, place: Location, start: int, stop: int, vie
 
 
 def _plain_layout(array: zarr.Array) -> _Layout | None:
-    """The layout of an array that is kept as G2L writes it; None of another one."""
-    meta = array.metadata
-    if not isinstance(meta, ArrayV3Metadata) or len(meta.codecs) != 1 or array.dtype != np.float16:
-        return None
-    (codec,), grid, keys = meta.codecs, meta.chunk_grid, meta.chunk_key_encoding.to_dict()
-    if not isinstance(codec, ShardingCodec) or not isinstance(grid, RegularChunkGrid):
-        return None
-    is_plain = (
-        _is_bytes_and_checksum(codec.codecs)
-        and _is_bytes_and_checksum(codec.index_codecs)
-        and codec.index_location == ShardingCodecIndexLocation.end
-        and keys == {"name": "default", "configuration": {"separator": "."}}
-        and np.isnan(meta.fill_value)
-    )
-    (shard_rows, shard_views, dim), (chunk_rows, _, chunk_dim) = grid.chunk_shape, codec.chunk_shape
-    if not is_plain or shard_views != 1 or not dim == chunk_dim == array.shape[2]:
-        return None
-    return _Layout(shard_rows, chunk_rows, dim)
-
-
-def _is_bytes_and_checksum(codecs: tuple[object, ...]) -> bool:
-    if len(codecs) != 2 or not isinstance(codecs[0], BytesCodec) or not isinstance(codecs[1], Crc32cCodec):
-        return False
-    endian = codecs[0].endian
-    return endian is not None and endian.value == "little"
+    """The layout of an array that is kept as G2L writes it, by its metadata document; None of another one."""
+    match array.metadata.to_dict():
+        case {
+            "data_type": "float16",
+            "fill_value": "NaN",
+            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
+            "codecs": [
+                {
+                    "name": "sharding_indexed",
+                    "configuration": {"codecs": codecs, "index_codecs": index_codecs, "index_location": "end"},
+                }
+            ],
+        } if list(codecs) == list(index_codecs) == _BYTES_AND_CHECKSUM and array.shards:
+            (shard_rows, shard_views, dim), (chunk_rows, _, chunk_dim) = array.shards, array.chunks
+            if shard_views == 1 and dim == chunk_dim == array.shape[2]:
+                return _Layout(shard_rows, chunk_rows, dim)
+    return None
 
 
 def _read_shard(path: Path, layout: _Layout, start: int, stop: int, features: Features) -> None:
