@@ -251,10 +251,15 @@ def require_output_folder(folder: Path, own: Sequence[str], what: str) -> None:
         what: What the command makes, in words.
 
     Raises:
-        RunError: It holds something, and nothing of the command's.
+        RunError: It holds something, and nothing of the command's; it is no folder, or may not be looked into.
     """
-    if not folder.is_dir() or (folder / own[0]).exists():
-        return
-    others = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    with writing(folder):
+        if not folder.exists():
+            return
+        if not folder.is_dir():
+            raise RunError(f"cannot write into {folder}: it is no folder")
+        if (folder / own[0]).exists():
+            return
+        others = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
     if not set(others) <= {*own}:
         raise RunError(f"{folder} holds {others[0]} and no {what}: name an empty folder, or a new one, with --out")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Queue
 from threading import Thread
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from g2l_core.distillation.tensorboard import TensorBoardLog
 from g2l_core.errors import RunError, UnknownNameError, UsageError
@@ -25,6 +25,7 @@ CLOSE_S = 60.0
 _BATCH = 500
 """Values that MLflow is sent at a time; its servers take 1,000."""
 _RUN_IDS = "{}-run.txt"
+T = TypeVar("T")
 
 
 @runtime_checkable
@@ -101,17 +102,25 @@ def open_trackers(tracking: Tracking, folder: Path, step: int, note: Callable[[s
     }
     opened = list[Tracker]()
     for name in tracking.names:
-        try:
-            opened.append(_Apart(name, make[name](), note))
-        except Exception as error:
+        tracker, error = _tried(make[name])
+        if tracker is None or error:
             raise RunError(
                 f"--log-to {name}: it cannot begin ({_line(error)}). Mend that, set it to work without a server "
                 "(WANDB_MODE=offline; no MLFLOW_TRACKING_URI), or leave it out"
             ) from error
+        opened.append(_Apart(name, tracker, note))
     return opened
 
 
-def _line(error: Exception) -> str:
+def _tried(call: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    """What a call into a tracker's package gives, or what it raises: these packages do not name all of their errors."""
+    try:
+        return call(), None
+    except Exception as error:  # noqa: BLE001
+        return None, error
+
+
+def _line(error: Exception | None) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
@@ -137,14 +146,16 @@ class _Apart:
             self._note(f"{self._name} has not taken all values after {CLOSE_S:.0f} s; log.csv has them")
 
     def _run(self) -> None:
-        try:
-            while (found := self._rows.get()) is not None:
-                self._tracker.add(*found)
-            self._tracker.close()
-        except Exception as error:  # noqa: BLE001  the errors of other packages, which they do not name
+        _, error = _tried(self._take_all)
+        if error:
             self._note(
                 f"{self._name} failed and gets no more values ({_line(error)}); training goes on, log.csv has all"
             )
+
+    def _take_all(self) -> None:
+        while (found := self._rows.get()) is not None:
+            self._tracker.add(*found)
+        self._tracker.close()
 
 
 class _Wandb:

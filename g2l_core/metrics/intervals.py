@@ -4,6 +4,7 @@ A `Figure` holds a value on all patients and without each of them. `estimate` gi
 difference of two encoders with a p-value. docs/intervals.md has the measurements by which the methods were chosen.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import isnan, nan, sqrt
@@ -195,7 +196,8 @@ def _value(figure: Figure) -> float:
 def _method(figure: Figure, freedom: float) -> str:
     design, groups = figure.design, len(figure.design.counts)
     over = f"{design.clusters:,} {design.unit}" + (f" in {groups} groups" if groups < design.clusters else "")
-    over = " and ".join([over, *(source.what for source in figure.more)])
+    more = Counter(source.what for source in figure.more)  # of a difference, perhaps one of each encoder
+    over = " and ".join([over, *(what if times == 1 else f"{what} of each" for what, times in more.items())])
     return f"jackknife over {over}, t with {freedom:.1f} degrees of freedom"
 
 

@@ -209,7 +209,9 @@ def test_seeds_widen_the_interval_of_their_mean():
     first, second = np.var(values, ddof=1) / 3, (single.high - single.low) ** 2 / 4 / stats.t.ppf(0.975, 9) ** 2
     freedom = (first + second) ** 2 / (first**2 / 2 + second**2 / 9)
     assert both.high - both.value == pytest.approx(stats.t.ppf(0.975, freedom) * np.sqrt(first + second), rel=1e-9)
-    assert "over 10 patients and 3 seeds" in both.method
+    assert "over 10 patients and 3 seeds," in both.method
+    other = replace(mean, values=mean.values + 0.01)
+    assert "over 10 patients and 3 seeds of each," in compare(mean, other, seed=0, margin=0.1).estimate.method
     with pytest.raises(TaskError, match="two at least"):
         averaged(seeds[:1], "seeds")
 

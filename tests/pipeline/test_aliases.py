@@ -1,7 +1,9 @@
 """ALIAS=ENCODER in g2l bench: the alias is the name everywhere, and published values stand beside it."""
 
+import errno
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -111,7 +113,7 @@ def test_folders_of_a_sweep_are_no_aliases(tmp_path, monkeypatch):
     assert split_alias("alpha=2") == ("alpha", "2")
 
 
-def test_a_folder_of_something_else_is_refused_before_anything_is_computed(planted, tmp_path):
+def test_a_folder_of_something_else_is_refused_before_anything_is_computed(planted, tmp_path, monkeypatch):
     (tmp_path / "thesis.txt").write_text("chapter 1")
     with pytest.raises(RunError, match=r"holds thesis\.txt and no report"):
         bench(planted, tmp_path, list(KEYS))
@@ -125,6 +127,16 @@ def test_a_folder_of_something_else_is_refused_before_anything_is_computed(plant
     (tmp_path / "results.json").write_text("{}")
     require_report_folder(tmp_path)  # a report, and what its owner has put beside it
     require_report_folder(tmp_path / "new")
+    with pytest.raises(RunError, match="it is no folder"):
+        require_report_folder(tmp_path / "thesis.txt")
+
+    def refuses(_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", refuses)
+    (tmp_path / "results.json").unlink()
+    with pytest.raises(RunError, match="allow it"):
+        require_report_folder(tmp_path)
 
 
 def test_commas_in_the_names_of_folders_are_their_own(tmp_path, monkeypatch):
