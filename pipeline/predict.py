@@ -215,7 +215,7 @@ def _draw(head: Head, slide: StoredSlide, rows: np.ndarray, found: SlidePredicti
     icc = bool(facts.grid.get("icc"))
     with open_slide(Path(slide.facts.source), mpp_override=slide.facts.mpp, icc=icc) as opened:
         thumbnail = opened.read_thumbnail(Mpp(max(opened.level0_size) * opened.mpp / LONGEST_PX))
-    caption = "  ".join(text for text in (what, part, slide.slide_id) if text)
+    caption = "; ".join(text for text in (what, part, slide.slide_id) if text)
     image = heatmap_picture(thumbnail.image, thumbnail.downsample, coords, side, shown, limits=limits, caption=caption)
     write_with(Path(f"{base}.png"), lambda path: Image.fromarray(image).save(path, "PNG"))
 
