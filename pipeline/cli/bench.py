@@ -1,5 +1,6 @@
 """`g2l bench`: stage three."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -61,6 +62,10 @@ def bench(
     typer.echo((out / "results.json").read_text(encoding="utf-8") if as_json else terminal_table(report))
     if not as_json:
         show(f"report: {out / 'report.html'}")
-        one = next((name for name in reversed(names) if not set("*?[=") & set(name)), "ENCODER")
-        show_next(f"g2l fit-head {tasks} --store {store[0]} --encoder {one} --out HEAD")
+        show_next(f"g2l fit-head {tasks} --store {store[0]} --encoder {_last_single(names)} --out HEAD")
     raise typer.Exit(EXIT_SOME_FAILED if report.failures else EXIT_DONE)
+
+
+def _last_single(names: Sequence[str]) -> str:
+    """The last of the encoders that is named by its own name, not by an alias or a pattern of seeds."""
+    return next((name for name in reversed(names) if not set("*?[=") & set(name)), "ENCODER")

@@ -11,6 +11,7 @@ from g2l_core.errors import RunError, UsageError
 from g2l_core.report.write import FILES, read_report, require_report_folder
 from pipeline.aliases import split_alias, split_names
 from pipeline.bench import run_bench
+from pipeline.cli.bench import _last_single
 from tests.benchmark.test_metric_groups import label_row
 from tests.planted import PATCHES, make_store, write_labels
 
@@ -148,3 +149,8 @@ def test_commas_in_the_names_of_folders_are_their_own(tmp_path, monkeypatch):
     assert split_names("teacher,sweep/loss=mse,seed=0,c") == ["teacher", "sweep/loss=mse,seed=0", "c"]
     assert split_names("teacher,G2L=sweep/loss=mse,seed=*") == ["teacher", "G2L=sweep/loss=mse,seed=*"]
     assert split_names("teacher,sweep/loss=mse,seed=7") == ["teacher", "sweep/loss=mse", "seed=7"]
+
+
+def test_the_next_command_names_one_encoder_by_its_own_name():
+    assert _last_single(["teacher", "run", "G2L=other", "seeds-*"]) == "run"
+    assert _last_single(["G2L=run"]) == "ENCODER"
