@@ -1,5 +1,6 @@
 """Where the real data lies, the hypothesis profiles, and run-time checks of array shapes."""
 
+import json
 import os
 import urllib.request
 import warnings
@@ -115,3 +116,21 @@ def bucket(bucket_server, monkeypatch) -> str:
     for path, method in (("moto-api/reset", "POST"), ("bucket", "PUT")):
         urllib.request.urlopen(urllib.request.Request(f"{url}/{path}", method=method)).close()
     return "s3://bucket"
+
+
+@pytest.fixture
+def google_bucket(bucket, bucket_server, tmp_path, monkeypatch) -> Iterator[str]:
+    """The same bucket at an address of Google's storage, where anybody may read and write."""
+    from tests.servers import GoogleProxy
+
+    proxy = GoogleProxy(bucket_server)
+    anybody = {"Effect": "Allow", "Principal": "*", "Action": "s3:*", "Resource": ["arn:aws:s3:::bucket*"]}
+    client = pytest.importorskip("boto3").client("s3", endpoint_url=f"http://127.0.0.1:{bucket_server}")
+    client.put_bucket_policy(Bucket="bucket", Policy=json.dumps({"Version": "2012-10-17", "Statement": [anybody]}))
+    client.close()
+    nobody = {"client_email": "", "private_key": "", "private_key_id": ""}
+    account = {"gcs_base_url": proxy.url, "disable_oauth": True, **nobody}
+    (tmp_path / "account.json").write_text(json.dumps(account))
+    monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT", str(tmp_path / "account.json"))
+    yield "gs://bucket"
+    proxy.close()

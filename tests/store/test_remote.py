@@ -1,6 +1,5 @@
 """Stores at addresses: what is read equals what is in the folder, whatever happens on the way."""
 
-import json
 import os
 import pickle
 import shutil
@@ -96,23 +95,8 @@ def test_a_plain_web_server_gives_what_the_folder_gives(toy, web):
     assert not [path for path in web.asked if path.endswith("/")]  # nothing was listed
 
 
-def test_google_s_address_gives_what_the_folder_gives(toy, uploaded, bucket_server, tmp_path, monkeypatch):
-    """The S3 server answers the XML requests of Google's storage too, for objects that anybody may read."""
-    endpoint = f"http://127.0.0.1:{bucket_server}"
-    anybody = {"Effect": "Allow", "Principal": "*", "Action": "s3:*", "Resource": ["arn:aws:s3:::bucket*"]}
-    client = pytest.importorskip("boto3").client("s3", endpoint_url=endpoint)
-    client.put_bucket_policy(Bucket="bucket", Policy=json.dumps({"Version": "2012-10-17", "Statement": [anybody]}))
-    client.close()
-    account = {
-        "gcs_base_url": endpoint,
-        "disable_oauth": True,
-        "client_email": "",
-        "private_key": "",
-        "private_key_id": "",
-    }
-    (tmp_path / "account.json").write_text(json.dumps(account))
-    monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT", str(tmp_path / "account.json"))
-    require_equal(FeatureStore.open(uploaded.replace("s3://", "gs://")), toy)
+def test_google_s_address_gives_what_the_folder_gives(toy, uploaded, google_bucket):
+    require_equal(FeatureStore.open(uploaded.replace("s3://bucket", google_bucket)), toy)
 
 
 def test_a_cohort_of_an_address_is_that_of_the_folder(toy, uploaded, web, tmp_path):

@@ -147,6 +147,26 @@ def logged(monkeypatch):
     return sent, read
 
 
+def test_google_s_address_is_written_to_as_well(google_bucket, here, tmp_path):
+    address = f"{google_bucket}/x/toy.zarr"
+    elsewhere = SpoolSettings(spool=tmp_path / "elsewhere")
+    with at_place(Path(address), here, meanwhile=True) as folder:
+        work(folder, ["a"])
+        eventually(lambda: "slides/a/zarr.json" in objects(address))
+        with locked_address(locate(f"{google_bucket}/y"), tmp_path / "y") as lock:
+            assert lock.is_sure
+        with pytest.raises(StoreError, match="another g2l command writes to gs://bucket/x/toy.zarr"):
+            with_work(address, elsewhere)
+        work(folder, [HARD_ID])
+    there = FeatureStore.open(address)
+    assert there.slide_ids() == ["a", HARD_ID]
+    assert not list(verify(there))
+    assert LOCK not in objects(address)
+    written = with_work(address, elsewhere, ["a", "late"])  # from another machine
+    assert {name.rpartition(" ")[0] for name in written} == {"late"}
+    assert FeatureStore.open(address).slide_ids() == ["a", HARD_ID, "late"]
+
+
 def test_what_another_machine_has_done_meanwhile_is_known(address, here, tmp_path):
     with_work(address, here, ["a"])
     elsewhere = SpoolSettings(spool=tmp_path / "elsewhere")
