@@ -1,4 +1,4 @@
-"""Commands after stage one in processes that a test may kill at any moment.
+"""Commands in processes that a test may kill at any moment.
 
 They are forked from a server that has imported torch and timm already: importing takes longer than the work.
 """
@@ -38,6 +38,24 @@ def start(command: str, inputs: Path, out: Path) -> BaseProcess:
     process = _SERVER.Process(target=_run, args=(command, inputs, out))
     process.start()
     return process
+
+
+def start_g2l(words: list[str], environment: dict[str, str]) -> BaseProcess:
+    """Begin a command line of g2l, its output unseen."""
+    process = _SERVER.Process(target=_run_g2l, args=(words, environment))
+    process.start()
+    return process
+
+
+def _run_g2l(words: list[str], environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+    from pipeline.cli.main import app
+
+    app(words)
 
 
 def _encoders(inputs: Path) -> list[str]:

@@ -1,19 +1,27 @@
 """Stage one, labels and imports at an address give what they give in a folder."""
 
 import json
+import os
 import shutil
+import signal
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from g2l_core.errors import StoreMissingError
 from g2l_core.store import remote
+from g2l_core.store.address_lock import LOCK
 from g2l_core.store.features import FeatureStore
+from g2l_core.store.location import locate
 from g2l_core.store.verify import verify
 from pipeline import spool
 from pipeline.cli.main import app
 from tests.conftest import TEACHER
+from tests.faults.killed_process import start_g2l
 
 pytest.importorskip("obstore", reason="needs obstore (extra remote)")
 
@@ -65,6 +73,32 @@ def test_commands_write_to_an_address_what_they_write_into_a_folder(
     assert len(there.encoders) == 2
     assert {slide.labels["grade"] for slide in there.slides()} == {"3"}
     assert not list(verify(there))
+
+
+def test_killed_it_leaves_whole_slides_and_goes_on(cohort, cached_store, bucket, tmp_path):
+    address = f"{bucket}/k.zarr"
+    words = ["cache-teacher", cohort, "--store", address, "--spool", tmp_path / "spool", "--teacher", TEACHER]
+    words = [*map(str, words), "--weights", "random:0", "--batch-size", "16"]
+    connection = locate(address).connection
+    for objects in (1, 8, 25):  # the lock alone, the first slides
+        process = start_g2l(words, {name: value for name, value in os.environ.items() if name.startswith("AWS_")})
+        while process.exitcode is None and len(connection.listed().objects) < objects:
+            time.sleep(0.01)
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        with suppress(StoreMissingError):
+            assert not list(verify(FeatureStore.open(address)))
+    kept = len(FeatureStore.open(address).slide_ids())
+    assert told(*words)["encoded"] < sum(map(len, FeatureStore.open(address).slides()))
+    there, folder = FeatureStore.open(address), FeatureStore.open(cached_store)
+    assert kept < len(there.slide_ids()) == len(folder.slide_ids())
+    (key,) = there.encoders
+    for slide, other in zip(there.slides(), folder.slides(), strict=True):
+        for view in range(3):
+            np.testing.assert_array_equal(slide.features(key, view=view), other.features(key, view=view))
+    assert not list(verify(there))
+    assert LOCK not in connection.listed().objects
 
 
 def test_features_are_imported_at_an_address(cached_store, bucket, tmp_path):
