@@ -174,7 +174,10 @@ class Cached:
 def cached(slide: StoredSlide, key: str) -> Cached:
     """Read a slide."""
     return Cached(
-        slide_id=slide.slide_id, features=slide.features(key), good=slide.patch_status == 0, looks=looks_of(slide)
+        slide_id=slide.slide_id,
+        features=slide.features(key),
+        good=slide.patch_status == 0,
+        looks=looks_of(slide, icc=False),
     )
 
 

@@ -18,7 +18,8 @@ import torch
 
 from g2l_core.distillation.distiller import Distiller
 from g2l_core.distillation.logs import read_log
-from g2l_core.distillation.objective import Objective, ObjectiveSpec
+from g2l_core.distillation.objective import Objective
+from g2l_core.distillation.spec import ObjectiveSpec
 from g2l_core.encoders.loading import DTYPES, choose_device, features_of, load_encoder
 from g2l_core.encoders.resolve import resolve_encoder
 from g2l_core.patches.grid import GridSpec
@@ -26,8 +27,8 @@ from g2l_core.patches.views import ViewSpec
 from g2l_core.synthetic.cohort import CohortSpec, draw_cohort
 from pipeline.cache_teacher import run_extraction
 from pipeline.config import settings_of
-from pipeline.distill import DistillHow, run_distill
-from pipeline.extract import ExtractionSettings
+from pipeline.distill import run_distill
+from pipeline.settings import DistillHow, ExtractionSettings
 
 BATCH_SIZE = 32
 ALONE = 10

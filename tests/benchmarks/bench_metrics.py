@@ -143,7 +143,7 @@ def main() -> None:
     print(f"{asked.rows:,} rows, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} before", flush=True)
     seconds: dict[str, float] = {}
     with timed("CKA", seconds):
-        values = leave_out_each(*features, labels["patient"], debiased=True)
+        values = leave_out_each(features[0], features[1], labels["patient"], debiased=True)
         design = design_of(labels["patient"], unit="patients", most=MAX_GROUPS)
         cka = estimate(Figure(values=values, design=design))
     print(f"  {cka.value:.4f} [{cka.low:.4f}, {cka.high:.4f}]")

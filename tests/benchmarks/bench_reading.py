@@ -18,7 +18,7 @@ import openslide
 from PIL import Image
 
 from g2l_core.patches.grid import GridSpec, grid_coords, patch_side_level0
-from g2l_core.slides.slide import Slide, open_slide
+from g2l_core.slides.slide import open_slide
 from g2l_core.synthetic.cohort import CohortSpec, draw_cohort, write_pyramid
 
 ROUNDS = 3
@@ -64,12 +64,11 @@ def large_slide(work: Path, pixels: Path | None) -> Path:
 def read_all(name: str, path: Path, coords: np.ndarray, side: int) -> None:
     """Every patch once."""
     if name == "OpenSlide and Pillow":
-        with openslide.OpenSlide(path) as slide:
+        with openslide.OpenSlide(path) as read:
             for x, y in coords.tolist():
-                region = slide.read_region((x, y), 0, (side, side)).convert("RGB")
+                region = read.read_region((x, y), 0, (side, side)).convert("RGB")
                 np.asarray(region.resize((256, 256), Image.Resampling.BILINEAR))
         return
-    slide: Slide
     with open_slide(path, own_tiles=name == "this library") as slide:
         for x, y in coords.tolist():
             slide.read_patch(x, y, side, 256)

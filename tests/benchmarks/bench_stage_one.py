@@ -20,7 +20,7 @@ from g2l_core.patches.grid import GridSpec
 from g2l_core.patches.views import ViewSpec
 from g2l_core.synthetic.cohort import CohortSpec, draw_cohort
 from pipeline.cache_teacher import run_extraction
-from pipeline.extract import ExtractionSettings
+from pipeline.settings import ExtractionSettings
 
 BATCH_SIZE = 32
 BARE_BATCHES = 4

@@ -30,8 +30,8 @@ from g2l_core.store.writer import FeatureWriter
 from g2l_core.synthetic.cohort import CohortSpec, draw_cohort
 from pipeline.cache_teacher import run_extraction
 from pipeline.config import settings_of
-from pipeline.distill import DistillHow, run_distill
-from pipeline.extract import ExtractionSettings
+from pipeline.distill import run_distill
+from pipeline.settings import DistillHow, ExtractionSettings
 
 TEACHERS = {"first": 1536, "second": 1280, "third": 1024}
 SMALL = "timm:mobilenetv3_small_050@64"
