@@ -7,7 +7,7 @@ difference of two encoders with a p-value. docs/intervals.md has the measurement
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from math import isnan, nan, sqrt
+from math import hypot, isnan, nan, sqrt
 
 import numpy as np
 from jaxtyping import Float64, Num, Shaped
@@ -213,7 +213,8 @@ def estimate(figure: Figure, level: float = 0.95) -> Estimate:
     Half of that sum is subtracted, and the degrees of freedom fall by as much.
 
     Where a share is 0 or 1 for every patient, the bound is that of as many patients as its smallest class has, of whom
-    all succeed (Clopper & Pearson): 0.025^(1 / G).
+    all succeed (Clopper & Pearson): 0.025^(1 / G). Where what the patients cannot show is larger than half of what is
+    left to the bound, its margin is added in the metric's own unit.
 
     Args:
         figure: The value on all patients, and without each.
@@ -241,13 +242,12 @@ def estimate(figure: Figure, level: float = 0.95) -> Estimate:
     if reason:
         return Estimate(value=value, method=f"none: {reason}", clusters=design.clusters, unit=design.unit)
     least, most = figure.scale.bounds
-    if least < value < most:
-        error, freedom, bias = _error(figure)
-        middle, half = figure.scale.to_line(value), float(stdtrit(freedom, (1 + level) / 2)) * error
-        low = float(figure.scale.from_line(min(middle, middle - bias - half)))
-        high = float(figure.scale.from_line(max(middle, middle - bias + half)))
-    else:
+    if not least < value < most:
         low, high, freedom = _at_bound(figure, value, (1 - level) / 2)
+    elif _unseen(figure) > (min(value - least, most - value) / 2) ** 2:
+        low, high, freedom = _near_bound(figure, value, level)
+    else:
+        low, high, freedom = _inside(figure, value, level)
     return Estimate(
         value=value,
         low=low,
@@ -256,6 +256,33 @@ def estimate(figure: Figure, level: float = 0.95) -> Estimate:
         clusters=design.clusters,
         unit=design.unit,
     )
+
+
+def _inside(figure: Figure, value: float, level: float) -> tuple[float, float, float]:
+    """The interval, and degrees of freedom, of a value that its scale takes to the line."""
+    error, freedom, bias = _error(figure)
+    middle, half = figure.scale.to_line(value), float(stdtrit(freedom, (1 + level) / 2)) * error
+    low = float(figure.scale.from_line(min(middle, middle - bias - half)))
+    high = float(figure.scale.from_line(max(middle, middle - bias + half)))
+    return low, high, freedom
+
+
+def _unseen(figure: Figure) -> float:
+    """The variance that leaving patients out does not show, in the metric's own unit."""
+    return figure.least_variance + sum(source.variance for source in figure.more)
+
+
+def _near_bound(figure: Figure, value: float, level: float) -> tuple[float, float, float]:
+    """As `_inside`, where the unseen error is larger than half of what is left to the bound.
+
+    Its variance is in the metric's own unit, and the scale's slope there would take it to any width. So the squares of
+    the two margins are added instead (Zou & Donner, Construction of Confidence Limits about Effect Measures, 2008).
+    """
+    low, high, _ = _inside(replace(figure, least_variance=0.0, more=()), value, level)
+    _, freedom, _ = _error(replace(figure, scale=LINE))
+    half = float(stdtrit(freedom, (1 + level) / 2)) * sqrt(_unseen(figure))
+    least, most = figure.scale.bounds
+    return max(least, value - hypot(value - low, half)), min(most, value + hypot(high - value, half)), freedom
 
 
 def _fewest(design: Design) -> int:

@@ -289,6 +289,28 @@ def test_a_class_whose_patients_agree_is_not_certain():
     assert found.high > 0.97
 
 
+def test_balanced_accuracy_near_one_keeps_a_width_that_says_something():
+    """Twelve patients of twenty patches a class; a patient errs in one of a hundred, or in hardly any."""
+    held, widths, rng = 0, list[float](), np.random.default_rng(0)
+    for _ in range(200):
+        wrong = rng.binomial(20, rng.beta(0.2, 19.8, (12, 2)))
+        sums = np.stack([np.stack([20 - wrong[:, 0], wrong[:, 0]], 1), np.stack([wrong[:, 1], 20 - wrong[:, 1]], 1)], 1)
+        figure = of_group_sums(balanced_accuracy, sums, design_of(np.arange(12), unit="patients"), SHARE)
+        found = estimate(replace(figure, least_variance=unanimous_variance(sums)))
+        held += found.low <= 0.99 <= found.high
+        widths.append(found.high - found.low)
+    assert held >= 185
+    assert max(widths) < 0.55  # on the logit alone, one in ten would span from 0 to 1
+
+
+def test_seeds_of_which_one_fails_do_not_make_a_share_near_one_unknown():
+    design = design_of(np.arange(10), unit="patients")
+    whole = np.array([1.0, 1.0, 0.985])
+    figures = [Figure(values=np.array([v, *([v] * 9), min(1.0, v + 0.015)]), design=design, scale=SHARE) for v in whole]
+    found = estimate(averaged(figures, "seeds"))
+    assert 0.96 < found.low < 0.985 < found.value < found.high <= 1
+
+
 def test_the_bound_of_a_perfect_share_is_that_of_the_smallest_class():
     matrices = np.array([[[8, 0], [0, 0]]] * 8 + [[[0, 0], [0, 5]]] * 2)
     by_class = design_of(np.arange(10), np.array([0] * 8 + [1] * 2), unit="patients")
