@@ -27,6 +27,8 @@ from pipeline.speed import recorded_speed
 from pipeline.widths import facts_of_widths, find_key, nested_in, with_all_widths
 
 SHIPPED = Path(__file__).parent / "tasks"
+MOST_TOLD = 3
+"""Values of encoders that a sentence holds."""
 
 COMPONENTS_OF = "components_of"
 """What a store keeps of principal components, beside other encoders' facts: whose they are."""
@@ -286,15 +288,23 @@ def summary_sentence(task: str, bench: BenchSpec, results: Sequence[Result]) -> 
     if metric is None:
         return ""
     by_encoder = {result.encoder: result for result in of_task if result.metric == metric}
-    values = [f"{_value_text(by_encoder[key])} for {key}" for key in bench.encoders if key in by_encoder]
+    first, *others = [by_encoder[key] for key in bench.encoders if key in by_encoder]
     shares = {r.encoder: r for r in of_task if r.metric == f"{RETAINED}{metric}"}
-    retained = [f"{_value_text(shares[key])} for {key}" for key in bench.encoders if key in shares]
-    lead = f"{task}: retained share of the teacher is {listed(retained)}. " if retained else f"{task}: "
+    retained = [shares[key] for key in bench.encoders if key in shares]
+    lead = f"{task}: retained share of the teacher is {listed(_told(retained))}. " if retained else f"{task}: "
     aside = "; what such robustness costs is not known, as the task has no probe or kNN"
     aside = aside if metric.startswith(ROBUSTNESS) else ""
-    first = next(iter(by_encoder.values()))
     support = ", ".join(filter(None, (f"k = {k}" if (k := first.settings.get("k")) else "", f"n = {first.n:,}")))
-    return f"{lead}{meaning_of(metric).title} ({support}) is {listed(values)}{aside}."
+    return f"{lead}{meaning_of(metric).title} ({support}) is {listed([*_told([first]), *_told(others)])}{aside}."
+
+
+def _told(results: Sequence[Result]) -> list[str]:
+    """The value of each encoder; of many, the least and the greatest."""
+    if len(results) <= MOST_TOLD:
+        return [f"{_value_text(result)} for {result.encoder}" for result in results]
+    least, *_, greatest = sorted(results, key=lambda result: result.estimate.value)
+    ends = [f"{_value_text(result)} ({result.encoder})" for result in (least, greatest)]
+    return [f"from {ends[0]} to {ends[1]} for {len(results)} others"]
 
 
 def _value_text(result: Result) -> str:

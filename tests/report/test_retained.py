@@ -3,6 +3,7 @@
 import csv
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,7 +12,7 @@ from g2l_core.report.markdown import markdown
 from g2l_core.report.tables import beside, beside_difference, headline, meaning_of, task_parts
 from g2l_core.report.write import terminal_table
 from g2l_core.results import Estimate, PublishedValue, Report, Result
-from pipeline.bench import run_bench
+from pipeline.bench import run_bench, summary_sentence
 from tests.benchmark.test_metric_groups import label_row
 from tests.planted import PATCHES, make_store, write_labels
 
@@ -145,3 +146,23 @@ def test_a_missing_probe_of_one_encoder_and_published_values_are_told_in_place()
         assert beside(part, "center_balanced_accuracy") == beside(part, "retained_center_balanced_accuracy") == told
         assert len([line for line in markdown(found).splitlines() if told in line]) == 2  # the value, the published one
         assert page(found).count(told) >= 2
+
+
+def test_of_many_encoders_the_summary_tells_the_teacher_and_the_ends():
+    """A sentence of a dozen values would say nothing."""
+    values = {"uni": 0.9, "b": 0.7, "c": 0.8, "d": 0.4, "e": 0.6}
+    results = [
+        Result(
+            task="t", metric=f"{prefix}knn_balanced_accuracy", encoder=key,
+            estimate=Estimate(value=value / (0.9 if prefix else 1), low=value - 0.1, high=value + 0.1), n=50,
+        )
+        for prefix in ("", "retained_") for key, value in values.items() if not (prefix and key == "uni")
+    ]  # fmt: skip
+    told = summary_sentence("t", SimpleNamespace(encoders=tuple(values)), results)
+    assert told == (
+        "t: retained share of the teacher is from 0.444 [0.300, 0.500] (d) to 0.889 [0.700, 0.900] (c) for 4 others. "
+        "kNN balanced accuracy (n = 50) is 0.900 [0.800, 1.000] for uni and from 0.400 [0.300, 0.500] (d) to 0.800 "
+        "[0.700, 0.900] (c) for 4 others."
+    )
+    few = summary_sentence("t", SimpleNamespace(encoders=("uni", "b", "c")), results)
+    assert few.endswith("0.900 [0.800, 1.000] for uni, 0.700 [0.600, 0.800] for b and 0.800 [0.700, 0.900] for c.")
