@@ -14,6 +14,9 @@ from tests.documents import NEEDS, ROOT, commands, g2l_commands, parse, shell_bl
 from tests.pipeline.test_cli import KEY, g2l
 
 PAGES = sorted([*(ROOT / "docs").glob("**/*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
+_RUN = ("interchange", "predicting", "quickstart", "studies")
+RUN = {ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in _RUN), *(ROOT / "docs" / "howto").glob("*.md")}
+"""Pages whose commands a test runs."""
 HOW_TO = sorted((ROOT / "docs" / "howto").glob("*.md"))
 
 
@@ -68,18 +71,41 @@ def place(cohort, cached_store, tmp_path, monkeypatch):
     return tmp_path
 
 
+STUDY = f"""
+[slides]
+inputs = ["slides/"]
+
+[teacher]
+teacher = "{TEACHER}"
+weights = "random:0"
+views = 1
+
+[student]
+student = "timm:mobilenetv3_small_075@64"
+weights = "random:1"
+steps = 2
+batch_size = 8
+"""
+KEY_1 = KEY.replace("random0", "random1")
+
 SMALLER = {"mil.toml": "abmil_most_epochs = 2\nabmil_width = 8\n"}
 """Lines that are added to a page's file, so that tests are quick."""
 
 
 def small(words):
-    """A command on the tests' small network in place of the published ones."""
-    has = " ".join(words)
-    known = {"h-optimus-0": TEACHER if words[0] in {"cache-teacher", "plan"} else KEY, "hibou-l": TEACHER}
-    out = [known.get(word, word.replace("h-optimus-0=", f"{KEY}=")) for word in words]
-    if words[0] in {"cache-teacher", "plan"} and "h-optimus-0" in has:
+    """A command on the tests' small networks in place of the published ones."""
+    command = words[0]
+    makes = command in {"cache-teacher", "plan"}
+    teacher, student = TEACHER if makes else KEY, KEY_1 if command == "bench" else TEACHER
+    known = {"h-optimus-0": teacher, "efficientnet-lite0@128": teacher, "hibou-l": student}
+    out = [",".join(known.get(part, part.replace("h-optimus-0=", f"{KEY}=")) for part in w.split(",")) for w in words]
+    if makes and TEACHER in out:
         out += ["--weights", "random:0"]
-    if words[0] == "distill":
+    if command == "embed" and TEACHER in out:
+        out += ["--weights", f"{TEACHER}=random:1"]
+    if command == "store" and words[1] == "publish":
+        out += ["--encoder-license", f"{KEY}=Apache-2.0"]
+    if command == "distill":
         out += ["--weights", "random:1", "--steps", "2", "--batch-size", "8", "--device", "cpu"]
     return out
 
@@ -96,11 +122,13 @@ def play(page, *, fresh_store=False):
         for words in commands(block.text) if block.is_run else ():
             if fresh_store:
                 shutil.rmtree("s.zarr", ignore_errors=True)
+            if words == ["g2l", "demo"]:  # CI's, and README's own
+                continue
             if words[0] == "g2l":
                 done = g2l(*small(words[1:]))
                 assert done.returncode == 0, f"{words}: {done.stderr}"
                 told.append(done.stdout + done.stderr)
-            elif words[0] != "export":
+            elif words[0] not in {"export", "pip"}:
                 subprocess.run(words, check=True)
     return told, [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if block[0] != "#"]
 
@@ -140,6 +168,67 @@ def test_how_to_share_the_work(place):
     assert "every recorded shard is as it was written" in told[1]
     assert "all of them were stored already" in told[2]
     assert [slide.slide_id for slide in FeatureStore.open("s.zarr").slides()] == ids
+
+
+def test_the_read_me(place):
+    Path("tasks.toml").write_text('[tasks.a]\nmetrics = ["cka"]\n', encoding="utf-8")
+    shutil.rmtree("s.zarr")
+    told, _ = play(ROOT / "README.md")
+    assert "CKA, debiased" in told[-1]
+    assert Path("report", "report.html").is_file()
+
+
+def test_a_slide_s_answer(place):
+    Path("s.zarr").rename("store.zarr")
+    task = 'label = "medical_center"\nmetrics = ["probe"]\nprobe_c = [0.1]\nfolds = 2\n'
+    Path("TASKS.toml").write_text(f"[tasks.tumor]\n{task}", encoding="utf-8")
+    student = ["--student", TEACHER, "--weights", "random:1", "--steps", "2", "--batch-size", "8", "--out", "run/"]
+    assert g2l("distill", "--store", "store.zarr", "--teacher", KEY, *student).returncode == 0
+    assert g2l("embed", "moved/", "--store", "store.zarr", "--encoder", "run/").returncode == 0
+    told, _ = play(ROOT / "docs" / "predicting.md")
+    assert len(told) == 3
+    assert Path("answers", "predictions.csv").is_file()
+
+
+def test_a_study_and_the_plan_of_one_without_slides(place):
+    page = ROOT / "docs" / "studies.md"
+    study, plan = shell_blocks(page)
+    for words in commands(study.text):
+        done = g2l(*words[1:])
+        assert done.returncode == 0, done.stderr
+        if words[1] == "init":
+            assert 'inputs = ["slides/"]' in Path("study.toml").read_text(encoding="utf-8")
+            Path("study.toml").write_text(STUDY, encoding="utf-8")
+        assert Path("study").exists() == (words[1] == "run" and "--dry-run" not in words)
+    assert Path("study", "report", "report.html").is_file()
+    (words,) = commands(plan.text)
+    told = g2l(*words[1:]).stdout
+    (shown,) = re.findall(r"```text\n(12,000,000.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    left = told.splitlines()
+    for line in shown.splitlines():  # in this order, with others between them
+        assert line in left, f"{line!r} is not among {left}"
+        left = left[left.index(line) + 1 :] if line else left
+
+
+def test_the_quick_start(place):
+    shutil.rmtree("s.zarr")
+    told, _ = play(ROOT / "docs" / "quickstart.md")
+    assert "CKA, debiased" in told[-1]
+
+
+def test_compact_pack_and_publish(place):
+    told, _ = play(ROOT / "docs" / "interchange.md")
+    assert len(told) == 3
+
+
+def test_every_command_is_run_here_or_says_what_it_needs():
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert not re.search(r"```(bash|shell|console|zsh)\b", text), f"{page}: shell blocks begin with ```sh"
+        for block in shell_blocks(page):
+            asks = bool(list(g2l_commands(block.text))) and not block.text.startswith(NEEDS)
+            is_set_up = "pip install" in block.text and block.text.count("g2l ") == 1  # CI runs README's
+            assert page in RUN or not asks or is_set_up, f"{block.page}: {block.text}"
 
 
 def test_what_cannot_be_run_here_says_what_it_needs():

@@ -37,7 +37,8 @@ class OfSums(Exchangeable):
         assert isinstance(other, OfSums)
         own, others = (self.sums.astype(np.float64), other.sums.astype(np.float64))
         moved = np.tensordot(exchanged.astype(np.float64), others - own, axes=1)
-        return self.score(own.sum(axis=0) + moved) - self.score(others.sum(axis=0) - moved)
+        with np.errstate(divide="ignore", invalid="ignore"):  # an exchange may leave a class without a prediction
+            return self.score(own.sum(axis=0) + moved) - self.score(others.sum(axis=0) - moved)
 
 
 def exchange_test(first: Exchangeable, second: Exchangeable, groups: int, draws: int, seed: int) -> float:

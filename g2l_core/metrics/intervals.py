@@ -129,7 +129,8 @@ def of_group_sums(
     require_aligned(sums=len(sums), groups=len(design.counts))
     exact = sums.astype(np.float64)  # counts below 2^53 are exact
     whole = exact.sum(axis=0, keepdims=True)
-    values = score(np.concatenate([whole, whole - exact]))
+    with np.errstate(divide="ignore", invalid="ignore"):  # undefined without a group that alone has rows of a kind
+        values = score(np.concatenate([whole, whole - exact]))
     return Figure(values=values, design=design, scale=scale, exchange=OfSums(score=score, sums=exact))
 
 

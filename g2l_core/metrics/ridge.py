@@ -77,8 +77,10 @@ def fit_ridge(
         whole = cka_moments(x, y, center=center)
         return _solve(whole, penalties)[0]
     codes, count = cluster_codes(groups)
-    if count < folds:
-        raise TaskError(f"there are {count} groups, fewer than the {folds} folds; use fewer")
+    if not 2 <= folds <= count:
+        raise TaskError(
+            f"a penalty is chosen on 2 folds at least, and as many groups; got {folds} folds, {count} groups"
+        )
     fold = (np.random.default_rng(seed).permutation(count) % folds)[codes]
     parts = [cka_moments(x[fold == f], y[fold == f], center=center) for f in range(folds)]
     whole = parts[0]

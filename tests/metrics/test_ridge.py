@@ -104,7 +104,7 @@ def test_what_cannot_be_fitted():
     found = fit_ridge(x, y, slides, seed=0)
     for call, said in (
         (lambda: fit_ridge(x, y[1:], slides, seed=0), "x 200, y 199"),
-        (lambda: fit_ridge(x, y, slides // 5, seed=0), "4 groups, fewer than the 5 folds"),
+        (lambda: fit_ridge(x, y, slides // 5, seed=0), "got 5 folds, 4 groups"),
         (lambda: fit_ridge(x, y, slides, penalties=(0.0,), seed=0), "penalties are positive"),
         (lambda: fit_ridge(np.ones_like(x), y, slides, penalties=(1.0,), seed=0), "are alike"),
         (lambda: ridge_sums(found, x[:, 1:], y), "x_dim 7, map_x_dim 8"),

@@ -2,11 +2,13 @@
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from g2l_core.benchmark.metric_groups import METRIC_GROUPS
 from g2l_core.benchmark.spec import NEEDS
 from g2l_core.benchmark.task_file import known_keys, read_tasks
 from g2l_core.errors import TaskError, UnknownNameError, UsageError
@@ -18,6 +20,7 @@ from g2l_core.store.facts import ExtractionRunFacts
 from g2l_core.store.features import FeatureStore
 from pipeline.bench import content_digest, run_bench
 from tests.benchmark.test_metric_groups import label_row
+from tests.pipeline.test_cli import g2l
 from tests.planted import PATCHES, make_store, write_labels
 
 STRENGTH = {"teacher": (0.8, 0.0, 0.9), "weak": (0.1, 0.8, 0.1), "strong": (0.6, 0.1, 0.7)}
@@ -213,3 +216,37 @@ def test_reports_of_equal_stores_name_one_digest(planted, tmp_path):
     before = content_digest(FeatureStore.open(two.path))
     FeatureStore.open(two.path, writable=True)._set_facts(views={"seed": 5})
     assert content_digest(FeatureStore.open(two.path)) != before
+
+
+FEW = {
+    "abmil": "abmil_width = 8\nabmil_most_epochs = 2",
+    "survival": 'survival_time = "months"\nsurvival_event = "dead"\nsurvival_penalties = 1.0',
+    "consistency": 'group = "specimen"\nconsistency_condition = "scanner"\nconsistency_patch = "spot"',
+}
+"""Keys that a metric group needs, or that make it quick."""
+
+
+@pytest.mark.parametrize("how", ["", 'split = "split"', "folds = 2"])
+@pytest.mark.parametrize("patients", [1, 2, 3])
+def test_a_first_trial_of_very_few_slides_gets_figures_or_reasons(tmp_path, patients, how):
+    """Every metric group on one, two or three patients: no internal error, and no warning of NumPy's."""
+    make_store(tmp_path / "s.zarr", {"teacher": (0.8, 0.0), "student": (0.3, 0.2)}, patients=patients)
+    write_labels(tmp_path / "labels.csv", [label_row(p, i) for p in range(patients) for i in range(PATCHES)])
+    tasks = [
+        f'[tasks.{group}]\nlabels = "labels.csv"\nlabel = "{"score" if group == "regression" else "kind"}"\n{how}\n'
+        f'metrics = ["{group}"]\n{FEW.get(group, "")}\n'
+        for group in METRIC_GROUPS
+    ]
+    (tmp_path / "tasks.toml").write_text("".join(tasks))
+    given = ["--store", tmp_path / "s.zarr", "--encoders", "teacher,student", "--draws", "100"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        done = g2l("bench", tmp_path / "tasks.toml", *given, "--out", tmp_path / "report")
+    if patients == 1 and how.startswith("split"):
+        assert done.returncode == 2
+        assert "no figure could be computed: task cka: its train part is empty" in done.stderr
+        return
+    assert done.returncode in {0, 1}, done.stderr
+    found = read_report(tmp_path / "report")
+    tried = {row.task for row in found.results} | {row.task for row in found.failures}
+    assert tried == set(METRIC_GROUPS)

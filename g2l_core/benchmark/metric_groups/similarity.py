@@ -213,5 +213,7 @@ def _ridge_parts(task: TaskInput) -> Iterator[tuple[Int64[np.ndarray, "_"], Int6
 def _fit(task: TaskInput, train: Int64[np.ndarray, " train"]) -> RidgeMap:
     assert task.reference is not None
     groups = task.rows.cluster[train]
+    if len(np.unique(groups)) == 1:  # the penalty is chosen on its rows
+        groups = np.arange(len(train))
     folds = min(task.spec.similarity.folds, len(np.unique(groups)))
     return fit_ridge(task.features[train], task.reference[train], groups, folds=folds, seed=task.seed)
