@@ -75,7 +75,7 @@ def fit_ridge(
     center = cka_center(x, y)
     if len(penalties) == 1:
         whole = cka_moments(x, y, center=center)
-        return _solve(whole, penalties)[0]
+        return _solution(_decompose(whole), penalties[0])
     codes, count = cluster_codes(groups)
     if not 2 <= folds <= count:
         raise TaskError(
@@ -89,40 +89,59 @@ def fit_ridge(
     candidates = sorted(penalties, reverse=True)
     errors = np.zeros(len(candidates))
     for part in parts:
-        errors += [_squared_error(ridge, part) for ridge in _solve(whole - part, candidates)]
-    return _solve(whole, [candidates[int(np.argmin(errors))]])[0]
+        errors += _squared_errors(_decompose(whole - part), part, candidates)
+    return _solution(_decompose(whole), candidates[int(np.argmin(errors))])
 
 
-def _solve(moments: CkaMoments, penalties: Sequence[float]) -> list[RidgeMap]:
-    """Return the maps for several penalties, from one eigendecomposition of X'X."""
+@dataclass(frozen=True)
+class _Eigen:
+    """X'X = V diag(values) V' of centered training rows, from which the map of every penalty follows."""
+
+    values: Float64[np.ndarray, " dim_x"]
+    vectors: Float64[np.ndarray, "dim_x dim_x"]
+    cross: Float64[np.ndarray, "dim_x dim_y"]
+    """V' X'Y."""
+    mean: Float64[np.ndarray, " dim_x_and_y"]
+    unit: float
+    """What a penalty of 1 adds to the values: the number of rows times the mean variance of a column of x."""
+
+    def shrunk(self, penalty: float) -> Float64[np.ndarray, " dim_x"]:
+        """The inverse of the penalized values: the map is V diag(shrunk) V' X'Y."""
+        return 1 / (np.maximum(self.values, 0.0) + self.unit * penalty)
+
+
+def _decompose(moments: CkaMoments) -> _Eigen:
     x, y, n = moments.columns(0), moments.columns(1), moments.n
     centered = moments.gram[x] - np.outer(moments.total[x], moments.total) / n
     values, vectors = np.linalg.eigh(centered[:, x])
-    variance = float(values.sum()) / (n * len(values))
-    if variance <= 0:
+    unit = float(values.sum()) / len(values)
+    if unit <= 0:
         raise TaskError(f"ridge regression needs features that vary; all {n:,} training rows are alike")
-    rotated = vectors.T @ centered[:, y]
     mean = moments.center + moments.total / n
-    return [
-        RidgeMap(
-            weights=vectors @ (rotated / (np.maximum(values, 0.0) + n * variance * penalty)[:, None]),
-            mean_x=mean[x],
-            mean_y=mean[y],
-            penalty=penalty,
-        )
-        for penalty in penalties
-    ]
+    return _Eigen(values=values, vectors=vectors, cross=vectors.T @ centered[:, y], mean=mean, unit=unit)
 
 
-def _squared_error(ridge: RidgeMap, moments: CkaMoments) -> float:
-    """Return the sum of squared errors over the rows of some moments, of [x | y] (-W over I) about the map's means."""
+def _solution(of: _Eigen, penalty: float) -> RidgeMap:
+    dim = len(of.values)
+    weights = of.vectors @ (of.cross * of.shrunk(penalty)[:, None])
+    return RidgeMap(weights=weights, mean_x=of.mean[:dim], mean_y=of.mean[dim:], penalty=penalty)
+
+
+def _squared_errors(of: _Eigen, moments: CkaMoments, penalties: Sequence[float]) -> Float64[np.ndarray, " penalty"]:
+    """Return the sum of squared errors of each penalty's map over other rows, of which the moments are known.
+
+    With A = V diag(s) C for the map, and G the other rows' products about the map's means, tr (Y - XA)'(Y - XA) is
+    tr G_yy - 2 tr A'G_xy + tr A'G_xx A = tr G_yy - 2 s'c + s'Ms, with c_i = C_i (V'G_xy)_i and M = V'G_xx V * CC'. So
+    products of matrices are taken once and not for each penalty.
+    """
     x, y = moments.columns(0), moments.columns(1)
-    shift = np.concatenate([ridge.mean_x, ridge.mean_y]) - moments.center
+    shift = of.mean - moments.center
     total = moments.total - moments.n * shift
     gram = moments.gram - np.outer(moments.total, shift) - np.outer(shift, total)
-    cross = float(np.vdot(ridge.weights, gram[x, y]))
-    fitted = float(np.vdot(ridge.weights, gram[x, x] @ ridge.weights))
-    return float(np.trace(gram[y, y])) - 2 * cross + fitted
+    linear = (of.cross * (of.vectors.T @ gram[x, y])).sum(axis=1)
+    square = (of.vectors.T @ gram[x, x] @ of.vectors) * (of.cross @ of.cross.T)
+    scales = np.stack([of.shrunk(penalty) for penalty in penalties])
+    return np.trace(gram[y, y]) - 2 * scales @ linear + ((scales @ square) * scales).sum(axis=1)
 
 
 def ridge_sums(
