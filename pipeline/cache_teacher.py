@@ -418,7 +418,8 @@ def encode_cohort(
     """Encode what the slides still miss, with a progress line."""
     if not encoders:
         return ExtractionProgress()
-    line = ProgressLine(" + ".join(encoder.key for encoder in encoders), "patches")
+    keys = [encoder.key for encoder in encoders]
+    line = ProgressLine(" + ".join(keys) if len(keys) <= 2 else f"{len(keys)} encoders", "patches")
     latest = ExtractionProgress()
 
     def report(progress: ExtractionProgress) -> None:
