@@ -1,13 +1,18 @@
-"""Draw docs/images/evidence-retained.svg from a report of `g2l bench`: what every encoder retains of the teacher.
+"""Draw the pictures of docs/evidence.md: what every encoder retains of the teacher, and quality over cached views.
 
-python tests/benchmarks/draw_evidence.py REPORT docs/images/evidence-retained.svg METRIC...
+python tests/benchmarks/draw_evidence.py REPORT OUT.svg METRIC...    # a report of g2l bench
+python tests/benchmarks/draw_evidence.py SWEEP/results.csv OUT.svg   # a sweep over views
 """
 
+import csv
 import sys
+from collections import defaultdict
 from math import isnan
 from pathlib import Path
 
+import numpy as np
 from matplotlib.figure import Figure
+from scipy import stats
 
 from g2l_core.report.tables import encoder_order, meaning_of
 from g2l_core.report.write import read_report
@@ -37,5 +42,37 @@ def draw(folder: Path, out: Path, metrics: list[str]) -> None:
     figure.savefig(out, metadata={"Date": None})
 
 
+def draw_views(table: Path, out: Path) -> None:
+    """Held-out values over the number of cached views: a dot for each seed, the mean, and its 95 % t interval."""
+    shown = {"cka_debiased_after": "CKA to the teacher", "knn_overlap_after": "neighbors shared with the teacher"}
+    found: dict[str, dict[int, list[float]]] = {name: defaultdict(list) for name in shown}
+    with table.open() as file:
+        for row in csv.DictReader(file):
+            for name in shown:
+                found[name][int(row["views"])].append(float(row[name]))
+    figure = Figure(figsize=(8, 2.8), layout="constrained")
+    for axes, (name, title) in zip(figure.subplots(1, len(shown)), shown.items(), strict=True):
+        views = sorted(found[name])
+        means = [float(np.mean(found[name][v])) for v in views]
+        for v, mean in zip(views, means, strict=True):
+            values = np.array(found[name][v])
+            half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+            axes.plot([v] * len(values), values, ".", color="#9bb3cb", ms=5)
+            axes.plot([v, v], [mean - half, mean + half], color="#33608c", lw=2)
+        axes.plot(views, means, "o-", color="#33608c", lw=1)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(views, [str(v) for v in views])
+        axes.minorticks_off()
+        axes.set_ylim(bottom=0)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("augmented views in the cache")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(out, metadata={"Date": None})
+
+
 if __name__ == "__main__":
-    draw(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
+    given = [Path(word) for word in sys.argv[1:3]]
+    if given[0].suffix == ".csv":
+        draw_views(*given)
+    else:
+        draw(*given, sys.argv[3:])
