@@ -12,7 +12,7 @@ from typing import TypeVar
 import numpy as np
 
 from g2l_core.benchmark.damage import Damages, damaged_documents, damaged_features, describe
-from g2l_core.benchmark.metric_groups import METRIC_GROUPS, TASK_GROUPS, MetricValue, TaskInput
+from g2l_core.benchmark.metric_groups import FURTHER, METRIC_GROUPS, TASK_GROUPS, MetricValue, TaskInput
 from g2l_core.benchmark.notes import notes_on
 from g2l_core.benchmark.plots import confusion_matrix, task_plots
 from g2l_core.benchmark.rows import TaskRows, gather
@@ -180,6 +180,8 @@ def _metric_values(
             halved = spec.training_halves and NEEDS[group].split
             of_group = partial(with_training_variation, evaluate, task) if halved else partial(evaluate, task)
             values += _guarded(outcome, spec, encoder, group, of_group) or []
+            if group in FURTHER:
+                values += _guarded(outcome, spec, encoder, group, partial(FURTHER[group], task)) or []
     return values
 
 

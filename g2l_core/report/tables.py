@@ -230,7 +230,8 @@ def few_patients(part: "TaskPart") -> str:
         return ""
     count, unit = least.clusters, least.unit
     if count < FEWEST:
-        return f"Only {count} {unit} are tested: too few for an interval, which needs {FEWEST}, or for a p-value."
+        tested = f"Only {count} {unit} are tested" if count > 1 else f"Only one of the {unit} is tested"
+        return f"{tested}: too few for an interval, which needs {FEWEST}, or for a p-value."
     sure = (
         "no difference can reach p < 0.05" if 2.0 ** (1 - count) >= ALPHA else "only a difference that nearly all show"
     )

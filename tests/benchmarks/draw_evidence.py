@@ -71,8 +71,8 @@ def draw_views(table: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    given = [Path(word) for word in sys.argv[1:3]]
-    if given[0].suffix == ".csv":
-        draw_views(*given)
+    source, picture = Path(sys.argv[1]), Path(sys.argv[2])
+    if source.suffix == ".csv":
+        draw_views(source, picture)
     else:
-        draw(*given, sys.argv[3:])
+        draw(source, picture, sys.argv[3:])

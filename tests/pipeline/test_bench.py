@@ -250,3 +250,6 @@ def test_a_first_trial_of_very_few_slides_gets_figures_or_reasons(tmp_path, pati
     found = read_report(tmp_path / "report")
     tried = {row.task for row in found.results} | {row.task for row in found.failures}
     assert tried == set(METRIC_GROUPS)
+    similar = {row.metric for row in found.results if row.task == "similarity" and row.encoder == "student"}
+    assert "similarity_rbf_cka" in similar
+    assert ("similarity_ridge_r2" in similar) == (patients > 1)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from g2l_core.benchmark.metric_groups import patches, robustness, similarity, slides
 from g2l_core.benchmark.metric_groups.values import MetricValue, TaskInput
 
-__all__ = ("METRIC_GROUPS", "TASK_GROUPS", "MetricValue", "TaskInput")
+__all__ = ("FURTHER", "METRIC_GROUPS", "TASK_GROUPS", "MetricValue", "TaskInput")
 
 TASK_GROUPS = (
     "knn", "probe", "prototypes", "regression", "retrieval", "slide_probe", "slide_vote", "abmil", "survival",
@@ -35,3 +35,6 @@ METRIC_GROUPS: Mapping[str, Callable[[TaskInput], list[MetricValue]]] = {
     "consistency": robustness.consistency,
 }
 """In the order in which a report has them."""
+
+FURTHER: Mapping[str, Callable[[TaskInput], list[MetricValue]]] = {"similarity": similarity.ridge_map}
+"""More values of a group, which there may be none of where there are the others: one slide has no ridge map."""

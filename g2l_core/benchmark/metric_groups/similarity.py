@@ -106,7 +106,7 @@ def _leaving_out_each(
 
 
 def similarity(task: TaskInput) -> list[MetricValue]:
-    """All other metrics of similarity. The teacher has its effective rank alone."""
+    """All other metrics of similarity but the ridge map's. The teacher has its effective rank alone."""
     max_rows, pair = task.spec.similarity.rows, _pair(task)
     if pair is None:
         return [_effective_rank(_with_itself(task).drawn(max_rows, task.seed))]
@@ -116,7 +116,6 @@ def similarity(task: TaskInput) -> list[MetricValue]:
         _trimmed(pair, task),
         *_mutual(drawn, task),
         _procrustes(pair),
-        *_ridge(task),
         _effective_rank(drawn),
     ]
 
@@ -172,12 +171,13 @@ def _effective_rank(pair: _Pair) -> MetricValue:
     return replace(_left_out("similarity_effective_rank", values, pair, settings), better="neither")
 
 
-def _ridge(task: TaskInput) -> list[MetricValue]:
+def ridge_map(task: TaskInput) -> list[MetricValue]:
     """How well a linear map from the encoder predicts the teacher on slides that it was not fitted on."""
+    if task.reference is None:
+        return []
     sums, tested, penalties = [], [], []
     for train, test in _ridge_parts(task):
         ridge = _fit(task, train)
-        assert task.reference is not None
         sums.append(ridge_sums(ridge, task.features[test], task.reference[test]))
         tested.append(test)
         penalties.append(ridge.penalty)
