@@ -267,7 +267,8 @@ def split_parts(
         return [(np.flatnonzero(part == "train"), np.flatnonzero(part == "test"))]
 
     def describe(name: object, members: int) -> str:
-        return f"task {spec.name}: class {name} is in {members} {unit}"
+        held = f"{members} {unit}" if members > 1 else f"one of the {unit} alone"
+        return f"task {spec.name}: class {name} is in {held}"
 
     return group_folds(strata, clusters, spec.folds, seed=seed, describe=describe)
 

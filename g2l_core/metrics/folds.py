@@ -47,7 +47,8 @@ def group_folds(
     for name in np.unique(labels):
         members = len(np.unique(groups[labels == name]))
         if members < folds:
-            raise TaskError(f"{describe(name, members)}, fewer than the {folds} folds; use fewer")
+            remedy = "use fewer" if members > 1 else "two are needed at least, one to fit on and one to test on"
+            raise TaskError(f"{describe(name, members)}, fewer than the {folds} folds; {remedy}")
     splitter = StratifiedGroupKFold(n_splits=folds, shuffle=True, random_state=seed)
     return list(splitter.split(np.empty((len(labels), 0)), labels, groups))
 
