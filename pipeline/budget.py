@@ -28,7 +28,7 @@ from g2l_core.types import Features
 from pipeline.progress import ProgressLine
 from pipeline.settings import ExtractionSettings
 
-TOLERANCE = 0.05
+TOLERANCE = 0.01
 """Of probabilities. docs/predicting.md has what it costs."""
 
 

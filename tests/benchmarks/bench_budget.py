@@ -1,7 +1,7 @@
 """What `g2l predict --budget` loses: AUC of slides with planted classes, and how far scores of real slides are off.
 
 python tests/benchmarks/bench_budget.py WORK [--pixels drawn real] [--slides 24] [--side 20] [--budgets 0.05 0.1 0.15]
-    [--seeds 3] [--tolerance 0.05] [--compose 4000] [--csv FILE]
+    [--seeds 3] [--tolerance 0.01] [--compose 4000] [--csv FILE]
 
 Tiles are cut from drawn slides, or are real ones (G2L_TEST_DATA: 7 classes of colorectal tissue). SLIDES mosaics of
 SIDE x SIDE tiles with planted shares of tumor are written, and encoded by EfficientNet-Lite0 with the ImageNet weights
@@ -267,7 +267,7 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=20)
     parser.add_argument("--budgets", nargs="+", type=float, default=[0.05, 0.1, 0.15])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--tolerance", type=float, default=0.05)
+    parser.add_argument("--tolerance", type=float, default=0.01)
     parser.add_argument("--compose", type=int, default=4000)
     parser.add_argument("--csv", type=Path)
     asked = parser.parse_args()
