@@ -72,7 +72,7 @@ def predict(
         float | None,
         typer.Option(
             help="With --budget: stop a slide once its probabilities are known to this difference, and its class; "
-            "0.05 if not given.",
+            "0.01 if not given.",
             show_default=False,
             rich_help_panel=PATCHES,
         ),
