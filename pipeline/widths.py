@@ -2,25 +2,31 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from glob import glob, has_magic
 from pathlib import Path
 
 from g2l_core.benchmark.widths import width_key
-from g2l_core.encoders.resolve import find_stored, run_encoder, split_width
+from g2l_core.encoders.resolve import find_stored, is_run_folder, run_encoder, split_width
 from g2l_core.errors import UnknownNameError, UsageError
 from g2l_core.store.facts import EncoderFacts
 
 
 def with_all_widths(text: str) -> list[str]:
-    """RUN+all as the run and each of its widths; any other name as it is.
+    """RUN+all as the run and each of its widths, where RUN may be a pattern of runs; any other name as it is.
 
     Raises:
         UsageError: The run has no widths.
         EncoderError: The run's student is not finished, or its record cannot be read.
     """
     folder, width = split_width(text)
-    if width != "all":
+    runs = [folder] if width == "all" else []
+    if text.endswith("+all") and has_magic(text):
+        folder = text.removesuffix("+all")
+        runs = [found for found in sorted(glob(folder)) if is_run_folder(found)]  # noqa: PTH207 - as in `seeds`
+    if not runs:
         return [text]
-    widths = run_encoder(Path(folder)).widths
+    trained = [run_encoder(Path(run)).widths for run in runs]
+    widths = [width for width in trained[0] if all(width in others for others in trained)]
     if not widths:
         raise UsageError(f"{text}: {folder} was not trained with --nested, so that it has no widths")
     return [folder, *(f"{folder}+{width}" for width in reversed(widths))]

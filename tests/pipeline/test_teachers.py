@@ -29,6 +29,7 @@ from pipeline.distill import DistillHow, run_distill
 from pipeline.extract import ExtractionSettings
 from pipeline.split import split_store
 from pipeline.sweep import read_sweep, run_sweep
+from pipeline.widths import with_all_widths
 from tests.conftest import TEACHER
 from tests.distillation.test_training import rows
 from tests.pipeline.test_distill import settings, student, tensors
@@ -381,6 +382,11 @@ def test_embed_and_bench_take_widths(run, store, cohort, tmp_path):
     assert "over the bytes a patch" not in (tmp_path / "alone" / "report.html").read_text()
     with pytest.raises(UsageError, match="has the widths 64, 256"):
         run_bench(tmp_path / "tasks.toml", [path], [A, f"{out}+100"], tmp_path / "wrong", draws=100)
+    for seed in (0, 1):
+        shutil.copytree(out, tmp_path / f"seed-{seed}")
+    pattern = f"{tmp_path}/seed-*"
+    assert with_all_widths(f"{pattern}+all") == [pattern, f"{pattern}+256", f"{pattern}+64"]
+    assert with_all_widths(f"{tmp_path}/none-*+all") == [f"{tmp_path}/none-*+all"]
 
 
 def test_a_run_without_nested_features_has_no_widths(store, tmp_path):
