@@ -149,11 +149,13 @@ def find_encoders(texts: Sequence[str], known: Mapping[str, EncoderFacts]) -> As
                     if not keys:
                         raise
                     damaged[text] = str(error)
+            suffix = name.removeprefix(groups[0][0])  # G2L=run/+all: G2L, G2L+64, G2L+128
+            name = name.replace(f"({len(members)} seeds)", f"({len(found)} seeds)")  # without those that cannot be read
             key = name if len(found) > 1 else found[0] if found else members[0]
             if len(found) > 1:
                 seeds[name] = tuple(found)
             if alias:
-                aliases[key] = alias + name.removeprefix(groups[0][0])  # G2L=run/+all: G2L, G2L+64, G2L+128
+                aliases[key] = alias + suffix
             keys += [key] if found else []
         if alias and len(groups) > 1 and not asked.endswith("+all"):
             raise UsageError(f"{alias}={asked}: the pattern names runs of {len(groups)} settings, an alias one encoder")

@@ -9,7 +9,8 @@ import pytest
 
 from g2l_core.benchmark.evaluate import BenchSpec, evaluate_task
 from g2l_core.benchmark.spec import KnnOptions, TaskSpec
-from g2l_core.errors import RunError, UsageError
+from g2l_core.errors import EncoderError, RunError, UsageError
+from pipeline.bench import find_encoders
 from pipeline.seeds import grouped_by_seed
 from tests.planted import make_store, patch_labels, write_labels
 
@@ -65,3 +66,19 @@ def test_an_encoder_of_seeds_is_their_mean_with_a_wider_interval(tmp_path):
     assert gap.reference == "teacher"
     assert "3 seeds" in gap.difference.method
     assert {p.encoder for p in together.pictures.confusions} == {"teacher", "student"}
+
+
+def test_a_seed_that_cannot_be_read_is_not_counted(tmp_path, monkeypatch):
+    runs = [run_with(tmp_path / f"run-{seed}", seed) for seed in range(3)]
+
+    def find(text, known):
+        if text == runs[1]:
+            raise EncoderError("no finished student")
+        return Path(text).name
+
+    monkeypatch.setattr("pipeline.bench.find_key", find)
+    asked = find_encoders(["teacher", f"G2L={tmp_path}/run-*"], {})
+    assert asked.keys == ("teacher", "run-0 (2 seeds)")
+    assert asked.seeds == {"run-0 (2 seeds)": ("run-0", "run-2")}
+    assert asked.aliases == {"run-0 (2 seeds)": "G2L"}
+    assert asked.damaged == {runs[1]: "no finished student"}
