@@ -20,9 +20,20 @@ RUN = {ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in _RUN), *(R
 HOW_TO = sorted((ROOT / "docs" / "howto").glob("*.md"))
 
 
-def test_every_command_in_the_documents_is_one_of_g2l():
+def write_files(page):
+    """Write the files that a page shows, into this folder: those of blocks that begin with their name."""
+    text = page.read_text(encoding="utf-8")
+    for kind in ("toml", "text", "python"):
+        for block in re.findall(rf"```{kind}\n(.*?)```", text, re.DOTALL):
+            if found := re.match(r"# (\w+\.(?:toml|py))\b", block):
+                Path(found[1]).write_text(block + SMALLER.get(found[1], ""), encoding="utf-8")
+
+
+def test_every_command_in_the_documents_is_one_of_g2l(tmp_path, monkeypatch):
     taken = 0
+    monkeypatch.chdir(tmp_path)
     for page in PAGES:
+        write_files(page)
         for block in shell_blocks(page):
             for arguments in g2l_commands(block.text):
                 if "..." not in arguments:
@@ -112,11 +123,8 @@ def small(words):
 
 def play(page, *, fresh_store=False):
     """Run what a page says, in order, but for blocks that need something; give what was printed."""
+    write_files(page)
     text = page.read_text(encoding="utf-8")
-    for kind in ("toml", "text", "python"):
-        for block in re.findall(rf"```{kind}\n(.*?)```", text, re.DOTALL):
-            if found := re.match(r"# (\w+\.(?:toml|py))\b", block):
-                Path(found[1]).write_text(block + SMALLER.get(found[1], ""), encoding="utf-8")
     told = []
     for block in shell_blocks(page):
         for words in commands(block.text) if block.is_run else ():
