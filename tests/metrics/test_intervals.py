@@ -345,7 +345,7 @@ def test_many_patients_are_left_out_in_groups():
 
 def test_coverage_and_false_positives_on_planted_cohorts():
     """The bench in small; its table in docs/intervals.md has other cohorts and 500 repeats."""
-    setting, repeats = ("plain", 0.5, 10), 40
+    setting, repeats = ("plain", 0.5, 10), 60
     rows = bench_coverage.rows_of(
         setting, bench_coverage.simulate(setting, repeats, 50), bench_coverage.truths("plain", 0.5, sets=1)
     )
@@ -353,7 +353,7 @@ def test_coverage_and_false_positives_on_planted_cohorts():
     ours = [row for row in rows if row["method"] == "jackknife"]
     assert len(ours) == len({row["figure"] for row in rows}) >= 20
     assert np.mean([row["coverage"] for row in ours]) >= 0.93
-    assert min(row["coverage"] for row in ours) >= 0.8  # more than four standard errors of 40 repeats below 0.95
+    assert min(row["coverage"] for row in ours) >= 0.8  # three standard errors of 60 repeats below the 0.9 of slide Brier scores
     assert np.mean([row["false_positives"] for row in ours]) <= 0.06
     drawn = {row["figure"]: row["coverage"] for row in rows if row["method"] == "percentiles"}
     assert np.mean(list(drawn.values())) < np.mean([row["coverage"] for row in ours if row["figure"] in drawn])
