@@ -9,6 +9,7 @@ HEAD = """# Public datasets
 NAME --root DIR` reads the folder exactly as its authors publish it and writes the manifest for stage one:
 
 ```sh
+# needs the images of IDC, and h-optimus-0
 g2l datasets idc --root IDC_regular_ps50_idx5          # idc.csv, and idc-labels.csv
 g2l cache-teacher idc.csv --store idc.zarr --teacher h-optimus-0 --views 0 --patch-px 50 --crop-px 50
 g2l embed idc.csv --store idc.zarr --encoder hibou-l --encoder run/
