@@ -32,8 +32,7 @@ def grouped_by_seed(texts: Sequence[str]) -> list[tuple[str, list[str]]]:
         pattern, plus, width = text.rpartition("+")
         if not (plus and width.isdecimal()):
             pattern, width = text, ""
-        fitting = sorted(glob(pattern))  # noqa: PTH207 - Path.glob takes no absolute pattern
-        folders = [folder for folder in fitting if is_run_folder(folder)]
+        folders = fitting_runs(pattern)
         if not folders:
             raise UsageError(
                 f"no folder of g2l distill fits {text!r}; a pattern names run folders, as in 'runs/seed-*'"
@@ -44,6 +43,12 @@ def grouped_by_seed(texts: Sequence[str]) -> list[tuple[str, list[str]]]:
         of_width = f"+{width}" if width else ""
         groups += [(_name(members) + of_width, [m + of_width for m in members]) for members in alike.values()]
     return groups
+
+
+def fitting_runs(pattern: str) -> list[str]:
+    """The run folders whose paths fit a pattern, sorted."""
+    fitting = sorted(glob(pattern))  # noqa: PTH207 - Path.glob takes no absolute pattern
+    return [folder for folder in fitting if is_run_folder(folder)]
 
 
 def _name(folders: Sequence[str]) -> str:

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from glob import glob, has_magic
+from glob import has_magic
 from pathlib import Path
 
 from g2l_core.benchmark.widths import width_key
-from g2l_core.encoders.resolve import find_stored, is_run_folder, run_encoder, split_width
+from g2l_core.encoders.resolve import find_stored, run_encoder, split_width
 from g2l_core.errors import UnknownNameError, UsageError
 from g2l_core.store.facts import EncoderFacts
+from pipeline.seeds import fitting_runs
 
 
 def with_all_widths(text: str) -> list[str]:
@@ -22,7 +23,7 @@ def with_all_widths(text: str) -> list[str]:
     runs = [folder] if width == "all" else []
     if text.endswith("+all") and has_magic(text):
         folder = text.removesuffix("+all")
-        runs = [found for found in sorted(glob(folder)) if is_run_folder(found)]  # noqa: PTH207 - as in `seeds`
+        runs = fitting_runs(folder)
     if not runs:
         return [text]
     trained = [run_encoder(Path(run)).widths for run in runs]

@@ -6,9 +6,9 @@ python tests/benchmarks/bench_coverage.py [--repeats 500] [--patients 6 10 20 50
 Each repeat draws a new test cohort. Patients have 8 to 32 patches ("unequal": 2 to 150, log-normal) and an effect of
 their own on every feature; in "centers" the center of a patient shifts its classes too. A third of the patients' effect
 and all of the patches' noise differ between two encoders, which are otherwise the same, so that no figure truly
-differs. Classifiers are fitted once, on 60 other patients, for both. The truth is the mean
-figure of ten sets of 3,000 patients. Of figures that depend on how many patients there are to choose neighbors from, it
-is the mean over the repeats.
+differs. Classifiers are fitted once, on 60 other patients, for both. The truth is the mean figure of
+ten sets of 3,000 patients. Of figures that depend on how many patients there are to choose neighbors from, it is the
+mean over the repeats.
 
 Methods: "jackknife" is what reports print (`metrics.intervals`); the others draw patients with replacement, where sums
 are all that is needed: "percentiles", "BCa" and "studentized". Width is the median. Power: one encoder has 0.6 times

@@ -19,7 +19,7 @@ from g2l_core.store.ids import refusals
 from g2l_core.store.verify import repair_all, verify
 from tests.store.toy import ENCODER, create, facts, fill, lay
 
-N_MUTATIONS = int(os.environ.get("G2L_CHANGES", "120"))
+N_MUTATIONS = int(os.environ.get("G2L_CHANGES", "200"))
 """Changes that are tried. docs/reliability.md has those of 440: `G2L_CHANGES=440 pytest tests/faults/test_store.py`."""
 SEED = 3
 TABLES = ("coords", "patch_status", "view_params", "pixel_hash")

@@ -353,7 +353,7 @@ def test_coverage_and_false_positives_on_planted_cohorts():
     ours = [row for row in rows if row["method"] == "jackknife"]
     assert len(ours) == len({row["figure"] for row in rows}) >= 20
     assert np.mean([row["coverage"] for row in ours]) >= 0.93
-    assert min(row["coverage"] for row in ours) >= 0.8  # slide Brier scores hold in 0.9; three standard errors below
+    assert min(row["coverage"] for row in ours) >= 0.82  # three standard errors of 60 repeats below 0.95
     assert np.mean([row["false_positives"] for row in ours]) <= 0.06
     drawn = {row["figure"]: row["coverage"] for row in rows if row["method"] == "percentiles"}
     assert np.mean(list(drawn.values())) < np.mean([row["coverage"] for row in ours if row["figure"] in drawn])

@@ -253,3 +253,7 @@ def test_a_first_trial_of_very_few_slides_gets_figures_or_reasons(tmp_path, pati
     similar = {row.metric for row in found.results if row.task == "similarity" and row.encoder == "student"}
     assert "similarity_rbf_cka" in similar
     assert ("similarity_ridge_r2" in similar) == (patients > 1)
+    if patients == 1:
+        assert "Only one of the patients is tested" in (tmp_path / "report" / "report.html").read_text()
+    if patients == 1 and how:
+        assert "one of the patients alone, fewer than the 2 folds; two are needed at least" in done.stderr
