@@ -82,6 +82,28 @@ def brier_score(sums: Float64[np.ndarray, "draw 2"]) -> Float64[np.ndarray, " dr
     return sums[:, 0] / sums[:, 1]
 
 
+def expected_brier_variance(probabilities: Float64[np.ndarray, "row class"]) -> float:
+    """Compute the variance that the Brier score of these rows would have if the probabilities were true.
+
+    The error of a row, were k its class, is e_k = sum_j (p_j - [j is k])^2. It has the variance sum_k p_k e_k^2 -
+    (sum_k p_k e_k)^2, and the mean over n independent rows the mean of these over n.
+
+    Args:
+        probabilities: (row, class) predicted probabilities.
+
+    Returns:
+        The variance.
+
+    Examples:
+        >>> round(expected_brier_variance(np.array([[0.8, 0.2], [1.0, 0.0]])), 6)
+        0.0576
+    """
+    errors = (probabilities**2).sum(axis=1, keepdims=True) - 2 * probabilities + 1
+    means = (probabilities * errors).sum(axis=1)
+    variances = (probabilities * errors**2).sum(axis=1) - means**2
+    return float(variances.sum()) / len(probabilities) ** 2
+
+
 def calibration_sums(
     truth: Shaped[np.ndarray, " row"],
     probabilities: Float64[np.ndarray, "probability_row column"],

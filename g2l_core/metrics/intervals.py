@@ -7,35 +7,21 @@ difference of two encoders with a p-value. docs/intervals.md has the measurement
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from math import hypot, isnan, nan, sqrt
+from math import hypot, inf, isinf, isnan, nan, sqrt
 
 import numpy as np
 from jaxtyping import Float64, Num, Shaped
-from scipy.special import expit, logit, stdtr, stdtrit
+from scipy.special import stdtr, stdtrit
 
 from g2l_core.errors import TaskError
 from g2l_core.metrics.exchange import Exchangeable, OfSums, exchange_test
 from g2l_core.metrics.patients import MAX_SUMMED_GROUPS, Design, effective_freedom, leave_out_groups
+from g2l_core.metrics.scales import LINE, POSITIVE, SHARE, Scale
 from g2l_core.metrics.statistics import require_aligned
 from g2l_core.results import FEWEST, Estimate
 
-
-@dataclass(frozen=True, kw_only=True)
-class Scale:
-    """Where a value's error is near symmetric: intervals are made there and brought back, so they keep its bounds."""
-
-    to_line: Callable[[float], float]
-    from_line: Callable[[float], float]
-    slope: Callable[[float], float]
-    """The derivative of `to_line`."""
-    bounds: tuple[float, float]
-    """The values that `to_line` sends to minus and plus infinity."""
-
-
-LINE = Scale(to_line=float, from_line=float, slope=lambda value: 1.0, bounds=(-np.inf, np.inf))
-SHARE = Scale(to_line=logit, from_line=expit, slope=lambda value: 1 / (value * (1 - value)), bounds=(0.0, 1.0))
-POSITIVE = Scale(to_line=np.log, from_line=np.exp, slope=lambda value: 1 / value, bounds=(0.0, np.inf))
-CORRELATION = Scale(to_line=np.arctanh, from_line=np.tanh, slope=lambda value: 1 / (1 - value**2), bounds=(-1.0, 1.0))
+_PRIOR = 2.0
+"""As how many patients an expected variance counts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +65,8 @@ class Figure:
     """Of figures of pairs of patients: the value without what each two give to each other."""
     least_variance: float = 0.0
     """Added to the variance for what the patients cannot show, as all of a class agree."""
+    expected_variance: float = 0.0
+    """What the variance would be if a classifier's probabilities were true; pooled with that found, where larger."""
     more: tuple[Source, ...] = ()
     """Further sources of variation."""
     no_interval: str = ""
@@ -156,35 +144,26 @@ def _reason(figure: Figure) -> str:
     return ""
 
 
-def _on_line(figure: Figure) -> tuple[Float64[np.ndarray, " whole_and_group"], float]:
-    """The values on their scale, and the scale's derivative; to first order where one of them is at a bound."""
-    whole, scale = float(figure.values[0]), figure.scale
-    slope = float(scale.slope(whole))
-    if figure.exchange is not None:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            values = np.array([scale.to_line(value) for value in figure.values.tolist()])
-        if np.isfinite(values).all():
-            return values, slope
-    return scale.to_line(whole) + slope * (figure.values - whole), slope
-
-
 def _error(figure: Figure) -> tuple[float, float, float]:
-    """The standard error of a figure on its scale, its degrees of freedom, and its bias."""
-    values, slope = _on_line(figure)
+    """The standard error of a figure in its own unit, its degrees of freedom, and its bias."""
+    values, design = figure.values, figure.design
     without, count = values[1:], len(values) - 1
-    factor, freedom = effective_freedom(figure.design)
+    factor, freedom = effective_freedom(design)
     variance = factor * (count - 1) / count * float(((without - without.mean()) ** 2).sum())
     if figure.pairs is not None and variance > 0:
-        of_pairs = count / (count - 1) * slope**2 * float(np.nansum((figure.pairs - figure.values[0]) ** 2))
-        kept = max(0.5, 1 - 0.5 * factor * of_pairs / variance)
-        variance, freedom = kept * variance, max(1.0, kept * freedom)
-    parts = [(variance + slope**2 * figure.least_variance, freedom)]
-    parts += [(slope**2 * source.variance, float(source.freedom)) for source in figure.more]
+        of_pairs = count / (count - 1) * float(np.nansum((figure.pairs - values[0]) ** 2))
+        variance *= max(0.5, 1 - 0.5 * factor * of_pairs / variance)
+    elif figure.scale.counts and not figure.more and design.counts.sum() == design.clusters:
+        freedom = inf  # of single rows that are right or wrong, the variance follows from the share
+    variance = max(variance, (freedom * variance + _PRIOR * figure.expected_variance) / (freedom + _PRIOR))
+    parts = [(variance + figure.least_variance, freedom)]
+    parts += [(source.variance, float(source.freedom)) for source in figure.more]
     total = sum(part for part, _ in parts)
     bias = (count - 1) * float(without.mean() - values[0]) if figure.exchange is not None else 0.0
     if total == 0:
         return 0.0, freedom, bias
-    return sqrt(total), total**2 / sum(part**2 / of for part, of in parts), bias
+    weight = sum(part**2 / of for part, of in parts)
+    return sqrt(total), total**2 / weight if weight else inf, bias
 
 
 def _value(figure: Figure) -> float:
@@ -199,19 +178,25 @@ def _method(figure: Figure, freedom: float) -> str:
     over = f"{design.clusters:,} {design.unit}" + (f" in {groups} groups" if groups < design.clusters else "")
     more = Counter(source.what for source in figure.more)  # of a difference, perhaps one of each encoder
     over = " and ".join([over, *(what if times == 1 else f"{what} of each" for what, times in more.items())])
-    return f"jackknife over {over}, t with {freedom:.1f} degrees of freedom"
+    quantile = "normal, as each has one row" if isinf(freedom) else f"t with {freedom:.1f} degrees of freedom"
+    return f"jackknife over {over}, {quantile}"
 
 
 def estimate(figure: Figure, level: float = 0.95) -> Estimate:
     """Compute the interval of a figure.
 
-    With G groups, values v_g without each and their mean m, all on the figure's scale such as the logit of a share, the
-    variance is f (G - 1) / G sum_g (v_g - m)^2, with the factor f and the t quantile's degrees of freedom from
-    `effective_freedom`. The interval is symmetric on the scale, about the value less its bias (G - 1) (m - v).
+    With G groups, values v_g without each and their mean m, the variance is f (G - 1) / G sum_g (v_g - m)^2, with the
+    factor f and the t quantile's degrees of freedom from `effective_freedom`. The quantile times the error is the
+    margin about the value less its bias (G - 1) (m - v), which the figure's scale makes a bound. Where each patient has
+    one row that is right or wrong, the variance follows from the share and the quantile is the normal one.
 
     What two patients give to each other as neighbors, b_gh, is in the moves of both, and so twice in that variance,
-    which is unbiased without sum b_gh^2 (Efron & Stein). But it then varies as much as an estimate from fewer patients.
-    Half of that sum is subtracted, and the degrees of freedom fall by as much.
+    which is unbiased without sum b_gh^2 (Efron & Stein), but then varies more than its degrees of freedom say. Half of
+    that sum is subtracted, and at most half of the variance.
+
+    Among few patients there is often none whom a classifier gets badly wrong, and then errors vary too little. Its
+    probabilities say how often that happens: with f degrees of freedom the variance V is pooled with that expected, V0,
+    to (f V + 2 V0) / (f + 2) if this is larger, as if two further patients had varied as expected (Smyth).
 
     Where a share is 0 or 1 for every patient, the bound is that of as many patients as its smallest class has, of whom
     all succeed (Clopper & Pearson): 0.025^(1 / G). Where what the patients cannot show is larger than half of what is
@@ -229,7 +214,8 @@ def estimate(figure: Figure, level: float = 0.95) -> Estimate:
 
     References:
         Efron & Tibshirani, An Introduction to the Bootstrap (1993), equation 11.5; Arvesen, Jackknifing U-Statistics
-        (1969); Kott, The Delete-a-Group Jackknife (2001); Efron & Stein, The Jackknife Estimate of Variance (1981).
+        (1969); Kott, The Delete-a-Group Jackknife (2001); Efron & Stein, The Jackknife Estimate of Variance (1981);
+        Smyth, Linear Models and Empirical Bayes Methods for Assessing Differential Expression (2004), section 3.
 
     Examples:
         >>> from g2l_core.metrics.patients import design_of
@@ -242,7 +228,7 @@ def estimate(figure: Figure, level: float = 0.95) -> Estimate:
     reason = _reason(figure)
     if reason:
         return Estimate(value=value, method=f"none: {reason}", clusters=design.clusters, unit=design.unit)
-    least, most = figure.scale.bounds
+    least, most = figure.scale.ends
     if not least < value < most:
         low, high, freedom = _at_bound(figure, value, (1 - level) / 2)
     elif _unseen(figure) > (min(value - least, most - value) / 2) ** 2:
@@ -260,12 +246,11 @@ def estimate(figure: Figure, level: float = 0.95) -> Estimate:
 
 
 def _inside(figure: Figure, value: float, level: float) -> tuple[float, float, float]:
-    """The interval, and degrees of freedom, of a value that its scale takes to the line."""
+    """The interval, and degrees of freedom, of a value between the ends of its scale."""
     error, freedom, bias = _error(figure)
-    middle, half = figure.scale.to_line(value), float(stdtrit(freedom, (1 + level) / 2)) * error
-    low = float(figure.scale.from_line(min(middle, middle - bias - half)))
-    high = float(figure.scale.from_line(max(middle, middle - bias + half)))
-    return low, high, freedom
+    half = float(stdtrit(freedom, (1 + level) / 2)) * error
+    low, high = (figure.scale.bound(value, margin) for margin in (-max(0.0, half + bias), max(0.0, half - bias)))
+    return float(low), float(high), freedom
 
 
 def _unseen(figure: Figure) -> float:
@@ -282,7 +267,7 @@ def _near_bound(figure: Figure, value: float, level: float) -> tuple[float, floa
     low, high, _ = _inside(replace(figure, least_variance=0.0, more=()), value, level)
     _, freedom, _ = _error(replace(figure, scale=LINE))
     half = float(stdtrit(freedom, (1 + level) / 2)) * sqrt(_unseen(figure))
-    least, most = figure.scale.bounds
+    least, most = figure.scale.ends
     return max(least, value - hypot(value - low, half)), min(most, value + hypot(high - value, half)), freedom
 
 
@@ -298,8 +283,8 @@ def _at_bound(figure: Figure, value: float, tail: float) -> tuple[float, float, 
         bound = tail ** (1 / groups)
         return (bound, 1.0, groups - 1.0) if value >= 1 else (0.0, 1 - bound, groups - 1.0)
     error, freedom, _ = _error(replace(figure, scale=LINE))
-    half = float(stdtrit(freedom, 1 - tail)) * error
-    return value - half, value + half, freedom
+    half, (least, most) = float(stdtrit(freedom, 1 - tail)) * error, figure.scale.ends
+    return max(least, value - half), min(most, value + half), freedom
 
 
 def averaged(figures: Sequence[Figure], what: str) -> Figure:
@@ -333,6 +318,7 @@ def averaged(figures: Sequence[Figure], what: str) -> Figure:
         pairs=np.mean(pairs, axis=0) if len(pairs) == len(figures) else None,
         exchange=None,
         least_variance=float(np.mean([figure.least_variance for figure in figures])),
+        expected_variance=float(np.mean([figure.expected_variance for figure in figures])),
         more=(*more, source),
     )
 
@@ -392,6 +378,7 @@ def compare(figure: Figure, reference: Figure, *, draws: int = 1000, seed: int, 
         scale=LINE,
         exchange=None,
         least_variance=min(figure.least_variance, reference.least_variance),
+        expected_variance=0.0,
         more=_of_difference(figure.more, reference.more),
         no_interval=figure.no_interval or reference.no_interval,
     )
@@ -462,6 +449,7 @@ def ratio(figure: Figure, reference: Figure) -> Figure:
         scale=POSITIVE,
         exchange=None,
         least_variance=max(figure.least_variance, reference.least_variance * (a / b) ** 2) / b**2,
+        expected_variance=0.0,
         more=(*more, *(replace(source, values=source.values * a / b**2) for source in others)),
         no_interval=figure.no_interval or reference.no_interval,
     )

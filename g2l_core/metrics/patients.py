@@ -19,7 +19,8 @@ class Design:
     """How the rows of a figure fall to the patients."""
 
     counts: Float64[np.ndarray, "group stratum"]
-    """Rows of each group in each stratum: a figure that is a mean over classes has a stratum for each class."""
+    """Rows of each group in each stratum: a figure that is a mean over classes has a stratum for each class. Where rows
+    weigh differently, their weights."""
     strata: tuple[str, ...]
     """What each stratum is, for people: "class tumor"."""
     unit: str
@@ -59,6 +60,7 @@ def design_of(
     unit: str,
     stratum: str = "class",
     most: int = MAX_SUMMED_GROUPS,
+    weights: Float64[np.ndarray, " weighted_row"] | None = None,
 ) -> Design:
     """Count the rows of each group of patients, by stratum.
 
@@ -68,6 +70,10 @@ def design_of(
         unit: What a cluster is, in the plural.
         stratum: What a stratum is.
         most: How many groups at most; the same as for the figure's values.
+        weights: (row,) how much each row carries of the figure, at least 0; None if all carry the same. A correlation
+            with a label, or how much of it is explained, is carried by the patients whose labels are far from the
+            mean: a row's weight is the square of that distance, its leverage in the regression on the label (Bell &
+            McCaffrey 2002).
 
     Returns:
         The design.
@@ -77,13 +83,15 @@ def design_of(
         [[0.0, 1.0], [1.0, 1.0]]
     """
     strata = np.zeros(len(clusters), np.int64) if strata is None else strata
-    require_aligned(clusters=len(clusters), strata=len(strata))
+    weights = np.ones(len(clusters)) if weights is None else weights
+    require_aligned(clusters=len(clusters), strata=len(strata), weights=len(weights))
     codes, count = leave_out_groups(clusters, most)
     names, columns = np.unique(strata, return_inverse=True)
-    counts = np.bincount(codes * len(names) + columns, minlength=count * len(names)).reshape(count, len(names))
+    cells = codes * len(names) + columns
+    counts = np.bincount(cells, weights, minlength=count * len(names)).reshape(count, len(names))
     _, clusters_count = cluster_codes(clusters)
     return Design(
-        counts=counts.astype(np.float64),
+        counts=counts,
         strata=tuple(f"{stratum} {name}" for name in names.tolist()) if len(names) > 1 else ("row",),
         unit=unit,
         clusters=clusters_count,

@@ -16,9 +16,10 @@ from g2l_core.errors import TaskError
 from g2l_core.metrics import logistic
 from g2l_core.metrics.exchange import Exchangeable
 from g2l_core.metrics.folds import stratified_group_folds
-from g2l_core.metrics.intervals import SHARE, Figure
+from g2l_core.metrics.intervals import Figure
 from g2l_core.metrics.patients import MAX_SUMMED_GROUPS, Design, leave_out_groups
 from g2l_core.metrics.rows import require_finite
+from g2l_core.metrics.scales import SHARE
 from g2l_core.metrics.statistics import cluster_codes, require_aligned
 
 

@@ -31,21 +31,11 @@ import numpy as np
 from scipy.special import ndtr, ndtri
 
 from g2l_core.errors import TaskError
-from g2l_core.metrics.calibration import brier_score, brier_sums
+from g2l_core.metrics.calibration import brier_score, brier_sums, expected_brier_variance
 from g2l_core.metrics.consistency import consistency_sums, median_over_pairs
 from g2l_core.metrics.exchange import OfSums
 from g2l_core.metrics.fewshot import retrieval_sums
-from g2l_core.metrics.intervals import (
-    CORRELATION,
-    POSITIVE,
-    SHARE,
-    Figure,
-    compare,
-    estimate,
-    of_group_sums,
-    of_neighbors,
-    of_sums,
-)
+from g2l_core.metrics.intervals import Figure, compare, estimate, of_group_sums, of_neighbors, of_sums
 from g2l_core.metrics.knn.leave_out import Search, leave_out_sums
 from g2l_core.metrics.knn.neighbors import knn_predict, nearest
 from g2l_core.metrics.logistic import design_of as probe_design
@@ -54,6 +44,7 @@ from g2l_core.metrics.patients import MAX_GROUPS, design_of, leave_out_groups
 from g2l_core.metrics.probe import accuracy, auc_figure, balanced_accuracy, confusion, macro_f1, unanimous_variance
 from g2l_core.metrics.ridge import correlation_sums, pearson
 from g2l_core.metrics.robustness import pathorob_index, ratio_index, robustness_sums
+from g2l_core.metrics.scales import CORRELATION, POSITIVE, SHARE, SQUARED_ERROR
 from g2l_core.metrics.similarity import leave_out_each
 from g2l_core.metrics.survival import concordance_index
 
@@ -161,14 +152,15 @@ def classified(name: str, truth: np.ndarray, chances: np.ndarray, predicted: np.
         f"{name} balanced accuracy": replace(of_group_sums(balanced_accuracy, matrices, by_class, SHARE), **hidden),
         f"{name} macro F1": replace(of_group_sums(macro_f1, matrices, by_class, SHARE), **hidden),
         f"{name} AUC": auc_figure(truth, chances, CLASSES, cluster, by_class),
-        f"{name} Brier score": of_group_sums(brier_score, brier, by_row, POSITIVE),
+        f"{name} Brier score": replace(
+            of_group_sums(brier_score, brier, by_row, SQUARED_ERROR), expected_variance=expected_brier_variance(chances)
+        ),
     }
 
 
 def fixed_figures(cohort: Cohort, encoder: str, trained: Trained) -> dict[str, Figure]:
     """Figures of each patch alone."""
     features, patient = cohort.features[encoder], cohort.patient
-    by_row = design_of(patient, unit="patients")
     votes = knn_predict(nearest(trained.features, features, 5), trained.label, k=5)
     found = classified("patch", cohort.label, trained.patches(features), votes, patient)
     means = slide_means(cohort, encoder)
@@ -176,8 +168,10 @@ def fixed_figures(cohort: Cohort, encoder: str, trained: Trained) -> dict[str, F
     found |= classified("slide", cohort.slide_label, chances, chances.argmax(axis=1), np.arange(cohort.patients))
     guess = 0.6 * features[:, 3]
     errors = np.stack([(cohort.number - guess) ** 2, cohort.number**2], axis=1)
-    found["regression Pearson"] = of_sums(pearson, correlation_sums(guess, cohort.number), patient, by_row, CORRELATION)
-    found["regression R2"] = of_sums(lambda s: 1 - s[:, 0] / s[:, 1], errors, patient, by_row)
+    by_number = design_of(patient, unit="patients", weights=(cohort.number - cohort.number.mean()) ** 2)
+    correlations = correlation_sums(guess, cohort.number)
+    found["regression Pearson"] = of_sums(pearson, correlations, patient, by_number, CORRELATION)
+    found["regression R2"] = of_sums(lambda s: 1 - s[:, 0] / s[:, 1], errors, patient, by_number)
     here = (features[:, 1] > 0).astype(np.int64)
     by_center = design_of(patient, cohort.center, unit="patients", stratum="center")
     codes, _ = leave_out_groups(patient, len(by_center.counts))

@@ -18,11 +18,12 @@ from time import perf_counter, process_time
 import numpy as np
 
 from g2l_core.metrics.calibration import brier_score, brier_sums
-from g2l_core.metrics.intervals import POSITIVE, SHARE, Figure, estimate, of_group_sums
+from g2l_core.metrics.intervals import Figure, estimate, of_group_sums
 from g2l_core.metrics.knn.neighbors import knn_predict, nearest
 from g2l_core.metrics.patients import MAX_GROUPS, design_of
 from g2l_core.metrics.probe import accuracy, auc_figure, balanced_accuracy, confusion, linear_probe, macro_f1
 from g2l_core.metrics.robustness import pathorob_index, ratio_index, robustness_counts, robustness_sums
+from g2l_core.metrics.scales import POSITIVE, SHARE
 from g2l_core.metrics.similarity import leave_out_each
 
 KS = (1, 5, 10, 20)

@@ -43,25 +43,31 @@ def draw(folder: Path, out: Path, metrics: list[str]) -> None:
 
 
 def draw_views(table: Path, out: Path) -> None:
-    """Held-out values over the number of cached views: a dot for each seed, the mean, and its 95 % t interval."""
+    """Held-out values over the number of cached views: a dot for each seed, the mean, and its 95 % t interval.
+
+    A teacher that ran live on new views in every epoch stands apart, to the right.
+    """
     shown = {"cka_debiased_after": "CKA to the teacher", "knn_overlap_after": "neighbors shared with the teacher"}
-    found: dict[str, dict[int, list[float]]] = {name: defaultdict(list) for name in shown}
+    found: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in shown}
     with table.open() as file:
         for row in csv.DictReader(file):
             for name in shown:
-                found[name][int(row["views"])].append(float(row[name]))
+                found[name][row["views"]].append(float(row[name]))
     figure = Figure(figsize=(8, 2.8), layout="constrained")
     for axes, (name, title) in zip(figure.subplots(1, len(shown)), shown.items(), strict=True):
-        views = sorted(found[name])
-        means = [float(np.mean(found[name][v])) for v in views]
-        for v, mean in zip(views, means, strict=True):
+        cached = sorted((v for v in found[name] if v.isdigit()), key=int)
+        places = {v: float(int(v)) for v in cached}
+        places |= {v: 2.2 * int(cached[-1]) for v in found[name] if v not in places}
+        means = {v: float(np.mean(found[name][v])) for v in places}
+        for v, x in places.items():
             values = np.array(found[name][v])
             half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
-            axes.plot([v] * len(values), values, ".", color="#9bb3cb", ms=5)
-            axes.plot([v, v], [mean - half, mean + half], color="#33608c", lw=2)
-        axes.plot(views, means, "o-", color="#33608c", lw=1)
+            axes.plot([x] * len(values), values, ".", color="#9bb3cb", ms=5)
+            axes.plot([x, x], [means[v] - half, means[v] + half], color="#33608c", lw=2)
+            axes.plot([x], [means[v]], "o", color="#33608c")
+        axes.plot([places[v] for v in cached], [means[v] for v in cached], color="#33608c", lw=1)
         axes.set_xscale("log", base=2)
-        axes.set_xticks(views, [str(v) for v in views])
+        axes.set_xticks(list(places.values()), list(places))
         axes.minorticks_off()
         axes.set_ylim(bottom=0)
         axes.set_title(title, fontsize=10)

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 from g2l_core.errors import TaskError
 from g2l_core.metrics.consistency import consistency_sums, median_over_pairs, pair_means, registered_pair
-from g2l_core.metrics.intervals import LINE, estimate, of_neighbors
+from g2l_core.metrics.intervals import estimate, of_neighbors
 from g2l_core.metrics.patients import design_of
+from g2l_core.metrics.scales import LINE
 
 KS = (1, 3, 5, 10)
 

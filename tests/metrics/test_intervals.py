@@ -12,24 +12,13 @@ from sklearn.metrics import balanced_accuracy_score
 
 from g2l_core.benchmark.metric_groups.values import ratio
 from g2l_core.errors import TaskError
-from g2l_core.metrics.intervals import (
-    CORRELATION,
-    LINE,
-    POSITIVE,
-    SHARE,
-    Figure,
-    Source,
-    averaged,
-    compare,
-    estimate,
-    of_group_sums,
-    of_neighbors,
-    of_sums,
-)
+from g2l_core.metrics.calibration import brier_score, brier_sums, expected_brier_variance
+from g2l_core.metrics.intervals import Figure, Source, averaged, compare, estimate, of_group_sums, of_neighbors, of_sums
 from g2l_core.metrics.knn.leave_out import Search, leave_out_sums
 from g2l_core.metrics.knn.neighbors import knn_predict, nearest
 from g2l_core.metrics.patients import design_of, effective_freedom, leave_out_groups
 from g2l_core.metrics.probe import balanced_accuracy, confusion, unanimous_variance
+from g2l_core.metrics.scales import CORRELATION, LINE, POSITIVE, SHARE, SQUARED_ERROR
 from tests.benchmarks import bench_coverage
 
 
@@ -92,17 +81,60 @@ def test_the_corrected_variance_is_unbiased_for_unequal_patients():
 
 @given(
     shares=st.lists(st.floats(0, 1), min_size=4, max_size=20),
-    scale=st.sampled_from([SHARE, POSITIVE, CORRELATION]),
+    scale=st.sampled_from([SHARE, POSITIVE, CORRELATION, SQUARED_ERROR]),
 )
 def test_intervals_hold_the_value_and_keep_the_scale_s_bounds(shares, scale):
     figure = share_of(np.array(shares), np.arange(len(shares)), scale)
     got = estimate(figure)
-    if scale.bounds[0] < got.value < scale.bounds[1]:
-        assert scale.bounds[0] <= got.low <= got.value + 1e-12
-        assert got.value - 1e-12 <= got.high <= scale.bounds[1]
+    if scale.ends[0] < got.value < scale.ends[1]:
+        assert scale.ends[0] <= got.low <= got.value + 1e-12
+        assert got.value - 1e-12 <= got.high <= scale.ends[1]
     wider = estimate(figure, level=0.99)
     assert wider.low <= got.low + 1e-12
     assert got.high <= wider.high + 1e-12
+
+
+@given(right=st.integers(1, 29), count=st.integers(30, 60))
+def test_one_row_a_patient_has_the_score_interval(right, count):
+    """Wilson's, but for the jackknife's n - 1 in place of n."""
+    got = estimate(share_of(np.arange(count) < right, np.arange(count)))
+    z = stats.norm.ppf(0.975) * np.sqrt(count / (count - 1))
+    roots = np.roots([1 + z**2 / count, -(2 * right + z**2) / count, (right / count) ** 2])
+    assert (got.low, got.high) == pytest.approx(tuple(sorted(roots)), abs=1e-9)
+    assert got.method.endswith("normal, as each has one row")
+
+
+def test_probabilities_say_what_few_patients_do_not_show():
+    """Ten slides, all of them right with probability 0.9: one in ten is expected to be wrong by 1.62."""
+    chances, truth = np.tile([0.9, 0.1], (10, 1)), np.zeros(10, int)
+    classes, patients = np.array([0, 1]), np.arange(10)
+    figure = of_group_sums(
+        brier_score, brier_sums(truth, chances, classes, patients), design_of(patients, unit="slides"), SQUARED_ERROR
+    )
+    expected = expected_brier_variance(chances)
+    errors = np.array([0.02, 1.62])
+    assert expected == pytest.approx((0.9 * 0.02**2 + 0.1 * 1.62**2 - (np.array([0.9, 0.1]) @ errors) ** 2) / 10)
+    blind, found = estimate(figure), estimate(replace(figure, expected_variance=expected))
+    assert blind.high - blind.low < 1e-9
+    assert found.low < found.value < 0.18 < found.high < 2
+    varied = replace(figure, values=0.3 + np.linspace(-0.2, 0.2, 11))  # more than is expected
+    assert estimate(replace(varied, expected_variance=expected)) == estimate(varied)
+
+
+def test_expected_variance_of_the_brier_score_is_that_of_labels_drawn_as_the_probabilities_say():
+    rng = np.random.default_rng(0)
+    chances = rng.dirichlet([1, 2, 0.5], 40)
+    labels = ((rng.random((40, 1)) > chances.cumsum(axis=1)).sum(axis=1) for _ in range(4000))
+    drawn = [brier_score(brier_sums(truth, chances, np.arange(3), np.zeros(40, int)))[0] for truth in labels]
+    assert np.var(drawn) == pytest.approx(expected_brier_variance(chances), rel=0.1)
+
+
+def test_a_correlation_is_carried_by_patients_whose_labels_are_far_from_the_mean():
+    rng = np.random.default_rng(0)
+    patients = np.repeat(np.arange(12), 10)
+    label = np.where(patients < 2, 5.0 * (-1) ** patients, 0) + rng.normal(0, 0.1, 120)
+    design = design_of(patients, unit="patients", weights=(label - label.mean()) ** 2)
+    assert effective_freedom(design)[1] < 2 < effective_freedom(design_of(patients, unit="patients"))[1]
 
 
 @pytest.mark.parametrize(("value", "bounds"), [(1.0, (0.025 ** (1 / 8), 1.0)), (0.0, (0.0, 1 - 0.025 ** (1 / 8)))])
@@ -252,10 +284,10 @@ def test_neighbors_without_a_patient_are_those_of_the_other_rows(monkeypatch, li
 def test_what_two_patients_give_each_other_is_not_counted_twice():
     """The mean of products x y over pairs of patients: all its variance is of pairs, and the jackknife's is twice that.
 
-    Half of the surplus is subtracted, so that sqrt(3 / 4) of the standard error and 3 / 4 of the degrees of freedom are
-    left (Hoeffding 1948: a U-statistic whose kernel has no first-order part).
+    Half of the surplus is subtracted, so that sqrt(3 / 4) of the standard error is left (Hoeffding 1948: a U-statistic
+    whose kernel has no first-order part).
     """
-    rng, count, shares, held = np.random.default_rng(0), 12, [], []
+    rng, count, widths, held = np.random.default_rng(0), 12, [], []
     first, second = np.triu_indices(count, 1)
     for _ in range(300):
         products = np.outer(*2 * [rng.standard_normal(count)])[first, second]
@@ -264,16 +296,16 @@ def test_what_two_patients_give_each_other_is_not_counted_twice():
         values = np.array([whole / size, *without, *((whole - products) / size)])
         figure = of_neighbors(values, design_of(np.arange(count), unit="patients"), LINE)
         found, plain = estimate(figure), estimate(replace(figure, pairs=None))
-        shares.append((found.high - found.low) / (plain.high - plain.low))
+        widths.append([found.high - found.low, plain.high - plain.low])
         held.append(found.low <= 0 <= found.high)
-    expected = np.sqrt(3 / 4) * stats.t.ppf(0.975, 11 * 3 / 4) / stats.t.ppf(0.975, 11)
-    assert np.mean(shares) == pytest.approx(expected, abs=0.04)
+    ours, jackknife = (np.array(widths) ** 2).mean(axis=0)
+    assert 0.7 < ours / jackknife < 0.85  # above 3 / 4, as no more than half is ever subtracted
     assert np.mean(held) >= 0.93
 
 
 def test_a_value_that_two_patients_leave_undefined_narrows_nothing():
     values, pairs = np.array([0.5, 0.4, 0.5, 0.6, 0.5]), np.full(6, 0.5)
-    figure = Figure(values=values, pairs=pairs, design=design_of(np.arange(4), unit="patients"), scale=SHARE)
+    figure = Figure(values=values, pairs=pairs, design=design_of(np.arange(8) % 4, unit="patients"), scale=SHARE)
     pairs_undefined = replace(figure, pairs=np.full(6, np.nan))
     assert estimate(pairs_undefined) == estimate(figure) == estimate(replace(figure, pairs=None))
 

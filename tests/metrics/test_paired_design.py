@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from g2l_core.errors import TaskError
-from g2l_core.metrics.intervals import SHARE, Figure, estimate
+from g2l_core.metrics.intervals import Figure, estimate
 from g2l_core.metrics.knn.neighbors import nearest
 from g2l_core.metrics.patients import design_of
 from g2l_core.metrics.robustness import (
@@ -22,6 +22,7 @@ from g2l_core.metrics.robustness import (
     ratio_index,
     robustness_counts,
 )
+from g2l_core.metrics.scales import SHARE
 
 KS = [1, 5, 11]
 

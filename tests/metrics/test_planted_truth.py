@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 
 from g2l_core.metrics.fewshot import draw_shots, prototypes, retrieval_sums
-from g2l_core.metrics.intervals import SHARE, Figure, estimate, of_group_sums
+from g2l_core.metrics.intervals import Figure, estimate, of_group_sums
 from g2l_core.metrics.knn.neighbors import knn_predict, nearest
 from g2l_core.metrics.patients import design_of
 from g2l_core.metrics.probe import accuracy, auc_figure, confusion, linear_probe
 from g2l_core.metrics.robustness import pathorob_index, robustness_counts
+from g2l_core.metrics.scales import SHARE
 from g2l_core.metrics.similarity import leave_out_each
 
 REPEATS = 200

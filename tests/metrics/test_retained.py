@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from g2l_core.errors import TaskError
-from g2l_core.metrics.intervals import LINE, SHARE, Figure, Source, averaged, estimate, of_sums, ratio
+from g2l_core.metrics.intervals import Figure, Source, averaged, estimate, of_sums, ratio
 from g2l_core.metrics.patients import design_of
+from g2l_core.metrics.scales import LINE, SHARE
 
 
 def mean_of(values, patients=None, scale=LINE):

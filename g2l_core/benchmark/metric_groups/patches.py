@@ -21,14 +21,22 @@ from g2l_core.benchmark.metric_groups.values import (
 from g2l_core.benchmark.rows import parts, split_parts
 from g2l_core.benchmark.spec import PROBE_C, ProbeOptions
 from g2l_core.errors import TaskError
-from g2l_core.metrics.calibration import NO_INTERVAL, brier_score, brier_sums, calibration_error, calibration_sums
+from g2l_core.metrics.calibration import (
+    NO_INTERVAL,
+    brier_score,
+    brier_sums,
+    calibration_error,
+    calibration_sums,
+    expected_brier_variance,
+)
 from g2l_core.metrics.fewshot import draw_shots, prototypes, retrieval_sums
-from g2l_core.metrics.intervals import CORRELATION, POSITIVE, SHARE, of_group_sums, of_neighbors, of_sums
+from g2l_core.metrics.intervals import of_group_sums, of_neighbors, of_sums
 from g2l_core.metrics.knn.leave_out import Search, leave_out_sums
 from g2l_core.metrics.knn.neighbors import Neighbors, knn_predict
 from g2l_core.metrics.patients import MAX_GROUPS, MAX_SUMMED_GROUPS, leave_out_groups
 from g2l_core.metrics.probe import ProbeResult, auc_figure, linear_probe
 from g2l_core.metrics.ridge import correlation_sums, explained_share, fit_ridge, pearson, ridge_sums
+from g2l_core.metrics.scales import CORRELATION, SHARE, SQUARED_ERROR
 from g2l_core.rng import keyed_generator
 
 _WEIGHTS: dict[tuple[str, str], tuple[Literal["uniform", "distance", "similarity"], str]] = {
@@ -198,8 +206,9 @@ class Predicted:
         data, n = (self.truth, self.probabilities, self.classes), len(self.truth)
         by_row, by_class = task.design(self.clusters), task.design(self.clusters, self.truth)
         calibration = of_group_sums(calibration_error, calibration_sums(*data, codes), by_row)
+        brier = of_group_sums(brier_score, brier_sums(*data, codes), by_row, SQUARED_ERROR)
         errors = {
-            "brier": of_group_sums(brier_score, brier_sums(*data, codes), by_row, POSITIVE),
+            "brier": replace(brier, expected_variance=expected_brier_variance(self.probabilities)),
             "ece": replace(calibration, no_interval=NO_INTERVAL),
         }
         area = auc_figure(*data, self.clusters, by_class)
@@ -335,7 +344,7 @@ def regression(task: TaskInput) -> list[MetricValue]:
     order = np.concatenate(tested)
     clusters = rows.cluster[order]
     correlations = correlation_sums(np.concatenate(predicted), truth[order, 0])
-    design = task.design(clusters)
+    design = task.design(clusters, weights=(truth[order, 0] - truth[order, 0].mean()) ** 2)
     figures = {
         "pearson": of_sums(pearson, correlations, clusters, design, CORRELATION),
         "r2": of_sums(explained_share, np.concatenate(errors), clusters, design),

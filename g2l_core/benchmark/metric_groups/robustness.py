@@ -16,7 +16,7 @@ from g2l_core.metrics.center_bias import (
     predict_centers,
 )
 from g2l_core.metrics.consistency import consistency_sums, median_over_pairs
-from g2l_core.metrics.intervals import CORRELATION, POSITIVE, SHARE, Figure, of_group_sums, of_neighbors
+from g2l_core.metrics.intervals import Figure, of_group_sums, of_neighbors
 from g2l_core.metrics.patients import MAX_GROUPS, MAX_SUMMED_GROUPS, Design, leave_out_groups
 from g2l_core.metrics.probe import balanced_accuracy, confusion, unanimous_variance
 from g2l_core.metrics.robustness import (
@@ -26,6 +26,7 @@ from g2l_core.metrics.robustness import (
     ratio_index,
     robustness_sums,
 )
+from g2l_core.metrics.scales import CORRELATION, POSITIVE, SHARE
 from g2l_core.types import Features
 
 

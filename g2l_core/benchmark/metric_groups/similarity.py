@@ -17,11 +17,12 @@ from g2l_core.benchmark.metric_groups.values import (
 )
 from g2l_core.errors import TaskError
 from g2l_core.metrics.alignment import central_rows, effective_rank, mutual_neighbors, procrustes_similarity, rbf_cka
-from g2l_core.metrics.intervals import CORRELATION, SHARE, Figure, of_neighbors, of_sums
+from g2l_core.metrics.intervals import Figure, of_neighbors, of_sums
 from g2l_core.metrics.knn.leave_out import Search, leave_out_sums
 from g2l_core.metrics.knn.neighbors import Neighbors
 from g2l_core.metrics.patients import MAX_GROUPS, Design, design_of, leave_out_groups
 from g2l_core.metrics.ridge import RidgeMap, explained_share, fit_ridge, mean_cosine, ridge_sums
+from g2l_core.metrics.scales import CORRELATION, SHARE
 from g2l_core.metrics.similarity import leave_out_each, leave_out_moments
 from g2l_core.metrics.statistics import cluster_codes
 from g2l_core.rng import keyed_generator

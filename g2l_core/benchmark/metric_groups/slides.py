@@ -17,9 +17,10 @@ from g2l_core.benchmark.metric_groups.values import (
 from g2l_core.benchmark.rows import Bags, bags, split_parts
 from g2l_core.errors import TaskError
 from g2l_core.metrics.bags import bag_values, mean_pool, patch_vote
-from g2l_core.metrics.intervals import SHARE, Figure
+from g2l_core.metrics.intervals import Figure
 from g2l_core.metrics.mil import train_abmil
 from g2l_core.metrics.patients import MAX_GROUPS, leave_out_groups
+from g2l_core.metrics.scales import SHARE
 from g2l_core.metrics.survival import choose_cox_penalty, concordance_index, fit_cox
 
 _OBSERVED = ("1", "1.0", "true", "yes", "y", "deceased", "dead", "died", "event", "recurred", "progressed")

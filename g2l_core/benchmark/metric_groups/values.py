@@ -8,9 +8,10 @@ from jaxtyping import Bool, Float16, Float64, Int64, Num, Shaped
 
 from g2l_core.benchmark.rows import TaskRows
 from g2l_core.benchmark.spec import TaskSpec
-from g2l_core.metrics.intervals import SHARE, Figure, of_group_sums
+from g2l_core.metrics.intervals import Figure, of_group_sums
 from g2l_core.metrics.patients import MAX_SUMMED_GROUPS, Design, design_of, leave_out_groups
 from g2l_core.metrics.probe import accuracy, balanced_accuracy, confusion, macro_f1, unanimous_variance
+from g2l_core.metrics.scales import SHARE
 from g2l_core.results import Better
 from g2l_core.types import Features
 
@@ -82,9 +83,11 @@ class TaskInput:
         *,
         stratum: str = "class",
         most: int = MAX_SUMMED_GROUPS,
+        weights: Float64[np.ndarray, " item"] | None = None,
     ) -> Design:
         """How some items fall to the patients. See `patients.design_of`."""
-        return design_of(clusters, strata, unit=self.rows.cluster_unit, stratum=stratum, most=most)
+        unit = self.rows.cluster_unit
+        return design_of(clusters, strata, unit=unit, stratum=stratum, most=most, weights=weights)
 
 
 def metric_values(
