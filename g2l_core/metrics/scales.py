@@ -21,7 +21,7 @@ class Scale:
     ends: tuple[float, float]
     """The least and the largest value that there can be."""
     counts: bool = False
-    """Whether the value counts what is right, so that its variance follows from it where every patient has one row."""
+    """Whether it counts what is right, so that the variance of one row a patient follows from the value."""
 
 
 def _score(value: float, margin: float) -> float:

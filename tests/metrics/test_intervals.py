@@ -96,12 +96,12 @@ def test_intervals_hold_the_value_and_keep_the_scale_s_bounds(shares, scale):
 
 @given(right=st.integers(1, 29), count=st.integers(30, 60))
 def test_one_row_a_patient_has_the_score_interval(right, count):
-    """Wilson's, but for the jackknife's n - 1 in place of n."""
+    """Wilson's, but for the jackknife's n - 1 in place of n, and t of twice as many degrees of freedom."""
     got = estimate(share_of(np.arange(count) < right, np.arange(count)))
-    z = stats.norm.ppf(0.975) * np.sqrt(count / (count - 1))
-    roots = np.roots([1 + z**2 / count, -(2 * right + z**2) / count, (right / count) ** 2])
+    t = stats.t.ppf(0.975, 2 * (count - 1)) * np.sqrt(count / (count - 1))
+    roots = np.roots([1 + t**2 / count, -(2 * right + t**2) / count, (right / count) ** 2])
     assert (got.low, got.high) == pytest.approx(tuple(sorted(roots)), abs=1e-9)
-    assert got.method.endswith("normal, as each has one row")
+    assert got.method.endswith(f"t with {2 * (count - 1):.1f} degrees of freedom")
 
 
 def test_probabilities_say_what_few_patients_do_not_show():
