@@ -278,7 +278,7 @@ def _fewest(design: Design) -> int:
 def _at_bound(figure: Figure, value: float, tail: float) -> tuple[float, float, float]:
     """The interval, and degrees of freedom, of a share of 0 or 1, or another value at the end of its scale."""
     groups = _fewest(figure.design)
-    if figure.scale is SHARE:
+    if figure.scale.ends == SHARE.ends:
         bound = tail ** (1 / groups)
         return (bound, 1.0, groups - 1.0) if value >= 1 else (0.0, 1 - bound, groups - 1.0)
     error, freedom, _ = _error(replace(figure, scale=LINE))
@@ -391,7 +391,7 @@ def compare(figure: Figure, reference: Figure, *, draws: int = 1000, seed: int, 
         p_value = max(_tail(-abs(value), error, freedom) * 2, 2.0 ** (1 - groups))
     if both.no_interval:
         return Difference(estimate=found, p_value=min(1.0, p_value), p_equivalent=nan)
-    if error == 0 and value == 0 and figure.scale is SHARE:  # no patient differs: as of a share of 0
+    if error == 0 and value == 0 and figure.scale.ends == SHARE.ends:  # no patient differs: as of a share of 0
         bound = 1 - 0.025 ** (1 / _fewest(both.design))
         found = replace(found, low=-bound, high=bound)
         equivalent = (1 - margin) ** _fewest(both.design)

@@ -19,7 +19,7 @@ from g2l_core.metrics.folds import stratified_group_folds
 from g2l_core.metrics.intervals import Figure
 from g2l_core.metrics.patients import MAX_SUMMED_GROUPS, Design, leave_out_groups
 from g2l_core.metrics.rows import require_finite
-from g2l_core.metrics.scales import SHARE
+from g2l_core.metrics.scales import ORDER
 from g2l_core.metrics.statistics import cluster_codes, require_aligned
 
 
@@ -366,7 +366,7 @@ def auc_figure(
     values = _areas(parts, np.concatenate([np.ones((1, count)), 1 - np.eye(count)]))
     ranks = np.stack([rankdata(probabilities[:, c]) for c in columns])
     exchange = _Ranked(positive=positive, ranks=ranks, codes=codes, count=count)
-    return Figure(values=values, design=design, scale=SHARE, exchange=exchange)
+    return Figure(values=values, design=design, scale=ORDER, exchange=exchange)
 
 
 def _cluster_pairs(

@@ -49,7 +49,9 @@ def _logit_of_half(value: float, margin: float) -> float:
 LINE = Scale(bound=lambda value, margin: value + margin, ends=(-np.inf, np.inf))
 """Any number."""
 SHARE = Scale(bound=_score, ends=(0.0, 1.0), counts=True)
-"""A share, such as an accuracy or an AUC."""
+"""A share of rows, such as an accuracy."""
+ORDER = Scale(bound=_score, ends=(0.0, 1.0))
+"""A share of pairs of rows that are in the right order: an AUC or a C-index."""
 POSITIVE = Scale(bound=lambda value, margin: value * float(np.exp(margin / value)), ends=(0.0, np.inf))
 """A ratio."""
 CORRELATION = Scale(bound=_fisher, ends=(-1.0, 1.0))

@@ -44,7 +44,7 @@ from g2l_core.metrics.patients import MAX_GROUPS, design_of, leave_out_groups
 from g2l_core.metrics.probe import accuracy, auc_figure, balanced_accuracy, confusion, macro_f1, unanimous_variance
 from g2l_core.metrics.ridge import correlation_sums, pearson
 from g2l_core.metrics.robustness import pathorob_index, ratio_index, robustness_sums
-from g2l_core.metrics.scales import CORRELATION, POSITIVE, SHARE, SQUARED_ERROR
+from g2l_core.metrics.scales import CORRELATION, ORDER, POSITIVE, SHARE, SQUARED_ERROR
 from g2l_core.metrics.similarity import leave_out_each
 from g2l_core.metrics.survival import concordance_index
 
@@ -183,7 +183,7 @@ def fixed_figures(cohort: Cohort, encoder: str, trained: Trained) -> dict[str, F
     groups, count = leave_out_groups(order)
     weights = np.vstack([np.ones(len(order), np.int64), np.arange(count)[:, None] != groups]).astype(np.int64)
     risk = concordance_index(cohort.time, cohort.event, means[:, 4], weights)
-    found["survival C-index"] = Figure(values=risk, design=design_of(order, unit="p", most=MAX_GROUPS), scale=SHARE)
+    found["survival C-index"] = Figure(values=risk, design=design_of(order, unit="p", most=MAX_GROUPS), scale=ORDER)
     return found
 
 

@@ -124,8 +124,9 @@ def test_probabilities_say_what_few_patients_do_not_show():
 def test_expected_variance_of_the_brier_score_is_that_of_labels_drawn_as_the_probabilities_say():
     rng = np.random.default_rng(0)
     chances = rng.dirichlet([1, 2, 0.5], 40)
-    labels = ((rng.random((40, 1)) > chances.cumsum(axis=1)).sum(axis=1) for _ in range(4000))
-    drawn = [brier_score(brier_sums(truth, chances, np.arange(3), np.zeros(40, int)))[0] for truth in labels]
+    labels = (rng.random((4000, 40, 1)) > chances.cumsum(axis=1)).sum(axis=2).ravel()
+    draw = np.repeat(np.arange(4000), 40)
+    drawn = brier_score(brier_sums(labels, np.tile(chances, (4000, 1)), np.arange(3), draw))
     assert np.var(drawn) == pytest.approx(expected_brier_variance(chances), rel=0.1)
 
 

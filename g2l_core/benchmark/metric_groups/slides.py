@@ -20,7 +20,7 @@ from g2l_core.metrics.bags import bag_values, mean_pool, patch_vote
 from g2l_core.metrics.intervals import Figure
 from g2l_core.metrics.mil import train_abmil
 from g2l_core.metrics.patients import MAX_GROUPS, leave_out_groups
-from g2l_core.metrics.scales import SHARE
+from g2l_core.metrics.scales import ORDER
 from g2l_core.metrics.survival import choose_cox_penalty, concordance_index, fit_cox
 
 _OBSERVED = ("1", "1.0", "true", "yes", "y", "deceased", "dead", "died", "event", "recurred", "progressed")
@@ -187,5 +187,5 @@ def _concordance(
     clusters = patients.names[order]
     groups, count = leave_out_groups(clusters)
     weights = np.vstack([np.ones(len(order), np.int64), np.arange(count)[:, None] != groups]).astype(np.int64)
-    figure = Figure(values=score(weights), design=task.design(clusters, most=MAX_GROUPS), scale=SHARE)
+    figure = Figure(values=score(weights), design=task.design(clusters, most=MAX_GROUPS), scale=ORDER)
     return metric_values("survival", {"c_index": figure}, settings, n=len(order))
