@@ -94,7 +94,7 @@ def test_tiff_images_and_an_official_split(tmp_path, monkeypatch):
     assert found["nct-crc", "knn_accuracy"]["settings"]["split"] == "fixed, split"
     assert (
         found["nct-crc", "knn_accuracy"]["estimate"]["method"]
-        == "jackknife over 27 images, t with 26.0 degrees of freedom"
+        == "jackknife over 27 images, t with 52.0 degrees of freedom"
     )
     assert {failure["task"] for failure in report["failures"]} == {"mhist", "tcga-crc-msi"}
 
