@@ -16,7 +16,7 @@ from scipy.special import stdtr, stdtrit
 from g2l_core.errors import TaskError
 from g2l_core.metrics.exchange import Exchangeable, OfSums, exchange_test
 from g2l_core.metrics.patients import MAX_SUMMED_GROUPS, Design, effective_freedom, leave_out_groups
-from g2l_core.metrics.scales import LINE, POSITIVE, SHARE, Scale
+from g2l_core.metrics.scales import LINE, ORDER, POSITIVE, SHARE, SQUARED_ERROR, Scale
 from g2l_core.metrics.statistics import require_aligned
 from g2l_core.results import FEWEST, Estimate
 
@@ -198,8 +198,8 @@ def estimate(figure: Figure, level: float = 0.95) -> Estimate:
     to (f V + 2 V0) / (f + 2) if this is larger, as if two further patients had varied as expected (Smyth).
 
     Where a share is 0 or 1 for every patient, the bound is that of as many patients as its smallest class has, of whom
-    all succeed (Clopper & Pearson): 0.025^(1 / G). Where what the patients cannot show is larger than half of what is
-    left to the bound, its margin is added in the metric's own unit.
+    all succeed (Clopper & Pearson): 0.025^(1 / G), and of a Brier score of 0 likewise. Where what the patients cannot
+    show is larger than half of what is left to the bound, its margin is added in the metric's own unit.
 
     Args:
         figure: The value on all patients, and without each.
@@ -277,12 +277,12 @@ def _fewest(design: Design) -> int:
 
 def _at_bound(figure: Figure, value: float, tail: float) -> tuple[float, float, float]:
     """The interval, and degrees of freedom, of a share of 0 or 1, or another value at the end of its scale."""
-    groups = _fewest(figure.design)
-    if figure.scale.ends == SHARE.ends:
-        bound = tail ** (1 / groups)
-        return (bound, 1.0, groups - 1.0) if value >= 1 else (0.0, 1 - bound, groups - 1.0)
+    groups, (least, most) = _fewest(figure.design), figure.scale.ends
+    if figure.scale in (SHARE, ORDER, SQUARED_ERROR):  # each patient is at one end or the other
+        bound = most * tail ** (1 / groups)
+        return (bound, most, groups - 1.0) if value >= most else (0.0, most - bound, groups - 1.0)
     error, freedom, _ = _error(replace(figure, scale=LINE))
-    half, (least, most) = float(stdtrit(freedom, 1 - tail)) * error, figure.scale.ends
+    half = float(stdtrit(freedom, 1 - tail)) * error
     return max(least, value - half), min(most, value + half), freedom
 
 
@@ -391,7 +391,7 @@ def compare(figure: Figure, reference: Figure, *, draws: int = 1000, seed: int, 
         p_value = max(_tail(-abs(value), error, freedom) * 2, 2.0 ** (1 - groups))
     if both.no_interval:
         return Difference(estimate=found, p_value=min(1.0, p_value), p_equivalent=nan)
-    if error == 0 and value == 0 and figure.scale.ends == SHARE.ends:  # no patient differs: as of a share of 0
+    if error == 0 and value == 0 and figure.scale in (SHARE, ORDER):  # no patient differs: as of a share of 0
         bound = 1 - 0.025 ** (1 / _fewest(both.design))
         found = replace(found, low=-bound, high=bound)
         equivalent = (1 - margin) ** _fewest(both.design)

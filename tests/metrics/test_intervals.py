@@ -144,6 +144,11 @@ def test_a_share_of_all_or_none_is_as_uncertain_as_so_many_patients(value, bound
     assert (got.low, got.high) == pytest.approx(bounds)
 
 
+def test_a_brier_score_of_zero_is_not_certain():
+    got = estimate(share_of(np.zeros(16), np.arange(16) % 8, SQUARED_ERROR))
+    assert (got.low, got.high) == pytest.approx((0.0, 2 - 2 * 0.025 ** (1 / 8)))
+
+
 @pytest.mark.parametrize("patients", [1, 2, 3])
 def test_fewer_than_four_patients_have_no_interval_and_no_p(patients):
     figure = share_of(np.arange(12.0) % 2, np.arange(12) % patients)
